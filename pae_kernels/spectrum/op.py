@@ -1,0 +1,162 @@
+"""The ops `shortcut_images` and `shortcut_pool`: signatures, checks, registration.
+
+Both are statistics of what enters a frozen network: they have no gradient, and say so when asked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from . import reference
+
+for _op in ("shortcut_images", "shortcut_pool"):
+    backends.register(_op, backends.Version("reference", reference, backends.anywhere))
+
+
+def shortcut_images(
+    spectrum: Tensor, origins: Tensor, window: int, size: tuple[int, int]
+) -> Tensor:
+    """x_s = Re F^-1(M_s F x): images that keep only the frequencies of window s, for several s.
+
+    Bytes: the result is 4 S B C H W (float32), the workspace 2 w / W of that. The spectrum is read
+    inside the windows only, so the number of windows asked for at a time decides the memory.
+
+    Args:
+        spectrum: (B, C, H, W) complex64 or complex128, `torch.fft.fft2(images)` as it is, with
+            frequency 0 at index (0, 0).
+        origins: (S, 2) int64, first row and column of each window in the *centred* spectrum, where
+            frequency 0 is at (H // 2, W // 2). Values are checked, except inside a compiled or
+            captured graph, which cannot read them.
+        window: side w of the windows in bins, 1 <= w <= min(H, W).
+        size: (H, W) of the images: what tells a full spectrum from the half one of `rfft2`.
+
+    Returns:
+        (S, B, C, H, W), float32 or float64 after the dtype of `spectrum`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what was expected; also when
+            `spectrum` asks for a gradient.
+
+    Numerics: phases exact to the dtype, autocast off inside.
+    Source: PAE (arXiv 2601.20232), Eq. 2.
+    """
+    _check_spectrum(spectrum, window, size)
+    _check_origins(origins, window, size)
+    return torch.ops.pae.shortcut_images_fwd(spectrum, origins.to(spectrum.device), window)
+
+
+def shortcut_pool(tokens: Tensor) -> Tensor:
+    """p_s = sum e t / sum e, e = |t|^2: energy-weighted mean over images and tokens of window s.
+
+    A window whose tokens are all zero has no weights; it pools to the zero row, as every choice of
+    weights would. NaN and infinity pass through.
+
+    Args:
+        tokens: (S, B, N, D), any float dtype, at least one token per window.
+
+    Returns:
+        (S, D), the dtype of `tokens`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what was expected; also when
+            `tokens` asks for a gradient.
+
+    Numerics: energies and weights in fp64, the weighted sum in fp32 or wider.
+    Source: PAE (arXiv 2601.20232), Eq. 3.
+    """
+    if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
+        raise TypeError(f"tokens must be a float tensor (S, B, N, D), got {_says(tokens)}")
+    if tokens.dim() != 4 or 0 in tokens.shape[1:3]:
+        raise ValueError(f"tokens must be (S, B, N, D) with B, N >= 1, got {_says(tokens)}")
+    _refuse_gradient("tokens", tokens)
+    return torch.ops.pae.shortcut_pool_fwd(tokens)
+
+
+def _check_spectrum(spectrum: Tensor, window: int, size: tuple[int, int]) -> None:
+    complex_types = (torch.complex64, torch.complex128)
+    if not isinstance(spectrum, Tensor) or spectrum.dtype not in complex_types:
+        raise TypeError(f"spectrum must be complex64 or complex128, got {_says(spectrum)}")
+    if spectrum.dim() != 4 or tuple(spectrum.shape[2:]) != tuple(size):
+        raise ValueError(
+            f"spectrum must be the full fft2 (B, C, H, W) of images of size {tuple(size)}, "
+            f"got {_says(spectrum)}"
+        )
+    if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= min(size):
+        raise ValueError(f"window must be an int from 1 to min(H, W) = {min(size)}, got {window!r}")
+    _refuse_gradient("spectrum", spectrum)
+
+
+def _check_origins(origins: Tensor, window: int, size: tuple[int, int]) -> None:
+    if not isinstance(origins, Tensor) or origins.dtype != torch.int64:
+        raise TypeError(f"origins must be an int64 tensor (S, 2), got {_says(origins)}")
+    if origins.dim() != 2 or origins.shape[1] != 2:
+        raise ValueError(f"origins must be (S, 2), got {_says(origins)}")
+    last = (size[0] - window, size[1] - window)
+    if _readable(origins) and bool(((origins < 0) | (origins > origins.new_tensor(last))).any()):
+        raise ValueError(
+            f"origins must lie in [0, {last[0]}] x [0, {last[1]}] for a window of {window} in "
+            f"{size[0]} x {size[1]}, got {origins.amin(0).tolist()} to {origins.amax(0).tolist()}"
+        )
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether values may be looked at: not in a trace, not while a CUDA graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _refuse_gradient(name: str, t: Tensor) -> None:
+    if t.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, but {_NO_GRADIENT}")
+
+
+_NO_GRADIENT = "shortcut statistics have none: detach it or use torch.no_grad()"
+
+
+def _says(t) -> str:
+    if not isinstance(t, Tensor):
+        return type(t).__name__
+    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+
+
+_lib = torch.library.Library("pae", "FRAGMENT")
+_lib.define("shortcut_images_fwd(Tensor spectrum, Tensor origins, int window) -> Tensor")
+_lib.define("shortcut_pool_fwd(Tensor tokens) -> Tensor")
+
+
+def _images(spectrum, origins, window):
+    # autocast reaches into an op's implementation; a bf16 product would drown small frequencies
+    with torch.autocast(spectrum.device.type, enabled=False):
+        version = backends.choose("shortcut_images", spectrum.device)
+        return version.shortcut_images(spectrum, origins, window)
+
+
+def _pool(tokens):
+    with torch.autocast(tokens.device.type, enabled=False):
+        return backends.choose("shortcut_pool", tokens.device).shortcut_pool(tokens)
+
+
+for _key in ("CPU", "CUDA"):
+    _lib.impl("shortcut_images_fwd", _images, _key)
+    _lib.impl("shortcut_pool_fwd", _pool, _key)
+
+
+@torch.library.register_fake("pae::shortcut_images_fwd", lib=_lib)
+def _(spectrum, origins, window):
+    return spectrum.new_empty((origins.shape[0], *spectrum.shape), dtype=spectrum.dtype.to_real())
+
+
+@torch.library.register_fake("pae::shortcut_pool_fwd", lib=_lib)
+def _(tokens):
+    return tokens.new_empty(tokens.shape[0], tokens.shape[3])
+
+
+def _no_gradient(ctx, grad):
+    raise RuntimeError(f"a gradient was asked for, but {_NO_GRADIENT}")
+
+
+for _name in ("shortcut_images_fwd", "shortcut_pool_fwd"):
+    torch.library.register_autograd(f"pae::{_name}", _no_gradient, lib=_lib)

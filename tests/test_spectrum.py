@@ -1,0 +1,278 @@
+"""Windowed inverse transforms and energy-weighted pooling against their definitions."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pae_kernels.spectrum import reference, shortcut_images, shortcut_pool
+
+OPS = torch.ops.pae
+
+
+def images_of(batch, channels, height, width, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, channels, height, width, dtype=dtype, generator=generator)
+
+
+def grid(window, stride, height, width):
+    rows = range(0, height - window + 1, stride)
+    cols = range(0, width - window + 1, stride)
+    return torch.tensor([(r, c) for r in rows for c in cols])
+
+
+def filtered(images, origins, window):
+    return shortcut_images(torch.fft.fft2(images), origins, window, tuple(images.shape[-2:]))
+
+
+def pooled_by_loop(tokens):
+    """The definition, one token at a time."""
+    result = torch.zeros(tokens.shape[0], tokens.shape[3], dtype=torch.float64)
+    for s, window in enumerate(tokens.double()):
+        rows = [row for image in window for row in image]
+        total = sum(float(row @ row) for row in rows)
+        for row in rows:
+            result[s] += row * float(row @ row) / total
+    return result
+
+
+# ---- shortcut_images
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 21),
+    width=st.integers(1, 21),
+    window=st.integers(1, 21),
+    row=st.integers(0, 20),
+    col=st.integers(0, 20),
+)
+def test_images_equal_the_definition_at_every_size(height, width, window, row, col):
+    window = min(window, height, width)
+    row, col = min(row, height - window), min(col, width - window)
+    images = images_of(2, 3, height, width)
+    ours = filtered(images, torch.tensor([[row, col]]), window)
+    torch.testing.assert_close(
+        ours[0], reference.band_pass(images, (row, col), window), rtol=0, atol=1e-13
+    )
+
+
+def test_images_of_a_chunk_equal_each_window_alone():
+    images = images_of(2, 3, 20, 33)
+    origins = grid(8, 5, 20, 33)
+    ours = filtered(images, origins, 8)
+    assert ours.shape == (len(origins), 2, 3, 20, 33)
+    for got, origin in zip(ours, origins):
+        torch.testing.assert_close(
+            got, reference.band_pass(images, tuple(origin), 8), rtol=0, atol=1e-13
+        )
+
+
+def test_images_in_float32_are_as_good_as_the_transform():
+    """At most twice the error of the textbook path in the same precision (FFT against FFT)."""
+    images = images_of(4, 3, 112, 112, torch.float32)
+    origins = torch.tensor([(0, 0), (48, 48), (96, 13), (50, 0)])
+    truth = filtered(images.double(), origins, 16)
+    ours = filtered(images, origins, 16)
+    assert ours.dtype == torch.float32
+    error = (ours - truth).abs().amax(dim=(1, 2, 3, 4))
+    textbook = torch.stack([reference.band_pass(images, tuple(o), 16) for o in origins])
+    allowed = (textbook - truth).abs().amax(dim=(1, 2, 3, 4))
+    assert (error <= 2 * allowed + 1e-7).all(), (error, allowed)
+
+
+@pytest.mark.parametrize(("height", "width", "window"), [(32, 32, 8), (24, 40, 8), (15, 10, 5)])
+def test_windows_that_tile_the_spectrum_sum_to_the_image(height, width, window):
+    images = images_of(2, 3, height, width)
+    parts = filtered(images, grid(window, window, height, width), window)
+    torch.testing.assert_close(parts.sum(0), images, rtol=0, atol=1e-13)
+
+
+def test_the_window_at_frequency_zero_keeps_the_mean_and_the_others_lose_it():
+    images = images_of(2, 3, 16, 18) + 3.0
+    ours = filtered(images, torch.tensor([(8, 9), (4, 5), (0, 0)]), 4).mean(dim=(-2, -1))
+    mean = images.mean(dim=(-2, -1))
+    torch.testing.assert_close(ours[0], mean)  # first bin of the window is frequency 0
+    torch.testing.assert_close(ours[1], torch.zeros_like(mean))  # ends one bin before it
+    torch.testing.assert_close(ours[2], torch.zeros_like(mean))
+
+
+def test_one_bin_gives_one_wave():
+    images = images_of(1, 1, 12, 10)
+    ours = filtered(images, torch.tensor([(6 + 2, 5 + 3)]), 1)[0, 0, 0]
+    y, x = torch.arange(12.0).double()[:, None], torch.arange(10.0).double()
+    coefficient = torch.fft.fft2(images)[0, 0, 2, 3] / 120
+    angle = 2 * torch.pi * (2 * y / 12 + 3 * x / 10)
+    expected = coefficient.real * angle.cos() - coefficient.imag * angle.sin()
+    torch.testing.assert_close(ours, expected)
+
+
+def test_images_accept_any_strides_and_no_windows():
+    spectrum = torch.fft.fft2(images_of(3, 2, 12, 12)).permute(1, 0, 3, 2)
+    origins = torch.tensor([(1, 2), (4, 4)])
+    torch.testing.assert_close(
+        shortcut_images(spectrum, origins, 5, (12, 12)),
+        shortcut_images(spectrum.contiguous(), origins, 5, (12, 12)),
+        rtol=0,
+        atol=0,
+    )
+    assert shortcut_images(spectrum, origins[:0], 5, (12, 12)).shape == (0, 2, 3, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"spectrum": torch.zeros(1, 3, 8, 8)}, TypeError, "spectrum must be complex64 or"),
+        ({"spectrum": torch.zeros(3, 8, 8, dtype=torch.complex64)}, ValueError, "spectrum must be"),
+        ({"spectrum": torch.fft.rfft2(torch.zeros(1, 3, 8, 8))}, ValueError, "the full fft2"),
+        ({"size": (8, 6)}, ValueError, r"images of size \(8, 6\)"),
+        ({"window": 0}, ValueError, "window must be an int from 1 to min.* = 8, got 0"),
+        ({"window": 9}, ValueError, "window must be an int from 1 to min.* = 8, got 9"),
+        ({"window": 2.0}, ValueError, "window must be an int .* got 2.0"),
+        ({"window": True}, ValueError, "window must be an int .* got True"),
+        ({"origins": [(0, 0)]}, TypeError, "origins must be an int64 tensor .* got list"),
+        ({"origins": torch.zeros(2, 2)}, TypeError, "origins must be an int64 tensor .* float32"),
+        ({"origins": torch.tensor([[0, 0, 0]])}, ValueError, r"origins must be \(S, 2\)"),
+        ({"origins": torch.tensor([[0, 5]])}, ValueError, r"origins must lie in \[0, 4\] x \[0, 4"),
+        ({"origins": torch.tensor([[-1, 0]])}, ValueError, r"got \[-1, 0\] to \[-1, 0\]"),
+        (
+            {"spectrum": torch.zeros(1, 3, 8, 8, dtype=torch.complex64, requires_grad=True)},
+            ValueError,
+            "spectrum requires a gradient, but shortcut statistics have none",
+        ),
+    ],
+)
+def test_images_refuse_bad_arguments(change, error, message):
+    arguments = {
+        "spectrum": torch.zeros(1, 3, 8, 8, dtype=torch.complex64),
+        "origins": torch.tensor([[0, 0]]),
+        "window": 4,
+        "size": (8, 8),
+    }
+    shortcut_images(**arguments)
+    with pytest.raises(error, match=message) as caught:
+        shortcut_images(**{**arguments, **change})
+    assert "\n" not in str(caught.value)
+
+
+# ---- shortcut_pool
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)],
+)
+def test_pool_equals_the_loop(dtype, tolerance):
+    tokens = torch.randn(3, 4, 5, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    tokens[1] *= 1e-3  # weights are per window: a faint one does not borrow from a strong one
+    ours = shortcut_pool(tokens)
+    assert ours.dtype == dtype
+    expected = pooled_by_loop(tokens)
+    scale = expected.abs().amax(dim=1, keepdim=True)
+    assert ((ours - expected).abs() / scale).max() < tolerance
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_pool_outlives_squares_beyond_the_range_of_float32(scale):
+    tokens = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(
+        shortcut_pool(tokens * scale) / scale, shortcut_pool(tokens), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_pool_weights_are_a_convex_combination():
+    tokens = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    tokens[..., 0] = 1.0
+    torch.testing.assert_close(shortcut_pool(tokens)[:, 0], torch.ones(2, dtype=torch.float64))
+
+
+def test_pool_does_not_depend_on_the_order_of_images_and_tokens():
+    tokens = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    shuffled = tokens[:, torch.tensor([2, 0, 1])][:, :, torch.tensor([3, 1, 0, 2])]
+    torch.testing.assert_close(shortcut_pool(shuffled), shortcut_pool(tokens))
+
+
+def test_pool_of_no_energy_is_the_zero_row_beside_a_bright_window():
+    tokens = torch.zeros(2, 3, 4, 5)
+    tokens[1] = 1.0
+    ours = shortcut_pool(tokens)
+    assert torch.equal(ours[0], torch.zeros(5))
+    torch.testing.assert_close(ours[1], torch.ones(5))
+
+
+def test_pool_passes_nan_on_and_keeps_it_in_its_window():
+    tokens = torch.ones(2, 3, 4, 5)
+    tokens[0, 1, 2, 3] = float("nan")
+    ours = shortcut_pool(tokens)
+    assert ours[0].isnan().all() and not ours[1].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (torch.zeros(2, 3, 4, 5, dtype=torch.int64), TypeError, "tokens must be a float tensor"),
+        ([[1.0]], TypeError, "tokens must be a float tensor .* got list"),
+        (torch.zeros(3, 4, 5), ValueError, r"tokens must be \(S, B, N, D\)"),
+        (torch.zeros(2, 0, 4, 5), ValueError, "B, N >= 1"),
+        (torch.zeros(1, 1, 1, 1, requires_grad=True), ValueError, "tokens requires a gradient"),
+    ],
+)
+def test_pool_refuses_bad_arguments(tokens, error, message):
+    with pytest.raises(error, match=message) as caught:
+        shortcut_pool(tokens)
+    assert "\n" not in str(caught.value)
+
+
+# ---- both, as ops
+
+
+def test_ops_pass_opcheck():
+    spectrum = torch.fft.fft2(images_of(2, 3, 12, 10, torch.float32))
+    torch.library.opcheck(OPS.shortcut_images_fwd, (spectrum, torch.tensor([[0, 0], [4, 5]]), 4))
+    torch.library.opcheck(
+        OPS.shortcut_images_fwd, (spectrum.to(torch.complex128), grid(4, 3, 12, 10), 4)
+    )
+    torch.library.opcheck(OPS.shortcut_pool_fwd, (torch.randn(2, 3, 4, 5),))
+    torch.library.opcheck(OPS.shortcut_pool_fwd, (torch.randn(2, 3, 4, 5).bfloat16(),))
+
+
+def test_ops_are_one_graph_under_compile():
+    def both(images, origins):
+        ours = shortcut_images(torch.fft.fft2(images), origins, 4, (12, 10))
+        return shortcut_pool(ours.flatten(2, 3))
+
+    images, origins = images_of(2, 3, 12, 10), grid(4, 3, 12, 10)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images, origins), both(images, origins))
+
+
+def test_ops_ignore_autocast():
+    images, origins = images_of(2, 3, 12, 12, torch.float32), grid(4, 4, 12, 12)
+    expected = filtered(images, origins, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = filtered(images, origins, 4)
+        pooled = shortcut_pool(ours.flatten(2, 3))
+    assert torch.equal(ours, expected)
+    assert torch.equal(pooled, shortcut_pool(expected.flatten(2, 3)))
+
+
+def test_ops_say_that_they_have_no_gradient():
+    spectrum = torch.fft.fft2(images_of(1, 1, 8, 8)).requires_grad_()
+    tokens = torch.randn(1, 2, 3, 4, requires_grad=True)
+    outputs = (
+        OPS.shortcut_images_fwd(spectrum, torch.tensor([[0, 0]]), 4),
+        OPS.shortcut_pool_fwd(tokens),
+    )
+    for output in outputs:
+        with pytest.raises(RuntimeError, match="shortcut statistics have none"):
+            output.sum().backward()
+    with torch.no_grad():  # a statistic of something trainable is fine where no graph is wanted
+        assert shortcut_pool(tokens).shape == (1, 4)
+
+
+def test_references_are_differentiable():
+    origins = torch.tensor([[0, 1], [3, 2]])
+    spectrum = torch.fft.fft2(images_of(1, 1, 6, 5)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: reference.shortcut_images(s, origins, 3), spectrum)
+    tokens = torch.randn(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(reference.shortcut_pool, tokens)
