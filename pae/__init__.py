@@ -1,0 +1,22 @@
+"""pae: prompt-tune a frozen vision transformer, fast and exactly."""
+
+from . import prompts
+from .engine import fast_forward
+from .errors import CheckpointError, UnsupportedBackbone
+from .kld import KLD
+from .model import PromptedViT
+from .mpa import MPAResult, mpa_init
+from .version import __version__
+
+
+__all__ = [
+    "KLD",
+    "CheckpointError",
+    "MPAResult",
+    "PromptedViT",
+    "UnsupportedBackbone",
+    "__version__",
+    "fast_forward",
+    "mpa_init",
+    "prompts",
+]

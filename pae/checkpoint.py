@@ -1,0 +1,157 @@
+"""Checkpoints: the trained parts alone, in one safetensors file that knows which backbone it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError
+
+FORMAT = "pae-1"
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step.
+
+    A crash at any moment leaves the old file or the new one, never a part.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def fingerprint(backbone: nn.Module) -> str:
+    """Hash of a backbone's weights, head apart; the same for its fp32 and its bf16 copy, on any device."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(backbone.state_dict().items()):
+        if name.startswith("head."):
+            continue
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(rounded.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def backbone_name(backbone: nn.Module) -> str:
+    """timm's architecture name where the model carries one, else the class name."""
+    config = (
+        getattr(backbone, "pretrained_cfg", None) or getattr(backbone, "default_cfg", None) or {}
+    )
+    get = (
+        config.get
+        if isinstance(config, Mapping)
+        else lambda key, default=None: getattr(config, key, default)
+    )
+    name = get("architecture", None)
+    if not name:
+        return type(backbone).__name__
+    return f"{name}.{get('tag', None)}" if get("tag", None) else name
+
+
+def save(model, path: str | Path, extra: Mapping[str, str] | None = None) -> None:
+    """See `PromptedViT.save`."""
+    from safetensors.torch import save_file
+
+    meta = {
+        "format": FORMAT,
+        "backbone": backbone_name(model.backbone),
+        "fingerprint": fingerprint(model.backbone),
+        "num_classes": model.num_classes,
+        "prompts": {"name": type(model.prompts).__name__, "config": model.prompts.config()},
+        "kld": None if model.kld is None else model.kld.config(),
+    }
+    state = {k: v.detach().contiguous() for k, v in model.trained_state().items()}
+    metadata = {**(extra or {}), "pae": json.dumps(meta)}
+    write_atomically(path, lambda file: save_file(state, file, metadata=metadata))
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and the description of a file that `save` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, half-written or not one of ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+    try:
+        meta = json.loads(metadata["pae"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} was not written by pae") from error
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {meta.get('format')!r}, expected {FORMAT!r}"
+        )
+    return state, meta
+
+
+def load(model, path: str | Path) -> None:
+    """See `PromptedViT.load`."""
+    state, meta = read(path)
+    _check_backbone(path, meta, model.backbone)
+    _fill(model, path, state)
+
+
+def build(cls, path: str | Path, backbone: nn.Module):
+    """See `PromptedViT.from_file`."""
+    from . import prompts
+    from .kld import KLD
+
+    state, meta = read(path)
+    _check_backbone(path, meta, backbone)
+    try:
+        family = prompts.build(meta["prompts"]["name"], meta["prompts"]["config"])
+        kld = None if meta["kld"] is None else KLD(**meta["kld"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} describes parts this version cannot build: {error}"
+        ) from error
+    model = cls(backbone, family, kld, num_classes=meta["num_classes"] or None)
+    _fill(model, path, state)
+    return model
+
+
+def _check_backbone(path, meta: dict, backbone: nn.Module) -> None:
+    if meta["fingerprint"] != fingerprint(backbone):
+        raise CheckpointError(
+            f"checkpoint {path} was trained on backbone {meta['backbone']} with other weights than this "
+            f"{backbone_name(backbone)} (fingerprints {meta['fingerprint']} and {fingerprint(backbone)})"
+        )
+
+
+def _fill(model, path, state: dict[str, Tensor]) -> None:
+    own = model.trained_state()
+    for name in sorted(own.keys() | state.keys()):
+        have = tuple(own[name].shape) if name in own else None
+        found = tuple(state[name].shape) if name in state else None
+        if have != found:
+            raise CheckpointError(
+                f"checkpoint {path}: {name} is {found} in the file, {have} in the model"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])

@@ -1,0 +1,407 @@
+"""fast_forward: walks a FrozenPlan block by block and never computes what prompt tuning throws away.
+
+What is not computed, although the textbook does:
+    prompt queries, prompt outputs and their MLP         (deep prompts are cut off before the next block)
+    prompt keys and values per sample                    (shared prompts: once per block, all blocks in one product)
+    all rows but the class row in the last block         (when only that row is read), nor any image key or value there:
+                                                         W_k moves into the one query, W_v behind the weighted sum
+    gradients below the first prompted block, gradients of frozen weights, and what only they would need saved
+
+Residual stream and gradients keep the dtype of the embedding; products run in the plan's dtype; norms and softmax in
+at least fp32. Each block is one autograd.Function whose saved tensors are listed at `_FrozenBlock`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pae_kernels import pointwise
+from pae_kernels.attention.reference import sum_groups, take_groups
+
+from .plan import BlockPlan, FrozenPlan, HeadNorm
+from .sequence import cut_rows, insert_rows
+
+MEMORY_MODES = ("exact", "low", "lowest")
+
+
+def fast_forward(model: nn.Module, images: Tensor, memory: str = "exact") -> Tensor:
+    """model(images), in value and in every gradient, without the work that prompt tuning throws away.
+
+    Args:
+        model: a `PromptedViT`, or a wrapper around one that forwards calls (DistributedDataParallel, torch.compile).
+        images: (B, C, H, W) float, normalised as the backbone wants it.
+        memory: what is kept for the backward, per image and middle block, in units of S = N D elements:
+            "exact"   10 S; no extra work.
+            "low"      5 S: q, k, v are computed again (one product of twelve more) and the activation's derivative is
+                      kept in 8 bits; prompt gradients are off by about 3e-3 (fp32), nothing visible in bf16.
+            "lowest"   3 S: q, k, v and the MLP's hidden rows are computed again; exact, a third more product work.
+
+    Returns:
+        logits (B, classes).
+
+    Raises:
+        TypeError: `model` holds no PromptedViT.
+        ValueError: images of a wrong shape, size or dtype; an unknown memory mode.
+    """
+    from .model import PromptedViT
+
+    if memory not in MEMORY_MODES:
+        raise ValueError(f"memory must be one of {MEMORY_MODES}, got {memory!r}")
+    inner = model
+    while not isinstance(inner, PromptedViT):
+        wrapped = getattr(inner, "module", getattr(inner, "_orig_mod", None))
+        if not isinstance(wrapped, nn.Module):
+            raise TypeError(f"model must be a PromptedViT or wrap one, got {type(model).__name__}")
+        inner = wrapped
+    return model(images, engine="fast", memory=memory)
+
+
+def run(model, images: Tensor, memory: str) -> Tensor:
+    """The fast engine behind `PromptedViT.forward`; same contract as `fast_forward`."""
+    view, family = model.view, model.prompts
+    plan = model.plan()
+    with nullcontext() if images.requires_grad else torch.no_grad():
+        x = view.embed(images)
+
+    entered = 0
+    with torch.autocast(x.device.type, enabled=False):
+        if family.enters_sequence:
+            rows = family.block_prompts(0, x)
+            if rows is not None:
+                x, entered = insert_rows(x, rows, view.num_prefix_tokens), rows.shape[-2]
+            prompts = [None] * len(plan.blocks)
+        elif family.depends_on_input:
+            prompts = None
+        else:
+            group = family.group_index(x)
+            prompts = [_block_prompts(p, group) for p in family.all_prompts(x)]
+        x = walk(plan, x, prompts, family, view.reads_class_only, memory)
+    if entered and not view.reads_class_only:
+        x = cut_rows(x, view.num_prefix_tokens, entered)
+    return model.head(view.readout(x))
+
+
+@torch.no_grad()
+def class_logits_with_equal_prompts(model, x: Tensor, row: Tensor, count: int) -> Tensor:
+    """Logits when every block holds `count` copies of one prompt row: one key whose logit gains log(count).
+
+    Equal keys share one softmax weight, so softmax over `count` copies is softmax over one with + log(count).
+
+    Args:
+        model: a PromptedViT.
+        x: (B, N, D) rows as `model.view.embed` gives them.
+        row: (D,) the prompt row.
+        count: number of copies, at least 1.
+
+    Returns:
+        logits (B, classes). No autograd graph is recorded.
+    """
+    plan = model.plan()
+    with torch.autocast(x.device.type, enabled=False):
+        log_count = torch.full((1, 1), float(count), dtype=torch.float64, device=x.device).log()
+        prompts = BlockPrompts(row.to(x.device)[None, None], None, log_count.to(x.dtype))
+        x = walk(plan, x, [prompts] * len(plan.blocks), None, model.view.reads_class_only, "exact")
+    return model.head(model.view.readout(x))
+
+
+class BlockPrompts(NamedTuple):
+    """Prompts of one block as attention reads them: rows (G, P, D), group (B,) or None, log_multiplicity (G, P)."""
+
+    rows: Tensor
+    group: Tensor | None = None
+    log_multiplicity: Tensor | None = None
+
+
+def _block_prompts(rows: Tensor | None, group: Tensor | None) -> BlockPrompts | None:
+    if rows is None:
+        return None
+    return BlockPrompts(rows[None] if rows.dim() == 2 else rows, group)
+
+
+def walk(
+    plan: FrozenPlan,
+    x: Tensor,
+    prompts: list[BlockPrompts | None] | None,
+    family,
+    class_only: bool,
+    memory: str,
+) -> Tensor:
+    """Run all blocks of `plan` on x (B, N, D).
+
+    Args:
+        prompts: per block, or None to ask `family` block by block (prompts that depend on the rows).
+        class_only: return the class row alone, (B, 1, D), and compute nothing else in the last block.
+    """
+    last = len(plan.blocks) - 1
+    ready = (
+        {}
+        if prompts is None
+        else _keys_values_at_once(plan, prompts, last if class_only else last + 1)
+    )
+    for i, block in enumerate(plan.blocks):
+        if prompts is not None:
+            given = prompts[i]
+        else:
+            given = _block_prompts(family.block_prompts(i, x), family.group_index(x))
+        if given is None:
+            given = BlockPrompts(x.new_empty(1, 0, x.shape[-1]))
+        rows, group, log_multiplicity = given
+        if class_only and i == last and block.q_norm is None and block.k_norm is None:
+            normed = _normalise(rows, block.eps1, plan.dtype)
+            return _ClassBlock.apply(x, normed, group, log_multiplicity, block)
+        kv = (
+            ready[i]
+            if i in ready
+            else _keys_values(_normalise(rows, block.eps1, plan.dtype), block)
+        )
+        x = _FrozenBlock.apply(
+            x, kv, group, log_multiplicity, block, memory, class_only and i == last
+        )
+    return x
+
+
+def _normalise(rows: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm without affine; statistics in at least fp32 with the exact eps (near-zero rows are common here)."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return F.layer_norm(wide, wide.shape[-1:], eps=eps).to(dtype)
+
+
+def _keys_values(normed: Tensor, block: BlockPlan) -> Tensor:
+    """Prompt keys and values (G, P, 2, H, d) of normalised prompt rows (G, P, D)."""
+    kv = F.linear(normed, block.w_kv, block.b_kv)
+    kv = kv.view(*normed.shape[:2], 2, block.num_heads, block.head_width)
+    if block.k_norm is None:
+        return kv
+    n = block.k_norm
+    k = F.layer_norm(kv[:, :, 0], n.weight.shape, n.weight, n.bias, n.eps)
+    return torch.stack([k, kv[:, :, 1]], dim=2)
+
+
+def _keys_values_at_once(
+    plan: FrozenPlan, prompts: list[BlockPrompts | None], blocks: int
+) -> dict[int, Tensor]:
+    """Keys and values of the first `blocks` blocks from one LayerNorm and one batched product, where they allow it.
+
+    They do when all those blocks have shared prompts of one shape and one eps, and keys are not normalised per head.
+    """
+    used, first = prompts[:blocks], plan.blocks[0]
+    if blocks < 2 or any(
+        p is None or p.rows.shape != used[0].rows.shape or len(p.rows) != 1 for p in used
+    ):
+        return {}
+    if any(b.eps1 != first.eps1 or b.k_norm is not None for b in plan.blocks[:blocks]):
+        return {}
+    if used[0].rows.shape[1] == 0:
+        return {}
+    normed = _normalise(torch.cat([p.rows for p in used]), first.eps1, plan.dtype)
+    own = first.num_heads * first.head_width
+    weight, bias = plan.w_qkv[:blocks, own:], plan.b_qkv[:blocks, None, own:]
+    kv = torch.baddbmm(bias, normed, weight.transpose(1, 2))
+    return dict(enumerate(kv.view(blocks, 1, -1, 2, first.num_heads, first.head_width).unbind(0)))
+
+
+class _FrozenBlock(torch.autograd.Function):
+    """One frozen block: x (B, N, D), kv (G, P, 2, H, d) -> (B, N, D), or (B, 1, D) when `class_only`.
+
+    Saved, in elements of one image (S = N D), unless only kv needs a gradient (then xhat1, k and v are not):
+    xhat1 S, qkv 3S, out S, xhat2 S, hidden 4S or its coded derivative (4S bytes); statistics and lse are small.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, kv, group, log_multiplicity, block: BlockPlan, memory: str, class_only: bool
+    ):
+        need_x = ctx.needs_input_grad[0]
+        xhat1, rstd1 = pointwise.layer_norm(x, block.eps1, block.w_qkv.dtype)
+        qkv, head_stats = _project(xhat1, block)
+        out, lse = torch.ops.pae.prompt_attention_fwd(
+            qkv, kv, group, 1.0, class_only, log_multiplicity
+        )
+        y = _residual(x[:, :1] if class_only else x, out, block.w_proj, block.b_proj)
+        y, mlp = _mlp_forward_(y, block, memory)
+
+        if not need_x:
+            xhat1 = rstd1 = None
+            qkv = qkv[:, :, :1].contiguous()  # the prompt columns' gradient reads queries only
+            head_stats = None
+        elif memory != "exact":
+            qkv = head_stats = None
+        ctx.save_for_backward(
+            xhat1, rstd1, qkv, kv, group, log_multiplicity, out, lse, *mlp, *(head_stats or ())
+        )
+        ctx.block, ctx.memory, ctx.class_only, ctx.x_dtype = block, memory, class_only, x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        block, need_x = ctx.block, ctx.needs_input_grad[0]
+        saved = ctx.saved_tensors
+        xhat1, rstd1, qkv, kv, group, log_multiplicity, out, lse = saved[:8]
+        head_stats = saved[11:]
+        with torch.autocast(dy.device.type, enabled=False):
+            dy = _mlp_backward(dy, saved[8:11], block, ctx.memory)
+            d_out = dy.to(block.w_proj.dtype) @ block.w_proj
+            if qkv is None:
+                qkv, head_stats = _project(xhat1, block)
+            d_qkv, d_kv = torch.ops.pae.prompt_attention_bwd(
+                d_out, qkv, kv, group, 1.0, ctx.class_only, log_multiplicity, out, lse, need_x
+            )
+            if not need_x:
+                return None, d_kv, None, None, None, None, None
+            if head_stats:
+                _head_norms_backward_(d_qkv, head_stats, block)
+            d_xhat = d_qkv.flatten(2) @ block.w_qkv
+            if ctx.class_only:
+                dy = F.pad(dy, (0, 0, 0, xhat1.shape[1] - 1))
+            dx = pointwise.layer_norm_backward(d_xhat, xhat1, rstd1, dy)
+        return dx.to(ctx.x_dtype), d_kv, None, None, None, None, None
+
+
+class _ClassBlock(torch.autograd.Function):
+    """The last block when only the class row is read: x (B, N, D), normed (G, P, D) -> (B, 1, D).
+
+    With one query a row's key is never needed: q.(W_k x_j + b_k) = (W_k^T q).x_j + const, and the constant drops out of
+    the softmax; values are projected after the weighted sum. So no key or value of any row is formed, prompts included.
+    These thin products run in at least fp32. Saved: xhat S, and what belongs to one row.
+    """
+
+    @staticmethod
+    def forward(ctx, x, normed, group, log_multiplicity, block: BlockPlan):
+        batch, heads, d = x.shape[0], block.num_heads, block.head_width
+        w_q, w_k, w_v = block.w_qkv.view(3, heads, d, -1).unbind(0)
+        b_q, _, b_v = block.b_qkv.view(3, heads * d).unbind(0)
+        dtype = w_q.dtype
+        xhat, rstd = pointwise.layer_norm(x, block.eps1, dtype)
+        wide = rstd.dtype
+        q = F.linear(xhat[:, 0], w_q.flatten(0, 1), b_q)
+        qk = _per_head(q.view(batch, heads, d), w_k).to(wide)  # (B, H, D)
+
+        prompts = take_groups(normed, group, batch).to(wide)
+        scores = torch.cat(
+            [qk @ prompts.transpose(1, 2), qk @ xhat.to(wide).transpose(1, 2)], dim=2
+        )
+        count = normed.shape[1]
+        if log_multiplicity is not None:
+            scores[..., :count] += take_groups(log_multiplicity, group, batch)[:, None].to(wide)
+        probs = scores.softmax(dim=-1)  # (B, H, P + N)
+        mixed = probs[..., :count] @ prompts + probs[..., count:] @ xhat.to(wide)  # (B, H, D)
+        out = _per_head(mixed.to(dtype), w_v.transpose(1, 2)).flatten(1) + b_v
+        y = _residual(x[:, :1], out[:, None], block.w_proj, block.b_proj)
+        y, mlp = _mlp_forward_(y, block, "exact")
+        ctx.save_for_backward(xhat, rstd, normed, group, probs, qk, *mlp)
+        ctx.block, ctx.x_dtype = block, x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        block, need_x = ctx.block, ctx.needs_input_grad[0]
+        xhat, rstd, normed, group, probs, qk, *mlp = ctx.saved_tensors
+        batch, heads, d = len(xhat), block.num_heads, block.head_width
+        w_q, w_k, w_v = block.w_qkv.view(3, heads, d, -1).unbind(0)
+        dtype, wide, count = w_q.dtype, rstd.dtype, normed.shape[1]
+        with torch.autocast(dy.device.type, enabled=False):
+            dy = _mlp_backward(dy, mlp, block, "exact")
+            d_out = (dy[:, 0].to(dtype) @ block.w_proj).view(batch, heads, d)
+            d_mixed = _per_head(d_out, w_v).to(wide)  # (B, H, D)
+            prompts, rows = take_groups(normed, group, batch).to(wide), xhat.to(wide)
+            d_probs = torch.cat(
+                [d_mixed @ prompts.transpose(1, 2), d_mixed @ rows.transpose(1, 2)], dim=2
+            )
+            d_scores = probs * (d_probs - (probs * d_probs).sum(-1, keepdim=True))
+            # a key row is read twice, by the scores (through qk) and by the weighted sum (through d_mixed)
+            reads = torch.cat([probs, d_scores], dim=1).transpose(1, 2)  # (B, P + N, 2H)
+            sources = torch.cat([d_mixed, qk], dim=1)  # (B, 2H, D)
+            d_normed = None
+            if ctx.needs_input_grad[1]:
+                d_normed = sum_groups(reads[:, :count] @ sources, group, len(normed)).to(
+                    normed.dtype
+                )
+            if not need_x:
+                return None, d_normed, None, None, None
+            d_xhat = reads[:, count:] @ sources
+            d_qk = (d_scores[..., :count] @ prompts + d_scores[..., count:] @ rows).to(dtype)
+            d_q = _per_head(d_qk, w_k.transpose(1, 2)).flatten(1)
+            d_xhat[:, 0] += d_q @ w_q.flatten(0, 1)
+            dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
+            dx = pointwise.layer_norm_backward(d_xhat, xhat, rstd, dy)
+        return dx.to(ctx.x_dtype), d_normed, None, None, None
+
+
+def _per_head(rows: Tensor, weight: Tensor) -> Tensor:
+    """(B, H, a) times (H, a, b) per head -> (B, H, b)."""
+    return torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1)
+
+
+def _project(xhat: Tensor, block: BlockPlan) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Packed (B, N, 3, H, d) of normalised rows, and what the per-head norms' backward needs (None without them)."""
+    qkv = F.linear(xhat, block.w_qkv, block.b_qkv)
+    qkv = qkv.view(*xhat.shape[:2], 3, block.num_heads, block.head_width)
+    if block.q_norm is None and block.k_norm is None:
+        return qkv, None
+    stats = ()
+    for slot, norm in enumerate((block.q_norm, block.k_norm)):
+        if norm is not None:
+            hat, rstd = pointwise.layer_norm(qkv[:, :, slot], norm.eps)
+            qkv[:, :, slot] = torch.addcmul(norm.bias, hat, norm.weight)
+            stats += (hat, rstd)
+    return qkv, stats
+
+
+def _head_norms_backward_(d_qkv: Tensor, stats: tuple[Tensor, ...], block: BlockPlan) -> None:
+    """In place: gradients of normalised queries and keys to those of the product's output."""
+    stats = list(stats)
+    for slot, norm in enumerate((block.q_norm, block.k_norm)):
+        if isinstance(norm, HeadNorm):
+            hat, rstd = stats.pop(0), stats.pop(0)
+            d_qkv[:, :, slot] = pointwise.layer_norm_backward(
+                d_qkv[:, :, slot] * norm.weight, hat, rstd
+            )
+
+
+def _residual(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x + rows W^T + b as a new tensor: x + b is the product's accumulator, so the sum costs no pass of its own."""
+    if x.dtype != rows.dtype:
+        return x + F.linear(rows, weight, bias)
+    y = x + bias
+    y.view(-1, y.shape[-1]).addmm_(rows.flatten(0, -2), weight.t())
+    return y
+
+
+def _residual_(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`_residual` into x itself."""
+    if x.dtype != rows.dtype:
+        return x.add_(F.linear(rows, weight, bias))
+    x.add_(bias).view(-1, x.shape[-1]).addmm_(rows.flatten(0, -2), weight.t())
+    return x
+
+
+def _mlp_forward_(
+    x: Tensor, block: BlockPlan, memory: str
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """x += fc2(act(fc1(norm2(x)))) in place; and (xhat, rstd, hidden | coded derivative | None) for the backward."""
+    xhat, rstd = pointwise.layer_norm(x, block.eps2, block.w_fc1.dtype)
+    hidden = F.linear(xhat, block.w_fc1, block.b_fc1)
+    rows, code = pointwise.activation(hidden, block.activation, code=memory == "low")
+    x = _residual_(x, rows, block.w_fc2, block.b_fc2)
+    kept = {"exact": hidden, "low": code, "lowest": None}[memory]
+    return x, (xhat, rstd, kept)
+
+
+def _mlp_backward(
+    dy: Tensor, saved: tuple[Tensor | None, ...], block: BlockPlan, memory: str
+) -> Tensor:
+    """Gradient of the block's middle rows: dy + norm2' fc1' act' fc2' dy."""
+    xhat, rstd, kept = saved
+    if memory == "lowest":
+        kept = F.linear(xhat, block.w_fc1, block.b_fc1)
+    d = dy.to(block.w_fc2.dtype) @ block.w_fc2
+    d = pointwise.activation_backward(d, kept, block.activation) @ block.w_fc1
+    return pointwise.layer_norm_backward(d, xhat, rstd, dy)

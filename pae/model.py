@@ -1,0 +1,235 @@
+"""PromptedViT: a frozen backbone, a prompt family and a head. Its forward is the textbook definition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, engine, plan
+from .backbones import read_backbone
+from .kld import KLD
+from .prompts import PromptFamily
+from .sequence import cut_rows, insert_rows
+
+
+class PromptedViT(nn.Module):
+    """A frozen vision transformer with learned prompts and a trained head.
+
+    The backbone is taken over: frozen, kept in eval mode (so dropout and drop-path are off), and its head moves to
+    `model.head`. `forward` is the definition: concatenate, run the backbone's own blocks, cut off. `pae.fast_forward`
+    equals it in value and in every gradient.
+
+    Args:
+        backbone: a timm `VisionTransformer`, or a module with the same attributes.
+        prompts: an unused prompt family, e.g. `pae.prompts.VPTDeep(50)`.
+        kld: Koopman-Lyapunov regulariser, or None.
+        num_classes: a new head of this many classes (VPT's initialisation); None keeps the backbone's head.
+
+    Attributes:
+        backbone, prompts, kld, head: the parts. view: what pae reads of the backbone.
+
+    Raises:
+        UnsupportedBackbone: naming the attribute that pae cannot express.
+        TypeError, ValueError: on parts of a wrong type or counts that do not fit the backbone.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        prompts: PromptFamily,
+        kld: KLD | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(prompts, PromptFamily):
+            raise TypeError(f"prompts must be a PromptFamily, got {type(prompts).__name__}")
+        if kld is not None and not isinstance(kld, KLD):
+            raise TypeError(f"kld must be a pae.KLD or None, got {type(kld).__name__}")
+        if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+            raise ValueError(
+                f"num_classes must be an integer of at least 1 or None, got {num_classes!r}"
+            )
+        self.view = read_backbone(backbone)
+        if num_classes is None:
+            head = backbone.head
+        else:
+            head = _new_head(getattr(backbone, "head_hidden_size", backbone.embed_dim), num_classes)
+        like = next(backbone.blocks.parameters())
+        prompts.bind(self.view.shape)
+        if kld is not None:
+            if len(set(prompts.prompt_counts[1:])) > 1:
+                raise ValueError(
+                    f"kld pairs the prompts of neighbouring blocks, which needs equal counts, got {prompts.prompt_counts}"
+                )
+            kld.bind(self.view.shape.depth, self.view.shape.width)
+            kld.to(like.device, like.dtype)
+        backbone.head = nn.Identity()
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.prompts = prompts.to(like.device, like.dtype)
+        self.kld = kld
+        self.head = head.to(like.device, like.dtype).requires_grad_(True)
+        self._plans: dict[torch.dtype, tuple[tuple, plan.FrozenPlan]] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits; 0 when the head is no linear layer."""
+        return getattr(self.head, "out_features", 0)
+
+    def train(self, mode: bool = True) -> PromptedViT:
+        """Training mode for prompts, regulariser and head; the backbone always stays in eval mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, images: Tensor, engine: str = "textbook", memory: str = "exact") -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W).
+
+        Args:
+            engine: "textbook" runs the backbone's own blocks on concatenated sequences; "fast" is `pae.fast_forward`.
+            memory: for "fast", see `pae.fast_forward`.
+
+        Raises:
+            ValueError: on images of a wrong shape, size or dtype, or an unknown engine.
+        """
+        self.view.check_images(images)
+        if engine == "fast":
+            return _run_fast(self, images, memory)
+        if engine != "textbook":
+            raise ValueError(f"engine must be 'textbook' or 'fast', got {engine!r}")
+        at, family, entered = self.view.num_prefix_tokens, self.prompts, 0
+        x = self.view.embed(images)
+        for i, block in enumerate(self.view.blocks):
+            rows = family.block_prompts(i, x)
+            if rows is None:
+                x = block(x)
+                continue
+            group = family.group_index(x)
+            x = block(insert_rows(x, rows if group is None else rows[group], at))
+            if family.enters_sequence:
+                entered = rows.shape[-2]
+            else:
+                x = cut_rows(x, at, rows.shape[-2])
+        return self.head(self.view.readout(cut_rows(x, at, entered)))
+
+    def penalty(self) -> Tensor:
+        """Scalar to add to the training loss: KLD's two terms and the family's own; 0 in eval mode.
+
+        Depends on parameters alone, so it is the same on every rank and for every batch.
+        """
+        total = torch.zeros((), device=self.device)
+        if not self.training:
+            return total
+        if self.kld is not None:
+            consistency, lyapunov = self.kld.terms(self.prompts.raw_prompts())
+            total = consistency + lyapunov
+        own = self.prompts.penalty()
+        return total if own is None else total + own
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the backbone."""
+        return next(self.backbone.blocks.parameters()).device
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
+        """Trainable parameters in the groups of the papers: decay on everything except the head's bias.
+
+        Returns:
+            dicts with "name" ("prompts", "kld", "head", "head_bias"), "params", "lr", "weight_decay", as
+            torch.optim takes them; empty groups are left out.
+
+        Source: VPT (SGD; only the head bias is exempt from decay), and PAE, whose K, L and lift are decayed too.
+        """
+        head = dict(self.head.named_parameters())
+        bias = [head.pop("bias")] if "bias" in head else []
+        parts = {
+            "prompts": list(self.prompts.parameters()),
+            "kld": [] if self.kld is None else list(self.kld.parameters()),
+            "head": list(head.values()),
+            "head_bias": bias,
+        }
+        return [
+            {
+                "name": name,
+                "params": params,
+                "lr": lr,
+                "weight_decay": 0.0 if name == "head_bias" else weight_decay,
+            }
+            for name, params in parts.items()
+            if params
+        ]
+
+    @torch.compiler.disable
+    def plan(self, dtype: torch.dtype | None = None) -> plan.FrozenPlan:
+        """The folded backbone for products in `dtype` (autocast's dtype, else the backbone's, when None).
+
+        Built at first use and kept. Rebuilt when a backbone parameter was replaced, moved, re-typed or written in
+        place; writes through `.data` leave no trace that PyTorch records, so call `drop_plans()` after those.
+        """
+        like = next(self.backbone.blocks.parameters())
+        if dtype is None:
+            kind = like.device.type
+            dtype = (
+                torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+            )
+        signature = plan.signature(self.view)
+        known = self._plans.get(dtype)
+        if known is None or known[0] != signature:
+            self._plans = {d: p for d, p in self._plans.items() if p[0] == signature}
+            self._plans[dtype] = known = (signature, plan.fold(self.view, dtype))
+        return known[1]
+
+    def drop_plans(self) -> None:
+        """Forget all folded copies of the backbone; the next fast forward folds again."""
+        self._plans = {}
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What training changes, by name: prompts, KLD and head; never a backbone weight."""
+        state = self.state_dict()
+        return {k: v for k, v in state.items() if not k.startswith("backbone.")}
+
+    def save(self, path: str | Path, extra: Mapping[str, str] | None = None) -> None:
+        """Write the trained parts to a safetensors file, atomically, with the backbone's name and fingerprint.
+
+        Args:
+            path: file to write; an existing one is replaced only when the new one is complete.
+            extra: further strings for the file's metadata.
+        """
+        checkpoint.save(self, path, extra)
+
+    def load(self, path: str | Path) -> PromptedViT:
+        """Read trained parts written by `save` into this model.
+
+        Raises:
+            CheckpointError: unreadable or incomplete file, another backbone, or parts that do not fit.
+        """
+        checkpoint.load(self, path)
+        return self
+
+    @classmethod
+    def from_file(cls, path: str | Path, backbone: nn.Module) -> PromptedViT:
+        """Build the model that `save` wrote on top of `backbone`, prompt family and KLD included.
+
+        Raises:
+            CheckpointError: as in `load`.
+        """
+        return checkpoint.build(cls, path, backbone)
+
+    def __getstate__(self) -> dict:
+        # copies and pickles carry no folded plans: those belong to the original's weights
+        return {**super().__getstate__(), "_plans": {}}
+
+
+def _run_fast(model: PromptedViT, images: Tensor, memory: str) -> Tensor:
+    return engine.run(model, images, memory)
+
+
+def _new_head(width: int, classes: int) -> nn.Linear:
+    """Linear head as VPT initialises it: Kaiming normal (fan out), bias -log(99)."""
+    head = nn.Linear(width, classes)
+    nn.init.kaiming_normal_(head.weight, a=0, mode="fan_out")
+    nn.init.constant_(head.bias, -math.log(99.0))
+    return head

@@ -1,0 +1,129 @@
+"""What a prompt family is: the questions that the textbook forward and the engine ask, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BackboneShape:
+    """The sizes of a frozen vision transformer that a prompt family may depend on.
+
+    Attributes:
+        depth: number of transformer blocks.
+        width: embedding width D.
+        num_heads: attention heads per block.
+        patch_size: (height, width) of a patch in pixels.
+        in_chans: image channels.
+        num_tokens: tokens of an image of the default size, prefix tokens included.
+    """
+
+    depth: int
+    width: int
+    num_heads: int
+    patch_size: tuple[int, int]
+    in_chans: int
+    num_tokens: int
+
+
+class PromptFamily(nn.Module):
+    """Base class of all prompt families.
+
+    A family knows how its prompts come about; it knows neither the backbone's code nor the engine. `PromptedViT`
+    calls `bind` once with the backbone's sizes; from then on both forwards ask `block_prompts`.
+
+    Attributes:
+        enters_sequence: prompt rows given at block 0 stay in the sequence through all blocks (VPT-shallow).
+            Otherwise the rows of block i are only read as keys and values of block i and then cut off.
+        depends_on_input: `block_prompts` reads the values of `x` (not only its batch size).
+    """
+
+    enters_sequence: bool = False
+    depends_on_input: bool = False
+
+    def bind(self, shape: BackboneShape) -> None:
+        """Allocate and initialise the parameters for a backbone of these sizes."""
+        raise NotImplementedError
+
+    @property
+    def prompt_counts(self) -> list[int]:
+        """Number of prompt rows given to each block, (depth,)."""
+        raise NotImplementedError
+
+    def block_prompts(self, index: int, x: Tensor) -> Tensor | None:
+        """Prompts of block `index`, given the rows `x` (B, N, D) that enter it.
+
+        Returns:
+            (P, D) shared by the batch, (B, P, D) per sample, (G, P, D) picked by `group_index`, or None.
+        """
+        raise NotImplementedError
+
+    def all_prompts(self, x: Tensor) -> list[Tensor | None]:
+        """`block_prompts` of every block at once, in block order; only asked when `depends_on_input` is False."""
+        return [self.block_prompts(i, x) for i in range(len(self.prompt_counts))]
+
+    def group_index(self, x: Tensor) -> Tensor | None:
+        """For (G, P, D) prompts with 1 < G < B: which set each sample uses, (B,) int64 in [0, G)."""
+        return None
+
+    def raw_prompts(self) -> list[Tensor | None]:
+        """Per block the dropout-free prompts (P, D) as differentiable tensors: what a regulariser sees."""
+        raise NotImplementedError
+
+    def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
+        """Overwrite the learned prompts with one (P, D) tensor per block (None where a block has none)."""
+        raise NotImplementedError
+
+    def config(self) -> dict:
+        """Constructor arguments as plain JSON values, enough to build the family again."""
+        raise NotImplementedError
+
+    def penalty(self) -> Tensor | None:
+        """Scalar added to the training loss, or None."""
+        return None
+
+    def end_of_step(self) -> None:
+        """Called by the training loop after every optimiser step."""
+
+    def end_of_epoch(self) -> None:
+        """Called by the training loop after every epoch."""
+
+
+def check_prompts(
+    name: str, prompts: Sequence[Tensor | None], counts: list[int], width: int
+) -> None:
+    """Raise unless `prompts` holds one (counts[i], width) tensor per block."""
+    if len(prompts) != len(counts):
+        raise ValueError(f"{name} must hold one entry per block, {len(counts)}, got {len(prompts)}")
+    for i, (prompt, count) in enumerate(zip(prompts, counts)):
+        got = None if prompt is None else tuple(prompt.shape)
+        if got != (count, width) and not (prompt is None and count == 0):
+            raise ValueError(f"{name}[{i}] must have shape {(count, width)}, got {got}")
+
+
+def check_probability(name: str, value: float) -> float:
+    """Return `value` as a float, or raise unless it lies in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+    return float(value)
+
+
+def check_count(name: str, value: int) -> int:
+    """Return `value`, or raise unless it is an integer >= 0."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return value
+
+
+def uniform_init_(tokens: Tensor, shape: BackboneShape) -> None:
+    """Fill with U(-v, v), v = sqrt(6 / (C ph pw + D)): the initialisation of VPT (Jia et al. 2022)."""
+    fan = shape.in_chans * shape.patch_size[0] * shape.patch_size[1] + shape.width
+    bound = (6.0 / fan) ** 0.5
+    with torch.no_grad():
+        tokens.uniform_(-bound, bound)

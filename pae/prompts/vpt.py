@@ -1,0 +1,185 @@
+"""Visual prompt tuning: free prompt tokens, in every block (deep) or at the input (shallow).
+
+Source: Jia et al., "Visual Prompt Tuning", ECCV 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import (
+    BackboneShape,
+    PromptFamily,
+    check_count,
+    check_probability,
+    check_prompts,
+    uniform_init_,
+)
+
+
+class _VPT(PromptFamily):
+    """What deep and shallow share: learned `tokens`, and dropout with an explicit scope."""
+
+    def __init__(self, dropout: float, dropout_scope: str) -> None:
+        super().__init__()
+        self.dropout = check_probability("dropout", dropout)
+        if dropout_scope not in ("batch", "sample"):
+            raise ValueError(f"dropout_scope must be 'batch' or 'sample', got {dropout_scope!r}")
+        self.dropout_scope = dropout_scope
+        self.register_parameter("tokens", None)
+
+    def _drop(self, rows: Tensor, x: Tensor) -> Tensor:
+        if not self.training or self.dropout == 0.0:
+            return rows
+        if self.dropout_scope == "sample":
+            rows = rows.expand(x.shape[0], -1, -1)
+        return F.dropout(rows, self.dropout, training=True)
+
+    def _allocate(self, shape: BackboneShape, *size: int) -> None:
+        if self.tokens is not None:
+            raise RuntimeError(
+                f"this {type(self).__name__} already belongs to a model; build a new one"
+            )
+        self.tokens = nn.Parameter(torch.empty(*size, shape.width))
+        uniform_init_(self.tokens, shape)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
+
+
+class VPTDeep(_VPT):
+    """VPT-deep: block i reads its own learned prompts P_i as extra keys and values; their outputs are cut off.
+
+    Args:
+        num_tokens: prompts per block: one integer for all blocks, or one per block (0 allowed).
+        dropout: probability with which prompt entries are zeroed in training (the papers use 0.1 on ViT-B).
+        dropout_scope: "batch" draws one mask per block and step for the whole batch (PAE, APT), which keeps the
+            prompts shared by the batch and therefore cheap; "sample" draws one per image (the original VPT code).
+
+    Attributes:
+        tokens: (depth, P, D), or (sum of counts, D) block after block when the counts differ.
+
+    Raises:
+        ValueError, TypeError: on a negative or non-integer count, a dropout outside [0, 1), an unknown scope.
+
+    Source: Jia et al. 2022, eq. 4-5.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int | Sequence[int],
+        dropout: float = 0.0,
+        dropout_scope: str = "batch",
+    ) -> None:
+        super().__init__(dropout, dropout_scope)
+        if isinstance(num_tokens, Sequence) and not isinstance(num_tokens, str):
+            self.num_tokens: int | list[int] = [
+                check_count(f"num_tokens[{i}]", n) for i, n in enumerate(num_tokens)
+            ]
+        else:
+            self.num_tokens = check_count("num_tokens", num_tokens)
+        self._counts: list[int] = []
+
+    def bind(self, shape: BackboneShape) -> None:
+        counts = self.num_tokens
+        counts = [counts] * shape.depth if isinstance(counts, int) else list(counts)
+        if len(counts) != shape.depth:
+            raise ValueError(
+                f"num_tokens must be one integer or one per block ({shape.depth}), got {len(counts)} values"
+            )
+        if len(set(counts)) == 1:
+            self._allocate(shape, shape.depth, counts[0])
+        else:
+            self._allocate(shape, sum(counts))
+        self._counts = counts
+
+    @property
+    def prompt_counts(self) -> list[int]:
+        return list(self._counts)
+
+    def raw_prompts(self) -> list[Tensor | None]:
+        if self.tokens.dim() == 3:
+            return list(self.tokens.unbind(0))
+        return list(self.tokens.split(self._counts))
+
+    def block_prompts(self, index: int, x: Tensor) -> Tensor | None:
+        if self._counts[index] == 0:
+            return None
+        if self.tokens.dim() == 3:
+            rows = self.tokens[index]
+        else:
+            start = sum(self._counts[:index])
+            rows = self.tokens[start : start + self._counts[index]]
+        return self._drop(rows, x)
+
+    def all_prompts(self, x: Tensor) -> list[Tensor | None]:
+        return [self._drop(rows, x) if len(rows) else None for rows in self.raw_prompts()]
+
+    def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
+        check_prompts("prompts", prompts, self._counts, self.tokens.shape[-1])
+        rows = [p for p in prompts if p is not None]
+        with torch.no_grad():
+            self.tokens.copy_(torch.cat(rows).view_as(self.tokens))
+
+    def config(self) -> dict:
+        return {
+            "num_tokens": self.num_tokens,
+            "dropout": self.dropout,
+            "dropout_scope": self.dropout_scope,
+        }
+
+
+class VPTShallow(_VPT):
+    """VPT-shallow: P learned prompts join the sequence before block 0 and run through all blocks.
+
+    Args:
+        num_tokens: number of prompts P.
+        dropout, dropout_scope: as in `VPTDeep`.
+
+    Attributes:
+        tokens: (P, D).
+
+    Raises:
+        ValueError, TypeError: on a negative or non-integer count, a dropout outside [0, 1), an unknown scope.
+
+    Source: Jia et al. 2022, eq. 2-3.
+    """
+
+    enters_sequence = True
+
+    def __init__(self, num_tokens: int, dropout: float = 0.0, dropout_scope: str = "batch") -> None:
+        super().__init__(dropout, dropout_scope)
+        self.num_tokens = check_count("num_tokens", num_tokens)
+        self._depth = 0
+
+    def bind(self, shape: BackboneShape) -> None:
+        self._allocate(shape, self.num_tokens)
+        self._depth = shape.depth
+
+    @property
+    def prompt_counts(self) -> list[int]:
+        return [self.num_tokens] + [0] * (self._depth - 1)
+
+    def raw_prompts(self) -> list[Tensor | None]:
+        return [self.tokens] + [None] * (self._depth - 1)
+
+    def block_prompts(self, index: int, x: Tensor) -> Tensor | None:
+        if index > 0 or self.num_tokens == 0:
+            return None
+        return self._drop(self.tokens, x)
+
+    def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
+        check_prompts("prompts", prompts, self.prompt_counts, self.tokens.shape[-1])
+        with torch.no_grad():
+            self.tokens.copy_(prompts[0])
+
+    def config(self) -> dict:
+        return {
+            "num_tokens": self.num_tokens,
+            "dropout": self.dropout,
+            "dropout_scope": self.dropout_scope,
+        }

@@ -1,0 +1,91 @@
+"""Which version of an op runs, and why: one place, one environment variable, one printable table.
+
+An op registers its versions in order of preference. A version is a module with the functions that the op needs, and
+a predicate that says why it cannot run on a device (None when it can). `PAE_BACKEND` forces a version by name; a
+forced version that cannot run is an error, never a silent fallback.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "triton", "cuda")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One implementation of an op.
+
+    Attributes:
+        name: one of `BACKENDS`.
+        module: where its functions live.
+        unavailable: device type -> reason why it cannot run there, or None.
+    """
+
+    name: str
+    module: ModuleType
+    unavailable: Callable[[str], str | None]
+
+
+_OPS: dict[str, list[Version]] = {}
+
+
+def anywhere(device_type: str) -> str | None:
+    """Predicate of a version that runs on every device."""
+    return None
+
+
+def register(op: str, *versions: Version) -> None:
+    """Register the versions of `op`, the preferred one first; the last one must run anywhere."""
+    _OPS[op] = list(versions)
+
+
+def forced() -> str | None:
+    """The version demanded by `PAE_BACKEND`, or None."""
+    name = os.environ.get("PAE_BACKEND", "auto")
+    if name in ("", "auto"):
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"PAE_BACKEND must be auto or one of {BACKENDS}, got {name!r}")
+    return name
+
+
+def choose(op: str, device: torch.device | str) -> ModuleType:
+    """Module that runs `op` on `device`.
+
+    Raises:
+        RuntimeError: `PAE_BACKEND` names a version that this op does not have or that cannot run on `device`.
+    """
+    device_type = torch.device(device).type
+    name = forced()
+    reasons = []
+    for version in _OPS[op]:
+        if name is not None and version.name != name:
+            continue
+        reason = version.unavailable(device_type)
+        if reason is None:
+            return version.module
+        reasons.append(f"{version.name}: {reason}")
+    what = "; ".join(reasons) or f"{op} has no such version, only {[v.name for v in _OPS[op]]}"
+    raise RuntimeError(f"PAE_BACKEND={name} cannot run {op} on {device_type}: {what}")
+
+
+def table() -> list[tuple[str, str, str, str]]:
+    """Rows (op, device type, chosen version, versions that cannot run and why)."""
+    rows = []
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for op, versions in sorted(_OPS.items()):
+        for device in devices:
+            why = [f"{v.name}: {r}" for v in versions if (r := v.unavailable(device)) is not None]
+            try:
+                module = choose(op, device)
+                chosen = next(v.name for v in versions if v.module is module)
+            except RuntimeError as error:
+                chosen, why = "-", [str(error)]
+            rows.append((op, device, chosen, "; ".join(why)))
+    return rows

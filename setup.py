@@ -1,0 +1,5 @@
+"""Build entry point. Metadata and dependencies are in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
