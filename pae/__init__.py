@@ -8,7 +8,6 @@ from .model import PromptedViT
 from .mpa import MPAResult, mpa_init
 from .version import __version__
 
-
 __all__ = [
     "KLD",
     "CheckpointError",

@@ -1,4 +1,6 @@
-"""Checkpoints: the trained parts alone, in one safetensors file that knows which backbone it belongs to."""
+"""Checkpoints: the trained parts alone, in one safetensors file that knows which backbone it
+belongs to.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def fingerprint(backbone: nn.Module) -> str:
-    """Hash of a backbone's weights, head apart; the same for its fp32 and its bf16 copy, on any device."""
+    """Hash of a backbone's weights, head apart; the same for its fp32 and its bf16 copy, on any
+    device.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(backbone.state_dict().items()):
         if name.startswith("head."):
@@ -95,7 +99,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            state = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
     try:
@@ -136,10 +141,11 @@ def build(cls, path: str | Path, backbone: nn.Module):
 
 
 def _check_backbone(path, meta: dict, backbone: nn.Module) -> None:
-    if meta["fingerprint"] != fingerprint(backbone):
+    found = fingerprint(backbone)
+    if meta["fingerprint"] != found:
         raise CheckpointError(
-            f"checkpoint {path} was trained on backbone {meta['backbone']} with other weights than this "
-            f"{backbone_name(backbone)} (fingerprints {meta['fingerprint']} and {fingerprint(backbone)})"
+            f"checkpoint {path} was trained on backbone {meta['backbone']} with fingerprint "
+            f"{meta['fingerprint']}, got {backbone_name(backbone)} with {found}"
         )
 
 

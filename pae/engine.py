@@ -1,14 +1,19 @@
-"""fast_forward: walks a FrozenPlan block by block and never computes what prompt tuning throws away.
+"""fast_forward: walks a FrozenPlan block by block and never computes what prompt tuning throws
+away.
 
 What is not computed, although the textbook does:
-    prompt queries, prompt outputs and their MLP         (deep prompts are cut off before the next block)
-    prompt keys and values per sample                    (shared prompts: once per block, all blocks in one product)
-    all rows but the class row in the last block         (when only that row is read), nor any image key or value there:
-                                                         W_k moves into the one query, W_v behind the weighted sum
-    gradients below the first prompted block, gradients of frozen weights, and what only they would need saved
+    prompt queries, prompt outputs and their MLP         (deep prompts are cut off before the next
+    block) prompt keys and values per sample                    (shared prompts: once per block, all
+    blocks in one product) all rows but the class row in the last block         (when only that row
+                                                         is read), nor any image key or value there:
+                                                         W_k moves into the one query, W_v behind
+                                                         the weighted sum
+    gradients below the first prompted block, gradients of frozen weights, and what only they would
+    need saved
 
-Residual stream and gradients keep the dtype of the embedding; products run in the plan's dtype; norms and softmax in
-at least fp32. Each block is one autograd.Function whose saved tensors are listed at `_FrozenBlock`.
+Residual stream and gradients keep the dtype of the embedding; products run in the plan's dtype;
+norms and softmax in at least fp32. Each block is one autograd.Function whose saved tensors are
+listed at `_FrozenBlock`.
 """
 
 from __future__ import annotations
@@ -31,16 +36,21 @@ MEMORY_MODES = ("exact", "low", "lowest")
 
 
 def fast_forward(model: nn.Module, images: Tensor, memory: str = "exact") -> Tensor:
-    """model(images), in value and in every gradient, without the work that prompt tuning throws away.
+    """model(images), in value and in every gradient, without the work that prompt tuning throws
+    away.
 
     Args:
-        model: a `PromptedViT`, or a wrapper around one that forwards calls (DistributedDataParallel, torch.compile).
+        model: a `PromptedViT`, or a wrapper around one that forwards calls
+            (DistributedDataParallel, torch.compile).
         images: (B, C, H, W) float, normalised as the backbone wants it.
-        memory: what is kept for the backward, per image and middle block, in units of S = N D elements:
+        memory: what is kept for the backward, per image and middle block, in units of S = N D
+            elements:
             "exact"   10 S; no extra work.
-            "low"      5 S: q, k, v are computed again (one product of twelve more) and the activation's derivative is
-                      kept in 8 bits; prompt gradients are off by about 3e-3 (fp32), nothing visible in bf16.
-            "lowest"   3 S: q, k, v and the MLP's hidden rows are computed again; exact, a third more product work.
+            "low"      5 S: q, k, v are computed again (one product of twelve more) and the
+                      activation's derivative is kept in 8 bits; prompt gradients are off by about
+                      3e-3 (fp32), nothing visible in bf16.
+            "lowest"   3 S: q, k, v and the MLP's hidden rows are computed again; exact, a third
+            more product work.
 
     Returns:
         logits (B, classes).
@@ -89,9 +99,11 @@ def run(model, images: Tensor, memory: str) -> Tensor:
 
 @torch.no_grad()
 def class_logits_with_equal_prompts(model, x: Tensor, row: Tensor, count: int) -> Tensor:
-    """Logits when every block holds `count` copies of one prompt row: one key whose logit gains log(count).
+    """Logits when every block holds `count` copies of one prompt row: one key whose logit gains
+    log(count).
 
-    Equal keys share one softmax weight, so softmax over `count` copies is softmax over one with + log(count).
+    Equal keys share one softmax weight, so softmax over `count` copies is softmax over one with +
+    log(count).
 
     Args:
         model: a PromptedViT.
@@ -111,7 +123,9 @@ def class_logits_with_equal_prompts(model, x: Tensor, row: Tensor, count: int) -
 
 
 class BlockPrompts(NamedTuple):
-    """Prompts of one block as attention reads them: rows (G, P, D), group (B,) or None, log_multiplicity (G, P)."""
+    """Prompts of one block as attention reads them: rows (G, P, D), group (B,) or None,
+    log_multiplicity (G, P).
+    """
 
     rows: Tensor
     group: Tensor | None = None
@@ -135,8 +149,10 @@ def walk(
     """Run all blocks of `plan` on x (B, N, D).
 
     Args:
-        prompts: per block, or None to ask `family` block by block (prompts that depend on the rows).
-        class_only: return the class row alone, (B, 1, D), and compute nothing else in the last block.
+        prompts: per block, or None to ask `family` block by block (prompts that depend on the
+            rows).
+        class_only: return the class row alone, (B, 1, D), and compute nothing else in the last
+            block.
     """
     last = len(plan.blocks) - 1
     ready = (
@@ -167,7 +183,9 @@ def walk(
 
 
 def _normalise(rows: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm without affine; statistics in at least fp32 with the exact eps (near-zero rows are common here)."""
+    """LayerNorm without affine; statistics in at least fp32 with the exact eps (near-zero rows are
+    common here).
+    """
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return F.layer_norm(wide, wide.shape[-1:], eps=eps).to(dtype)
 
@@ -186,9 +204,11 @@ def _keys_values(normed: Tensor, block: BlockPlan) -> Tensor:
 def _keys_values_at_once(
     plan: FrozenPlan, prompts: list[BlockPrompts | None], blocks: int
 ) -> dict[int, Tensor]:
-    """Keys and values of the first `blocks` blocks from one LayerNorm and one batched product, where they allow it.
+    """Keys and values of the first `blocks` blocks from one LayerNorm and one batched product,
+    where they allow it.
 
-    They do when all those blocks have shared prompts of one shape and one eps, and keys are not normalised per head.
+    They do when all those blocks have shared prompts of one shape and one eps, and keys are not
+    normalised per head.
     """
     used, first = prompts[:blocks], plan.blocks[0]
     if blocks < 2 or any(
@@ -207,10 +227,12 @@ def _keys_values_at_once(
 
 
 class _FrozenBlock(torch.autograd.Function):
-    """One frozen block: x (B, N, D), kv (G, P, 2, H, d) -> (B, N, D), or (B, 1, D) when `class_only`.
+    """One frozen block: x (B, N, D), kv (G, P, 2, H, d) -> (B, N, D), or (B, 1, D) when
+    `class_only`.
 
-    Saved, in elements of one image (S = N D), unless only kv needs a gradient (then xhat1, k and v are not):
-    xhat1 S, qkv 3S, out S, xhat2 S, hidden 4S or its coded derivative (4S bytes); statistics and lse are small.
+    Saved, in elements of one image (S = N D), unless only kv needs a gradient (then xhat1, k and v
+    are not): xhat1 S, qkv 3S, out S, xhat2 S, hidden 4S or its coded derivative (4S bytes);
+    statistics and lse are small.
     """
 
     @staticmethod
@@ -267,9 +289,10 @@ class _FrozenBlock(torch.autograd.Function):
 class _ClassBlock(torch.autograd.Function):
     """The last block when only the class row is read: x (B, N, D), normed (G, P, D) -> (B, 1, D).
 
-    With one query a row's key is never needed: q.(W_k x_j + b_k) = (W_k^T q).x_j + const, and the constant drops out of
-    the softmax; values are projected after the weighted sum. So no key or value of any row is formed, prompts included.
-    These thin products run in at least fp32. Saved: xhat S, and what belongs to one row.
+    With one query a row's key is never needed: q.(W_k x_j + b_k) = (W_k^T q).x_j + const, and the
+    constant drops out of the softmax; values are projected after the weighted sum. So no key or
+    value of any row is formed, prompts included. These thin products run in at least fp32. Saved:
+    xhat S, and what belongs to one row.
     """
 
     @staticmethod
@@ -316,7 +339,8 @@ class _ClassBlock(torch.autograd.Function):
                 [d_mixed @ prompts.transpose(1, 2), d_mixed @ rows.transpose(1, 2)], dim=2
             )
             d_scores = probs * (d_probs - (probs * d_probs).sum(-1, keepdim=True))
-            # a key row is read twice, by the scores (through qk) and by the weighted sum (through d_mixed)
+            # a key row is read twice, by the scores (through qk) and by the weighted sum (through
+            # d_mixed)
             reads = torch.cat([probs, d_scores], dim=1).transpose(1, 2)  # (B, P + N, 2H)
             sources = torch.cat([d_mixed, qk], dim=1)  # (B, 2H, D)
             d_normed = None
@@ -341,7 +365,9 @@ def _per_head(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _project(xhat: Tensor, block: BlockPlan) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """Packed (B, N, 3, H, d) of normalised rows, and what the per-head norms' backward needs (None without them)."""
+    """Packed (B, N, 3, H, d) of normalised rows, and what the per-head norms' backward needs (None
+    without them).
+    """
     qkv = F.linear(xhat, block.w_qkv, block.b_qkv)
     qkv = qkv.view(*xhat.shape[:2], 3, block.num_heads, block.head_width)
     if block.q_norm is None and block.k_norm is None:
@@ -367,7 +393,9 @@ def _head_norms_backward_(d_qkv: Tensor, stats: tuple[Tensor, ...], block: Block
 
 
 def _residual(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x + rows W^T + b as a new tensor: x + b is the product's accumulator, so the sum costs no pass of its own."""
+    """x + rows W^T + b as a new tensor: x + b is the product's accumulator, so the sum costs no
+    pass of its own.
+    """
     if x.dtype != rows.dtype:
         return x + F.linear(rows, weight, bias)
     y = x + bias
@@ -386,7 +414,9 @@ def _residual_(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _mlp_forward_(
     x: Tensor, block: BlockPlan, memory: str
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """x += fc2(act(fc1(norm2(x)))) in place; and (xhat, rstd, hidden | coded derivative | None) for the backward."""
+    """x += fc2(act(fc1(norm2(x)))) in place; and (xhat, rstd, hidden | coded derivative | None) for
+    the backward.
+    """
     xhat, rstd = pointwise.layer_norm(x, block.eps2, block.w_fc1.dtype)
     hidden = F.linear(xhat, block.w_fc1, block.b_fc1)
     rows, code = pointwise.activation(hidden, block.activation, code=memory == "low")

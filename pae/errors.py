@@ -2,7 +2,9 @@
 
 
 class UnsupportedBackbone(ValueError):
-    """The backbone computes something that the folded plan cannot express; the message names the attribute."""
+    """The backbone computes something that the folded plan cannot express; the message names the
+    attribute.
+    """
 
 
 class CheckpointError(RuntimeError):

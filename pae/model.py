@@ -1,4 +1,6 @@
-"""PromptedViT: a frozen backbone, a prompt family and a head. Its forward is the textbook definition."""
+"""PromptedViT: a frozen backbone, a prompt family and a head. Its forward is the textbook
+definition.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,16 @@ from .sequence import cut_rows, insert_rows
 class PromptedViT(nn.Module):
     """A frozen vision transformer with learned prompts and a trained head.
 
-    The backbone is taken over: frozen, kept in eval mode (so dropout and drop-path are off), and its head moves to
-    `model.head`. `forward` is the definition: concatenate, run the backbone's own blocks, cut off. `pae.fast_forward`
-    equals it in value and in every gradient.
+    The backbone is taken over: frozen, kept in eval mode (so dropout and drop-path are off), and
+    its head moves to `model.head`. `forward` is the definition: concatenate, run the backbone's own
+    blocks, cut off. `pae.fast_forward` equals it in value and in every gradient.
 
     Args:
         backbone: a timm `VisionTransformer`, or a module with the same attributes.
         prompts: an unused prompt family, e.g. `pae.prompts.VPTDeep(50)`.
         kld: Koopman-Lyapunov regulariser, or None.
-        num_classes: a new head of this many classes (VPT's initialisation); None keeps the backbone's head.
+        num_classes: a new head of this many classes (VPT's initialisation); None keeps the
+            backbone's head.
 
     Attributes:
         backbone, prompts, kld, head: the parts. view: what pae reads of the backbone.
@@ -61,9 +64,11 @@ class PromptedViT(nn.Module):
         like = next(backbone.blocks.parameters())
         prompts.bind(self.view.shape)
         if kld is not None:
-            if len(set(prompts.prompt_counts[1:])) > 1:
+            counts = prompts.prompt_counts
+            if len(set(counts[1:])) != 1 or counts[-1] == 0:
                 raise ValueError(
-                    f"kld pairs the prompts of neighbouring blocks, which needs equal counts, got {prompts.prompt_counts}"
+                    "kld pairs the prompts of neighbouring blocks, which needs the same number of "
+                    f"prompts (at least one) in every block after the first, got {counts}"
                 )
             kld.bind(self.view.shape.depth, self.view.shape.width)
             kld.to(like.device, like.dtype)
@@ -80,7 +85,9 @@ class PromptedViT(nn.Module):
         return getattr(self.head, "out_features", 0)
 
     def train(self, mode: bool = True) -> PromptedViT:
-        """Training mode for prompts, regulariser and head; the backbone always stays in eval mode."""
+        """Training mode for prompts, regulariser and head; the backbone always stays in eval
+        mode.
+        """
         super().train(mode)
         self.backbone.eval()
         return self
@@ -89,7 +96,8 @@ class PromptedViT(nn.Module):
         """Logits (B, classes) of images (B, C, H, W).
 
         Args:
-            engine: "textbook" runs the backbone's own blocks on concatenated sequences; "fast" is `pae.fast_forward`.
+            engine: "textbook" runs the backbone's own blocks on concatenated sequences; "fast" is
+                `pae.fast_forward`.
             memory: for "fast", see `pae.fast_forward`.
 
         Raises:
@@ -135,13 +143,15 @@ class PromptedViT(nn.Module):
         return next(self.backbone.blocks.parameters()).device
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
-        """Trainable parameters in the groups of the papers: decay on everything except the head's bias.
+        """Trainable parameters in the groups of the papers: decay on everything except the head's
+        bias.
 
         Returns:
-            dicts with "name" ("prompts", "kld", "head", "head_bias"), "params", "lr", "weight_decay", as
-            torch.optim takes them; empty groups are left out.
+            dicts with "name" ("prompts", "kld", "head", "head_bias"), "params", "lr",
+            "weight_decay", as torch.optim takes them; empty groups are left out.
 
-        Source: VPT (SGD; only the head bias is exempt from decay), and PAE, whose K, L and lift are decayed too.
+        Source: VPT (SGD; only the head bias is exempt from decay), and PAE, whose K, L and lift are
+        decayed too.
         """
         head = dict(self.head.named_parameters())
         bias = [head.pop("bias")] if "bias" in head else []
@@ -164,10 +174,12 @@ class PromptedViT(nn.Module):
 
     @torch.compiler.disable
     def plan(self, dtype: torch.dtype | None = None) -> plan.FrozenPlan:
-        """The folded backbone for products in `dtype` (autocast's dtype, else the backbone's, when None).
+        """The folded backbone for products in `dtype` (autocast's dtype, else the backbone's, when
+        None).
 
-        Built at first use and kept. Rebuilt when a backbone parameter was replaced, moved, re-typed or written in
-        place; writes through `.data` leave no trace that PyTorch records, so call `drop_plans()` after those.
+        Built at first use and kept. Rebuilt when a backbone parameter was replaced, moved, re-typed
+        or written in place; writes through `.data` leave no trace that PyTorch records, so call
+        `drop_plans()` after those.
         """
         like = next(self.backbone.blocks.parameters())
         if dtype is None:
@@ -192,7 +204,8 @@ class PromptedViT(nn.Module):
         return {k: v for k, v in state.items() if not k.startswith("backbone.")}
 
     def save(self, path: str | Path, extra: Mapping[str, str] | None = None) -> None:
-        """Write the trained parts to a safetensors file, atomically, with the backbone's name and fingerprint.
+        """Write the trained parts to a safetensors file, atomically, with the backbone's name and
+        fingerprint.
 
         Args:
             path: file to write; an existing one is replaced only when the new one is complete.
@@ -204,7 +217,8 @@ class PromptedViT(nn.Module):
         """Read trained parts written by `save` into this model.
 
         Raises:
-            CheckpointError: unreadable or incomplete file, another backbone, or parts that do not fit.
+            CheckpointError: unreadable or incomplete file, another backbone, or parts that do not
+            fit.
         """
         checkpoint.load(self, path)
         return self

@@ -30,8 +30,8 @@ class HeadNorm:
 class BlockPlan:
     """Folded constants of one block, all in the compute dtype.
 
-    w_qkv (3 H d, D), w_proj (D, H d), w_fc1 (F, D), w_fc2 (D, F) and their biases act on normalised rows;
-    logits need no further scale.
+    w_qkv (3 H d, D), w_proj (D, H d), w_fc1 (F, D), w_fc2 (D, F) and their biases act on normalised
+    rows; logits need no further scale.
     """
 
     num_heads: int
@@ -65,8 +65,8 @@ class BlockPlan:
 class FrozenPlan:
     """All blocks of a backbone, folded for one device and compute dtype.
 
-    w_qkv and b_qkv of the blocks are views of the stacked tensors here, so that the prompt keys and values of many
-    blocks are one batched product.
+    w_qkv and b_qkv of the blocks are views of the stacked tensors here, so that the prompt keys and
+    values of many blocks are one batched product.
     """
 
     dtype: torch.dtype

@@ -1,4 +1,6 @@
-"""Kernels for prompt tuning: tensors in, tensors out. Knows nothing of models, prompts or training."""
+"""Kernels for prompt tuning: tensors in, tensors out. Knows nothing of models, prompts or
+training.
+"""
 
 from .attention import prompt_attention
 

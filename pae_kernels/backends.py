@@ -1,8 +1,9 @@
 """Which version of an op runs, and why: one place, one environment variable, one printable table.
 
-An op registers its versions in order of preference. A version is a module with the functions that the op needs, and
-a predicate that says why it cannot run on a device (None when it can). `PAE_BACKEND` forces a version by name; a
-forced version that cannot run is an error, never a silent fallback.
+An op registers its versions in order of preference. A version is a module with the functions that
+the op needs, and a predicate that says why it cannot run on a device (None when it can).
+`PAE_BACKEND` forces a version by name; a forced version that cannot run is an error, never a silent
+fallback.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def choose(op: str, device: torch.device | str) -> ModuleType:
     """Module that runs `op` on `device`.
 
     Raises:
-        RuntimeError: `PAE_BACKEND` names a version that this op does not have or that cannot run on `device`.
+        RuntimeError: `PAE_BACKEND` names a version that this op does not have or that cannot run on
+        `device`.
     """
     device_type = torch.device(device).type
     name = forced()

@@ -1,8 +1,9 @@
-"""timm vision transformers, judged by capability: what a block has and computes, never what it is called.
+"""timm vision transformers, judged by capability: what a block has and computes, never what it is
+called.
 
-Every block is read attribute by attribute into `BlockWeights`, and then proved: the formula that the plan will fold is
-run on a few random rows beside the block itself. A block that has the right attributes but computes something else
-(a patched forward, post-norm, an extra adapter) is refused.
+Every block is read attribute by attribute into `BlockWeights`, and then proved: the formula that
+the plan will fold is run on a few random rows beside the block itself. A block that has the right
+attributes but computes something else (a patched forward, post-norm, an extra adapter) is refused.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class Linear:
 class BlockWeights:
     """One pre-norm block: x += s1 proj(attention(norm1(x))); x += s2 fc2(act(fc1(norm2(x)))).
 
-    qkv is the packed (3 H d, D) projection; q_norm and k_norm act per head before the logits, or are None;
-    scale1 and scale2 are LayerScale's (D,) factors, or None; activation is a key of `pae_kernels` ACTIVATIONS.
+    qkv is the packed (3 H d, D) projection; q_norm and k_norm act per head before the logits, or
+    are None; scale1 and scale2 are LayerScale's (D,) factors, or None; activation is a key of
+    `pae_kernels` ACTIVATIONS.
     """
 
     norm1: Norm
@@ -89,7 +91,9 @@ class BackboneView:
         return list(self.module.blocks)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Stem: (B, C, H, W) images to (B, N, D) rows with position embedding, prefix tokens first."""
+        """Stem: (B, C, H, W) images to (B, N, D) rows with position embedding, prefix tokens
+        first.
+        """
         m = self.module
         x = m._pos_embed(m.patch_embed(images))
         return m.norm_pre(m.patch_drop(x))
@@ -116,17 +120,15 @@ class BackboneView:
                 f"images must have {self.shape.in_chans} channels, got {images.shape[1]}"
             )
         embed, size = self.module.patch_embed, tuple(images.shape[-2:])
-        if not getattr(self.module, "dynamic_img_size", False):
-            if size != tuple(embed.img_size):
-                raise ValueError(
-                    f"images must be {embed.img_size[0]}x{embed.img_size[1]}, got {size[0]}x{size[1]} (build the "
-                    "backbone with img_size=... or dynamic_img_size=True for another size)"
-                )
-        elif not getattr(embed, "dynamic_img_pad", False):
-            if any(s % p for s, p in zip(size, self.shape.patch_size)):
-                raise ValueError(
-                    f"images must have sides divisible by the patch size {self.shape.patch_size}, got {size}"
-                )
+        patch, fixed = self.shape.patch_size, not getattr(self.module, "dynamic_img_size", False)
+        if fixed and size != tuple(embed.img_size):
+            raise ValueError(
+                f"images must be {tuple(embed.img_size)} pixels high and wide, got {size} (build the "
+                "backbone with img_size=... or dynamic_img_size=True for another size)"
+            )
+        padded = getattr(embed, "dynamic_img_pad", False)
+        if not fixed and not padded and any(s % p for s, p in zip(size, patch)):
+            raise ValueError(f"images must have sides divisible by the patch {patch}, got {size}")
 
 
 def read_backbone(module: nn.Module) -> BackboneView:
@@ -238,7 +240,7 @@ def _activation(module: nn.Module, name: str) -> str:
 
 def apply_block(weights: BlockWeights, x: Tensor) -> Tensor:
     """The formula of `BlockWeights`, unfolded, in plain PyTorch."""
-    w, (batch, rows, width) = weights, x.shape
+    w, (batch, rows, _) = weights, x.shape
 
     def norm(n: Norm, t: Tensor) -> Tensor:
         return F.layer_norm(t, t.shape[-1:], n.weight, n.bias, n.eps)
@@ -277,6 +279,6 @@ def _prove(block: nn.Module, weights: BlockWeights, name: str) -> None:
     difference = (got - expected).float().norm() / (expected - rows).float().norm().clamp_min(1e-20)
     if not difference <= tolerance and torch.isfinite(expected).all():
         raise UnsupportedBackbone(
-            f"{name} ({type(block).__name__}) computes something else than pre-norm attention and MLP: "
-            f"{difference:.1e} relative difference on random rows"
+            f"{name} ({type(block).__name__}) computes something else than pre-norm attention and "
+            f"MLP: {difference:.1e} relative difference on random rows"
         )

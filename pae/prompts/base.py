@@ -1,4 +1,6 @@
-"""What a prompt family is: the questions that the textbook forward and the engine ask, and nothing else."""
+"""What a prompt family is: the questions that the textbook forward and the engine ask, and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,14 @@ class BackboneShape:
 class PromptFamily(nn.Module):
     """Base class of all prompt families.
 
-    A family knows how its prompts come about; it knows neither the backbone's code nor the engine. `PromptedViT`
-    calls `bind` once with the backbone's sizes; from then on both forwards ask `block_prompts`.
+    A family knows how its prompts come about; it knows neither the backbone's code nor the engine.
+    `PromptedViT` calls `bind` once with the backbone's sizes; from then on both forwards ask
+    `block_prompts`.
 
     Attributes:
-        enters_sequence: prompt rows given at block 0 stay in the sequence through all blocks (VPT-shallow).
-            Otherwise the rows of block i are only read as keys and values of block i and then cut off.
+        enters_sequence: prompt rows given at block 0 stay in the sequence through all blocks
+            (VPT-shallow). Otherwise the rows of block i are only read as keys and values of block i
+            and then cut off.
         depends_on_input: `block_prompts` reads the values of `x` (not only its batch size).
     """
 
@@ -58,24 +62,33 @@ class PromptFamily(nn.Module):
         """Prompts of block `index`, given the rows `x` (B, N, D) that enter it.
 
         Returns:
-            (P, D) shared by the batch, (B, P, D) per sample, (G, P, D) picked by `group_index`, or None.
+            (P, D) shared by the batch, (B, P, D) per sample, (G, P, D) picked by `group_index`, or
+            None.
         """
         raise NotImplementedError
 
     def all_prompts(self, x: Tensor) -> list[Tensor | None]:
-        """`block_prompts` of every block at once, in block order; only asked when `depends_on_input` is False."""
+        """`block_prompts` of every block at once, in block order; only asked when
+        `depends_on_input` is False.
+        """
         return [self.block_prompts(i, x) for i in range(len(self.prompt_counts))]
 
     def group_index(self, x: Tensor) -> Tensor | None:
-        """For (G, P, D) prompts with 1 < G < B: which set each sample uses, (B,) int64 in [0, G)."""
+        """For (G, P, D) prompts with 1 < G < B: which set each sample uses, (B,) int64 in [0,
+        G).
+        """
         return None
 
     def raw_prompts(self) -> list[Tensor | None]:
-        """Per block the dropout-free prompts (P, D) as differentiable tensors: what a regulariser sees."""
+        """Per block the dropout-free prompts (P, D) as differentiable tensors: what a regulariser
+        sees.
+        """
         raise NotImplementedError
 
     def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
-        """Overwrite the learned prompts with one (P, D) tensor per block (None where a block has none)."""
+        """Overwrite the learned prompts with one (P, D) tensor per block (None where a block has
+        none).
+        """
         raise NotImplementedError
 
     def config(self) -> dict:
@@ -122,7 +135,9 @@ def check_count(name: str, value: int) -> int:
 
 
 def uniform_init_(tokens: Tensor, shape: BackboneShape) -> None:
-    """Fill with U(-v, v), v = sqrt(6 / (C ph pw + D)): the initialisation of VPT (Jia et al. 2022)."""
+    """Fill with U(-v, v), v = sqrt(6 / (C ph pw + D)): the initialisation of VPT (Jia et al.
+    2022).
+    """
     fan = shape.in_chans * shape.patch_size[0] * shape.patch_size[1] + shape.width
     bound = (6.0 / fan) ** 0.5
     with torch.no_grad():

@@ -52,19 +52,23 @@ class _VPT(PromptFamily):
 
 
 class VPTDeep(_VPT):
-    """VPT-deep: block i reads its own learned prompts P_i as extra keys and values; their outputs are cut off.
+    """VPT-deep: block i reads its own learned prompts P_i as extra keys and values; their outputs
+    are cut off.
 
     Args:
         num_tokens: prompts per block: one integer for all blocks, or one per block (0 allowed).
-        dropout: probability with which prompt entries are zeroed in training (the papers use 0.1 on ViT-B).
-        dropout_scope: "batch" draws one mask per block and step for the whole batch (PAE, APT), which keeps the
-            prompts shared by the batch and therefore cheap; "sample" draws one per image (the original VPT code).
+        dropout: probability with which prompt entries are zeroed in training (the papers use 0.1 on
+            ViT-B).
+        dropout_scope: "batch" draws one mask per block and step for the whole batch (PAE, APT),
+            which keeps the prompts shared by the batch and therefore cheap; "sample" draws one per
+            image (the original VPT code).
 
     Attributes:
         tokens: (depth, P, D), or (sum of counts, D) block after block when the counts differ.
 
     Raises:
-        ValueError, TypeError: on a negative or non-integer count, a dropout outside [0, 1), an unknown scope.
+        ValueError, TypeError: on a negative or non-integer count, a dropout outside [0, 1), an
+        unknown scope.
 
     Source: Jia et al. 2022, eq. 4-5.
     """
@@ -89,7 +93,8 @@ class VPTDeep(_VPT):
         counts = [counts] * shape.depth if isinstance(counts, int) else list(counts)
         if len(counts) != shape.depth:
             raise ValueError(
-                f"num_tokens must be one integer or one per block ({shape.depth}), got {len(counts)} values"
+                f"num_tokens must be one integer or one per block ({shape.depth}), "
+                f"got {len(counts)} values"
             )
         if len(set(counts)) == 1:
             self._allocate(shape, shape.depth, counts[0])
@@ -144,7 +149,8 @@ class VPTShallow(_VPT):
         tokens: (P, D).
 
     Raises:
-        ValueError, TypeError: on a negative or non-integer count, a dropout outside [0, 1), an unknown scope.
+        ValueError, TypeError: on a negative or non-integer count, a dropout outside [0, 1), an
+        unknown scope.
 
     Source: Jia et al. 2022, eq. 2-3.
     """

@@ -1,4 +1,6 @@
-"""The op `prompt_attention`: signature, checks, registration, autograd. Reads top to bottom as every op does."""
+"""The op `prompt_attention`: signature, checks, registration, autograd. Reads top to bottom as
+every op does.
+"""
 
 from __future__ import annotations
 
@@ -23,33 +25,31 @@ def prompt_attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q [k_p; k]^T + [log m; 0]) [v_p; v]: image queries over prompt and image keys.
 
-    Prompt keys may come from prompt tokens (LayerNorm and the frozen projection, as in VPT) or be learned in head
-    space (E2VPT, APT): the op does not care. Their order does not matter either.
+    Prompt keys may come from prompt tokens (LayerNorm and the frozen projection, as in VPT) or be
+    learned in head space (E2VPT, APT): the op does not care. Their order does not matter either.
 
     Args:
         qkv: (B, N, 3, H, d), the packed product of the image rows, as it lies in memory.
-        kv_prompt: (G, P, 2, H, d) prompt keys and values; P = 0 is plain attention. G = 1 is shared by the batch,
-            G = B is per sample, any other G needs `group`.
+        kv_prompt: (G, P, 2, H, d) prompt keys and values; P = 0 is plain attention. G = 1 is shared
+            by the batch, G = B is per sample, any other G needs `group`.
         group: (B,) int64 in [0, G): which prompt set each sample reads.
         scale: factor of the logits; d ** -0.5 when None.
         queries: "all" rows, or "class": only row 0 asks (last block, class attention).
-        log_multiplicity: (G, P) added to the prompt logits: log m stands for m equal prompts, -inf masks a prompt.
+        log_multiplicity: (G, P) added to the prompt logits: log m stands for m equal prompts, -inf
+            masks a prompt.
 
     Returns:
-        out (B, N, H d), or (B, 1, H d) for "class", in the dtype of qkv; and the log-sum-exp of each row's logits
-        (B, H, N) or (B, H, 1) in fp32 or wider, not differentiable.
+        out (B, N, H d), or (B, 1, H d) for "class", in the dtype of qkv; and the log-sum-exp of
+        each row's logits (B, H, N) or (B, H, 1) in fp32 or wider, not differentiable.
 
-    Gradients: qkv and kv_prompt; the latter is summed over the batch in fp32 in a fixed order (deterministic).
+    Gradients: qkv and kv_prompt; the latter is summed over the batch in fp32 in a fixed order
+    (deterministic).
     Numerics: softmax in fp32 or wider.
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what was expected.
     """
     _check(qkv, kv_prompt, group, queries, log_multiplicity)
-    if group is None and kv_prompt.shape[0] not in (1, qkv.shape[0]):
-        raise ValueError(
-            f"group is needed when kv_prompt has {kv_prompt.shape[0]} sets for a batch of {qkv.shape[0]}"
-        )
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     args = (qkv, kv_prompt, group, scale, queries == "class", log_multiplicity)
     if torch.compiler.is_compiling():
@@ -62,7 +62,7 @@ def _check(qkv, kv_prompt, group, queries, log_multiplicity) -> None:
         raise ValueError(f"qkv must be a float tensor (B, N, 3, H, d), got {_says(qkv)}")
     if qkv.shape[1] == 0:
         raise ValueError(f"qkv must have at least one row per image, got {_says(qkv)}")
-    sets, tail = kv_prompt.shape[0], tuple(qkv.shape[3:])
+    tail = tuple(qkv.shape[3:])
     if kv_prompt.dim() != 5 or kv_prompt.shape[2] != 2 or tuple(kv_prompt.shape[3:]) != tail:
         raise ValueError(
             f"kv_prompt must be (G, P, 2, {tail[0]}, {tail[1]}), got {_says(kv_prompt)}"
@@ -73,9 +73,12 @@ def _check(qkv, kv_prompt, group, queries, log_multiplicity) -> None:
         raise ValueError(f"group must be int64 ({qkv.shape[0]},), got {_says(group)}")
     if queries not in ("all", "class"):
         raise ValueError(f"queries must be 'all' or 'class', got {queries!r}")
-    if log_multiplicity is not None and tuple(log_multiplicity.shape) != (sets, kv_prompt.shape[1]):
+    sets, prompts = kv_prompt.shape[:2]
+    if group is None and sets not in (1, qkv.shape[0]):
+        raise ValueError(f"group is needed: kv_prompt has {sets} sets for {qkv.shape[0]} images")
+    if log_multiplicity is not None and tuple(log_multiplicity.shape) != (sets, prompts):
         raise ValueError(
-            f"log_multiplicity must be ({sets}, {kv_prompt.shape[1]}), got {_says(log_multiplicity)}"
+            f"log_multiplicity must be ({sets}, {prompts}), got {_says(log_multiplicity)}"
         )
 
 
@@ -85,12 +88,13 @@ def _says(t: Tensor) -> str:
 
 _lib = torch.library.Library("pae", "FRAGMENT")
 _lib.define(
-    "prompt_attention_fwd(Tensor qkv, Tensor kv_prompt, Tensor? group, float scale, bool class_only, "
-    "Tensor? log_multiplicity) -> (Tensor, Tensor)"
+    "prompt_attention_fwd(Tensor qkv, Tensor kv_prompt, Tensor? group, float scale, "
+    "bool class_only, Tensor? log_multiplicity) -> (Tensor, Tensor)"
 )
 _lib.define(
-    "prompt_attention_bwd(Tensor d_out, Tensor qkv, Tensor kv_prompt, Tensor? group, float scale, bool class_only, "
-    "Tensor? log_multiplicity, Tensor out, Tensor lse, bool need_qkv) -> (Tensor, Tensor)"
+    "prompt_attention_bwd(Tensor d_out, Tensor qkv, Tensor kv_prompt, Tensor? group, float scale, "
+    "bool class_only, Tensor? log_multiplicity, Tensor out, Tensor lse, bool need_qkv) "
+    "-> (Tensor, Tensor)"
 )
 
 

@@ -1,8 +1,10 @@
-"""Prompt-concatenated attention in plain PyTorch: the definition, and the pair that runs without a kernel.
+"""Prompt-concatenated attention in plain PyTorch: the definition, and the pair that runs without a
+kernel.
 
-`prompt_attention` is the mathematics, differentiable by autograd, any device and float dtype. `forward` and
-`backward` compute the same without keeping the (N, P + N) attention matrix: they save the log-sum-exp, as every fused
-version does. On the CPU they lean on PyTorch's own fused attention where it is the fastest thing measured.
+`prompt_attention` is the mathematics, differentiable by autograd, any device and float dtype.
+`forward` and `backward` compute the same without keeping the (N, P + N) attention matrix: they save
+the log-sum-exp, as every fused version does. On the CPU they lean on PyTorch's own fused attention
+where it is the fastest thing measured.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from torch import Tensor
 
 
 def take_groups(rows: Tensor, group: Tensor | None, batch: int) -> Tensor:
-    """Per-sample view (B, ...) of per-group rows (G, ...): G = 1 is expanded, G = B taken as it is."""
+    """Per-sample view (B, ...) of per-group rows (G, ...): G = 1 is expanded, G = B taken as it
+    is.
+    """
     if group is not None:
         return rows[group]
     return rows.expand(batch, *rows.shape[1:])
@@ -38,7 +42,9 @@ def prompt_attention(
     class_only: bool,
     log_multiplicity: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition: softmax(scale q [k_p; k]^T + [log m; 0]) [v_p; v] for image queries, and its log-sum-exp."""
+    """The definition: softmax(scale q [k_p; k]^T + [log m; 0]) [v_p; v] for image queries, and its
+    log-sum-exp.
+    """
     batch, tokens = qkv.shape[:2]
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     k_p, v_p = take_groups(kv_prompt, group, batch).permute(2, 0, 3, 1, 4)
@@ -117,7 +123,9 @@ def backward(
     lse: Tensor,
     need_qkv: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of qkv (empty unless `need_qkv`) and of kv_prompt (summed over each group's samples in fp32)."""
+    """Gradients of qkv (empty unless `need_qkv`) and of kv_prompt (summed over each group's samples
+    in fp32).
+    """
     batch, tokens, _, heads, width = qkv.shape
     prompts = kv_prompt.shape[1]
     d_out = d_out.reshape(batch, -1, heads, width).transpose(1, 2)
@@ -142,8 +150,8 @@ def backward(
         )
         _pack(grads, d_qkv, d_kv, prompts)
     else:
-        # 16-bit: PyTorch's CPU kernel converts tile by tile; whole products of one image at a time (which stay in the
-        # cache) measured 1.7x faster. On a GPU the whole batch goes at once.
+        # 16-bit: PyTorch's CPU kernel converts tile by tile; whole products of one image at a time
+        # (which stay in the cache) measured 1.7x faster. On a GPU the whole batch goes at once.
         step = 1 if qkv.device.type == "cpu" else max(batch, 1)
         for i in range(0, batch, step):
             s = slice(i, i + step)
@@ -155,7 +163,9 @@ def backward(
 
 
 def _explicit(d_out, q, k, v, scale, bias, out, lse) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from recomputed probabilities; products in the input dtype, softmax terms in fp32."""
+    """(dq, dk, dv) from recomputed probabilities; products in the input dtype, softmax terms in
+    fp32.
+    """
     wide = lse.dtype
     probs = _scores(q, k, scale, bias).sub_(lse[..., None]).exp_()
     d_v = probs.to(v.dtype).transpose(-1, -2) @ d_out
@@ -175,7 +185,9 @@ def _pack(grads, d_qkv: Tensor, d_kv: Tensor, prompts: int) -> None:
 
 
 def _prompt_columns(d_out, qkv, kv_prompt, group, scale, class_only, bias, out, lse) -> Tensor:
-    """d_kv per sample (B, P, 2, H, d) from the prompt columns of the score matrix alone: image keys are not read."""
+    """d_kv per sample (B, P, 2, H, d) from the prompt columns of the score matrix alone: image keys
+    are not read.
+    """
     q = qkv[:, :, 0].transpose(1, 2)
     q = q[:, :, :1] if class_only else q
     k_p, v_p = take_groups(kv_prompt, group, qkv.shape[0]).permute(2, 0, 3, 1, 4)

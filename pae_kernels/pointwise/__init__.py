@@ -1,4 +1,6 @@
-"""The element-wise and row-wise pieces of a frozen block: LayerNorm without affine, and activations."""
+"""The element-wise and row-wise pieces of a frozen block: LayerNorm without affine, and
+activations.
+"""
 
 from .op import activation, activation_backward, layer_norm, layer_norm_backward
 from .reference import ACTIVATIONS

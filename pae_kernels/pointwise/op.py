@@ -1,4 +1,6 @@
-"""The pointwise ops: checks, registration. They live inside the engine's own autograd functions, one op a direction."""
+"""The pointwise ops: checks, registration. They live inside the engine's own autograd functions,
+one op a direction.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ backends.register("pointwise", backends.Version("reference", reference, backends
 
 
 def layer_norm(x: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """(x - mean(x)) / sqrt(var(x) + eps) over the last axis; the affine part is folded into the next product.
+    """(x - mean(x)) / sqrt(var(x) + eps) over the last axis; the affine part is folded into the
+    next product.
 
     Args:
         x: (..., D) float.
@@ -20,7 +23,8 @@ def layer_norm(x: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple
         dtype: of the normalised rows; that of x when None.
 
     Returns:
-        xhat (..., D) in `dtype` and rstd (..., 1) in at least fp32, in which the statistics are taken.
+        xhat (..., D) in `dtype` and rstd (..., 1) in at least fp32, in which the statistics are
+        taken.
 
     Gradients: none recorded; `layer_norm_backward` is the adjoint.
     """
@@ -41,7 +45,8 @@ def layer_norm_backward(
 
 
 def activation(u: Tensor, kind: str, code: bool = False) -> tuple[Tensor, Tensor | None]:
-    """act(u), and with `code` its derivative as one byte per entry (error at most 1/400) instead of keeping u.
+    """act(u), and with `code` its derivative as one byte per entry (error at most 1/400) instead of
+    keeping u.
 
     Args:
         u: (..., F) float.

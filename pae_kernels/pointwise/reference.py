@@ -1,7 +1,7 @@
 """LayerNorm without affine and the activations of vision transformers, in plain PyTorch.
 
-Frozen weights have no gradient and the affine part is folded into the next product, so LayerNorm's backward needs only
-the normalised rows (which are that product's input and kept anyway) and 1/std.
+Frozen weights have no gradient and the affine part is folded into the next product, so LayerNorm's
+backward needs only the normalised rows (which are that product's input and kept anyway) and 1/std.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ ACTIVATIONS = {
     "relu": F.relu,
 }
 
-# 8-bit storage of an activation's derivative. GELU's lies in [-0.130, 1.130]; code = 200 g + 27 is exact at 0 and 1,
-# where most entries are, and is off by at most 1/400 elsewhere.
+# 8-bit storage of an activation's derivative. GELU's lies in [-0.130, 1.130]; code = 200 g + 27 is
+# exact at 0 and 1, where most entries are, and is off by at most 1/400 elsewhere.
 _CODE_SCALE, _CODE_ZERO = 200.0, 27.0
 
 
 def layer_norm(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x - mean) / std over the last axis in `dtype`, and 1/std (..., 1); statistics in at least fp32."""
+    """(x - mean) / std over the last axis in `dtype`, and 1/std (..., 1); statistics in at least
+    fp32.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     xhat, _, rstd = torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
     return xhat.to(dtype), rstd
@@ -38,10 +40,13 @@ def layer_norm(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tenso
 def layer_norm_backward(
     d_xhat: Tensor, xhat: Tensor, rstd: Tensor, residual: Tensor | None
 ) -> Tensor:
-    """residual + rstd (d - mean(d) - xhat mean(d xhat)): gradient through the norm joined with the residual's."""
+    """residual + rstd (d - mean(d) - xhat mean(d xhat)): gradient through the norm joined with the
+    residual's.
+    """
     wide = rstd.dtype
     d, xhat = d_xhat.to(wide), xhat.to(wide)
-    # PyTorch's own kernel on rows that are already normalised: mean 0, rstd 1; the true rstd multiplies after
+    # PyTorch's own kernel on rows that are already normalised: mean 0, rstd 1; the true rstd
+    # multiplies after
     zero, one = torch.zeros_like(rstd), torch.ones_like(rstd)
     d, _, _ = torch.ops.aten.native_layer_norm_backward(
         d, xhat, xhat.shape[-1:], zero, one, None, None, [True, False, False]
