@@ -61,8 +61,6 @@ def fast_forward(model: nn.Module, images: Tensor, memory: str = "exact") -> Ten
     """
     from .model import PromptedViT
 
-    if memory not in MEMORY_MODES:
-        raise ValueError(f"memory must be one of {MEMORY_MODES}, got {memory!r}")
     inner = model
     while not isinstance(inner, PromptedViT):
         wrapped = getattr(inner, "module", getattr(inner, "_orig_mod", None))
@@ -74,6 +72,8 @@ def fast_forward(model: nn.Module, images: Tensor, memory: str = "exact") -> Ten
 
 def run(model, images: Tensor, memory: str) -> Tensor:
     """The fast engine behind `PromptedViT.forward`; same contract as `fast_forward`."""
+    if memory not in MEMORY_MODES:
+        raise ValueError(f"memory must be one of {MEMORY_MODES}, got {memory!r}")
     view, family = model.view, model.prompts
     plan = model.plan()
     with nullcontext() if images.requires_grad else torch.no_grad():
@@ -154,6 +154,7 @@ def walk(
         class_only: return the class row alone, (B, 1, D), and compute nothing else in the last
             block.
     """
+    x = x.contiguous()  # a stem without prefix tokens hands over transposed rows
     last = len(plan.blocks) - 1
     ready = (
         {}

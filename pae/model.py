@@ -52,7 +52,7 @@ class PromptedViT(nn.Module):
             raise TypeError(f"prompts must be a PromptFamily, got {type(prompts).__name__}")
         if kld is not None and not isinstance(kld, KLD):
             raise TypeError(f"kld must be a pae.KLD or None, got {type(kld).__name__}")
-        if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+        if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
             raise ValueError(
                 f"num_classes must be an integer of at least 1 or None, got {num_classes!r}"
             )
@@ -77,7 +77,7 @@ class PromptedViT(nn.Module):
         self.prompts = prompts.to(like.device, like.dtype)
         self.kld = kld
         self.head = head.to(like.device, like.dtype).requires_grad_(True)
-        self._plans: dict[torch.dtype, tuple[tuple, plan.FrozenPlan]] = {}
+        self._plans: dict[torch.dtype, tuple[tuple, plan.FrozenPlan, list[Tensor]]] = {}
 
     @property
     def num_classes(self) -> int:
@@ -191,7 +191,9 @@ class PromptedViT(nn.Module):
         known = self._plans.get(dtype)
         if known is None or known[0] != signature:
             self._plans = {d: p for d, p in self._plans.items() if p[0] == signature}
-            self._plans[dtype] = known = (signature, plan.fold(self.view, dtype))
+            # aliases keep the folded weights' storage: no later weight can lie at the same address
+            aliases = [p.detach() for p in self.view.module.blocks.parameters()]
+            self._plans[dtype] = known = (signature, plan.fold(self.view, dtype), aliases)
         return known[1]
 
     def drop_plans(self) -> None:
@@ -234,7 +236,7 @@ class PromptedViT(nn.Module):
 
     def __getstate__(self) -> dict:
         # copies and pickles carry no folded plans: those belong to the original's weights
-        return {**super().__getstate__(), "_plans": {}}
+        return {**self.__dict__, "_plans": {}}
 
 
 def _run_fast(model: PromptedViT, images: Tensor, memory: str) -> Tensor:

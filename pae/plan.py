@@ -82,9 +82,13 @@ def signature(view: BackboneView) -> tuple:
     )
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def fold(view: BackboneView, dtype: torch.dtype) -> FrozenPlan:
-    """Fold every block of `view` for products in `dtype`."""
+    """Fold every block of `view` for products in `dtype`.
+
+    Normal tensors even under inference mode: a plan built during evaluation also serves training.
+    """
     weights = [read_block(block, f"blocks[{i}]") for i, block in enumerate(view.blocks)]
     qkv = [_fold_qkv(w) for w in weights]
     w_qkv = torch.stack([w.to(dtype) for w, _ in qkv])

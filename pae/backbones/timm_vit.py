@@ -8,6 +8,7 @@ attributes but computes something else (a patched forward, post-norm, an extra a
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +82,7 @@ class BackboneView:
             width=module.embed_dim,
             num_heads=module.blocks[0].attn.num_heads,
             patch_size=tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch),
-            in_chans=module.patch_embed.proj.in_channels,
+            in_chans=getattr(module, "in_chans", module.patch_embed.proj.in_channels),
             num_tokens=module.patch_embed.num_patches + self.num_prefix_tokens,
         )
 
@@ -120,11 +121,18 @@ class BackboneView:
                 f"images must have {self.shape.in_chans} channels, got {images.shape[1]}"
             )
         embed, size = self.module.patch_embed, tuple(images.shape[-2:])
+        like = embed.proj.weight
+        if images.device != like.device:
+            raise ValueError(
+                f"images must be on {like.device} like the backbone, got {images.device}"
+            )
+        if images.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+            raise ValueError(f"images must be {like.dtype} (backbone), got {images.dtype}")
         patch, fixed = self.shape.patch_size, not getattr(self.module, "dynamic_img_size", False)
         if fixed and size != tuple(embed.img_size):
             raise ValueError(
-                f"images must be {tuple(embed.img_size)} pixels high and wide, got {size} (build the "
-                "backbone with img_size=... or dynamic_img_size=True for another size)"
+                f"images must be {tuple(embed.img_size)} pixels high and wide, got {size} (build "
+                "the backbone with img_size=... or dynamic_img_size=True for another size)"
             )
         padded = getattr(embed, "dynamic_img_pad", False)
         if not fixed and not padded and any(s % p for s, p in zip(size, patch)):
@@ -208,6 +216,12 @@ def read_block(block: nn.Module, name: str) -> BlockWeights:
             )
     if getattr(get("attn"), "gate", None) is not None:
         raise UnsupportedBackbone(f"{name}.attn.gate is set: gated attention is not folded")
+    fc1, fc2 = linear("mlp.fc1"), linear("mlp.fc2")
+    if fc2.weight.shape[1] != fc1.weight.shape[0]:
+        raise UnsupportedBackbone(
+            f"{name}.mlp.fc2 reads {fc2.weight.shape[1]} features and mlp.fc1 gives "
+            f"{fc1.weight.shape[0]}: a gated MLP is not folded"
+        )
     return BlockWeights(
         norm1=norm("norm1"),
         qkv=linear("attn.qkv"),
@@ -218,9 +232,9 @@ def read_block(block: nn.Module, name: str) -> BlockWeights:
         proj=linear("attn.proj"),
         scale1=layer_scale("ls1"),
         norm2=norm("norm2"),
-        fc1=linear("mlp.fc1"),
+        fc1=fc1,
         activation=_activation(get("mlp.act"), f"{name}.mlp.act"),
-        fc2=linear("mlp.fc2"),
+        fc2=fc2,
         scale2=layer_scale("ls2"),
     )
 
@@ -263,6 +277,11 @@ def _prove(block: nn.Module, weights: BlockWeights, name: str) -> None:
     like = weights.qkv.weight
     if like.device.type == "meta":
         return
+    if like.dtype not in (torch.float32, torch.float64):
+        # in 16 bits rounding of the rows can hide or fake a difference in a small update
+        block = copy.deepcopy(block).float()
+        weights = read_block(block, name)
+        like = weights.qkv.weight
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, 5, like.shape[1], generator=generator).to(like)
     training = block.training
@@ -275,9 +294,8 @@ def _prove(block: nn.Module, weights: BlockWeights, name: str) -> None:
         ) from error
     finally:
         block.train(training)
-    tolerance = 1e-3 if like.dtype in (torch.float32, torch.float64) else 5e-2
     difference = (got - expected).float().norm() / (expected - rows).float().norm().clamp_min(1e-20)
-    if not difference <= tolerance and torch.isfinite(expected).all():
+    if not difference <= 1e-3 and torch.isfinite(expected).all():
         raise UnsupportedBackbone(
             f"{name} ({type(block).__name__}) computes something else than pre-norm attention and "
             f"MLP: {difference:.1e} relative difference on random rows"

@@ -127,8 +127,9 @@ class VPTDeep(_VPT):
     def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
         check_prompts("prompts", prompts, self._counts, self.tokens.shape[-1])
         rows = [p for p in prompts if p is not None]
-        with torch.no_grad():
-            self.tokens.copy_(torch.cat(rows).view_as(self.tokens))
+        if rows:
+            with torch.no_grad():
+                self.tokens.copy_(torch.cat(rows).view_as(self.tokens))
 
     def config(self) -> dict:
         return {
@@ -180,8 +181,9 @@ class VPTShallow(_VPT):
 
     def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
         check_prompts("prompts", prompts, self.prompt_counts, self.tokens.shape[-1])
-        with torch.no_grad():
-            self.tokens.copy_(prompts[0])
+        if prompts[0] is not None:
+            with torch.no_grad():
+                self.tokens.copy_(prompts[0])
 
     def config(self) -> dict:
         return {

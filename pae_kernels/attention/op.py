@@ -98,12 +98,20 @@ _lib.define(
 )
 
 
+def _dense(t: Tensor) -> Tensor:
+    """`t` with its last axis contiguous: what every version may rely on (PyTorch's CPU kernel reads
+    out of bounds otherwise).
+    """
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
 def _forward(qkv, *rest):
-    return backends.choose("prompt_attention", qkv.device).forward(qkv, *rest)
+    return backends.choose("prompt_attention", qkv.device).forward(_dense(qkv), *rest)
 
 
-def _backward(d_out, *rest):
-    return backends.choose("prompt_attention", d_out.device).backward(d_out, *rest)
+def _backward(d_out, qkv, *rest):
+    version = backends.choose("prompt_attention", d_out.device)
+    return version.backward(_dense(d_out), _dense(qkv), *rest)
 
 
 for _key in ("CPU", "CUDA"):

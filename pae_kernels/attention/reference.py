@@ -127,9 +127,9 @@ def backward(
     in fp32).
     """
     batch, tokens, _, heads, width = qkv.shape
-    prompts = kv_prompt.shape[1]
-    d_out = d_out.reshape(batch, -1, heads, width).transpose(1, 2)
-    out = out.view(batch, -1, heads, width).transpose(1, 2)
+    prompts, rows = kv_prompt.shape[1], 1 if class_only else tokens
+    d_out = d_out.reshape(batch, rows, heads, width).transpose(1, 2)
+    out = out.view(batch, rows, heads, width).transpose(1, 2)
     bias = None
     if log_multiplicity is not None:
         bias = _key_bias(log_multiplicity, group, batch, tokens)
