@@ -98,7 +98,7 @@ def forward(
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=mask, scale=scale
         )
-        return out.transpose(1, 2).reshape(batch, tokens, heads * width), lse
+        return out.transpose(1, 2).reshape(batch, tokens, heads * width), lse.contiguous()
     scores = _scores(q, k, scale, bias)
     lse = scores.logsumexp(dim=-1)
     out = scores.sub_(lse[..., None]).exp_().to(v.dtype) @ v
@@ -198,4 +198,4 @@ def _prompt_columns(d_out, qkv, kv_prompt, group, scale, class_only, bias, out, 
     delta = (d_out * out).sum(-1, keepdim=True, dtype=wide)
     d_scores = (d_out @ v_p.transpose(-1, -2)).to(wide).sub_(delta).mul_(probs).mul_(scale)
     d_k = d_scores.to(q.dtype).transpose(-1, -2) @ q
-    return torch.stack([d_k, d_v]).permute(1, 3, 0, 2, 4)
+    return torch.stack([d_k.transpose(1, 2), d_v.transpose(1, 2)], dim=2)
