@@ -88,20 +88,24 @@ def _layer_norm_fwd(x, eps, dtype):
     return _version(x).layer_norm(x, eps, dtype)
 
 
+# outputs are contiguous, as the fakes below say, also where PyTorch would keep an input's layout
+
+
 def _layer_norm_bwd(d_xhat, xhat, rstd, residual):
-    return _version(d_xhat).layer_norm_backward(d_xhat, xhat, rstd, residual)
+    return _version(d_xhat).layer_norm_backward(d_xhat, xhat, rstd, residual).contiguous()
 
 
 def _activation_fwd(u, kind):
-    return _version(u).activation(u, kind)
+    return _version(u).activation(u.contiguous(), kind)
 
 
 def _activation_coded_fwd(u, kind):
-    version = _version(u)
+    version, u = _version(u), u.contiguous()
     return version.activation(u, kind), version.encode_derivative(u, kind)
 
 
 def _activation_bwd(d, u_or_code, kind):
+    d, u_or_code = d.contiguous(), u_or_code.contiguous()
     if u_or_code.dtype == torch.uint8:
         return _version(d).decode_backward(d, u_or_code)
     return _version(d).activation_backward(d, u_or_code, kind)
