@@ -1,0 +1,190 @@
+"""Options, the `replay` fixture that every benchmark uses, and the table at the end."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from . import table
+from .contest import Group, Outcome, Settings, hold
+from .timing import CLOCKS, Replay, default_clock
+
+GROUPS = pytest.StashKey[dict[str, Group]]()
+OUTCOMES = pytest.StashKey[dict[str, dict[str, Outcome]]]()
+SETTINGS = pytest.StashKey[Settings]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("pae benchmarks")
+    size = group.addoption
+    size("--quick", action="store_true", help="one group per file: about two minutes on 2 cores")
+    size("--full", action="store_true", help="all groups, torch.compile included: hours on 2 cores")
+    group.addoption("--threads", type=int, default=1, help="CPU threads (default 1: steadiest)")
+    group.addoption("--rounds", type=int, help="rounds of every race (default: the group's own)")
+    group.addoption("--batch", type=int, help="images per step (default: the group's own)")
+    group.addoption("--device", help="cpu or cuda (default: cuda where there is one)")
+    group.addoption("--clock", choices=CLOCKS, help="default: device on cuda, else process")
+
+
+def pytest_sessionstart(session):
+    config = session.config
+    option = config.getoption
+    if option("quick") and option("full"):
+        raise pytest.UsageError("--quick and --full exclude each other")
+    for name in ("threads", "rounds", "batch"):
+        if option(name) is not None and option(name) < 1:
+            raise pytest.UsageError(f"--{name} must be at least 1, got {option(name)}")
+    device = torch.device(option("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    size = "full" if option("full") else "quick" if option("quick") else "default"
+    if config._benchmarksession.disabled:
+        size = "smoke"
+    clock = option("clock") or default_clock(device)
+    if clock == "device" and device.type != "cuda":
+        raise pytest.UsageError("--clock device needs --device cuda")
+    config.stash[SETTINGS] = Settings(
+        size, option("threads"), option("rounds"), option("batch"), device, clock
+    )
+    config.stash[GROUPS], config.stash[OUTCOMES] = {}, {}
+    torch.set_num_threads(option("threads"))
+    # Inductor's cached CPU code keeps the thread count of the run that compiled it
+    cache = Path(tempfile.gettempdir()) / f"pae_bench_inductor_{option('threads')}_threads"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    config._benchmarksession.quiet = True  # the table below says more in less
+
+
+def pytest_generate_tests(metafunc):
+    if "replay" not in metafunc.fixturenames:
+        return
+    groups = {g.name: g for g in metafunc.module.groups(metafunc.config.stash[SETTINGS])}
+    metafunc.config.stash[GROUPS].update(groups)
+    pairs = [(g.name, p.name) for g in groups.values() if not g.left_out for p in g.providers]
+    metafunc.parametrize(("group", "provider"), pairs, ids=[f"{g}:{p}" for g, p in pairs])
+
+
+@pytest.fixture
+def replay(request, group, provider):
+    """Give `benchmark` the samples of this row; the first row of a group runs the whole race."""
+    config = request.config
+    settings, chosen = config.stash[SETTINGS], config.stash[GROUPS][group]
+    outcomes = config.stash[OUTCOMES]
+    if group not in outcomes:
+        params = [getattr(item, "callspec", None) for item in request.session.items]
+        names = {c.params["provider"] for c in params if c and c.params.get("group") == group}
+        outcomes[group] = hold(chosen, names, settings)
+    outcome = outcomes[group][provider]
+
+    def into(benchmark):
+        if outcome.reason:
+            pytest.skip(outcome.reason)
+        if outcome.error is not None:
+            raise outcome.error
+        benchmark.group = group
+        benchmark.extra_info = {
+            "provider": provider,
+            "clock": settings.clock,
+            "unit": chosen.unit,
+            "baselines": list(chosen.baselines),
+            "columns": outcome.columns,
+            "wall_seconds": [s.wall / outcome.units for s in outcome.samples],
+            "process_seconds": [s.process / outcome.units for s in outcome.samples],
+        }
+        if settings.size == "smoke":
+            benchmark.pedantic(lambda: None)
+        else:
+            seconds = [s.seconds(settings.clock) / outcome.units for s in outcome.samples]
+            Replay(seconds, f"{settings.clock} time").into(benchmark)
+
+    return into
+
+
+def _machine(settings: Settings) -> dict:
+    """What a reader needs to judge the times; nothing that names the machine."""
+    if settings.device.type == "cuda":
+        processor = torch.cuda.get_device_name(settings.device)
+    else:
+        processor = f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
+    return {
+        "device": processor,
+        "cores": os.cpu_count(),
+        "threads": settings.threads,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def _cpu_model() -> str:
+    from cpuinfo import get_cpu_info
+
+    return get_cpu_info().get("brand_raw", platform.processor() or "unknown CPU")
+
+
+def _commit() -> str:
+    from pytest_benchmark.utils import get_commit_info
+
+    info = get_commit_info()
+    if not info.get("id") or info["id"] == "unknown":
+        return "unknown"
+    return info["id"][:12] + (" and uncommitted changes" if info.get("dirty") else "")
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.clear()
+    machine_info["summary"] = _machine(config.stash[SETTINGS])
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    for name in set(commit_info) - {"id", "dirty", "time"}:
+        del commit_info[name]
+
+
+def _left_out(config) -> dict:
+    groups = config.stash[GROUPS]
+    providers = [
+        {"group": group, "provider": name, "reason": outcome.reason or f"failed: {outcome.error}"}
+        for group, outcomes in config.stash[OUTCOMES].items()
+        for name, outcome in outcomes.items()
+        if outcome.reason or outcome.error
+    ]
+    return {
+        "groups": {g.name: g.left_out for g in groups.values() if g.left_out},
+        "providers": providers,
+    }
+
+
+def pytest_benchmark_update_json(config, output_json):
+    output_json["left_out"] = _left_out(config)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    settings = config.stash[SETTINGS]
+    if not config.stash[OUTCOMES] or settings.size == "smoke":
+        return
+    rows = []
+    for name, outcomes in config.stash[OUTCOMES].items():
+        group = config.stash[GROUPS][name]
+        for provider, outcome in outcomes.items():
+            seconds = [s.seconds(settings.clock) / outcome.units for s in outcome.samples]
+            reason = outcome.reason or (f"failed: {outcome.error}" if outcome.error else "")
+            rows.append(
+                table.Row(
+                    name,
+                    provider,
+                    seconds,
+                    reason,
+                    settings.clock,
+                    group.unit,
+                    group.baselines,
+                    outcome.columns,
+                )
+            )
+    terminalreporter.section("pae benchmarks")
+    left_out = _left_out(config)["groups"]
+    terminalreporter.write_line(table.render(rows, left_out, _machine(settings)))

@@ -1,0 +1,128 @@
+"""What a benchmark group is, and how one is run: open, check every provider, race, close.
+
+No time is taken of a provider whose values are wrong: `Contestant.check` runs first and doubles as
+warm-up.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .timing import Sample, race
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line chose.
+
+    Attributes:
+        size: "quick", "default", "full", or "smoke" (each provider once, tiny, no times).
+        rounds, batch: None leaves them to the group.
+    """
+
+    size: str
+    threads: int
+    rounds: int | None
+    batch: int | None
+    device: torch.device
+    clock: str
+
+
+class Unavailable(Exception):
+    """A provider cannot run here; the message says why and becomes its row in the table."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One provider, ready to run.
+
+    Attributes:
+        work: what is timed.
+        check: raises AssertionError when the values are wrong; returns columns for the table (see
+            `table.COLUMNS`).
+        units: pieces of work in one `work()` (windows of MPA); times are divided by it.
+    """
+
+    work: Callable[[], object]
+    check: Callable[[], dict[str, float]]
+    units: int = 1
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A row of the table: `start` makes its contestant from what the group opened.
+
+    left_out: a reason not to start it at all.
+    """
+
+    name: str
+    start: Callable[[Any], Contestant]
+    left_out: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Providers that do the same work, and what they share.
+
+    Attributes:
+        name: "step/vit_base_patch16_224/P50/fp32/B4".
+        open: builds what the contestants share (weights, data, reference values).
+        baselines: providers that the others are compared with, most important first.
+        rounds: of the race, unless the command line says otherwise.
+        unit: what one measured time belongs to, e.g. "step".
+        left_out: a reason not to run the group; its providers are then not listed.
+    """
+
+    name: str
+    open: Callable[[], Any]
+    providers: Sequence[Provider]
+    baselines: Sequence[str]
+    rounds: int
+    unit: str
+    left_out: str = ""
+
+
+@dataclass
+class Outcome:
+    """What became of one provider: samples, or the reason why there are none."""
+
+    samples: list[Sample] = field(default_factory=list)
+    columns: dict[str, float] = field(default_factory=dict)
+    units: int = 1
+    reason: str = ""
+    error: BaseException | None = None
+
+
+def hold(group: Group, names: set[str], settings: Settings) -> dict[str, Outcome]:
+    """Run the race of `group` between the providers in `names`."""
+    outcomes = {p.name: Outcome() for p in group.providers if p.name in names}
+    works = {}
+    shared = group.open()
+    for provider in group.providers:
+        if provider.name not in names:
+            continue
+        outcome = outcomes[provider.name]
+        if provider.left_out:
+            outcome.reason = provider.left_out
+            continue
+        try:
+            contestant = provider.start(shared)
+            outcome.columns = contestant.check()
+        except Unavailable as reason:
+            outcome.reason = str(reason)
+        except Exception as error:  # the row fails with it; the others still race
+            outcome.error = error
+        else:
+            outcome.units = contestant.units
+            works[provider.name] = contestant.work
+    rounds = 1 if settings.size == "smoke" else settings.rounds or group.rounds
+    for name, samples in race(works, rounds, settings.device).items():
+        outcomes[name].samples = samples
+    del shared, works
+    gc.collect()
+    return outcomes

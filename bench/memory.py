@@ -1,0 +1,73 @@
+"""Bytes that autograd keeps between forward and backward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+
+class SavedBytes:
+    """Context that counts what the forward inside it saves for backward.
+
+    Every storage counts once, whole, however many views of it are saved. Parameters, buffers and
+    other constants (`frozen`) do not count: they are there anyway. Copies of frozen matrices in a
+    narrower type, which autocast makes in every step, are counted apart.
+
+    Attributes:
+        activations: bytes of everything else.
+        weight_copies: bytes of narrower copies of frozen matrices. They are known by their shape,
+            so no product of batch and tokens should equal a weight's number of rows.
+    """
+
+    def __init__(self, frozen: Iterable[Tensor]) -> None:
+        frozen = list(frozen)
+        self._seen = {t.untyped_storage().data_ptr() for t in frozen}
+        self._matrices = {(t.dtype, tuple(t.shape)) for t in frozen if t.dim() == 2}
+        self._alive: list[torch.UntypedStorage] = []  # an address must not be used again meanwhile
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved)
+        self.activations = 0
+        self.weight_copies = 0
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._hooks.__exit__(*exception)
+        self._alive.clear()
+
+    def _pack(self, saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self._alive.append(storage)
+            if self._is_weight_copy(saved):
+                self.weight_copies += storage.nbytes()
+            else:
+                self.activations += storage.nbytes()
+        return saved
+
+    def _is_weight_copy(self, saved: Tensor) -> bool:
+        shape = tuple(saved.shape)
+        return any(
+            dtype.itemsize > saved.dtype.itemsize and matrix in (shape, shape[::-1])
+            for dtype, matrix in self._matrices
+        )
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """All tensors in nested dataclasses, lists, tuples and dicts, e.g. in a folded plan."""
+    if isinstance(value, Tensor):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, f.name))
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)

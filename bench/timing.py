@@ -1,0 +1,110 @@
+"""One clock and one race for all benchmarks.
+
+pytest-benchmark runs one row after the other, so a machine that slows down half-way would change
+the ratios. Here all providers of a group take turns in one race, and each row then replays its own
+samples to pytest-benchmark.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+CLOCKS = ("device", "process", "wall")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds that one piece of work took.
+
+    Attributes:
+        wall: by the clock on the wall.
+        process: of CPU time in this process, all threads. On a shared machine with one thread it
+            is the steadiest of the three.
+        device: between two events around the work on the current CUDA stream; None without CUDA.
+    """
+
+    wall: float
+    process: float
+    device: float | None = None
+
+    def seconds(self, clock: str) -> float:
+        """The reading of `clock`, one of `CLOCKS`."""
+        value = getattr(self, clock)
+        if value is None:
+            raise ValueError(f"clock 'device' needs CUDA work, got a sample without it: {self}")
+        return value
+
+
+def default_clock(device: torch.device) -> str:
+    """The clock that says most on this device."""
+    return "device" if device.type == "cuda" else "process"
+
+
+def measure(work: Callable[[], object], device: torch.device) -> Sample:
+    """Run `work` once and time it, with the garbage collector off and the device idle before."""
+    on_device = device.type == "cuda"
+    if on_device:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        wall, process = time.perf_counter(), time.process_time()
+        if on_device:
+            start.record()
+        work()
+        if on_device:
+            end.record()
+            torch.cuda.synchronize(device)
+        process, wall = time.process_time() - process, time.perf_counter() - wall
+    finally:
+        if collecting:
+            gc.enable()
+    return Sample(wall, process, start.elapsed_time(end) * 1e-3 if on_device else None)
+
+
+def race(
+    works: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[Sample]]:
+    """Time every work once per round; round r starts with work number r, so all see every place.
+
+    Returns:
+        per name `rounds` samples; entry r of all names belongs to the same stretch of time.
+    """
+    samples: dict[str, list[Sample]] = {name: [] for name in works}
+    names = list(works)
+    for r in range(rounds):
+        shift = r % len(names) if names else 0
+        gc.collect()
+        for name in names[shift:] + names[:shift]:
+            samples[name].append(measure(works[name], device))
+    return samples
+
+
+class Replay:
+    """A timer for pytest-benchmark that shows times measured before.
+
+    `advance` is the benchmarked function: it moves the timer on by the next measured time.
+    """
+
+    def __init__(self, seconds: list[float], name: str) -> None:
+        self._left = iter(seconds)
+        self._rounds = len(seconds)
+        self._now = 0.0
+        self.__name__ = name  # what pytest-benchmark's JSON calls its timer
+
+    def __call__(self) -> float:
+        return self._now
+
+    def advance(self) -> None:
+        self._now += next(self._left)
+
+    def into(self, benchmark) -> None:
+        """Hand all samples to the `benchmark` fixture as its rounds."""
+        benchmark._timer = self
+        benchmark.pedantic(self.advance, rounds=self._rounds, iterations=1)
