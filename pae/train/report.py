@@ -1,0 +1,105 @@
+"""What the user sees: a progress bar, one line per epoch, a table, and a picture of the curves."""
+
+from __future__ import annotations
+
+import contextlib
+
+from pae.checkpoint import write_atomically
+
+
+class Reporter:
+    """Messages and progress on stderr, results on stdout; silent on all but the main process.
+
+    Args:
+        active: whether this process speaks at all.
+        quiet: only results, no progress.
+    """
+
+    def __init__(self, active=True, quiet=False):
+        from rich.console import Console
+
+        self.active = active
+        self.quiet = quiet
+        self._progress = None
+        self._console = Console(stderr=True, highlight=False)
+
+    def say(self, text):
+        """One line to stderr."""
+        if self.active and not self.quiet:
+            self._console.print(text, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self, text, total, done=0):
+        """A bar of `total` steps; yields a function (advance=1, text=None)."""
+        # a bar drawn into a file or a pipe is noise
+        if not (self.active and not self.quiet and self._console.is_terminal):
+            yield lambda advance=1, text=None: None
+            return
+        from rich import progress
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=self._console, transient=True) as bar:
+            task = bar.add_task(text, total=total, completed=done)
+            yield lambda advance=1, text=None: bar.update(task, advance=advance, description=text)
+
+    def table(self, title, results):
+        """Prints one row per result to stdout.
+
+        Args:
+            title: above the table.
+            results: dicts with "name", "trained_parameters", "val_accuracy", "test_accuracy" (or
+                None) and "seconds".
+        """
+        if not self.active:
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left")
+        table.add_column("method")
+        for name in ("trained params", "val acc", "test acc", "seconds"):
+            table.add_column(name, justify="right")
+        for result in results:
+            test = result["test_accuracy"]
+            table.add_row(
+                result["name"],
+                f"{result['trained_parameters']:,}",
+                f"{result['val_accuracy']:.3f}",
+                "-" if test is None else f"{test:.3f}",
+                f"{result['seconds']:.1f}",
+            )
+        Console(highlight=False).print(table)
+
+
+def plot_curves(path, runs):
+    """Training loss and validation accuracy by epoch, one line per run, as a PNG.
+
+    Args:
+        path: the file to write, atomically.
+        runs: {name: rows of metrics}; rows carry "epoch", "train_loss", "val_accuracy".
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)  # no display, and no global pyplot state
+    # runs of different length share an axis: how far through its own epochs each one is
+    share = len({len(rows) for rows in runs.values()}) > 1
+    for axes, key, label in zip(
+        figure.subplots(1, 2),
+        ("train_loss", "val_accuracy"),
+        ("training loss", "validation accuracy"),
+    ):
+        for name, rows in runs.items():
+            epochs = [row["epoch"] / (len(rows) if share else 1) for row in rows]
+            axes.plot(epochs, [row[key] for row in rows], marker=".", label=name)
+        axes.set_xlabel("share of the run" if share else "epoch")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

