@@ -1,18 +1,15 @@
-"""fast_forward: walks a FrozenPlan block by block and never computes what prompt tuning throws
-away.
+"""fast_forward: walks a FrozenPlan block by block and skips what prompt tuning throws away.
 
-What is not computed, although the textbook does:
-    prompt queries, prompt outputs and their MLP         (deep prompts are cut off before the next
-    block) prompt keys and values per sample                    (shared prompts: once per block, all
-    blocks in one product) all rows but the class row in the last block         (when only that row
-                                                         is read), nor any image key or value there:
-                                                         W_k moves into the one query, W_v behind
-                                                         the weighted sum
-    gradients below the first prompted block, gradients of frozen weights, and what only they would
-    need saved
+What the textbook computes and this does not:
 
-Residual stream and gradients keep the dtype of the embedding; products run in the plan's dtype;
-norms and softmax in at least fp32. Each block is one autograd.Function whose saved tensors are
+- prompt queries, prompt outputs and their MLP: deep prompts are cut off before the next block;
+- prompt keys and values per image: shared prompts get theirs once, all blocks in one product;
+- in the last block, when only the class row is read, every other row. No key or value of any row is
+  formed there: W_k moves into the one query, W_v behind the weighted sum;
+- gradients below the first prompted block, gradients of frozen weights, and what only they need.
+
+The residual stream and its gradient keep the dtype of the embedding; products run in the plan's
+dtype; norms and softmax in at least fp32. Each block is one autograd.Function; what it saves is
 listed at `_FrozenBlock`.
 """
 
@@ -36,21 +33,19 @@ MEMORY_MODES = ("exact", "low", "lowest")
 
 
 def fast_forward(model: nn.Module, images: Tensor, memory: str = "exact") -> Tensor:
-    """model(images), in value and in every gradient, without the work that prompt tuning throws
-    away.
+    """model(images), in value and in every gradient, without the work that is thrown away.
 
     Args:
         model: a `PromptedViT`, or a wrapper around one that forwards calls
             (DistributedDataParallel, torch.compile).
         images: (B, C, H, W) float, normalised as the backbone wants it.
-        memory: what is kept for the backward, per image and middle block, in units of S = N D
-            elements:
-            "exact"   10 S; no extra work.
-            "low"      5 S: q, k, v are computed again (one product of twelve more) and the
-                      activation's derivative is kept in 8 bits; prompt gradients are off by about
-                      3e-3 (fp32), nothing visible in bf16.
-            "lowest"   3 S: q, k, v and the MLP's hidden rows are computed again; exact, a third
-            more product work.
+        memory: what a middle block keeps for the backward, per image, with S = N D elements:
+            "exact": 10 S. No extra work.
+            "low": 3 S and 8-bit derivatives of the activation (4 S bytes). q, k, v are computed
+            again, one eighth more product work; prompt gradients are off by about 3e-3 in fp32
+            and by nothing visible in bf16.
+            "lowest": 3 S. q, k, v and the MLP's hidden rows are computed again, a third more
+            product work; exact.
 
     Returns:
         logits (B, classes).
@@ -99,8 +94,7 @@ def run(model, images: Tensor, memory: str) -> Tensor:
 
 @torch.no_grad()
 def class_logits_with_equal_prompts(model, x: Tensor, row: Tensor, count: int) -> Tensor:
-    """Logits when every block holds `count` copies of one prompt row: one key whose logit gains
-    log(count).
+    """Logits when every block holds `count` copies of one prompt row.
 
     Equal keys share one softmax weight, so softmax over `count` copies is softmax over one with +
     log(count).
@@ -123,9 +117,7 @@ def class_logits_with_equal_prompts(model, x: Tensor, row: Tensor, count: int) -
 
 
 class BlockPrompts(NamedTuple):
-    """Prompts of one block as attention reads them: rows (G, P, D), group (B,) or None,
-    log_multiplicity (G, P).
-    """
+    """Prompts of one block: rows (G, P, D), group (B,) or None, log_multiplicity (G, P) or None."""
 
     rows: Tensor
     group: Tensor | None = None
@@ -184,9 +176,7 @@ def walk(
 
 
 def _normalise(rows: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm without affine; statistics in at least fp32 with the exact eps (near-zero rows are
-    common here).
-    """
+    """LayerNorm without affine, in at least fp32 and with the exact eps: rows may be near zero."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return F.layer_norm(wide, wide.shape[-1:], eps=eps).to(dtype)
 
@@ -205,8 +195,7 @@ def _keys_values(normed: Tensor, block: BlockPlan) -> Tensor:
 def _keys_values_at_once(
     plan: FrozenPlan, prompts: list[BlockPrompts | None], blocks: int
 ) -> dict[int, Tensor]:
-    """Keys and values of the first `blocks` blocks from one LayerNorm and one batched product,
-    where they allow it.
+    """Keys and values of the first `blocks` blocks from one LayerNorm and one batched product.
 
     They do when all those blocks have shared prompts of one shape and one eps, and keys are not
     normalised per head.
@@ -228,8 +217,7 @@ def _keys_values_at_once(
 
 
 class _FrozenBlock(torch.autograd.Function):
-    """One frozen block: x (B, N, D), kv (G, P, 2, H, d) -> (B, N, D), or (B, 1, D) when
-    `class_only`.
+    """One frozen block: x (B, N, D), kv (G, P, 2, H, d) -> (B, N, D); `class_only`: (B, 1, D).
 
     Saved, in elements of one image (S = N D), unless only kv needs a gradient (then xhat1, k and v
     are not): xhat1 S, qkv 3S, out S, xhat2 S, hidden 4S or its coded derivative (4S bytes);
@@ -366,9 +354,7 @@ def _per_head(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _project(xhat: Tensor, block: BlockPlan) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """Packed (B, N, 3, H, d) of normalised rows, and what the per-head norms' backward needs (None
-    without them).
-    """
+    """Packed (B, N, 3, H, d) of normalised rows, and what the per-head norms' backward needs."""
     qkv = F.linear(xhat, block.w_qkv, block.b_qkv)
     qkv = qkv.view(*xhat.shape[:2], 3, block.num_heads, block.head_width)
     if block.q_norm is None and block.k_norm is None:
@@ -394,8 +380,9 @@ def _head_norms_backward_(d_qkv: Tensor, stats: tuple[Tensor, ...], block: Block
 
 
 def _residual(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x + rows W^T + b as a new tensor: x + b is the product's accumulator, so the sum costs no
-    pass of its own.
+    """x + rows W^T + b as a new tensor.
+
+    x + b is the product's accumulator, so that the residual sum costs no pass of its own.
     """
     if x.dtype != rows.dtype:
         return x + F.linear(rows, weight, bias)
@@ -415,9 +402,7 @@ def _residual_(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _mlp_forward_(
     x: Tensor, block: BlockPlan, memory: str
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """x += fc2(act(fc1(norm2(x)))) in place; and (xhat, rstd, hidden | coded derivative | None) for
-    the backward.
-    """
+    """x += fc2(act(fc1(norm2(x)))) in place; (xhat, rstd, hidden or its code or None) is kept."""
     xhat, rstd = pointwise.layer_norm(x, block.eps2, block.w_fc1.dtype)
     hidden = F.linear(xhat, block.w_fc1, block.b_fc1)
     rows, code = pointwise.activation(hidden, block.activation, code=memory == "low")
