@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import pae
 
 from . import peers, shapes
-from .contest import Contestant, Group, Provider, Settings, Unavailable
+from .contest import Contestant, Group, Provider, Settings, Unavailable, relative
 from .memory import SavedBytes, tensors_in
 
 OFFICIAL, TEXTBOOK = "official-style", "timm + SDPA"
@@ -105,23 +105,17 @@ def contestant(
     return Contestant(lambda: step.run(forward, trained), check)
 
 
-def relative(value: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of `expected`."""
-    return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 def start_compiled(step: Step) -> Contestant:
     torch._dynamo.reset()
     compiled = torch.compile(step.model)
     try:
         step.run(compiled, step.model)
     except Exception as error:  # whatever stops the compiler is no fault of the step
-        reason = str(error).strip().splitlines()[0]
-        raise Unavailable(f"torch.compile: {type(error).__name__}: {reason}") from error
+        raise Unavailable.because("torch.compile", error) from error
     return contestant(step, compiled)
 
 
-def providers(settings: Settings) -> list[Provider]:
+def providers(dtype: str, settings: Settings) -> list[Provider]:
     def ours(memory: str) -> Provider:
         return Provider(
             f"pae {memory}",
@@ -130,7 +124,7 @@ def providers(settings: Settings) -> list[Provider]:
             ),
         )
 
-    slow = "" if settings.size in ("full", "smoke") else "compiles for minutes; runs with --full"
+    slow = settings.why_not_compile(in_smoke=dtype == "fp32")
     rows = [
         Provider(OFFICIAL, lambda step: contestant(step, step.official, official=True)),
         Provider(TEXTBOOK, lambda step: contestant(step, step.model)),
@@ -177,7 +171,7 @@ def group(
     return Group(
         name=f"step/{name}/P{count}/{dtype}/B{batch}",
         open=lambda: open_step(name, count, batch, dtype, settings.device),
-        providers=providers(settings),
+        providers=providers(dtype, settings),
         baselines=(OFFICIAL, TEXTBOOK),
         rounds=7 if settings.size == "full" else 4,
         unit="step",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .timing import Sample, race
 
@@ -32,9 +33,28 @@ class Settings:
     device: torch.device
     clock: str
 
+    def why_not_compile(self, in_smoke: bool = False) -> str:
+        """Why rows of torch.compile are left out, or nothing."""
+        if self.size == "full" or (self.size == "smoke" and in_smoke):
+            return ""
+        return (
+            "compiled in another group" if self.size == "smoke" else "compiles for minutes; --full"
+        )
+
 
 class Unavailable(Exception):
     """A provider cannot run here; the message says why and becomes its row in the table."""
+
+    @classmethod
+    def because(cls, what: str, error: Exception) -> Unavailable:
+        """`what` failed with `error`: its first line is reason enough."""
+        lines = str(error).strip().splitlines() or ["no message"]
+        return cls(f"{what}: {type(error).__name__}: {lines[0]}")
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of `expected`: the error that every row shows."""
+    return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @dataclass(frozen=True)

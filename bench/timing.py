@@ -78,9 +78,9 @@ def race(
     """
     samples: dict[str, list[Sample]] = {name: [] for name in works}
     names = list(works)
+    gc.collect()
     for r in range(rounds):
         shift = r % len(names) if names else 0
-        gc.collect()
         for name in names[shift:] + names[:shift]:
             samples[name].append(measure(works[name], device))
     return samples

@@ -1,0 +1,300 @@
+"""The benchmarks measure what they say: clock, race, saved bytes, peers, table, command."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import pae
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # the benchmarks are not installed
+
+from bench import contest, memory, peers, shapes, table, timing  # noqa: E402
+
+CPU = torch.device("cpu")
+SETTINGS = contest.Settings("default", 1, None, None, CPU, "process")
+
+
+def spin(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+# ---- clock and race
+
+
+def test_a_nap_takes_wall_time_only():
+    sample = timing.measure(lambda: time.sleep(0.05), CPU)
+    assert 0.05 <= sample.wall < 0.5
+    assert sample.process < 0.02
+
+
+def test_work_takes_process_time():
+    sample = timing.measure(lambda: spin(0.05), CPU)
+    assert 0.05 <= sample.process < 0.07
+    assert sample.wall >= 0.99 * sample.process
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_device_clock_sees_what_runs_on_the_device():
+    device = torch.device("cuda")
+    a = torch.randn(4096, 4096, device=device)
+
+    def seconds(count: int) -> float:
+        products = lambda: [a @ a for _ in range(count)]
+        return min(timing.measure(products, device).device for _ in range(5))
+
+    assert 7 < seconds(10) / seconds(1) < 13
+
+
+def test_device_time_of_cpu_work_is_an_error():
+    with pytest.raises(ValueError, match="device"):
+        timing.measure(lambda: None, CPU).seconds("device")
+
+
+def test_garbage_collection_is_off_while_measuring_and_on_again_after():
+    import gc
+
+    seen = []
+    timing.measure(lambda: seen.append(gc.isenabled()), CPU)
+    assert seen == [False] and gc.isenabled()
+
+
+def test_race_gives_everybody_every_place():
+    order = []
+    works = {name: lambda name=name: order.append(name) for name in "abc"}
+    samples = timing.race(works, 4, CPU)
+    assert "".join(order) == "abcbcacababc"
+    assert {name: len(s) for name, s in samples.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_race_cancels_a_machine_that_slows_down(monkeypatch):
+    """Every second the machine gets 10 % slower; `fast` needs 1 unit of work, `slow` needs 2."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "process_time", lambda: now[0])
+
+    def work(units):
+        now[0] += units * (1 + 0.1 * now[0])
+
+    works = {"fast": lambda: work(1.0), "slow": lambda: work(2.0)}
+    samples = timing.race(works, 6, CPU)
+    rows = {
+        name: table.Row("g", name, [sample.process for sample in s]) for name, s in samples.items()
+    }
+    assert table.speedup(rows["fast"], rows["slow"]) == pytest.approx(2.0, rel=0.15)
+
+    now[0] = 0.0
+    alone = {name: timing.race({name: w}, 6, CPU)[name] for name, w in works.items()}
+    first, second = (sorted(s.process for s in alone[name])[3] for name in ("fast", "slow"))
+    assert second / first > 3  # what one row after the other would have said
+
+
+# ---- what autograd keeps
+
+
+def test_saved_bytes_counts_storages_once_and_frozen_ones_never():
+    x = torch.randn(8, 16, requires_grad=True)
+    layer = nn.Linear(16, 32).requires_grad_(False)
+    with memory.SavedBytes(layer.parameters()) as saved:
+        y = layer(x)  # keeps the weight only
+        (y.sin() + y.cos()).sum()  # keep y twice
+    assert saved.activations == 8 * 32 * 4
+    assert saved.weight_copies == 0
+
+
+def test_saved_bytes_counts_a_view_as_all_that_it_keeps_alive():
+    x = torch.randn(1000, requires_grad=True)
+    with memory.SavedBytes([]) as saved:
+        (2 * x)[:1].sin()
+    assert saved.activations == 1000 * 4
+
+
+def test_saved_bytes_tells_autocast_copies_of_weights_apart():
+    x = torch.randn(8, 16, requires_grad=True)
+    layer = nn.Linear(16, 32).requires_grad_(False)
+    with memory.SavedBytes(layer.parameters()) as saved, torch.autocast("cpu", torch.bfloat16):
+        layer(x).sin()
+    assert saved.weight_copies == 16 * 32 * 2
+    assert saved.activations == 8 * 32 * 2
+
+
+def test_tensors_of_a_plan_are_all_found():
+    model = pae.PromptedViT(shapes.random_backbone(shapes.TINY, CPU), pae.prompts.VPTDeep(3))
+    found = {t.data_ptr() for t in memory.tensors_in(model.plan())}
+    block = model.plan().blocks[1]
+    assert {block.w_qkv.data_ptr(), block.w_fc2.data_ptr(), block.b_proj.data_ptr()} <= found
+
+
+# ---- peers
+
+
+def test_official_style_peer_is_vpt_deep():
+    """fp64: logits and prompt gradients of the peer and of the textbook definition."""
+    vit = shapes.random_backbone(shapes.TINY, CPU).double()
+    model = pae.PromptedViT(vit, pae.prompts.VPTDeep(5))
+    peer = peers.OfficialStyleVPT(vit, model.prompts.tokens, model.head)
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    for forward in (model, peer):
+        F.cross_entropy(forward(images), torch.arange(3)).backward()
+    torch.testing.assert_close(peer(images), model(images), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(peer.prompts.grad, model.prompts.tokens.grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(peer.head.weight.grad, model.head.weight.grad)
+
+
+def test_peer_shares_the_frozen_weights_and_trains_prompts_and_head_only():
+    vit = shapes.random_backbone(shapes.TINY, CPU)
+    head = vit.head
+    peer = peers.OfficialStyleVPT(vit, torch.zeros(4, 5, 64), head)
+    qkv = vit.blocks[0].attn.qkv.weight
+    assert peer.blocks[0].attn.q.weight.data_ptr() == qkv.data_ptr()
+    trained = {name for name, p in peer.named_parameters() if p.requires_grad}
+    assert trained == {"prompts", "head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize(("prompts", "saving"), [(10, 1.13), (50, 1.35), (100, 1.62), (200, 2.15)])
+def test_live_flops_against_counted_ones(prompts, saving):
+    """ViT-B/16: the official-style step's products, counted by PyTorch, over those needed."""
+    with torch.device("meta"):
+        vit = shapes.timm.create_model(shapes.BASE, num_classes=200)
+        head = vit.head
+        peer = peers.OfficialStyleVPT(vit, torch.zeros(12, prompts, 768), head)
+        images = torch.zeros(4, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter:
+        peer(images).sum().backward()
+    live = shapes.live_step_flops(vit, prompts, batch=4)
+    assert counter.get_total_flops() / live == pytest.approx(saving, rel=0.02)
+
+
+# ---- contest and table
+
+
+def contestant(work=lambda: None, check=lambda: {}, units=1):
+    return lambda shared: contest.Contestant(work, check, units)
+
+
+def unavailable(shared):
+    raise contest.Unavailable("needs a machine from next year")
+
+
+def wrong():
+    raise AssertionError("gradients are off by 1.0e+00, more than 0.0001")
+
+
+def a_group(*providers):
+    return contest.Group("g", lambda: None, providers, ("plain",), rounds=3, unit="step")
+
+
+def test_wrong_and_missing_providers_get_no_time():
+    timed = []
+    group = a_group(
+        contest.Provider("plain", contestant(lambda: timed.append("plain"))),
+        contest.Provider("wrong", contestant(lambda: timed.append("wrong"), wrong)),
+        contest.Provider("missing", unavailable),
+        contest.Provider("slow", contestant(lambda: timed.append("slow")), left_out="too slow"),
+        contest.Provider("not asked for", contestant(lambda: timed.append("other"))),
+    )
+    outcomes = contest.hold(group, {"plain", "wrong", "missing", "slow"}, SETTINGS)
+    assert timed == ["plain"] * 3
+    assert len(outcomes["plain"].samples) == 3
+    assert "gradients are off" in str(outcomes["wrong"].error)
+    assert outcomes["missing"].reason == "needs a machine from next year"
+    assert outcomes["slow"].reason == "too slow"
+    assert set(outcomes) == {"plain", "wrong", "missing", "slow"}
+
+
+def test_speedup_is_the_median_of_ratios_within_rounds():
+    base = table.Row("g", "base", [1.0, 10.0, 100.0])
+    row = table.Row("g", "row", [0.5, 5.0, 20.0])
+    assert table.speedup(row, base) == 2.0
+    assert table.speedup(base, base) == 1.0
+
+
+def test_spread_is_between_the_20th_and_80th_percentile():
+    assert table.spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (2.0, 5.0)
+    assert table.spread([1.0]) == (1.0, 1.0)
+
+
+def test_table_shows_times_ratios_and_reasons():
+    rows = [
+        table.Row("g", "plain", [0.2, 0.2], "", "process", "step", ("plain",)),
+        table.Row(
+            "g",
+            "quick",
+            [0.1, 0.1],
+            "",
+            "process",
+            "step",
+            ("plain",),
+            {"saved_mb_per_image": 67.74, "live_gflop": 5.0},
+        ),
+        table.Row("g", "absent", reason="not installed"),
+    ]
+    text = table.render(rows, {"other": "runs with --full"}, {"cores": 2})
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line[:1] == "|"}
+    assert "x plain" in lines["provider"] and "saved MB/image" in lines["provider"]
+    cells = [cell.strip() for cell in lines["quick"].strip("|").split("|")]
+    assert cells == ["quick", "100.0", "100.0-100.0", "2.00", "67.7", "50"]
+    assert "not installed" in lines["absent"]
+    assert "Left out (runs with --full):\n- other" in text
+    assert len({line.count("|") for line in lines.values()}) == 1
+
+
+# ---- the whole command
+
+
+def run_benchmarks(*arguments: str) -> str:
+    pytest.importorskip("pytest_benchmark")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_every_provider_runs_without_timing():
+    """All but the compiler: it needs a C++ toolchain and a minute."""
+    out = run_benchmarks("bench", "--benchmark-disable", "-k", "not compiled")
+    assert " passed" in out and "skipped" not in out
+
+
+def test_a_race_reaches_table_and_json_without_naming_the_machine(tmp_path):
+    path = tmp_path / "run.json"
+    out = run_benchmarks(
+        "bench/bench_kld.py",
+        "--benchmark-only",
+        "--quick",
+        "--rounds=2",
+        f"--benchmark-json={path}",
+    )
+    text = path.read_text()
+    run = json.loads(text)
+    rows = {bench["extra_info"]["provider"]: bench for bench in run["benchmarks"]}
+    assert {"official-style", "batched, eigh", "pae"} <= set(rows)
+    for row in rows.values():
+        seconds = row["extra_info"]["process_seconds"]
+        assert len(seconds) == 2 and row["stats"]["data"] == pytest.approx(seconds)
+    for private in (platform.node(), str(ROOT), str(Path.home()), f'"{getpass.getuser()}"'):
+        assert len(private) < 3 or private not in text
+
+    printed = table.render(*table.rows_from_json(run))
+    assert "kld/global/k256" in printed
+    for line in printed.splitlines():
+        assert line in out
