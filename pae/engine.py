@@ -379,12 +379,20 @@ def _head_norms_backward_(d_qkv: Tensor, stats: tuple[Tensor, ...], block: Block
             )
 
 
+def _sums_apart(x: Tensor, rows: Tensor) -> bool:
+    """Whether the residual's sum is a pass of its own.
+
+    It is when the dtypes differ, and in 16 bits, where x + b as accumulator rounds x twice.
+    """
+    return x.dtype != rows.dtype or x.dtype.itemsize < 4
+
+
 def _residual(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x + rows W^T + b as a new tensor.
 
     x + b is the product's accumulator, so that the residual sum costs no pass of its own.
     """
-    if x.dtype != rows.dtype:
+    if _sums_apart(x, rows):
         return x + F.linear(rows, weight, bias)
     y = x + bias
     y.view(-1, y.shape[-1]).addmm_(rows.flatten(0, -2), weight.t())
@@ -393,7 +401,7 @@ def _residual(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _residual_(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`_residual` into x itself."""
-    if x.dtype != rows.dtype:
+    if _sums_apart(x, rows):
         return x.add_(F.linear(rows, weight, bias))
     x.add_(bias).view(-1, x.shape[-1]).addmm_(rows.flatten(0, -2), weight.t())
     return x
