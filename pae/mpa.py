@@ -38,7 +38,7 @@ SCALES = tuple(2.0**k for k in range(7))
 _FORWARD_BYTES = {"cpu": 1 << 27, "cuda": 1 << 31}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MPAResult:
     """What Modal Pre-Alignment found; tensors are on the CPU.
 
