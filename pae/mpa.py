@@ -98,7 +98,8 @@ def mpa_init(
         window: side of the windows in bins of the spectrum.
         stride: step from window to window.
         head: "as_is" ranks with the model's head, as published (there it is still random);
-            "linear_probe" with a head fitted to this batch's frozen features, then dropped.
+            "linear_probe" with a head fitted to this batch's frozen features (zero prompts in
+            place), then dropped.
         chunk: windows per forward; None chooses by memory.
         progress: show a progress bar (on a terminal only).
 
