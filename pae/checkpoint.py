@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .errors import CheckpointError
 
 FORMAT = "pae-1"
+DESCRIPTION = ("backbone", "fingerprint", "num_classes", "prompts", "kld")
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -111,6 +112,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise CheckpointError(
             f"checkpoint {path} has format {meta.get('format')!r}, expected {FORMAT!r}"
         )
+    if missing := [part for part in DESCRIPTION if part not in meta]:
+        raise CheckpointError(f"checkpoint {path} does not say its {', '.join(missing)}")
     return state, meta
 
 
