@@ -22,9 +22,8 @@ SETTINGS = pytest.StashKey[Settings]()
 
 def pytest_addoption(parser):
     group = parser.getgroup("pae benchmarks")
-    size = group.addoption
-    size("--quick", action="store_true", help="one group per file: about two minutes on 2 cores")
-    size("--full", action="store_true", help="all groups, torch.compile included: hours on 2 cores")
+    group.addoption("--quick", action="store_true", help="few groups: about two minutes on 2 cores")
+    group.addoption("--full", action="store_true", help="all groups, torch.compile too: an hour")
     group.addoption("--threads", type=int, default=1, help="CPU threads (default 1: steadiest)")
     group.addoption("--rounds", type=int, help="rounds of every race (default: the group's own)")
     group.addoption("--batch", type=int, help="images per step (default: the group's own)")
@@ -56,6 +55,11 @@ def pytest_sessionstart(session):
     cache = Path(tempfile.gettempdir()) / f"pae_bench_inductor_{option('threads')}_threads"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     config._benchmarksession.quiet = True  # the table below says more in less
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Found on the way from a folder above, there are no options of ours: not asked for."""
+    return None if SETTINGS in config.stash else True
 
 
 def pytest_generate_tests(metafunc):
@@ -164,8 +168,8 @@ def pytest_benchmark_update_json(config, output_json):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    settings = config.stash[SETTINGS]
-    if not config.stash[OUTCOMES] or settings.size == "smoke":
+    settings = config.stash.get(SETTINGS, None)
+    if settings is None or settings.size == "smoke" or not config.stash[OUTCOMES]:
         return
     rows = []
     for name, outcomes in config.stash[OUTCOMES].items():

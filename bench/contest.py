@@ -37,9 +37,9 @@ class Settings:
         """Why rows of torch.compile are left out, or nothing."""
         if self.size == "full" or (self.size == "smoke" and in_smoke):
             return ""
-        return (
-            "compiled in another group" if self.size == "smoke" else "compiles for minutes; --full"
-        )
+        if self.size == "smoke":
+            return "compiled in another group"
+        return "compiles for minutes; runs with --full"
 
 
 class Unavailable(Exception):

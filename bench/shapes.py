@@ -25,8 +25,9 @@ def random_backbone(name: str, device: torch.device, seed: int = 0) -> VisionTra
         vit = timm.create_model(name, num_classes=CLASSES)
     generator = torch.Generator().manual_seed(seed)
     for module in vit.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.normal_(0, module.in_features**-0.5, generator=generator)
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            fan_in = module.weight[0].numel()
+            module.weight.normal_(0, fan_in**-0.5, generator=generator)
             module.bias.normal_(0, 0.02, generator=generator)
         elif isinstance(module, nn.LayerNorm):
             module.weight.normal_(1, 0.1, generator=generator)
