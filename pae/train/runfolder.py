@@ -3,7 +3,7 @@
     config.json        the resolved settings and the versions that ran them
     metrics.csv        one row per epoch          metrics.json   the same, and the final result
     best.safetensors   trained parts at the best validation accuracy
-    last.safetensors   trained parts at the last saved moment
+    last.safetensors   trained parts at the end, or where the run was interrupted
     state.pt           everything that training needs to go on; state.previous.pt the one before
     curves.png         the curves
 

@@ -14,7 +14,7 @@ DEVICES = ("auto", "cpu", "cuda")
 # what None means, per method; found on validation images only, never on test images
 _RECIPES = {
     "linear": {
-        "epochs": 100,
+        "epochs": 50,
         "batch_size": 64,
         "optimizer": "adamw",
         "lr": 1e-3,
@@ -60,7 +60,7 @@ class Settings:
         head_init: "default" (the layer's own) or "vpt" (Kaiming fan-out, bias -log 99).
         kld, kld_*: the Koopman-Lyapunov regulariser and its options.
         mpa, mpa_*: Modal Pre-Alignment before training and its options; `mpa_images` is the number
-            of training images it looks at.
+            of training images it looks at; None for 8 on a CPU, 64 on a GPU.
         epochs, batch_size, optimizer, lr, weight_decay, scheduler, warmup_epochs: the recipe; None
             for the method's own. `batch_size` counts images over all processes.
         amp: "bf16", "fp16", "no", or "auto" (bf16 where the hardware has it).
@@ -91,7 +91,7 @@ class Settings:
     kld_consistency: float = 0.5
     kld_lyapunov: float = 0.2
     mpa: bool = False
-    mpa_images: int = 16
+    mpa_images: int | None = None
     mpa_window: int = 16
     mpa_stride: int = 8
     mpa_head: str = "as_is"
@@ -121,6 +121,8 @@ class Settings:
             values["warmup_epochs"] = min(values["warmup_epochs"], epochs / 4)
         device = _resolve_device(self.device)
         values.update(device=device, amp=_resolve_amp(self.amp, device))
+        if self.mpa_images is None:
+            values["mpa_images"] = 64 if device == "cuda" else 8
         if self.workers is None:
             from pae.train.pixels import default_workers
 

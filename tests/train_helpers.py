@@ -1,0 +1,24 @@
+"""What the tests of the training loop and of the command line share: three shades to tell apart."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+# timm's smallest vision transformer, on random weights: 6 blocks of width 64, 5 tokens at 32 px
+BACKBONE = {"model": "test_vit", "pretrained": False, "img_size": 32}
+BACKBONE_FLAGS = ["--model", "test_vit", "--no-pretrained", "--img-size", "32"]
+CPU_FLAGS = ["--device", "cpu", "--amp", "no", "--workers", "1"]
+
+
+def save_shades(root, train=12, test=5, size=(36, 40)):
+    """An image folder of noisy dark, light and middle grey images; returns `root`."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for name, level in (("dark", 60), ("light", 190), ("middle", 120)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noisy = np.clip(rng.normal(level, 50, (*size, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(noisy).save(folder / f"{i:02d}.png")
+    return root
