@@ -1,0 +1,245 @@
+"""The house itself: which layer imports which, what importing costs, which names are public."""
+
+import ast
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+import pae
+import pae_kernels
+
+ROOT = Path(__file__).parent.parent
+
+
+def imported(file):
+    """Absolute names of all modules that a source file imports, at any depth of its code."""
+    package = ".".join(file.relative_to(ROOT).with_suffix("").parts[:-1])
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package.split(".")[: len(package.split(".")) + 1 - node.level]
+            base = ".".join(start) if node.level else ""
+            base = ".".join(filter(None, [base, node.module]))
+            names |= {f"{base}.{alias.name}" for alias in node.names} | {base}
+    return names
+
+
+def sources(*parts):
+    files = sorted(ROOT.joinpath(*parts).rglob("*.py"))
+    assert files
+    return files
+
+
+def within(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def test_kernels_never_import_pae():
+    for file in sources("pae_kernels"):
+        assert not [n for n in imported(file) if within(n, "pae")], file
+    code = "import sys, pae_kernels, pae_kernels.__main__; print('pae' in sys.modules)"
+    assert run(code) == "False"
+
+
+def test_references_import_no_kernel():
+    """The definition stands alone: torch and other references, no op, no backend, no library."""
+    files = [f for f in sources("pae_kernels") if f.name == "reference.py"]
+    assert len(files) >= 3
+    for file in files:
+        for name in imported(file):
+            if within(name, "pae_kernels"):
+                rest = name.split(".")
+                assert "reference" in rest, f"{file} imports {name}"
+                assert not {"op", "triton", "cuda", "native", "backends"} & set(rest)
+            assert not within(name, "triton"), file
+
+
+def test_families_know_no_engine():
+    for file in sources("pae", "prompts"):
+        inner = [n for n in imported(file) if within(n, "pae")]
+        assert all(within(n, "pae.prompts") for n in inner), (file, inner)
+
+
+def test_nothing_below_imports_the_training_loop():
+    for file in [
+        *(ROOT / "pae").glob("*.py"),
+        *sources("pae", "prompts"),
+        *sources("pae", "backbones"),
+    ]:
+        if file.name != "__main__.py":
+            assert not [n for n in imported(file) if within(n, "pae.train")], file
+
+
+def run(code, **environment):
+    """Standard output of `python -c code` at the root of the repository."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+IMPORT = """
+import json, sys, time
+import torch
+start = time.process_time()
+import timm
+between, before, state = time.process_time(), set(sys.modules), torch.get_rng_state()
+import pae
+print(json.dumps({
+    "added": (time.process_time() - between) / (between - start),
+    "modules": sorted(set(sys.modules) - before),
+    "state_kept": state.equal(torch.get_rng_state()),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imports():
+    """Three fresh processes that import timm and then pae: what the second import adds."""
+    return [json.loads(run(IMPORT, OMP_NUM_THREADS="1")) for _ in range(3)]
+
+
+def test_import_costs_little_more_than_timm(imports):
+    """At most 1.3 times, torch itself not counted on either side, which only makes it harder."""
+    added = median(each["added"] for each in imports)
+    assert added <= 0.3, f"import pae costs {1 + added:.2f} times import timm"
+
+
+HEAVY = {"accelerate", "matplotlib", "onnx", "pandas", "pytest", "rich", "scipy", "tqdm", "triton"}
+
+
+def test_import_brings_no_heavy_package(imports):
+    packages = {name.split(".")[0] for name in imports[0]["modules"]}
+    assert {"pae", "pae_kernels"} <= packages
+    assert packages.isdisjoint(HEAVY)
+    assert "pae.train" not in imports[0]["modules"]
+
+
+def test_import_draws_no_random_number(imports):
+    assert all(each["state_kept"] for each in imports)
+
+
+# ---- names
+
+
+def test_public_names():
+    assert set(pae.__all__) == {
+        "KLD",
+        "CheckpointError",
+        "MPAResult",
+        "PromptedViT",
+        "UnsupportedBackbone",
+        "__version__",
+        "fast_forward",
+        "mpa_init",
+        "prompts",
+    }
+    assert all(hasattr(pae, name) for name in pae.__all__)
+    assert {"VPTDeep", "VPTShallow", "PromptFamily", "BackboneShape"} <= set(pae.prompts.__all__)
+    assert pae_kernels.__all__ == ["prompt_attention"]
+    assert issubclass(pae.UnsupportedBackbone, ValueError)
+    assert issubclass(pae.CheckpointError, RuntimeError)
+
+
+SIGNATURES = {
+    "PromptedViT": "backbone, prompts, kld=None, num_classes=None",
+    "fast_forward": "model, images, memory='exact'",
+    "mpa_init": "model, images, labels=None, window=16, stride=8, head='as_is'",
+    "KLD": (
+        "dim=256, mode='global', consistency_weight=0.5, lyapunov_weight=0.2, formulation='code'"
+    ),
+    "prompts.VPTDeep": "num_tokens, dropout=0.0, dropout_scope='batch'",
+    "prompts.VPTShallow": "num_tokens, dropout=0.0, dropout_scope='batch'",
+    "PromptedViT.parameter_groups": "self, lr, weight_decay",
+    "PromptedViT.penalty": "self",
+    "PromptedViT.save": "self, path",
+    "PromptedViT.load": "self, path",
+    "PromptedViT.from_file": "path, backbone",
+    "KLD.terms": "self, prompts",
+    "KLD.clip_gradients": "self, max_norm=10.0",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_public_signatures(name):
+    """In this order and with these defaults; further optional arguments may follow."""
+    thing = pae
+    for part in name.split("."):
+        thing = getattr(thing, part)
+    parameters = inspect.signature(thing).parameters.values()
+    given = [
+        p.name if p.default is p.empty else f"{p.name}={p.default!r}"
+        for p in parameters
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    expected = SIGNATURES[name].split(", ")
+    assert given[: len(expected)] == expected
+    assert all("=" in rest for rest in given[len(expected) :])
+
+
+def public_functions():
+    for name in pae.__all__:
+        thing = getattr(pae, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            yield name, thing
+        if inspect.isclass(thing):
+            for method, function in vars(thing).items():
+                if inspect.isfunction(function) and not method.startswith("_"):
+                    yield f"{name}.{method}", function
+
+
+@pytest.mark.parametrize("name, thing", list(public_functions()))
+def test_everything_public_has_a_docstring(name, thing):
+    assert inspect.getdoc(thing), name
+
+
+def test_packages_are_typed():
+    for package in (pae, pae_kernels):
+        assert (Path(package.__file__).parent / "py.typed").exists()
+
+
+def test_versions_agree():
+    from pae.version import __version__
+
+    assert pae.__version__ == __version__
+
+
+def test_ops_are_registered_under_one_namespace():
+    import pae_kernels.__main__  # noqa: F401  (imports every op)
+
+    names = "prompt_attention_fwd prompt_attention_bwd layer_norm_fwd layer_norm_bwd"
+    for name in f"{names} activation_fwd activation_coded_fwd activation_bwd".split():
+        assert hasattr(torch.ops.pae, name)
+
+
+def test_table_of_versions(capsys):
+    importlib.import_module("pae_kernels.__main__").main()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split()[:3] for line in lines[2:]]
+    assert ["prompt_attention", "cpu", "reference"] in rows
+    assert ["pointwise", "cpu", "reference"] in rows
+
+
+def test_references_differentiate_by_themselves():
+    """A reference is the definition: plain autograd through it, no custom function inside."""
+    for file in sources("pae_kernels"):
+        if file.name == "reference.py":
+            text = file.read_text()
+            assert "autograd.Function" not in text, file
+            assert "torch.ops.pae" not in text, file
