@@ -1,0 +1,178 @@
+"""Koopman-Lyapunov discrepancy: the regulariser of PAE over the prompts of consecutive blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pae_kernels.koopman import koopman_losses
+
+MODES = ("global", "layerwise")
+FORMULATIONS = ("code", "paper")
+
+
+class KLD(nn.Module):
+    """alpha sum_j |z_j K - z_{j+1}|^2 + beta sum_j phi(V(z') - V(z_j)), z_j = p_j U, V of L^T L.
+
+    The prompts p_1 .. p_{depth-1} of consecutive blocks are lifted to `dim` dimensions and pulled
+    towards one linear evolution K that does not raise the energy V. Block 0 is in no pair, and
+    nothing depends on the images.
+
+    "code" is what the released training code computes: the error is a mean over prompts and
+    dimensions; V(z) = |L z|^2 / (sigma_max(L)^2 + 1e-8), with rows longer than 1 scaled to length
+    1, is taken of the *predicted* next state z' = z_j K; phi = 10 tanh(mean softplus / 10).
+
+    "paper" is the text: the error is a sum of squared Frobenius norms; V(z) = tr(z L^T L z^T) is
+    taken of the *actual* next state z' = z_{j+1}; phi = max(0, .). Reconstructed, because the text
+    does not settle it: which blocks the sums cover (here the pairs of "code") and that
+    nothing is divided by their number. At 20 prompts and dim 256 its consistency term is 5120 times
+    that of "code" at the same weight, and V can be lowered by shrinking L.
+
+    In mode "layerwise" the pair of blocks (j + 1, j + 2) has K[j] and L[j]. As in the released code
+    there is one more K and L than pairs. The last slice of the stack is never read and its gradient
+    is zero; it is not None, being part of one parameter, so an optimiser with weight decay shrinks
+    this slice (the released code, with separate parameters, leaves it alone). No loss and
+    no other parameter depends on it.
+
+    Args:
+        dim: k, width of the lifted states.
+        mode: "global" (one K and L) or "layerwise".
+        consistency_weight: alpha.
+        lyapunov_weight: beta.
+        formulation: "code" or "paper".
+
+    Attributes:
+        lift: bias-free `nn.Linear(D, dim)`, the map U, in PyTorch's initialisation.
+        K, L: (dim, dim) or (depth - 1, dim, dim), identity at first. None until `bind`, like lift.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what was expected.
+
+    Source: PAE (arXiv 2601.20232), Sec. 2.3, Eq. 6-11.
+    """
+
+    def __init__(
+        self,
+        dim: int = 256,
+        mode: str = "global",
+        consistency_weight: float = 0.5,
+        lyapunov_weight: float = 0.2,
+        formulation: str = "code",
+    ):
+        super().__init__()
+        self.dim = _check_size("dim", dim)
+        self.mode = _check_choice("mode", mode, MODES)
+        self.consistency_weight = _check_weight("consistency_weight", consistency_weight)
+        self.lyapunov_weight = _check_weight("lyapunov_weight", lyapunov_weight)
+        self.formulation = _check_choice("formulation", formulation, FORMULATIONS)
+        self.depth: int | None = None
+        self.lift: nn.Linear | None = None
+        self.register_parameter("K", None)
+        self.register_parameter("L", None)
+
+    def bind(self, depth: int, width: int) -> None:
+        """Allocate `lift`, `K` and `L` for a backbone of `depth` blocks of width `width`."""
+        if self.depth is not None:
+            raise RuntimeError("this KLD already belongs to a model; build a new one")
+        depth, width = _check_size("depth", depth), _check_size("width", width)
+        self.depth = depth
+        self.lift = nn.Linear(width, self.dim, bias=False)
+        identity = torch.eye(self.dim)
+        if self.mode == "layerwise":
+            identity = identity.repeat(depth - 1, 1, 1)
+        self.K = nn.Parameter(identity.clone())
+        self.L = nn.Parameter(identity.clone())
+
+    def terms(self, prompts: Tensor | Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """The weighted consistency and Lyapunov terms, two scalars to add to the training loss.
+
+        Args:
+            prompts: (depth, P, D), or `depth` tensors (P, D), block 0 first, without dropout.
+                Block 0 is not looked at: in a list it may have another P or be None.
+
+        Returns:
+            consistency, lyapunov: in fp32 or wider, whatever autocast says. A depth below 3 leaves
+            no pair: zeros, with gradients of zeros. A non-finite L makes the Lyapunov term NaN.
+
+        Raises:
+            RuntimeError: not bound.
+            ValueError: the prompts do not fit, or their number differs between blocks.
+        """
+        deep = self._deep_prompts(prompts)
+        dtype = torch.promote_types(torch.promote_types(deep.dtype, self.K.dtype), torch.float32)
+        with torch.autocast(deep.device.type, enabled=False):
+            states = F.linear(deep.to(dtype), self.lift.weight.to(dtype))
+            consistency, lyapunov = koopman_losses(
+                states, self.K.to(dtype), self.L.to(dtype), self.formulation
+            )
+        return self.consistency_weight * consistency, self.lyapunov_weight * lyapunov
+
+    def clip_gradients(self, max_norm: float = 10.0) -> Tensor:
+        """Scale the gradients of lift, K and L together by min(1, max_norm / (norm + 1e-6)).
+
+        Returns:
+            Their joint L2 norm before clipping.
+        """
+        return nn.utils.clip_grad_norm_(self.parameters(), max_norm)
+
+    def config(self) -> dict:
+        """Constructor arguments as plain JSON values."""
+        return {
+            "dim": self.dim,
+            "mode": self.mode,
+            "consistency_weight": self.consistency_weight,
+            "lyapunov_weight": self.lyapunov_weight,
+            "formulation": self.formulation,
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+
+    def _deep_prompts(self, prompts: Tensor | Sequence[Tensor | None]) -> Tensor:
+        """Prompts of blocks 1 .. depth - 1 as one tensor (depth - 1, P, D)."""
+        if self.depth is None:
+            raise RuntimeError(
+                "KLD is not bound: call bind(depth, width) or give it to PromptedViT"
+            )
+        if not isinstance(prompts, (Tensor, Sequence)):
+            raise TypeError(f"prompts must be a tensor or a list of tensors, got {prompts!r}")
+        if len(prompts) != self.depth:
+            raise ValueError(f"prompts must hold {self.depth} blocks, got {len(prompts)}")
+        width = self.lift.in_features
+        deep = prompts[1:]
+        shapes = [None if p is None else tuple(p.shape) for p in deep]
+        if any(s is None or len(s) != 2 or s[0] == 0 or s[1] != width for s in shapes):
+            raise ValueError(f"prompts must be (P >= 1, {width}) in every block, got {shapes}")
+        if len(set(shapes)) > 1:
+            raise ValueError(
+                f"prompts must have the same P in every block but the first, got {shapes}"
+            )
+        if isinstance(prompts, Tensor):
+            return deep
+        return torch.stack(list(deep)) if deep else self.lift.weight.new_empty(0, 1, width)
+
+
+def _check_size(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    return value
+
+
+def _check_weight(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    return float(value)
