@@ -94,7 +94,7 @@ def groups(settings: Settings) -> list[Group]:
 
 
 def group(dim: int, mode: str, settings: Settings, left_out: str = "") -> Group:
-    slow = settings.why_not_compile(in_smoke=mode == "global")
+    slow = settings.why_not_compile(settings.size == "smoke" and mode == "global")
     return Group(
         name=f"kld/{mode}/k{dim}/P{PROMPTS}",
         open=lambda: open_regulariser(dim, mode, settings.device),

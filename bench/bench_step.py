@@ -25,6 +25,9 @@ FP32_LIMITS = {"logits": 1e-5, "gradients": 1e-4}
 FP32_LOW_LIMITS = {"logits": 1e-5, "gradients": 5e-3}
 BF16_FACTOR = 1.5
 
+# the groups that run torch.compile without --full: it takes a minute each
+COMPILED = {(shapes.BASE, 50, "fp32"), (shapes.TINY, 5, "fp32")}
+
 
 @dataclass
 class Step:
@@ -122,7 +125,7 @@ def start_compiled(step: Step) -> Contestant:
     return contestant(step, compiled)
 
 
-def providers(dtype: str, settings: Settings) -> list[Provider]:
+def providers(compile_too: bool, settings: Settings) -> list[Provider]:
     def ours(memory: str) -> Provider:
         return Provider(
             f"pae {memory}",
@@ -131,7 +134,7 @@ def providers(dtype: str, settings: Settings) -> list[Provider]:
             ),
         )
 
-    slow = settings.why_not_compile(in_smoke=dtype == "fp32")
+    slow = settings.why_not_compile(compile_too)
     rows = [
         Provider(OFFICIAL, lambda step: contestant(step, step.official, official=True)),
         Provider(TEXTBOOK, lambda step: contestant(step, step.model)),
@@ -178,7 +181,7 @@ def group(
     return Group(
         name=f"step/{name}/P{count}/{dtype}/B{batch}",
         open=lambda: open_step(name, count, batch, dtype, settings.device),
-        providers=providers(dtype, settings),
+        providers=providers((name, count, dtype) in COMPILED, settings),
         baselines=(OFFICIAL, TEXTBOOK),
         rounds=7 if settings.size == "full" else 4,
         unit="step",

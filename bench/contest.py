@@ -33,13 +33,9 @@ class Settings:
     device: torch.device
     clock: str
 
-    def why_not_compile(self, in_smoke: bool = False) -> str:
-        """Why rows of torch.compile are left out, or nothing."""
-        if self.size == "full" or (self.size == "smoke" and in_smoke):
-            return ""
-        if self.size == "smoke":
-            return "compiled in another group"
-        return "compiles for minutes; runs with --full"
+    def why_not_compile(self, chosen: bool) -> str:
+        """Why a row of torch.compile is left out; nothing if it runs, in `chosen` groups always."""
+        return "" if chosen or self.size == "full" else "compiles for a minute; runs with --full"
 
 
 class Unavailable(Exception):
