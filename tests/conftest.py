@@ -14,11 +14,27 @@ from torch import nn
 
 GOLDEN = Path(__file__).parent / "golden"
 
+# tiny tensors: a second thread only waits for the first, and badly when the machine is shared
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Every tensor from torch.empty starts as NaN, so that an entry nobody writes cannot pass."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +50,7 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
 
 @pytest.fixture
 def tiny_vit(golden) -> Callable[..., VisionTransformer]:
-    """tiny_vit(dtype) -> timm model with the frozen weights that the golden vectors were made with."""
+    """tiny_vit(dtype) -> timm model with the frozen weights that the golden vectors belong to."""
 
     def build(dtype: torch.dtype = torch.float32) -> VisionTransformer:
         vit = VisionTransformer(

@@ -315,19 +315,6 @@ def test_inputs_are_not_changed():
         assert torch.equal(a, b)
 
 
-@pytest.fixture
-def poisoned_memory():
-    """Every tensor that comes from torch.empty starts as NaN."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("queries", ["all", "class"])
 @pytest.mark.parametrize("sets", [1, 2, 3])

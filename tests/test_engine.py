@@ -138,6 +138,15 @@ def test_without_a_graph(context):
     assert error(got, expected) < 1e-12
 
 
+@pytest.mark.parametrize("memory", engine.MEMORY_MODES)
+@pytest.mark.parametrize("feature", ["plain", "avg", "qk_norm"])
+def test_every_entry_is_written(poisoned_memory, feature, memory):
+    for family in (pae.prompts.VPTDeep([2, 0, 3]), Given([2, 2, 2], sets=2, group=[1, 1, 1])):
+        model = prompted(feature, family)
+        tolerance = 5e-3 if memory == "low" else 1e-7
+        assert_engines_agree(model, tiny.images(model.backbone), grads=tolerance, memory=memory)
+
+
 def test_training_after_evaluation_in_inference_mode():
     """The plan that evaluation built is one that autograd may use."""
     model = prompted("plain")
