@@ -69,8 +69,8 @@ def forward(states: Tensor, K: Tensor, L: Tensor, formulation: str) -> tuple[Ten
     With b = 1 for global operators and b = m for layerwise ones:
         error (m, P, k)     prediction minus next state
         points (m, 2P, k)   arguments of V: of each pair the later state, then the earlier one
-        images (m, 2P, k)   points L^T, divided by sigma where V is normalised
-        norms (m, 2P)       row norms before rescaling; 0 where nothing is rescaled
+        images (m, 2P, k)   L c(points), divided by sigma where V is normalised
+        norms (m, 2P)       norms of the points; 0 where c is the identity
         values (m, 2P)      V
         gain (b,)           sigma / (sigma^2 + eps); 1 where V is not normalised
         left, right (b, k)  top singular vectors; 0 where V is not normalised
@@ -84,12 +84,12 @@ def forward(states: Tensor, K: Tensor, L: Tensor, formulation: str) -> tuple[Ten
     if formulation == "code":
         points = torch.cat([predicted, now], dim=1)
         norms = torch.linalg.vector_norm(points, dim=-1)
-        points.div_((norms + EPS).clamp(min=1)[..., None])
         sigma, left, right = top_singular_triple(L.reshape(-1, k, k))
-        # neither sigma^2 nor a division by sigma = 0 occurs: right at any scale of L
+        # no sigma^2 and no division by sigma = 0: right wherever L z itself is finite
         sigma = sigma.clamp(min=torch.finfo(sigma.dtype).tiny)
         gain = 1 / (sigma + EPS / sigma)
-        images = (points @ L.mT).div_(sigma[:, None, None])
+        lengths = (norms + EPS).clamp(min=1)
+        images = (points @ L.mT).div_((lengths * sigma[:, None])[..., None])
         values = _row_squares(images) * (sigma * gain)[:, None]
     else:
         points = torch.cat([following, now], dim=1)
@@ -146,18 +146,16 @@ def backward(
         slope = (rise.sum(dim=1, keepdim=True) > 0).to(rise.dtype).expand_as(rise)
     slope = d_lyapunov * torch.cat([slope, -slope], dim=1)  # d loss / d values
 
-    pull = images * (2 * slope * gain[:, None])[..., None]
-    d_points = pull @ L_pairs
+    # c scales rows longer than 1; the radial part of their gradient, 2 slope V, has no effect
+    lengths = (norms + EPS).clamp(min=1)
+    radial = torch.where(norms + EPS > 1, 2 * slope * values / (norms * lengths), 0)
+    pull = images * (2 * slope * gain[:, None] / lengths)[..., None]
+    d_points = (pull @ L_pairs).addcmul_(points, radial[..., None], value=-1)
     d_L = _sum_outer(pull, points, L)
     flow = (slope * values).sum(dim=1)
     flow = gain * (flow if layerwise else flow.sum(dim=0, keepdim=True))
     used = d_L[: len(flow)] if layerwise else d_L[None]
     used.baddbmm_((-2 * flow)[:, None, None] * left[..., None], right[:, None])
-
-    # through c: where a row was rescaled, the radial part of its gradient, 2 slope V, has no effect
-    lengths = norms + EPS
-    radial = torch.where(lengths > 1, 2 * slope * values * lengths / norms, 0)
-    d_points.addcmul_(points, radial[..., None], value=-1).div_(lengths.clamp(min=1)[..., None])
     d_later, d_now = d_points[:, :count], d_points[:, count:]
 
     d_states = states.new_empty(states.shape)
