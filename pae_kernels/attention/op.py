@@ -105,13 +105,17 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+# autocast reaches into an op's implementation: products stay in the dtype that came in
 def _forward(qkv, *rest):
-    return backends.choose("prompt_attention", qkv.device).forward(_dense(qkv), *rest)
+    version = backends.choose("prompt_attention", qkv.device)
+    with torch.autocast(qkv.device.type, enabled=False):
+        return version.forward(_dense(qkv), *rest)
 
 
 def _backward(d_out, qkv, *rest):
     version = backends.choose("prompt_attention", d_out.device)
-    return version.backward(_dense(d_out), _dense(qkv), *rest)
+    with torch.autocast(d_out.device.type, enabled=False):
+        return version.backward(_dense(d_out), _dense(qkv), *rest)
 
 
 for _key in ("CPU", "CUDA"):
