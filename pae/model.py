@@ -183,10 +183,9 @@ class PromptedViT(nn.Module):
         """
         like = next(self.backbone.blocks.parameters())
         if dtype is None:
-            kind = like.device.type
-            dtype = (
-                torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
-            )
+            kind, dtype = like.device.type, like.dtype
+            if torch.is_autocast_enabled(kind) and dtype != torch.float64:  # autocast skips fp64
+                dtype = torch.get_autocast_dtype(kind)
         signature = plan.signature(self.view)
         known = self._plans.get(dtype)
         if known is None or known[0] != signature:

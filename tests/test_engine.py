@@ -290,6 +290,32 @@ def test_autocast_picks_the_plan_and_changes_nothing_else(feature):
         assert torch.equal(a, b)
 
 
+def test_autocast_leaves_fp64_alone():
+    model = prompted("plain")
+    x = tiny.images(model.backbone)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_engines_agree(model, x)
+
+
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_other_wrappers(wrapper):
+    model = prompted("plain")
+    x = tiny.images(model.backbone)
+    assert error(pae.fast_forward(wrapper(model), x), model(x)) < 1e-12
+
+
+def test_parameters_may_be_swapped_for_a_call():
+    model = prompted("plain")
+    x = tiny.images(model.backbone)
+    swapped = {"prompts.tokens": torch.zeros_like(model.prompts.tokens)}
+    got, expected = (
+        torch.func.functional_call(model, swapped, (x,), {"engine": kind})
+        for kind in ("fast", "textbook")
+    )
+    assert error(got, expected) < 1e-12
+    assert error(got, model(x)) > 1e-2
+
+
 def test_autocast_casts_every_weight_once(monkeypatch):
     model = prompted("plain", dtype=torch.float32)
     x = tiny.images(model.backbone)
