@@ -147,6 +147,7 @@ def walk(
             block.
     """
     x = x.contiguous()  # a stem without prefix tokens hands over transposed rows
+    delta = None  # what the last block's product still has to add to x, see `_sums_apart`
     last = len(plan.blocks) - 1
     ready = (
         {}
@@ -157,22 +158,27 @@ def walk(
         if prompts is not None:
             given = prompts[i]
         else:
+            x, delta = _sum(x, delta), None
             given = _block_prompts(family.block_prompts(i, x), family.group_index(x))
         if given is None:
             given = BlockPrompts(x.new_empty(1, 0, x.shape[-1]))
         rows, group, log_multiplicity = given
         if class_only and i == last and block.q_norm is None and block.k_norm is None:
             normed = _normalise(rows, block.eps1, plan.dtype)
-            return _ClassBlock.apply(x, normed, group, log_multiplicity, block)
+            return _ClassBlock.apply(x, delta, normed, group, log_multiplicity, block)
         kv = (
             ready[i]
             if i in ready
             else _keys_values(_normalise(rows, block.eps1, plan.dtype), block)
         )
-        x = _FrozenBlock.apply(
-            x, kv, group, log_multiplicity, block, memory, class_only and i == last
+        x, delta = _FrozenBlock.apply(
+            x, delta, kv, group, log_multiplicity, block, memory, class_only and i == last
         )
-    return x
+    return _sum(x, delta)
+
+
+def _sum(x: Tensor, delta: Tensor | None) -> Tensor:
+    return x if delta is None else (x + delta).to(x.dtype)
 
 
 def _normalise(rows: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -217,7 +223,11 @@ def _keys_values_at_once(
 
 
 class _FrozenBlock(torch.autograd.Function):
-    """One frozen block: x (B, N, D), kv (G, P, 2, H, d) -> (B, N, D); `class_only`: (B, 1, D).
+    """One frozen block: x + delta (B, N, D), kv (G, P, 2, H, d) -> (y, delta') of the same shape.
+
+    delta is what the product before has yet to add, or None when it has (`_sums_apart`); the first
+    norm adds it in its own pass. Its gradient is that of x, in the dtype the product before reads.
+    With `class_only` the outputs are (B, 1, D).
 
     Saved, in elements of one image (S = N D), unless only kv needs a gradient (then xhat1, k and v
     are not): xhat1 S, qkv 3S, out S, xhat2 S, hidden 4S or its coded derivative (4S bytes);
@@ -226,16 +236,15 @@ class _FrozenBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, kv, group, log_multiplicity, block: BlockPlan, memory: str, class_only: bool
+        ctx, x, delta, kv, group, log_multiplicity, block: BlockPlan, memory: str, class_only: bool
     ):
         need_x = ctx.needs_input_grad[0]
-        xhat1, rstd1 = pointwise.layer_norm(x, block.eps1, block.w_qkv.dtype)
+        x, xhat1, rstd1 = _sum_and_norm(x, delta, block.eps1, block.w_qkv.dtype)
         qkv, head_stats = _project(xhat1, block)
         out, lse = torch.ops.pae.prompt_attention_fwd(
             qkv, kv, group, 1.0, class_only, log_multiplicity
         )
-        y = _residual(x[:, :1] if class_only else x, out, block.w_proj, block.b_proj)
-        y, mlp = _mlp_forward_(y, block, memory)
+        y, rows, mlp = _second_half(x[:, :1] if class_only else x, out, block, memory)
 
         if not need_x:
             xhat1 = rstd1 = None
@@ -246,37 +255,37 @@ class _FrozenBlock(torch.autograd.Function):
         ctx.save_for_backward(
             xhat1, rstd1, qkv, kv, group, log_multiplicity, out, lse, *mlp, *(head_stats or ())
         )
-        ctx.block, ctx.memory, ctx.class_only, ctx.x_dtype = block, memory, class_only, x.dtype
-        return y
+        ctx.block, ctx.memory, ctx.class_only = block, memory, class_only
+        return y, rows
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy, d_rows):
         block, need_x = ctx.block, ctx.needs_input_grad[0]
         saved = ctx.saved_tensors
         xhat1, rstd1, qkv, kv, group, log_multiplicity, out, lse = saved[:8]
         head_stats = saved[11:]
         with torch.autocast(dy.device.type, enabled=False):
-            dy = _mlp_backward(dy, saved[8:11], block, ctx.memory)
-            d_out = dy.to(block.w_proj.dtype) @ block.w_proj
+            dy, d_out = _second_half_backward(dy, d_rows, saved[8:11], block, ctx.memory)
             if qkv is None:
                 qkv, head_stats = _project(xhat1, block)
             d_qkv, d_kv = torch.ops.pae.prompt_attention_bwd(
                 d_out, qkv, kv, group, 1.0, ctx.class_only, log_multiplicity, out, lse, need_x
             )
             if not need_x:
-                return None, d_kv, None, None, None, None, None
+                return None, None, d_kv, None, None, None, None, None
             if head_stats:
                 _head_norms_backward_(d_qkv, head_stats, block)
             d_xhat = d_qkv.flatten(2) @ block.w_qkv
             if ctx.class_only:
                 dy = F.pad(dy, (0, 0, 0, xhat1.shape[1] - 1))
-            dx = pointwise.layer_norm_backward(d_xhat, xhat1, rstd1, dy)
-        return dx.to(ctx.x_dtype), d_kv, None, None, None, None, None
+            dx, d_delta = _norm_backward(d_xhat, xhat1, rstd1, dy)
+        d_delta = d_delta if ctx.needs_input_grad[1] else None
+        return dx, d_delta, d_kv, None, None, None, None, None
 
 
 class _ClassBlock(torch.autograd.Function):
-    """The last block when only the class row is read: x (B, N, D), normed (G, P, D) -> (B, 1, D).
+    """The last block when only the class row is read: x + delta, normed (G, P, D) -> (B, 1, D).
 
     With one query a row's key is never needed: q.(W_k x_j + b_k) = (W_k^T q).x_j + const, and the
     constant drops out of the softmax; values are projected after the weighted sum. So no key or
@@ -285,12 +294,12 @@ class _ClassBlock(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, normed, group, log_multiplicity, block: BlockPlan):
+    def forward(ctx, x, delta, normed, group, log_multiplicity, block: BlockPlan):
         batch, heads, d = x.shape[0], block.num_heads, block.head_width
         w_q, w_k, w_v = block.w_qkv.view(3, heads, d, -1).unbind(0)
         b_q, _, b_v = block.b_qkv.view(3, heads * d).unbind(0)
         dtype = w_q.dtype
-        xhat, rstd = pointwise.layer_norm(x, block.eps1, dtype)
+        x, xhat, rstd = _sum_and_norm(x, delta, block.eps1, dtype)
         wide = rstd.dtype
         q = F.linear(xhat[:, 0], w_q.flatten(0, 1), b_q)
         qk = _per_head(q.view(batch, heads, d), w_k).to(wide)  # (B, H, D)
@@ -305,23 +314,22 @@ class _ClassBlock(torch.autograd.Function):
         probs = scores.softmax(dim=-1)  # (B, H, P + N)
         mixed = probs[..., :count] @ prompts + probs[..., count:] @ xhat.to(wide)  # (B, H, D)
         out = _per_head(mixed.to(dtype), w_v.transpose(1, 2)).flatten(1) + b_v
-        y = _residual(x[:, :1], out[:, None], block.w_proj, block.b_proj)
-        y, mlp = _mlp_forward_(y, block, "exact")
+        y, rows, mlp = _second_half(x[:, :1], out[:, None], block, "exact")
         ctx.save_for_backward(xhat, rstd, normed, group, probs, qk, *mlp)
-        ctx.block, ctx.x_dtype = block, x.dtype
-        return y
+        ctx.block = block
+        return _sum(y, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        block, need_x = ctx.block, ctx.needs_input_grad[0]
+        block = ctx.block
         xhat, rstd, normed, group, probs, qk, *mlp = ctx.saved_tensors
         batch, heads, d = len(xhat), block.num_heads, block.head_width
         w_q, w_k, w_v = block.w_qkv.view(3, heads, d, -1).unbind(0)
         dtype, wide, count = w_q.dtype, rstd.dtype, normed.shape[1]
         with torch.autocast(dy.device.type, enabled=False):
-            dy = _mlp_backward(dy, mlp, block, "exact")
-            d_out = (dy[:, 0].to(dtype) @ block.w_proj).view(batch, heads, d)
+            dy, d_out = _second_half_backward(dy, dy.to(dtype), mlp, block, "exact")
+            d_out = d_out.view(batch, heads, d)
             d_mixed = _per_head(d_out, w_v).to(wide)  # (B, H, D)
             prompts, rows = take_groups(normed, group, batch).to(wide), xhat.to(wide)
             d_probs = torch.cat(
@@ -333,19 +341,20 @@ class _ClassBlock(torch.autograd.Function):
             reads = torch.cat([probs, d_scores], dim=1).transpose(1, 2)  # (B, P + N, 2H)
             sources = torch.cat([d_mixed, qk], dim=1)  # (B, 2H, D)
             d_normed = None
-            if ctx.needs_input_grad[1]:
+            if ctx.needs_input_grad[2]:
                 d_normed = sum_groups(reads[:, :count] @ sources, group, len(normed)).to(
                     normed.dtype
                 )
-            if not need_x:
-                return None, d_normed, None, None, None
+            if not ctx.needs_input_grad[0]:
+                return None, None, d_normed, None, None, None
             d_xhat = reads[:, count:] @ sources
             d_qk = (d_scores[..., :count] @ prompts + d_scores[..., count:] @ rows).to(dtype)
             d_q = _per_head(d_qk, w_k.transpose(1, 2)).flatten(1)
             d_xhat[:, 0] += d_q @ w_q.flatten(0, 1)
             dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
-            dx = pointwise.layer_norm_backward(d_xhat, xhat, rstd, dy)
-        return dx.to(ctx.x_dtype), d_normed, None, None, None
+            dx, d_delta = _norm_backward(d_xhat, xhat, rstd, dy)
+        d_delta = d_delta if ctx.needs_input_grad[1] else None
+        return dx, d_delta, d_normed, None, None, None
 
 
 def _per_head(rows: Tensor, weight: Tensor) -> Tensor:
@@ -380,52 +389,67 @@ def _head_norms_backward_(d_qkv: Tensor, stats: tuple[Tensor, ...], block: Block
 
 
 def _sums_apart(x: Tensor, rows: Tensor) -> bool:
-    """Whether the residual's sum is a pass of its own.
+    """Whether a product's rows are added to the residual stream by the norm behind it.
 
-    It is when the dtypes differ, and in 16 bits, where x + b as accumulator rounds x twice.
+    They are when the dtypes differ, and in 16 bits, where a product that accumulates on x + b
+    rounds x twice. Otherwise x + b is the product's accumulator, and the sum costs no pass.
     """
     return x.dtype != rows.dtype or x.dtype.itemsize < 4
 
 
-def _residual(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x + rows W^T + b as a new tensor.
+def _sum_and_norm(
+    x: Tensor, delta: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + delta, its normalised rows in `dtype`, 1/std."""
+    if delta is None:
+        return x, *pointwise.layer_norm(x, eps, dtype)
+    return pointwise.add_layer_norm(x, delta, eps, dtype)
 
-    x + b is the product's accumulator, so that the residual sum costs no pass of its own.
+
+def _norm_backward(d_xhat: Tensor, xhat: Tensor, rstd: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the stream before a norm, dy's included: in dy's dtype, and in the product's."""
+    if dy.dtype == xhat.dtype:
+        dx = pointwise.layer_norm_backward(d_xhat, xhat, rstd, dy, dtype=dy.dtype)
+        return dx, dx
+    return pointwise.layer_norm_backward(d_xhat, xhat, rstd, dy, dtype=dy.dtype, narrow=xhat.dtype)
+
+
+def _second_half(
+    x: Tensor, out: Tensor, block: BlockPlan, memory: str
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+    """From attention's output to the block's: projection, second norm, MLP.
+
+    Returns:
+        The residual stream; the rows that fc2 has yet to add to it, or None when it has; and for
+        the backward (xhat, rstd, hidden or its coded derivative or None).
     """
-    if _sums_apart(x, rows):
-        return x + F.linear(rows, weight, bias)
-    y = x + bias
-    y.view(-1, y.shape[-1]).addmm_(rows.flatten(0, -2), weight.t())
-    return y
-
-
-def _residual_(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`_residual` into x itself."""
-    if _sums_apart(x, rows):
-        return x.add_(F.linear(rows, weight, bias))
-    x.add_(bias).view(-1, x.shape[-1]).addmm_(rows.flatten(0, -2), weight.t())
-    return x
-
-
-def _mlp_forward_(
-    x: Tensor, block: BlockPlan, memory: str
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """x += fc2(act(fc1(norm2(x)))) in place; (xhat, rstd, hidden or its code or None) is kept."""
-    xhat, rstd = pointwise.layer_norm(x, block.eps2, block.w_fc1.dtype)
+    if apart := _sums_apart(x, out):
+        rows = F.linear(out, block.w_proj, block.b_proj)
+        y, xhat, rstd = pointwise.add_layer_norm(x, rows, block.eps2, block.w_fc1.dtype)
+    else:
+        y = x + block.b_proj
+        y.view(-1, y.shape[-1]).addmm_(out.flatten(0, -2), block.w_proj.t())
+        xhat, rstd = pointwise.layer_norm(y, block.eps2, block.w_fc1.dtype)
     hidden = F.linear(xhat, block.w_fc1, block.b_fc1)
     rows, code = pointwise.activation(hidden, block.activation, code=memory == "low")
-    x = _residual_(x, rows, block.w_fc2, block.b_fc2)
     kept = {"exact": hidden, "low": code, "lowest": None}[memory]
-    return x, (xhat, rstd, kept)
+    if apart:
+        return y, F.linear(rows, block.w_fc2, block.b_fc2), (xhat, rstd, kept)
+    y.add_(block.b_fc2).view(-1, y.shape[-1]).addmm_(rows.flatten(0, -2), block.w_fc2.t())
+    return y, None, (xhat, rstd, kept)
 
 
-def _mlp_backward(
-    dy: Tensor, saved: tuple[Tensor | None, ...], block: BlockPlan, memory: str
-) -> Tensor:
-    """Gradient of the block's middle rows: dy + norm2' fc1' act' fc2' dy."""
+def _second_half_backward(
+    dy: Tensor, d_rows: Tensor | None, saved, block: BlockPlan, memory: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the residual stream before the second norm, and of attention's output.
+
+    d_rows is the gradient of fc2's rows, which is dy in the product's dtype; None when it is dy.
+    """
     xhat, rstd, kept = saved
     if memory == "lowest":
         kept = F.linear(xhat, block.w_fc1, block.b_fc1)
-    d = dy.to(block.w_fc2.dtype) @ block.w_fc2
+    d = (dy if d_rows is None else d_rows) @ block.w_fc2
     d = pointwise.activation_backward(d, kept, block.activation) @ block.w_fc1
-    return pointwise.layer_norm_backward(d, xhat, rstd, dy)
+    dy, narrow = _norm_backward(d, xhat, rstd, dy)
+    return dy, narrow @ block.w_proj

@@ -8,9 +8,12 @@ fallback.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -24,20 +27,44 @@ class Version:
 
     Attributes:
         name: one of `BACKENDS`.
-        module: where its functions live.
-        unavailable: device type -> reason why it cannot run there, or None.
+        module: where its functions live; a name is imported when it is first chosen.
+        unavailable: (device type, dtype) -> reason why it cannot run there, or None.
     """
 
     name: str
-    module: ModuleType
-    unavailable: Callable[[str], str | None]
+    module: ModuleType | str
+    unavailable: Callable[[str, torch.dtype], str | None]
+
+    def load(self) -> ModuleType:
+        """The module."""
+        if isinstance(self.module, str):
+            return importlib.import_module(self.module)
+        return self.module
 
 
 _OPS: dict[str, list[Version]] = {}
 
 
-def anywhere(device_type: str) -> str | None:
-    """Predicate of a version that runs on every device."""
+@lru_cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def anywhere(device_type: str, dtype: torch.dtype) -> str | None:
+    """Predicate of a version that runs on every device, in every float dtype."""
+    return None
+
+
+def with_triton(device_type: str, dtype: torch.dtype) -> str | None:
+    """Predicate of Triton kernels: a GPU (or the interpreter) and at most 32 bits."""
+    if not _has_triton():
+        return "package triton is not installed"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"computes in fp32 at most, not {dtype}"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs a GPU"
+    if device_type not in ("cpu", "cuda"):
+        return f"does not know device {device_type}"
     return None
 
 
@@ -56,8 +83,8 @@ def forced() -> str | None:
     return name
 
 
-def choose(op: str, device: torch.device | str) -> ModuleType:
-    """Module that runs `op` on `device`.
+def choose(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> ModuleType:
+    """Module that runs `op` on tensors of `dtype` on `device`.
 
     Raises:
         RuntimeError: `PAE_BACKEND` names a version that this op does not have or that cannot run on
@@ -69,9 +96,9 @@ def choose(op: str, device: torch.device | str) -> ModuleType:
     for version in _OPS[op]:
         if name is not None and version.name != name:
             continue
-        reason = version.unavailable(device_type)
+        reason = version.unavailable(device_type, dtype)
         if reason is None:
-            return version.module
+            return version.load()
         reasons.append(f"{version.name}: {reason}")
     what = "; ".join(reasons) or f"{op} has no such version, only {[v.name for v in _OPS[op]]}"
     raise RuntimeError(f"PAE_BACKEND={name} cannot run {op} on {device_type}: {what}")
@@ -83,10 +110,11 @@ def table() -> list[tuple[str, str, str, str]]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for op, versions in sorted(_OPS.items()):
         for device in devices:
-            why = [f"{v.name}: {r}" for v in versions if (r := v.unavailable(device)) is not None]
+            reasons = {v.name: v.unavailable(device, torch.float32) for v in versions}
+            why = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
             try:
                 module = choose(op, device)
-                chosen = next(v.name for v in versions if v.module is module)
+                chosen = next(v.name for v in versions if v.load() is module)
             except RuntimeError as error:
                 chosen, why = "-", [str(error)]
             rows.append((op, device, chosen, "; ".join(why)))

@@ -104,6 +104,27 @@ def test_layer_norm_dtypes(dtype, out):
     assert d.dtype == rstd.dtype
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("narrow", DTYPES[:3], ids=str)
+def test_add_layer_norm_is_the_norm_of_the_rounded_sum(dtype, narrow):
+    x, delta = rows(3, 4, 64, dtype=dtype), rows(3, 4, 64, dtype=narrow, seed=1)
+    y, xhat, rstd = pointwise.add_layer_norm(x, delta, 1e-6, narrow)
+    assert torch.equal(y, (x.double() + delta.double()).to(dtype)) or dtype == torch.float64
+    assert y.dtype == dtype and error(y, x.double() + delta.double()) < 4e-3
+    for got, expected in zip((xhat, rstd), pointwise.layer_norm(y, 1e-6, narrow)):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("narrow", (torch.bfloat16, torch.float16, torch.float32), ids=str)
+def test_layer_norm_backward_gives_the_same_gradient_twice(narrow):
+    xhat, rstd = pointwise.layer_norm(rows(3, 4, 64, dtype=torch.float32), 1e-6)
+    d, r = (rows(3, 4, 64, dtype=torch.float32, seed=s) for s in (1, 2))
+    alone = pointwise.layer_norm_backward(d, xhat, rstd, r)
+    dx, copy = pointwise.layer_norm_backward(d, xhat, rstd, r, narrow=narrow)
+    assert torch.equal(dx, alone) and torch.equal(copy, alone.to(narrow))
+    assert copy.dtype == narrow and copy.data_ptr() != dx.data_ptr()
+
+
 def test_layer_norm_of_tiny_rows_obeys_eps():
     """Near-zero prompt rows: eps decides, so no floor on the variance and none in 16 bits."""
     x = rows(2, 3, 64) * 1e-5
@@ -252,9 +273,12 @@ def test_opcheck(layout, dtype):
     x, d = (LAYOUTS[layout](rows(3, 5, 8, dtype=dtype, seed=s)) for s in range(2))
     for out in (dtype, torch.bfloat16):
         opcheck(OPS.layer_norm_fwd.default, (x, 1e-6, out), test_utils=quick)
+        opcheck(OPS.add_layer_norm_fwd.default, (x, d.to(out), 1e-6, out), test_utils=quick)
     xhat, rstd = OPS.layer_norm_fwd(x, 1e-6, dtype)
     for residual in (None, d, d.float()):
-        opcheck(OPS.layer_norm_bwd.default, (d, xhat, rstd, residual), test_utils=quick)
+        for narrow in (None, dtype, torch.bfloat16):
+            args = (d, xhat, rstd, residual, rstd.dtype, narrow)
+            opcheck(OPS.layer_norm_bwd.default, args, test_utils=quick)
     for kind in KINDS:
         opcheck(OPS.activation_fwd.default, (x, kind), test_utils=quick)
         opcheck(OPS.activation_coded_fwd.default, (x, kind), test_utils=quick)

@@ -11,7 +11,11 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from . import reference
 
-backends.register("prompt_attention", backends.Version("reference", reference, backends.anywhere))
+backends.register(
+    "prompt_attention",
+    backends.Version("triton", f"{__package__}.triton", backends.with_triton),
+    backends.Version("reference", reference, backends.anywhere),
+)
 
 
 def prompt_attention(
@@ -107,13 +111,13 @@ def _dense(t: Tensor) -> Tensor:
 
 # autocast reaches into an op's implementation: products stay in the dtype that came in
 def _forward(qkv, *rest):
-    version = backends.choose("prompt_attention", qkv.device)
+    version = backends.choose("prompt_attention", qkv.device, qkv.dtype)
     with torch.autocast(qkv.device.type, enabled=False):
         return version.forward(_dense(qkv), *rest)
 
 
 def _backward(d_out, qkv, *rest):
-    version = backends.choose("prompt_attention", d_out.device)
+    version = backends.choose("prompt_attention", qkv.device, qkv.dtype)
     with torch.autocast(d_out.device.type, enabled=False):
         return version.backward(_dense(d_out), _dense(qkv), *rest)
 

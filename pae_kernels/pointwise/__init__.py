@@ -2,7 +2,20 @@
 activations.
 """
 
-from .op import activation, activation_backward, layer_norm, layer_norm_backward
+from .op import (
+    activation,
+    activation_backward,
+    add_layer_norm,
+    layer_norm,
+    layer_norm_backward,
+)
 from .reference import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "activation", "activation_backward", "layer_norm", "layer_norm_backward"]
+__all__ = [
+    "ACTIVATIONS",
+    "activation",
+    "activation_backward",
+    "add_layer_norm",
+    "layer_norm",
+    "layer_norm_backward",
+]

@@ -37,12 +37,23 @@ def layer_norm(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return xhat.to(dtype), rstd
 
 
+def add_layer_norm(
+    x: Tensor, delta: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + delta in the dtype of x, and `layer_norm` of it."""
+    y = (x + delta).to(x.dtype)
+    return y, *layer_norm(y, eps, dtype)
+
+
 def layer_norm_backward(
-    d_xhat: Tensor, xhat: Tensor, rstd: Tensor, residual: Tensor | None
-) -> Tensor:
-    """residual + rstd (d - mean(d) - xhat mean(d xhat)): gradient through the norm joined with the
-    residual's.
-    """
+    d_xhat: Tensor,
+    xhat: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    narrow: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """residual + rstd (d - mean(d) - xhat mean(d xhat)) in `dtype`, and in `narrow` if given."""
     wide = rstd.dtype
     d, xhat = d_xhat.to(wide), xhat.to(wide)
     # PyTorch's own kernel on rows that are already normalised: mean 0, rstd 1; the true rstd
@@ -51,7 +62,9 @@ def layer_norm_backward(
     d, _, _ = torch.ops.aten.native_layer_norm_backward(
         d, xhat, xhat.shape[-1:], zero, one, None, None, [True, False, False]
     )
-    return d * rstd if residual is None else torch.addcmul(residual.to(wide), d, rstd)
+    dx = d * rstd if residual is None else torch.addcmul(residual.to(wide), d, rstd)
+    copy = dx.new_empty(0) if narrow is None else dx.to(narrow, copy=True)
+    return dx.to(dtype), copy
 
 
 def activation(u: Tensor, kind: str) -> Tensor:
@@ -59,32 +72,26 @@ def activation(u: Tensor, kind: str) -> Tensor:
     return ACTIVATIONS[kind](u)
 
 
-def derivative(u: Tensor, kind: str) -> Tensor:
-    """act'(u) in the dtype of u."""
-    return activation_backward(torch.ones_like(u), u, kind)
-
-
-def activation_backward(d: Tensor, u: Tensor, kind: str) -> Tensor:
-    """d act'(u)."""
+def activation_backward(d: Tensor, kept: Tensor, kind: str) -> Tensor:
+    """d act'(u) from u, or from the bytes of `activation_coded`, in the dtype of d."""
+    if kept.dtype == torch.uint8:
+        g = kept.to(torch.promote_types(d.dtype, torch.float32))
+        return g.sub_(_CODE_ZERO).mul_(1.0 / _CODE_SCALE).mul_(d).to(d.dtype)
     if kind == "gelu":
-        return torch.ops.aten.gelu_backward(d, u)
+        return torch.ops.aten.gelu_backward(d, kept)
     if kind == "gelu_tanh":
-        return torch.ops.aten.gelu_backward(d, u, approximate="tanh")
+        return torch.ops.aten.gelu_backward(d, kept, approximate="tanh")
     if kind == "silu":
-        return torch.ops.aten.silu_backward(d, u)
+        return torch.ops.aten.silu_backward(d, kept)
     if kind == "relu":
-        return torch.ops.aten.threshold_backward(d, u, 0)
-    s = torch.sigmoid(1.702 * u)
-    return d * (s + 1.702 * u * s * (1 - s))
+        return torch.ops.aten.threshold_backward(d, kept, 0)
+    s = torch.sigmoid(1.702 * kept)
+    return d * (s + 1.702 * kept * s * (1 - s))
 
 
-def encode_derivative(u: Tensor, kind: str) -> Tensor:
-    """act'(u) as one byte per entry."""
-    g = derivative(u, kind).to(torch.promote_types(u.dtype, torch.float32))
-    return g.mul_(_CODE_SCALE).add_(_CODE_ZERO).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def decode_backward(d: Tensor, code: Tensor) -> Tensor:
-    """d times the decoded derivative, in the dtype of d."""
-    g = code.to(d.dtype if d.dtype != torch.bfloat16 else torch.float32)
-    return g.sub_(_CODE_ZERO).mul_(1.0 / _CODE_SCALE).mul_(d).to(d.dtype)
+def activation_coded(u: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """act(u), and act'(u) as one byte per entry."""
+    slope = activation_backward(torch.ones_like(u), u, kind)
+    slope = slope.to(torch.promote_types(u.dtype, torch.float32))
+    code = slope.mul_(_CODE_SCALE).add_(_CODE_ZERO).round_().clamp_(0, 255)
+    return activation(u, kind), code.to(torch.uint8)

@@ -1,0 +1,90 @@
+"""Compiles Triton kernels without a GPU, for every tile that ships, and reads their resources.
+
+`python -m pae_kernels --compile` prints the table; tests assert on it. Only what the compiler
+itself needs is used: Triton's bundled assembler, no driver.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ARCHITECTURES = (80, 90)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as it is launched: what is constant at compile time, and types of the rest.
+
+    Attributes:
+        label: what this launch is for.
+        kernel: a `triton.jit` function.
+        types: argument name -> Triton type ("*bf16", "i32", "fp32", ...).
+        constants: argument name -> compile-time value.
+        warps, stages: as in the launch.
+        aligned: integer arguments that are multiples of 16; pointers always are.
+    """
+
+    label: str
+    kernel: object
+    types: dict[str, str]
+    constants: dict[str, object]
+    warps: int
+    stages: int
+    aligned: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: registers a thread, spilled bytes a thread, shared bytes."""
+
+    registers: int
+    spilled: int
+    shared: int
+    tensor_core: int
+    scalar_loads: int
+
+
+def compile_launch(launch: Launch, architecture: int) -> Resources:
+    """Compile for sm_`architecture` and read registers, spills, shared memory, instructions."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    signature = {n: "constexpr" if n in launch.constants else launch.types[n] for n in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or n in launch.aligned
+    }
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, launch.constants, attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": launch.warps, "num_stages": launch.stages},
+    )
+    usage = _resource_usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return Resources(
+        registers=usage["REG"],
+        spilled=usage["STACK"] + usage["LOCAL"],
+        shared=compiled.metadata.shared,
+        tensor_core=len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx)),
+        scalar_loads=len(re.findall(r"ld\.global\S*\.b16 ", ptx)),
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}

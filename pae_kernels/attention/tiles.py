@@ -1,0 +1,96 @@
+"""Tiles of the attention kernels: one static table, no autotuning at first call.
+
+Chosen from ahead-of-time compiles for sm_80 and sm_90: no spill in the tiles of 16-bit widths up to
+64, which are the ones vision transformers use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """block_m query rows by block_n key rows, warps of a program, stages of its load pipeline."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+    def launch(self) -> dict:
+        """As a kernel launch takes it."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+WIDTHS = (64, 128)  # head widths are padded to one of these, wider ones to the next power of two
+
+# (16-bit?, padded head width) -> tile
+FORWARD = {
+    (True, 64): Tile(128, 64, 8, 3),
+    (True, 128): Tile(128, 64, 8, 2),
+    (False, 64): Tile(64, 32, 4, 2),
+    (False, 128): Tile(32, 32, 4, 2),
+}
+SPLIT = {
+    (True, 64): Tile(64, 64, 4, 2),
+    (True, 128): Tile(64, 64, 8, 1),
+    (False, 64): Tile(32, 32, 4, 1),
+    (False, 128): Tile(32, 32, 8, 1),
+}
+# (compute capability 9 or more?, rows padded) -> tile; 16 bits, head width up to 64
+WHOLE = {
+    (True, 64): Tile(64, 64, 4, 2),
+    (True, 128): Tile(128, 64, 8, 1),
+    (True, 256): Tile(256, 32, 8, 1),
+    (False, 64): Tile(64, 32, 4, 2),
+    (False, 128): Tile(128, 32, 8, 1),
+}
+
+
+def _key(qkv: Tensor) -> tuple[bool, int]:
+    return qkv.element_size() == 2, 64 if qkv.shape[-1] <= 64 else 128
+
+
+def forward(qkv: Tensor, rows: int) -> Tile:
+    """Tile of the forward kernel for packed qkv (B, N, 3, H, d) and this many query rows."""
+    tile = FORWARD[_key(qkv)]
+    return Tile(16, tile.block_n, 4, tile.stages) if rows <= 16 else tile
+
+
+def backward_whole(qkv: Tensor, rows: int) -> Tile | None:
+    """Tile of the one-pass backward, or None where all rows of a head do not fit on chip."""
+    hopper = _device(qkv.device)[0] >= 9
+    if not _key(qkv)[0] or qkv.shape[-1] > 64 or rows > (256 if hopper else 128):
+        return None
+    return WHOLE[hopper, next(size for size in (64, 128, 256) if rows <= size)]
+
+
+def backward_split(qkv: Tensor, rows: int) -> Tile:
+    """Tile of both kernels of the two-pass backward."""
+    tile = SPLIT[_key(qkv)]
+    return Tile(16, tile.block_n, tile.warps, tile.stages) if rows <= 16 else tile
+
+
+def images_per_program(qkv: Tensor) -> int:
+    """Images that a one-pass program takes in turn: two programs for every multiprocessor."""
+    batch, _, _, heads, _ = qkv.shape
+    return max(1, -(-batch * heads // (2 * _device(qkv.device)[1])))
+
+
+@lru_cache
+def _device(device: torch.device) -> tuple[int, int]:
+    """Major compute capability and multiprocessors; of an H200 where there is no GPU to ask."""
+    if device.type != "cuda":
+        return 9, 132
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.multi_processor_count

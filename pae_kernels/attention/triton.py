@@ -1,0 +1,523 @@
+"""Prompt-concatenated attention in Triton.
+
+The T = P + N keys of an image are one list whose first P entries lie in kv_prompt and the others in
+qkv: a key tile picks its rows by one select on offsets, so that a tile may straddle the border and
+at most one tile is part-full. At ViT-B, P = 50: 247 keys fill four tiles of 64 to 97 %; separate
+loops over prompts and image rows would need five (77 %).
+
+Forward. One program makes one tile of BLOCK_M query rows of one (image, head); grid (tiles, B H),
+tiles fastest, so that the programs that share keys run together and re-read them from L2. Online
+softmax in base 2, fp32. HBM traffic: q, k, v once and out once, 4 S with S = B N D elements.
+
+Backward, "whole": up to 256 rows of width up to 64 (ViT at 224: 197 rows). One program owns a whole
+(image, head): Q, dO and the dQ accumulator stay on chip for all rows, key tiles stream by once, and
+dK, dV of a tile are complete when it is left: q, k, v, o, dO read once, dq, dk, dv written once,
+8 S, the floor; five products. Prompts shared by the batch: a program takes `images` images of one
+head in turn and adds their gradients in its own fp32 slot, which stays in L2; the slots are summed
+once at the end, in a fixed order. No atomics anywhere, bitwise the same from run to run.
+
+Backward, "split": longer or wider. Query tiles make dq and rowsum(dO out), then key tiles make dk
+and dv; 13 S, seven products, prompt gradients per image in fp32.
+
+When qkv needs no gradient only the tiles that hold prompts are visited.
+
+Floor on an H200 at ViT-B, B = 128, P = 50, bf16: forward 36 us by bytes at 4.3 TB/s, 33 us by
+products at 780 TFLOP/s with rows padded to 256; backward 72 us and 83 us.
+
+Tried and lost at compile time: selecting between two pointers (the alignment is lost, loads become
+two bytes wide); 256 x 64 tiles in the whole backward, or two halves of 128 rows per key tile
+(400 - 3000 bytes of spill); forming dK and dV transposed (all wgmma, but more registers).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ahead_of_time import Launch
+from . import tiles
+from .reference import sum_groups
+
+LOG2E = tl.constexpr(1.4426950408889634)
+SHARED, PER_IMAGE, INDEXED = 0, 1, 2
+
+
+@triton.jit
+def _prompt_set(group, i_b, GROUPING: tl.constexpr):
+    """Index of the prompt set that image i_b reads."""
+    if GROUPING == 0:
+        return i_b * 0
+    elif GROUPING == 1:
+        return i_b
+    else:
+        return tl.load(group + i_b).to(tl.int64)
+
+
+@triton.jit
+def _load_keys(
+    qkv, o_n, o_image, o_prompt, prompts, end, stride_n, stride_p,
+    WIDTH: tl.constexpr, VEC: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows o_n of the key (or value) list, (BLOCK_N, BLOCK_D); zeros from row `end` on.
+
+    o_image and o_prompt are offsets from qkv's pointer, also to kv_prompt, which is another
+    allocation: one base pointer keeps the alignment of all rows provable.
+    """
+    o_d = tl.arange(0, BLOCK_D)
+    rows = tl.where(
+        o_n < prompts,
+        o_prompt + (o_n * stride_p).to(tl.int64),
+        o_image + ((o_n - prompts) * stride_n).to(tl.int64),
+    )
+    mask = (o_n < end)[:, None] & (o_d < WIDTH)[None, :]
+    return tl.load(qkv + tl.multiple_of(rows, VEC)[:, None] + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_rows(
+    base, o_m, rows, stride, WIDTH: tl.constexpr, VEC: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Rows o_m at `base`, (BLOCK_M, BLOCK_D); zeros from row `rows` on."""
+    o_d = tl.arange(0, BLOCK_D)
+    mask = (o_m < rows)[:, None] & (o_d < WIDTH)[None, :]
+    return tl.load(
+        base + tl.multiple_of(o_m * stride, VEC)[:, None] + o_d[None, :], mask=mask, other=0.0
+    )
+
+
+@triton.jit
+def _store_rows(base, o_m, mask, stride, x, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    o_d = tl.arange(0, BLOCK_D)
+    mask = mask[:, None] & (o_d < WIDTH)[None, :]
+    tl.store(base + (o_m * stride)[:, None] + o_d[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _logits(
+    q, k, o_n, prompts, total, p_bias, scale, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """scale q k^T + log multiplicity, in units of log 2; -inf beyond the last key."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+    if HAS_BIAS:
+        bias = tl.load(p_bias + o_n, mask=o_n < prompts, other=0.0).to(tl.float32)
+        s += (bias * LOG2E)[None, :]
+    return tl.where((o_n < total)[None, :], s, float("-inf"))
+
+
+@triton.jit
+def _exchange(
+    q, do, l, row_dot, k, v, dq, dk, dv, o_n, prompts, total, p_bias, scale,
+    NEED_DQ: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a tile of query rows and a tile of key rows add to each other's gradients."""
+    s = _logits(q, k, o_n, prompts, total, p_bias, scale, HAS_BIAS, PRECISION)
+    p = tl.exp2(s - l[:, None])
+    dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    ds = (p * ((dp - row_dot[:, None]) * scale)).to(q.dtype)
+    dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+    if NEED_DQ:
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+    return dq, dk, dv
+
+
+@triton.jit
+def _store_key_grads(
+    p_image, p_slot, o_n, start, prompts, total, dk, dv, add,
+    NEED_QKV: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Image rows of a key tile to d_qkv (.., 3, H, d); prompt rows to a slot (P, 2, H, d), fp32.
+
+    p_image points at the dk of image row 0, p_slot at the dk of prompt 0, both of this head.
+    """
+    if NEED_QKV:  # noqa: SIM102 (one test is at compile time)
+        if start + BLOCK_N > prompts:
+            m_image = (o_n >= prompts) & (o_n < total)
+            stride = 3 * HEADS * WIDTH
+            _store_rows(p_image, o_n - prompts, m_image, stride, dk, WIDTH, BLOCK_D)
+            _store_rows(p_image + HEADS * WIDTH, o_n - prompts, m_image, stride, dv, WIDTH, BLOCK_D)
+    if start < prompts:
+        stride = 2 * HEADS * WIDTH
+        if add:
+            dk += _load_rows(p_slot, o_n, prompts, stride, WIDTH, 1, BLOCK_D)
+            dv += _load_rows(p_slot + HEADS * WIDTH, o_n, prompts, stride, WIDTH, 1, BLOCK_D)
+        _store_rows(p_slot, o_n, o_n < prompts, stride, dk, WIDTH, BLOCK_D)
+        _store_rows(p_slot + HEADS * WIDTH, o_n, o_n < prompts, stride, dv, WIDTH, BLOCK_D)
+
+
+@triton.jit
+def prompt_attention_fwd_kernel(
+    qkv, group, bias, out, lse,
+    distance, rows, tokens, prompts, scale,
+    stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
+    GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i_b = (tl.program_id(1) // HEADS).to(tl.int64)
+    i_h = tl.program_id(1) % HEADS
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    total = prompts + tokens
+    i_g = _prompt_set(group, i_b, GROUPING)
+    o_image = i_b * stride_b + i_h * stride_h
+    o_prompt = distance + i_g * stride_pg + i_h * stride_ph
+    p_bias = bias + i_g * prompts
+
+    q = _load_rows(qkv + o_image, o_m, rows, stride_n, WIDTH, VEC, BLOCK_D)
+    run_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    run_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, total, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        k = _load_keys(
+            qkv, o_n, o_image + stride_s, o_prompt, prompts, total, stride_n, stride_pp,
+            WIDTH, VEC, BLOCK_D,
+        )  # fmt: skip
+        v = _load_keys(
+            qkv, o_n, o_image + 2 * stride_s, o_prompt + stride_ps, prompts, total,
+            stride_n, stride_pp, WIDTH, VEC, BLOCK_D,
+        )  # fmt: skip
+        s = _logits(q, k, o_n, prompts, total, p_bias, scale, HAS_BIAS, PRECISION)
+        new_max = tl.maximum(run_max, tl.max(s, 1))
+        # a tile of masked prompts alone has maximum -inf: its weights must be 0, not NaN
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max) if HAS_BIAS else new_max
+        p = tl.exp2(s - finite_max[:, None])
+        shrink = tl.exp2(run_max - finite_max)
+        run_sum = run_sum * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        run_max = new_max
+    acc = acc / run_sum[:, None]
+
+    p_out = out + i_b * rows * HEADS * WIDTH + i_h * WIDTH
+    _store_rows(p_out, o_m, o_m < rows, HEADS * WIDTH, acc, WIDTH, BLOCK_D)
+    p_lse = lse + (i_b * HEADS + i_h) * rows
+    tl.store(p_lse + o_m, (run_max + tl.log2(run_sum)) / LOG2E, mask=o_m < rows)
+
+
+@triton.jit
+def _load_query_side(
+    qkv, d_out, out, lse, i_b, i_h, o_m, o_image, rows, stride_n,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """q, dO, log-sum-exp in units of log 2 (+inf beyond the last row: weight 0), rowsum(dO out)."""
+    o_out = i_b * rows * HEADS * WIDTH + i_h * WIDTH
+    do = _load_rows(d_out + o_out, o_m, rows, HEADS * WIDTH, WIDTH, VEC, BLOCK_D)
+    o = _load_rows(out + o_out, o_m, rows, HEADS * WIDTH, WIDTH, VEC, BLOCK_D)
+    row_dot = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    q = _load_rows(qkv + o_image, o_m, rows, stride_n, WIDTH, VEC, BLOCK_D)
+    p_lse = lse + (i_b * HEADS + i_h) * rows
+    l = tl.load(p_lse + o_m, mask=o_m < rows, other=float("inf")) * LOG2E
+    return q, do, l, row_dot
+
+
+@triton.jit
+def prompt_attention_bwd_kernel(
+    d_out, qkv, group, bias, out, lse, d_qkv, d_kv,
+    distance, batch, images, rows, tokens, prompts, scale,
+    stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
+    NEED_QKV: tl.constexpr,
+    GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """All rows of one head, `images` images in turn; grid (H, ceil(B / images))."""
+    i_h, i_c = tl.program_id(0), tl.program_id(1)
+    o_m = tl.arange(0, BLOCK_M)
+    total = prompts + tokens
+    end = total if NEED_QKV else prompts
+    first = i_c * images
+    for i in range(first, tl.minimum(first + images, batch)):
+        i_b = tl.cast(i, tl.int64)
+        i_g = _prompt_set(group, i_b, GROUPING)
+        o_image = i_b * stride_b + i_h * stride_h
+        o_prompt = distance + i_g * stride_pg + i_h * stride_ph
+        p_bias = bias + i_g * prompts
+        p_grad = d_qkv + i_b * tokens * 3 * HEADS * WIDTH + i_h * WIDTH
+        i_slot = tl.cast(i_c, tl.int64) if GROUPING == 0 else i_b
+        p_slot = d_kv + i_slot * prompts * 2 * HEADS * WIDTH + i_h * WIDTH
+        q, do, l, row_dot = _load_query_side(
+            qkv, d_out, out, lse, i_b, i_h, o_m, o_image, rows, stride_n, HEADS, WIDTH, VEC, BLOCK_D
+        )
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(0, end, BLOCK_N):
+            o_n = start + tl.arange(0, BLOCK_N)
+            k = _load_keys(
+                qkv, o_n, o_image + stride_s, o_prompt, prompts, end, stride_n, stride_pp,
+                WIDTH, VEC, BLOCK_D,
+            )  # fmt: skip
+            v = _load_keys(
+                qkv, o_n, o_image + 2 * stride_s, o_prompt + stride_ps, prompts, end,
+                stride_n, stride_pp, WIDTH, VEC, BLOCK_D,
+            )  # fmt: skip
+            dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            dq, dk, dv = _exchange(
+                q, do, l, row_dot, k, v, dq, dk, dv, o_n, prompts, total, p_bias, scale,
+                NEED_QKV, HAS_BIAS, PRECISION,
+            )  # fmt: skip
+            _store_key_grads(
+                p_grad + HEADS * WIDTH, p_slot, o_n, start, prompts, total, dk, dv,
+                (GROUPING == 0) & (i > first), NEED_QKV, HEADS, WIDTH, BLOCK_D, BLOCK_N,
+            )  # fmt: skip
+        if NEED_QKV:
+            _store_rows(p_grad, o_m, o_m < rows, 3 * HEADS * WIDTH, dq, WIDTH, BLOCK_D)
+
+
+@triton.jit
+def prompt_attention_bwd_dq_kernel(
+    d_out, qkv, group, bias, out, lse, d_qkv, row_dots,
+    distance, rows, tokens, prompts, scale,
+    stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
+    NEED_QKV: tl.constexpr,
+    GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """rowsum(dO out) and, when wanted, dq of one tile of query rows; grid (tiles, B H)."""
+    i_b = (tl.program_id(1) // HEADS).to(tl.int64)
+    i_h = tl.program_id(1) % HEADS
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    total = prompts + tokens
+    i_g = _prompt_set(group, i_b, GROUPING)
+    o_image = i_b * stride_b + i_h * stride_h
+    o_prompt = distance + i_g * stride_pg + i_h * stride_ph
+    q, do, l, row_dot = _load_query_side(
+        qkv, d_out, out, lse, i_b, i_h, o_m, o_image, rows, stride_n, HEADS, WIDTH, VEC, BLOCK_D
+    )
+    tl.store(row_dots + (i_b * HEADS + i_h) * rows + o_m, row_dot, mask=o_m < rows)
+    if NEED_QKV:
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(0, total, BLOCK_N):
+            o_n = start + tl.arange(0, BLOCK_N)
+            k = _load_keys(
+                qkv, o_n, o_image + stride_s, o_prompt, prompts, total, stride_n, stride_pp,
+                WIDTH, VEC, BLOCK_D,
+            )  # fmt: skip
+            v = _load_keys(
+                qkv, o_n, o_image + 2 * stride_s, o_prompt + stride_ps, prompts, total,
+                stride_n, stride_pp, WIDTH, VEC, BLOCK_D,
+            )  # fmt: skip
+            s = _logits(q, k, o_n, prompts, total, bias + i_g * prompts, scale, HAS_BIAS, PRECISION)
+            p = tl.exp2(s - l[:, None])
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = (p * ((dp - row_dot[:, None]) * scale)).to(k.dtype)
+            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+        p_grad = d_qkv + i_b * tokens * 3 * HEADS * WIDTH + i_h * WIDTH
+        _store_rows(p_grad, o_m, o_m < rows, 3 * HEADS * WIDTH, dq, WIDTH, BLOCK_D)
+
+
+@triton.jit
+def prompt_attention_bwd_dkv_kernel(
+    d_out, qkv, group, bias, lse, d_qkv, d_kv, row_dots,
+    distance, rows, tokens, prompts, scale,
+    stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
+    NEED_QKV: tl.constexpr,
+    GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of key rows, prompt rows per image; grid (key tiles, B H)."""
+    i_b = (tl.program_id(1) // HEADS).to(tl.int64)
+    i_h = tl.program_id(1) % HEADS
+    start = tl.program_id(0) * BLOCK_N
+    o_n = start + tl.arange(0, BLOCK_N)
+    total = prompts + tokens
+    end = total if NEED_QKV else prompts
+    i_g = _prompt_set(group, i_b, GROUPING)
+    o_image = i_b * stride_b + i_h * stride_h
+    o_prompt = distance + i_g * stride_pg + i_h * stride_ph
+    k = _load_keys(
+        qkv, o_n, o_image + stride_s, o_prompt, prompts, end, stride_n, stride_pp,
+        WIDTH, VEC, BLOCK_D,
+    )  # fmt: skip
+    v = _load_keys(
+        qkv, o_n, o_image + 2 * stride_s, o_prompt + stride_ps, prompts, end,
+        stride_n, stride_pp, WIDTH, VEC, BLOCK_D,
+    )  # fmt: skip
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    p_row = (i_b * HEADS + i_h) * rows
+    p_do = d_out + i_b * rows * HEADS * WIDTH + i_h * WIDTH
+    for m in range(0, rows, BLOCK_M):
+        o_m = m + tl.arange(0, BLOCK_M)
+        q = _load_rows(qkv + o_image, o_m, rows, stride_n, WIDTH, VEC, BLOCK_D)
+        do = _load_rows(p_do, o_m, rows, HEADS * WIDTH, WIDTH, VEC, BLOCK_D)
+        l = tl.load(lse + p_row + o_m, mask=o_m < rows, other=float("inf")) * LOG2E
+        row_dot = tl.load(row_dots + p_row + o_m, mask=o_m < rows, other=0.0)
+        _, dk, dv = _exchange(
+            q, do, l, row_dot, k, v, dk, dk, dv, o_n, prompts, total, bias + i_g * prompts, scale,
+            False, HAS_BIAS, PRECISION,
+        )  # fmt: skip
+    p_grad = d_qkv + i_b * tokens * 3 * HEADS * WIDTH + i_h * WIDTH
+    p_slot = d_kv + i_b * prompts * 2 * HEADS * WIDTH + i_h * WIDTH
+    _store_key_grads(
+        p_grad + HEADS * WIDTH, p_slot, o_n, start, prompts, total, dk, dv, False,
+        NEED_QKV, HEADS, WIDTH, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+
+
+_STRIDES = (
+    *("stride_b", "stride_n", "stride_s", "stride_h"),
+    *("stride_pg", "stride_pp", "stride_ps", "stride_ph"),
+)
+
+
+def _unit_inner(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _common(qkv: Tensor, kv_prompt: Tensor, group: Tensor | None, bias: Tensor | None) -> dict:
+    """Arguments of every kernel: strides, where kv_prompt lies, what is known at compile time."""
+    size = qkv.element_size()
+    distance = kv_prompt.data_ptr() - qkv.data_ptr()
+    strides = (*qkv.stride()[:4], *kv_prompt.stride()[:4])
+    vec = 16 // size
+    width = qkv.shape[-1]
+    whole_vectors = distance % 16 == 0 and all(s % vec == 0 for s in (*strides, width))
+    grouping = SHARED if kv_prompt.shape[0] == 1 else PER_IMAGE if group is None else INDEXED
+    exact = qkv.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return {
+        "distance": distance // size,
+        **dict(zip(_STRIDES, strides)),
+        "GROUPING": grouping,
+        "HAS_BIAS": bias is not None,
+        "WIDTH": width,
+        "VEC": vec if whole_vectors and qkv.data_ptr() % 16 == 0 else 1,
+        "PRECISION": "ieee" if exact else "tf32",
+        "BLOCK_D": max(16, triton.next_power_of_2(width)),
+        "tokens": qkv.shape[1],
+        "prompts": kv_prompt.shape[1],
+        "HEADS": qkv.shape[3],
+    }
+
+
+def forward(
+    qkv: Tensor,
+    kv_prompt: Tensor,
+    group: Tensor | None,
+    scale: float,
+    class_only: bool,
+    log_multiplicity: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Same contract as the reference's `forward`."""
+    qkv, kv_prompt = _unit_inner(qkv), _unit_inner(kv_prompt)
+    batch, tokens, _, heads, width = qkv.shape
+    rows = 1 if class_only else tokens
+    out = qkv.new_empty(batch, rows, heads * width)
+    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=qkv.device)
+    if out.numel() == 0:
+        return out, lse
+    bias = None if log_multiplicity is None else log_multiplicity.contiguous()
+    tile = tiles.forward(qkv, rows)
+    with _on(qkv.device):
+        prompt_attention_fwd_kernel[(triton.cdiv(rows, tile.block_m), batch * heads)](
+            qkv, qkv if group is None else group, qkv if bias is None else bias, out, lse,
+            rows=rows, scale=scale, **_common(qkv, kv_prompt, group, bias), **tile.launch(),
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    d_out: Tensor,
+    qkv: Tensor,
+    kv_prompt: Tensor,
+    group: Tensor | None,
+    scale: float,
+    class_only: bool,
+    log_multiplicity: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    need_qkv: bool,
+) -> tuple[Tensor, Tensor]:
+    """Same contract as the reference's `backward`."""
+    qkv, kv_prompt, d_out = _unit_inner(qkv), _unit_inner(kv_prompt), d_out.contiguous()
+    batch, tokens, _, heads, width = qkv.shape
+    sets, prompts = kv_prompt.shape[:2]
+    rows = 1 if class_only else tokens
+    fresh = torch.zeros if class_only else torch.empty  # queries that were not asked have none
+    d_qkv = fresh(qkv.shape if need_qkv else 0, dtype=qkv.dtype, device=qkv.device)
+    if batch == 0 or (prompts == 0 and not need_qkv):
+        return d_qkv, torch.zeros_like(kv_prompt, memory_format=torch.contiguous_format)
+    bias = None if log_multiplicity is None else log_multiplicity.contiguous()
+    common = _common(qkv, kv_prompt, group, bias)
+    common |= {"scale": scale, "rows": rows, "NEED_QKV": need_qkv}
+    read = (d_out, qkv, qkv if group is None else group, qkv if bias is None else bias)
+
+    def slots(count: int) -> Tensor:
+        return torch.empty(count, prompts, 2, heads, width, dtype=torch.float32, device=qkv.device)
+
+    tile = tiles.backward_whole(qkv, rows)
+    with _on(qkv.device):
+        if tile is not None:
+            images = tiles.images_per_program(qkv) if sets == 1 else 1
+            programs = triton.cdiv(batch, images)
+            d_kv = slots(programs)
+            prompt_attention_bwd_kernel[(heads, programs)](
+                *read, out, lse, d_qkv, d_kv, batch=batch, images=images, **common, **tile.launch()
+            )
+        else:
+            d_kv, row_dots = slots(batch), torch.empty_like(lse)
+            tile = tiles.backward_split(qkv, rows)
+            prompt_attention_bwd_dq_kernel[(triton.cdiv(rows, tile.block_m), batch * heads)](
+                *read, out, lse, d_qkv, row_dots, **common, **tile.launch()
+            )
+            keys = prompts + tokens if need_qkv else prompts
+            prompt_attention_bwd_dkv_kernel[(triton.cdiv(keys, tile.block_n), batch * heads)](
+                *read, lse, d_qkv, d_kv, row_dots, **common, **tile.launch()
+            )
+    if sets == 1:
+        return d_qkv, d_kv.sum(0, keepdim=True).to(kv_prompt.dtype)
+    return d_qkv, sum_groups(d_kv, group, sets).to(kv_prompt.dtype)
+
+
+def _on(device: torch.device):
+    """Launch on the tensor's device; Triton takes the caller's current stream there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def shipped_launches(architecture: int) -> list[Launch]:
+    """Every kernel with every tile that the table gives it on sm_`architecture`."""
+    types = {"group": "*i64", "scale": "fp32", "distance": "i64"}
+    types |= dict.fromkeys(("qkv", "d_out", "out", "d_qkv"), "*{t}")
+    types |= dict.fromkeys(("bias", "lse", "d_kv", "row_dots"), "*fp32")
+    types |= dict.fromkeys((*_STRIDES, "batch", "images", "rows", "tokens", "prompts"), "i32")
+
+    def launch(name: str, kernel, narrow: bool, width: int, tile: tiles.Tile) -> Launch:
+        dtype, shape = "bf16" if narrow else "fp32", f"{tile.block_m}x{tile.block_n}"
+        constants = {
+            "GROUPING": SHARED,
+            "HAS_BIAS": False,
+            "HEADS": 12,
+            "WIDTH": width,
+            "VEC": 8 if narrow else 4,
+            "PRECISION": "tf32" if narrow else "ieee",
+            "BLOCK_D": width,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "NEED_QKV": True,
+        }
+        return Launch(
+            label=f"attention {name} {dtype} d={width} {shape}",
+            kernel=kernel,
+            types={n: t.format(t=dtype) for n, t in types.items()},
+            constants={n: v for n, v in constants.items() if n in kernel.arg_names},
+            warps=tile.warps,
+            stages=tile.stages,
+            aligned=(*_STRIDES, "distance"),
+        )
+
+    split = {"bwd dq": prompt_attention_bwd_dq_kernel, "bwd dkv": prompt_attention_bwd_dkv_kernel}
+    return [
+        *(launch("fwd", prompt_attention_fwd_kernel, *k, t) for k, t in tiles.FORWARD.items()),
+        *(launch(n, f, *k, t) for k, t in tiles.SPLIT.items() for n, f in split.items()),
+        *(
+            launch("bwd", prompt_attention_bwd_kernel, True, 64, tile)
+            for (hopper, _), tile in tiles.WHOLE.items()
+            if hopper == (architecture >= 90)
+        ),
+    ]
