@@ -125,6 +125,26 @@ def test_layer_norm_backward_gives_the_same_gradient_twice(narrow):
     assert copy.dtype == narrow and copy.data_ptr() != dx.data_ptr()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_backward_rounds_once(dtype):
+    """The result in any dtype is the fp32 one rounded; 16-bit inputs are widened first."""
+    x, d, r = (rows(3, 4, 64, dtype=torch.bfloat16, seed=s) for s in range(3))
+    xhat, rstd = pointwise.layer_norm(x, 1e-6)
+    wide = pointwise.layer_norm_backward(d.float(), xhat.float(), rstd, r.float())
+    got = pointwise.layer_norm_backward(d, xhat, rstd, r, dtype=dtype)
+    assert got.dtype == dtype
+    assert torch.equal(got, wide.to(dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_add_layer_norm_layouts(layout):
+    x, delta = (LAYOUTS[layout](rows(3, 5, 8, seed=s)) for s in range(2))
+    got = pointwise.add_layer_norm(x, delta, 1e-6)
+    dense = pointwise.add_layer_norm(x.contiguous(), delta.contiguous(), 1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(got, dense, strict=True))
+    assert torch.equal(x, LAYOUTS[layout](rows(3, 5, 8)))  # not added to in place
+
+
 def test_layer_norm_of_tiny_rows_obeys_eps():
     """Near-zero prompt rows: eps decides, so no floor on the variance and none in 16 bits."""
     x = rows(2, 3, 64) * 1e-5
