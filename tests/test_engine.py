@@ -290,6 +290,23 @@ def test_autocast_picks_the_plan_and_changes_nothing_else(feature):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("feature", ["plain", "avg"])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_family_in_16_bits(family, autocast, feature):
+    model = prompted(feature, FAMILIES[family]())
+    x = tiny.images(model.backbone)
+    truth, truth_grads = gradients(model, x, "textbook", wrt_images=True)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    model.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, grads = gradients(model, x.to(dtype), "fast", wrt_images=True)
+    assert error(logits, truth) < 3e-2
+    for name, g in truth_grads.items():
+        assert (g is None) == (grads[name] is None)
+        assert g is None or error(grads[name], g) < 8e-2, name
+
+
 def test_autocast_leaves_fp64_alone():
     model = prompted("plain")
     x = tiny.images(model.backbone)
