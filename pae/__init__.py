@@ -3,6 +3,7 @@
 from . import prompts
 from .engine import fast_forward
 from .errors import CheckpointError, UnsupportedBackbone
+from .graphs import graphed_step
 from .kld import KLD
 from .model import PromptedViT
 from .mpa import MPAResult, mpa_init
@@ -16,6 +17,7 @@ __all__ = [
     "UnsupportedBackbone",
     "__version__",
     "fast_forward",
+    "graphed_step",
     "mpa_init",
     "prompts",
 ]

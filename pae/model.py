@@ -58,6 +58,11 @@ class PromptedViT(nn.Module):
             )
         self.view = read_backbone(backbone)
         if num_classes is None:
+            if isinstance(backbone.head, nn.Identity):
+                raise ValueError(
+                    "num_classes must be given: the backbone has no head (num_classes=0, or "
+                    "another PromptedViT took it)"
+                )
             head = backbone.head
         else:
             head = _new_head(getattr(backbone, "head_hidden_size", backbone.embed_dim), num_classes)

@@ -147,6 +147,7 @@ def test_public_names():
         "UnsupportedBackbone",
         "__version__",
         "fast_forward",
+        "graphed_step",
         "mpa_init",
         "prompts",
     }

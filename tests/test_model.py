@@ -195,9 +195,27 @@ def test_parameter_groups():
 
 def test_empty_parameter_groups_are_left_out():
     vit = backbone("plain")
-    vit.head = nn.Identity()
+    vit.head = nn.Linear(vit.embed_dim, 3, bias=False)
     names = [g["name"] for g in pae.PromptedViT(vit, VPTDeep(2)).parameter_groups(1.0, 0.0)]
-    assert names == ["prompts"]
+    assert names == ["prompts", "head"]
+
+
+def test_a_backbone_without_a_head_needs_num_classes():
+    vit = backbone("plain")
+    pae.PromptedViT(vit, VPTDeep(2))
+    with pytest.raises(ValueError, match="num_classes must be given: the backbone has no head"):
+        pae.PromptedViT(vit, VPTDeep(2))
+    assert pae.PromptedViT(vit, VPTDeep(2), num_classes=4).num_classes == 4
+
+
+@pytest.mark.parametrize("engine", ("textbook", "fast"))
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_images_that_are_not_finite_are_named(engine, value):
+    model = prompted("plain")
+    x = images(model.backbone)
+    x[1, 0, 2, 2] = value
+    with pytest.raises(ValueError, match="images holds NaN or infinity in 1 of 3 images"):
+        model(x, engine=engine)
 
 
 def test_penalty():

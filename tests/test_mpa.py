@@ -498,7 +498,7 @@ class Adaptive(VPTDeep):
         ({"prompts": Computed(2)}, ValueError, r"model.prompts \(Computed\) computes its prompts"),
         ({"prompts": Adaptive(2)}, ValueError, r"model.prompts \(Adaptive\) computes its prompts"),
         ({"prompts": VPTDeep(10)}, ValueError, "model.prompts has 10 prompts .* gives 9 windows"),
-        ({"num_classes": 0}, ValueError, "model.head must be linear"),
+        ({"own_head": nn.Identity()}, ValueError, "model.head must be linear"),
         ({"window": 0}, ValueError, "window must be an integer of at least 1, got 0"),
         ({"window": 4.0}, ValueError, "window must be an integer of at least 1, got 4.0"),
         ({"window": 17}, ValueError, r"window must be at most min\(H, W\) = 16 .* got 17"),
@@ -544,8 +544,10 @@ class Adaptive(VPTDeep):
 )
 def test_bad_input_is_named_in_one_line(change, error, message):
     change = dict(change)
-    prompts, classes = change.pop("prompts", None), change.pop("num_classes", 4)
-    model = change.pop("model", None) or small_model(prompts=prompts, num_classes=classes)
+    prompts, own_head = change.pop("prompts", None), change.pop("own_head", None)
+    model = change.pop("model", None) or small_model(prompts=prompts, num_classes=4)
+    if own_head is not None:
+        model.head = own_head
     arguments = {"images": IMAGES, "labels": LABELS, **SMALL, **change}
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(error, match=message) as caught:

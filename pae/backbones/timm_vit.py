@@ -108,7 +108,10 @@ class BackboneView:
         return m.forward_head(m.norm(x), pre_logits=True)
 
     def check_images(self, images: Tensor) -> None:
-        """Raise unless `images` is a float (B, C, H, W) batch of a size this backbone takes."""
+        """Raise unless `images` is a finite float (B, C, H, W) batch of a size this backbone takes.
+
+        On a GPU the values are not looked at: asking for them would stall the stream.
+        """
         if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
             what = (
                 f"{tuple(images.shape)} {images.dtype}"
@@ -137,6 +140,10 @@ class BackboneView:
         padded = getattr(embed, "dynamic_img_pad", False)
         if not fixed and not padded and any(s % p for s, p in zip(size, patch)):
             raise ValueError(f"images must have sides divisible by the patch {patch}, got {size}")
+        if images.device.type == "cpu" and not torch.compiler.is_compiling():
+            bad = int((~images.isfinite().flatten(1).all(dim=1)).sum())
+            if bad:
+                raise ValueError(f"images holds NaN or infinity in {bad} of {len(images)} images")
 
 
 def read_backbone(module: nn.Module) -> BackboneView:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 
@@ -230,7 +231,7 @@ def _add_train_options(parser):
         "recipe (defaults depend on the method and are printed in config.json; in a comparison "
         "these apply to the prompt runs)"
     )
-    add(recipe, "--epochs", "passes over the training images", **size)
+    add(recipe, "--epochs", "passes over the training images (comparison: 3)", **size)
     add(recipe, "--batch-size", "images per step, over all processes", **size)
     add(recipe, "--optimizer", "any of timm's, e.g. adamw, sgd", metavar="NAME")
     add(recipe, "--lr", "peak learning rate", type=float, metavar="LR")
@@ -273,6 +274,7 @@ _NOT_SETTINGS = {"command", "run", "debug", "quiet", "output", "resume", "previo
 
 
 def _train(arguments):
+    from pae.train.compare import EPOCHS
     from pae.train.settings import Settings
 
     given = {k: v for k, v in vars(arguments).items() if k not in _NOT_SETTINGS}
@@ -294,6 +296,8 @@ def _train(arguments):
         for option in ("kld", "mpa"):
             if option in given:
                 raise ValueError(f"--{option} needs a --method; the comparison includes it")
+        if settings.epochs is None:
+            settings = dataclasses.replace(settings, epochs=EPOCHS)
     settings = settings.resolved()
     output = getattr(arguments, "output", None)
     return _run(settings, method == "compare", output, None, quiet)

@@ -14,6 +14,8 @@ ENTRIES = (
     ("vpt-deep", "VPT-deep", {"method": "vpt-deep"}),
     ("vpt-deep-pae", "VPT-deep + PAE", {"method": "vpt-deep", "kld": True, "mpa": True}),
 )
+# of the prompt runs unless --epochs says otherwise: the comparison is to end in minutes on a CPU
+EPOCHS = 3
 _RECIPE = ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup_epochs")
 
 

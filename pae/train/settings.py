@@ -30,8 +30,8 @@ _RECIPES = {
         "warmup_epochs": 1.0,
     },
     "vpt-deep": {
-        "epochs": 4,
-        "batch_size": 32,
+        "epochs": 10,
+        "batch_size": 16,
         "optimizer": "adamw",
         "lr": 1e-2,
         "weight_decay": 1e-4,
