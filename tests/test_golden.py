@@ -94,14 +94,11 @@ def test_class_row_after_every_block(setting, name, precision, engine):
     for depth in range(1, 5):
         arrays, images, _, model = setting(name, precision, family(5))
         vit = model.backbone
-        vit.blocks, vit.norm, vit.head = (
-            vit.blocks[:depth],
-            torch.nn.Identity(),
-            torch.nn.Identity(),
-        )
+        vit.blocks, vit.norm = vit.blocks[:depth], torch.nn.Identity()
         tokens = model.prompts.tokens.detach()
         shorter = family(5)
-        short = pae.PromptedViT(vit, shorter)
+        short = pae.PromptedViT(vit, shorter, num_classes=1)
+        short.head = torch.nn.Identity()
         with torch.no_grad():
             shorter.tokens.copy_(tokens[:depth] if name == "vpt_deep" else tokens)
         rows = arrays[f"{precision}/cls_after_block"][depth - 1]
