@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 
-from . import table
+from . import roofline, table
 from .contest import Group, Outcome, Settings, hold
 from .timing import CLOCKS, Replay, default_clock
 
 GROUPS = pytest.StashKey[dict[str, Group]]()
 OUTCOMES = pytest.StashKey[dict[str, dict[str, Outcome]]]()
 SETTINGS = pytest.StashKey[Settings]()
+STARTED = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser):
@@ -27,6 +30,7 @@ def pytest_addoption(parser):
     group.addoption("--threads", type=int, default=1, help="CPU threads (default 1: steadiest)")
     group.addoption("--rounds", type=int, help="rounds of every race (default: the group's own)")
     group.addoption("--batch", type=int, help="images per step (default: the group's own)")
+    group.addoption("--seconds", type=float, help="start no group when so many have passed")
     group.addoption("--device", help="cpu or cuda (default: cuda where there is one)")
     group.addoption("--clock", choices=CLOCKS, help="default: device on cuda, else process")
 
@@ -50,6 +54,9 @@ def pytest_sessionstart(session):
         size, option("threads"), option("rounds"), option("batch"), device, clock
     )
     config.stash[GROUPS], config.stash[OUTCOMES] = {}, {}
+    config.stash[STARTED] = time.monotonic()
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # the patch embedding of an fp32 reference
     torch.set_num_threads(option("threads"))
     # Inductor's cached CPU code keeps the thread count of the run that compiled it
     cache = Path(tempfile.gettempdir()) / f"pae_bench_inductor_{option('threads')}_threads"
@@ -80,7 +87,12 @@ def replay(request, group, provider):
     if group not in outcomes:
         params = [getattr(item, "callspec", None) for item in request.session.items]
         names = {c.params["provider"] for c in params if c and c.params.get("group") == group}
-        outcomes[group] = hold(chosen, names, settings)
+        limit = config.getoption("--seconds")
+        if limit is not None and time.monotonic() - config.stash[STARTED] > limit:
+            reason = f"no time left: {limit:.0f} seconds had passed"
+            outcomes[group] = {name: Outcome(reason=reason) for name in names}
+        else:
+            outcomes[group] = hold(chosen, names, settings)
     outcome = outcomes[group][provider]
 
     def into(benchmark):
@@ -113,8 +125,18 @@ def _machine(settings: Settings) -> dict:
         processor = torch.cuda.get_device_name(settings.device)
     else:
         processor = f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
+    ceilings = {}
+    if settings.device.type == "cuda" and settings.size != "smoke":
+        seen = roofline.ceilings(settings.device)
+        ceilings = {
+            "product TFLOP/s": round(seen["peak_tflops"]),
+            "copy GB/s": round(seen["peak_gbps"]),
+            "triton": _version("triton"),
+            "CUDA": torch.version.cuda,
+        }
     return {
         "device": processor,
+        **ceilings,
         "cores": os.cpu_count(),
         "threads": settings.threads,
         "torch": torch.__version__,
@@ -130,9 +152,18 @@ def _cpu_model() -> str:
     return get_cpu_info().get("brand_raw", platform.processor() or "unknown CPU")
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
 def _commit() -> str:
     from pytest_benchmark.utils import get_commit_info
 
+    if given := os.environ.get("PAE_COMMIT"):  # of a copy of the tree without its history
+        return given
     info = get_commit_info()
     if not info.get("id") or info["id"] == "unknown":
         return "unknown"

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .timing import Sample, race
+from . import roofline
+from .timing import Sample, captured, one_stream, race
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,13 @@ class Contestant:
         check: raises AssertionError when the values are wrong; returns columns for the table (see
             `table.COLUMNS`).
         units: pieces of work in one `work()` (windows of MPA); times are divided by it.
+        capture: on a GPU, time the replay of a CUDA graph of `work`, which returns its results.
     """
 
     work: Callable[[], object]
     check: Callable[[], dict[str, float]]
     units: int = 1
+    capture: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,16 @@ class Outcome:
 
 def hold(group: Group, names: set[str], settings: Settings) -> dict[str, Outcome]:
     """Run the race of `group` between the providers in `names`."""
+    with one_stream(settings.device):
+        outcomes = _hold(group, names, settings)
+    gc.collect()
+    if settings.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return outcomes
+
+
+def _hold(group: Group, names: set[str], settings: Settings) -> dict[str, Outcome]:
+    on_device = settings.device.type == "cuda"
     outcomes = {p.name: Outcome() for p in group.providers if p.name in names}
     works = {}
     shared = group.open()
@@ -129,16 +142,21 @@ def hold(group: Group, names: set[str], settings: Settings) -> dict[str, Outcome
         try:
             contestant = provider.start(shared)
             outcome.columns = contestant.check()
+            work = contestant.work
+            if on_device and contestant.capture:
+                work = captured(work, settings.device)
+            if on_device:
+                outcome.columns |= roofline.ceilings(settings.device)
         except Unavailable as reason:
             outcome.reason = str(reason)
+        except torch.OutOfMemoryError:
+            outcome.reason = "does not fit into the device's memory"
         except Exception as error:  # the row fails with it; the others still race
             outcome.error = error
         else:
             outcome.units = contestant.units
-            works[provider.name] = contestant.work
+            works[provider.name] = work
     rounds = 1 if settings.size == "smoke" else settings.rounds or group.rounds
     for name, samples in race(works, rounds, settings.device).items():
         outcomes[name].samples = samples
-    del shared, works
-    gc.collect()
     return outcomes

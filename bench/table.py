@@ -35,11 +35,17 @@ def _milliseconds(value: float) -> str:
 COLUMNS: dict[str, Callable[[Row], str | None]] = {
     "saved MB/image": lambda r: _column(r, "saved_mb_per_image", "{:.1f}"),
     "weight copies MB": lambda r: _column(r, "weight_copies_mb", "{:.0f}"),
+    "peak MB": lambda r: _column(r, "peak_mb", "{:.0f}"),
+    "images/s": lambda r: _rate(r, "images", "{:.0f}"),
     "live GFLOP/s": lambda r: (
-        f"{r.columns['live_gflop'] / statistics.median(r.seconds):.0f}"
-        if "live_gflop" in r.columns
-        else None
+        None if "peak_tflops" in r.columns else _rate(r, "live_gflop", "{:.0f}")
     ),
+    "live TFLOP/s": lambda r: (
+        _rate(r, "live_gflop", "{:.0f}", 1e3) if "peak_tflops" in r.columns else None
+    ),
+    "of product": lambda r: _share(r, "live_gflop", "peak_tflops", 1e3),
+    "floor GB/s": lambda r: _rate(r, "floor_mb", "{:.0f}", 1e3),
+    "of copy": lambda r: _share(r, "floor_mb", "peak_gbps", 1e3),
     "value error": lambda r: _column(r, "value_error", "{:.0e}"),
     "gradient error": lambda r: _column(r, "gradient_error", "{:.0e}"),
 }
@@ -47,6 +53,21 @@ COLUMNS: dict[str, Callable[[Row], str | None]] = {
 
 def _column(row: Row, name: str, form: str) -> str | None:
     return form.format(row.columns[name]) if name in row.columns else None
+
+
+def _rate(row: Row, name: str, form: str, unit: float = 1.0) -> str | None:
+    """Column `name` per second, in multiples of `unit`."""
+    if name not in row.columns:
+        return None
+    return form.format(row.columns[name] / unit / statistics.median(row.seconds))
+
+
+def _share(row: Row, name: str, ceiling: str, unit: float) -> str | None:
+    """That rate as a share of what the device was seen to do, None without such a measurement."""
+    if name not in row.columns or ceiling not in row.columns:
+        return None
+    rate = row.columns[name] / unit / statistics.median(row.seconds)
+    return f"{rate / row.columns[ceiling]:.0%}"
 
 
 def speedup(row: Row, baseline: Row) -> float:

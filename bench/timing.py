@@ -10,9 +10,13 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+
+from .memory import tensors_in
 
 CLOCKS = ("device", "process", "wall")
 
@@ -51,6 +55,9 @@ def measure(work: Callable[[], object], device: torch.device) -> Sample:
     if on_device:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
+        # nothing of the work's data is left in L2; and while this runs, the host launches ahead,
+        # so that a graph's launch is not timed
+        _three_caches(device).zero_()
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -66,6 +73,47 @@ def measure(work: Callable[[], object], device: torch.device) -> Sample:
         if collecting:
             gc.enable()
     return Sample(wall, process, start.elapsed_time(end) * 1e-3 if on_device else None)
+
+
+@lru_cache
+def _three_caches(device: torch.device) -> torch.Tensor:
+    size = 3 * torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+@lru_cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def one_stream(device: torch.device):
+    """Context in which all work of a race is prepared and run: a graph cannot be captured on the
+    default stream, and a backward runs on the stream of its forward. Nothing without CUDA.
+    """
+    return torch.cuda.stream(_stream(device)) if device.type == "cuda" else nullcontext()
+
+
+def captured(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """`work` as the replay of one CUDA graph: its kernels without Python and launches between.
+
+    Args:
+        work: returns the tensors it computes, all of them new ones. Called inside `one_stream`.
+
+    Raises:
+        RuntimeError: the work cannot be captured, or a replay does not compute its results.
+    """
+    for _ in range(3):  # compilers, plans and workspaces come before the capture
+        work()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+        results = [t for t in tensors_in(work()) if t.is_floating_point()]
+    for t in results:
+        t.detach().fill_(torch.nan)
+    graph.replay()
+    if not results or any(t.isnan().any().item() for t in results):
+        raise RuntimeError("a replay of the captured graph does not compute its results")
+    return graph.replay
 
 
 def race(
