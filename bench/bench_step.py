@@ -14,9 +14,10 @@ import pae
 
 from . import peers, shapes
 from .contest import Contestant, Group, Provider, Settings, Unavailable, relative
-from .memory import SavedBytes, tensors_in
+from .memory import SavedBytes, own_bytes, peak_bytes, tensors_in
 
 OFFICIAL, TEXTBOOK = "official-style", "timm + SDPA"
+COMPILED_TEXTBOOK = "timm + SDPA, compiled"
 
 # Norm-relative errors against the official-style fp32 step that a row may show: in fp32 the promise
 # of `fast_forward` ("low" keeps the activation's derivative in 8 bits), in bf16 so many times what
@@ -24,9 +25,11 @@ OFFICIAL, TEXTBOOK = "official-style", "timm + SDPA"
 FP32_LIMITS = {"logits": 1e-5, "gradients": 1e-4}
 FP32_LOW_LIMITS = {"logits": 1e-5, "gradients": 5e-3}
 BF16_FACTOR = 1.5
+DTYPES = ("fp32", "bf16")
 
 # the groups that run torch.compile without --full: it takes a minute each
-COMPILED = {(shapes.BASE, 50, "fp32"), (shapes.TINY, 5, "fp32")}
+COMPILED = {"cpu": (shapes.BASE, 50, "fp32"), "cuda": (shapes.BASE, 50, "bf16")}
+SLICE = 16  # images of the reference that are computed at one time
 
 
 @dataclass
@@ -55,9 +58,27 @@ class Step:
         F.cross_entropy(logits.float(), self.labels).backward()
         return logits
 
+    def reference(self) -> dict[str, Tensor]:
+        """Logits and gradients of the official-style step, slice by slice: in fp32 a whole batch
+        of a large model may not fit.
+        """
+        official, logits = self.official, []
+        official.prompts.grad = official.head.weight.grad = official.head.bias.grad = None
+        for images, labels in zip(self.images.split(SLICE), self.labels.split(SLICE)):
+            with self.autocast():
+                logits.append(official(images))
+            loss = F.cross_entropy(logits[-1].float(), labels, reduction="sum")
+            (loss / len(self.images)).backward()
+            logits[-1] = logits[-1].detach()
+        return {"logits": torch.cat(logits), "gradients": official.prompts.grad.clone()}
+
     def errors(self, logits: Tensor, gradients: Tensor) -> dict[str, float]:
         got = {"logits": logits, "gradients": gradients}
         return {what: relative(got[what], expected) for what, expected in self.expected.items()}
+
+    def folded(self) -> list[Tensor]:
+        """The frozen weights as the engine multiplies with them: copies, where they are folded."""
+        return list(tensors_in(self.model.plan(torch.bfloat16 if self.dtype == "bf16" else None)))
 
     def autocast(self):
         if self.dtype == "fp32":
@@ -77,52 +98,83 @@ def open_step(name: str, prompts: int, batch: int, dtype: str, device: torch.dev
     official = peers.OfficialStyleVPT(vit, model.prompts.tokens, model.head)
     live_flops = shapes.live_step_flops(vit, prompts, batch)
     step = Step(model, official, images, labels, "fp32", live_flops)
-    logits = step.run(official, official).detach()
-    step.expected = {"logits": logits, "gradients": official.prompts.grad}
+    step.expected = step.reference()
     if dtype == "bf16":
         step.dtype = dtype
-        own = step.errors(step.run(official, official), official.prompts.grad)
+        own = step.errors(**step.reference())
         step.limits = {what: BF16_FACTOR * error for what, error in own.items()}
     return step
 
 
 def contestant(
-    step: Step, forward: Callable[[Tensor], Tensor], official: bool = False, memory: str = "exact"
+    step: Step,
+    forward: Callable[[Tensor], Tensor],
+    official: bool = False,
+    memory: str | None = None,
 ) -> Contestant:
+    """`memory`: the mode of a row that runs on the folded plan, None for the others."""
     trained = step.official if official else step.model
     prompts = trained.prompts if official else trained.prompts.tokens
+    folded = step.folded() if memory else []
+    weights = [*trained.parameters(), *trained.buffers()]
 
     def check() -> dict[str, float]:
-        frozen = [*trained.parameters(), *trained.buffers(), step.images]
-        if not official:
-            dtype = torch.bfloat16 if step.dtype == "bf16" else None
-            frozen += tensors_in(step.model.plan(dtype))
-        with SavedBytes(frozen) as saved:
+        with SavedBytes([*weights, *folded, step.images]) as saved:
             logits = step.run(forward, trained)
-        errors = step.errors(logits, prompts.grad)
-        fp32_limits = FP32_LOW_LIMITS if memory == "low" else FP32_LIMITS
-        for what, limit in (step.limits or fp32_limits).items():
-            assert errors[what] <= limit, f"{what} are off by {errors[what]:.1e} > {limit:.1e}"
-        batch = len(step.images)
-        return {
-            "value_error": errors["logits"],
-            "gradient_error": errors["gradients"],
-            "saved_mb_per_image": saved.activations / batch / 1e6,
+        columns = verdict(step, logits, prompts.grad, memory or "exact") | {
+            "saved_mb_per_image": saved.activations / len(step.images) / 1e6,
             "weight_copies_mb": saved.weight_copies / 1e6,
-            "live_gflop": step.live_flops / 1e9,
         }
+        if step.images.is_cuda:
+            peak = peak_bytes(lambda: step.run(forward, trained), step.images.device)
+            columns["peak_mb"] = (peak + own_bytes(folded, weights)) / 1e6
+        return columns
 
     return Contestant(lambda: step.run(forward, trained), check)
 
 
-def start_compiled(step: Step) -> Contestant:
+def verdict(step: Step, logits: Tensor, gradients: Tensor, memory: str) -> dict[str, float]:
+    """Columns of a row whose values are right; an AssertionError otherwise."""
+    errors = step.errors(logits, gradients)
+    fp32_limits = FP32_LOW_LIMITS if memory == "low" else FP32_LIMITS
+    for what, limit in (step.limits or fp32_limits).items():
+        assert errors[what] <= limit, f"{what} are off by {errors[what]:.1e} > {limit:.1e}"
+    return {
+        "value_error": errors["logits"],
+        "gradient_error": errors["gradients"],
+        "live_gflop": step.live_flops / 1e9,
+        "images": float(len(step.images)),
+    }
+
+
+def start_compiled(step: Step, mode: str | None = None) -> Contestant:
     torch._dynamo.reset()
-    compiled = torch.compile(step.model)
+    compiled = torch.compile(step.model, mode=mode)
     try:
         step.run(compiled, step.model)
     except Exception as error:  # whatever stops the compiler is no fault of the step
         raise Unavailable.because("torch.compile", error) from error
     return contestant(step, compiled)
+
+
+def start_graphed(step: Step) -> Contestant:
+    """The step as one CUDA graph: a batch is copied in, and one launch runs it."""
+    device, tokens = step.images.device, step.model.prompts.tokens
+    steps = []
+
+    def capture() -> None:
+        with step.autocast():
+            steps.append(pae.graphed_step(step.model, step.images, step.labels))
+
+    peak = peak_bytes(capture, device)
+    own = own_bytes(step.folded(), [*step.model.parameters(), *step.model.buffers()])
+
+    def check() -> dict[str, float]:
+        _, logits = steps[0](step.images, step.labels)
+        columns = verdict(step, logits, tokens.grad, "exact")
+        return columns | {"peak_mb": (peak + own) / 1e6}
+
+    return Contestant(lambda: steps[0](step.images, step.labels), check)
 
 
 def providers(compile_too: bool, settings: Settings) -> list[Provider]:
@@ -138,36 +190,34 @@ def providers(compile_too: bool, settings: Settings) -> list[Provider]:
     rows = [
         Provider(OFFICIAL, lambda step: contestant(step, step.official, official=True)),
         Provider(TEXTBOOK, lambda step: contestant(step, step.model)),
-        Provider("timm + SDPA, compiled", start_compiled, left_out=slow),
+        Provider(COMPILED_TEXTBOOK, start_compiled, left_out=slow),
         ours("exact"),
         ours("low"),
     ]
     if settings.size in ("full", "smoke"):
         rows.append(ours("lowest"))
+    if settings.device.type == "cuda":
+        slowest = settings.why_not_compile(False)
+        rows.insert(
+            3,
+            Provider(
+                "timm + SDPA, compiled max-autotune",
+                lambda step: start_compiled(step, "max-autotune"),
+                left_out=slowest,
+            ),
+        )
+        rows.append(Provider("pae graphed", start_graphed))
     return rows
 
 
 def groups(settings: Settings) -> list[Group]:
     """All groups of this file; those outside the chosen size carry a reason."""
     if settings.size == "smoke":
-        return [group(shapes.TINY, 5, dtype, 2, settings) for dtype in ("fp32", "bf16")]
-    chosen = {
-        "quick": {(shapes.SMALL, 50, "fp32")},
-        "default": {
-            (shapes.SMALL, 50, "fp32"),
-            *((shapes.BASE, count, dtype) for count in (50, 100) for dtype in ("fp32", "bf16")),
-        },
-    }
-    cases = [
-        (name, count, dtype)
-        for name in (shapes.SMALL, shapes.BASE)
-        for dtype in ("fp32", "bf16")
-        for count in ((10, 50, 100, 200) if dtype == "fp32" else (50, 100))
-    ]
+        return [group(shapes.TINY, 5, dtype, 2, settings) for dtype in DTYPES]
+    cases, chosen = (gpu_cases if settings.device.type == "cuda" else cpu_cases)(settings.batch)
     return [
         group(
             *case,
-            settings.batch or 4,
             settings,
             "" if settings.size == "full" or case in chosen[settings.size] else "runs with --full",
         )
@@ -175,15 +225,60 @@ def groups(settings: Settings) -> list[Group]:
     ]
 
 
+Case = tuple[str, int, str, int]  # backbone, prompts, dtype, batch
+
+
+def cpu_cases(batch: int | None) -> tuple[list[Case], dict[str, set[Case]]]:
+    """All cases, and those of the smaller sizes."""
+    batch = batch or 4
+    chosen = {
+        "quick": {(shapes.SMALL, 50, "fp32", batch)},
+        "default": {
+            (shapes.SMALL, 50, "fp32", batch),
+            *((shapes.BASE, count, dtype, batch) for count in (50, 100) for dtype in DTYPES),
+        },
+    }
+    cases = [
+        (name, count, dtype, batch)
+        for name in (shapes.SMALL, shapes.BASE)
+        for dtype in DTYPES
+        for count in ((10, 50, 100, 200) if dtype == "fp32" else (50, 100))
+    ]
+    return cases, chosen
+
+
+def gpu_cases(batch: int | None) -> tuple[list[Case], dict[str, set[Case]]]:
+    """bf16 autocast, the case that matters most first: a run that ends early has it."""
+    main = (shapes.BASE, 50, "bf16", batch or 128)
+    first = [
+        main,
+        *((shapes.BASE, 50, "bf16", size) for size in ([] if batch else [16, 64])),
+        *((shapes.BASE, count, "bf16", batch or 128) for count in (10, 100, 200)),
+        (shapes.SMALL, 50, "bf16", batch or 128),
+        (shapes.LARGE, 50, "bf16", batch or 64),
+    ]
+    every = [
+        (name, count, "bf16", size)
+        for name in (shapes.SMALL, shapes.BASE, shapes.LARGE)
+        for size in ([batch] if batch else [16, 64, 128])
+        for count in (10, 50, 100, 200)
+    ]
+    return list(dict.fromkeys(first + every)), {"quick": {*first[:2]}, "default": {*first}}
+
+
 def group(
     name: str, count: int, dtype: str, batch: int, settings: Settings, left_out: str = ""
 ) -> Group:
+    on_gpu, small = settings.device.type == "cuda", batch < 128 and not settings.batch
+    compile_too = (name, count, dtype) == COMPILED[settings.device.type] and not (on_gpu and small)
+    if settings.size == "smoke":
+        compile_too = dtype == "fp32"
     return Group(
         name=f"step/{name}/P{count}/{dtype}/B{batch}",
         open=lambda: open_step(name, count, batch, dtype, settings.device),
-        providers=providers((name, count, dtype) in COMPILED, settings),
-        baselines=(OFFICIAL, TEXTBOOK),
-        rounds=7 if settings.size == "full" else 4,
+        providers=providers(compile_too, settings),
+        baselines=(OFFICIAL, TEXTBOOK, COMPILED_TEXTBOOK),
+        rounds=20 if on_gpu else 7 if settings.size == "full" else 4,
         unit="step",
         left_out=left_out,
     )

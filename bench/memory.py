@@ -1,9 +1,9 @@
-"""Bytes that autograd keeps between forward and backward."""
+"""Bytes that autograd keeps between forward and backward, and the most that a step needs."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -56,6 +56,28 @@ class SavedBytes:
             dtype.itemsize > saved.dtype.itemsize and matrix in (shape, shape[::-1])
             for dtype, matrix in self._matrices
         )
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most that `run` has allocated on a GPU at one time, beyond what was there before it."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def own_bytes(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> int:
+    """Bytes of the storages of `tensors`, each once, without those that `others` share."""
+    seen = {t.untyped_storage().data_ptr() for t in others}
+    total = 0
+    for t in tensors:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from torch import nn
 
 CLASSES = 200
 BASE, SMALL, TINY = "vit_base_patch16_224", "vit_small_patch16_224", "tiny"
+LARGE = "vit_large_patch16_224"
 
 
 @torch.no_grad()
