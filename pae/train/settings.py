@@ -17,7 +17,7 @@ _RECIPES = {
         "epochs": 50,
         "batch_size": 64,
         "optimizer": "adamw",
-        "lr": 1e-3,
+        "lr": 2e-3,
         "weight_decay": 1e-2,
         "warmup_epochs": 0.0,
     },
