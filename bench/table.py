@@ -1,6 +1,7 @@
 """The table of a benchmark run, from the live session or from its JSON file.
 
-python -m bench.table bench/results/cpu.json
+python -m bench.table bench/results/cpu.json            one table per group
+python -m bench.table --short bench/results/cpu.json    one line per group
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ COLUMNS: dict[str, Callable[[Row], str | None]] = {
     "value error": lambda r: _column(r, "value_error", "{:.0e}"),
     "gradient error": lambda r: _column(r, "gradient_error", "{:.0e}"),
 }
+
+
+SHORT = ("images/s", "of product", "of copy", "peak MB")
 
 
 def _column(row: Row, name: str, form: str) -> str | None:
@@ -101,6 +105,25 @@ def render(rows: Sequence[Row], left_out_groups: dict[str, str], machine: dict) 
             reasons[reason] = f"{reasons[reason] or ''}\n- {name}"
         parts += [f"Left out ({reason}):{names}" for reason, names in reasons.items()]
     return "\n\n".join(parts) + "\n"
+
+
+def render_short(rows: Sequence[Row], machine: dict) -> str:
+    """One line per group: medians in milliseconds, and the rates of our own rows."""
+    lines = [", ".join(f"{key} {value}" for key, value in machine.items())]
+    by_group: dict[str, list[str]] = {}
+    for row in rows:
+        if row.seconds:
+            text = f"{row.provider} {_milliseconds(statistics.median(row.seconds))}"
+            if row.provider.startswith("pae"):
+                rates = {h: COLUMNS[h](row) for h in SHORT}
+                text += "".join(f", {v} {h}" for h, v in rates.items() if v is not None)
+        elif row.reason.startswith("failed"):
+            text = f"{row.provider} FAILED"
+        else:
+            continue
+        by_group.setdefault(row.group, []).append(text)
+    lines += [f"{name}: {' | '.join(texts)}" for name, texts in by_group.items()]
+    return "\n".join(lines) + "\n"
 
 
 def _group_table(name: str, rows: Sequence[Row]) -> str:
@@ -166,4 +189,6 @@ def rows_from_json(run: dict) -> tuple[list[Row], dict[str, str], dict]:
 
 
 if __name__ == "__main__":
-    print(render(*rows_from_json(json.loads(Path(sys.argv[1]).read_text()))), end="")
+    rows, left_out_groups, machine = rows_from_json(json.loads(Path(sys.argv[-1]).read_text()))
+    short = sys.argv[1] == "--short"
+    print(render_short(rows, machine) if short else render(rows, left_out_groups, machine), end="")

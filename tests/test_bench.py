@@ -6,6 +6,7 @@ import getpass
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +23,20 @@ import pae
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are not installed
 
-from bench import contest, memory, peers, shapes, table, timing  # noqa: E402
+from bench import (  # noqa: E402
+    bench_attention,
+    bench_pointwise,
+    bench_step,
+    contest,
+    memory,
+    merge,
+    peers,
+    peers_attention,
+    roofline,
+    shapes,
+    table,
+    timing,
+)
 
 CPU = torch.device("cpu")
 SETTINGS = contest.Settings("default", 1, None, None, CPU, "process")
@@ -179,6 +193,109 @@ def test_live_flops_against_counted_ones(prompts, saving):
     assert counter.get_total_flops() / live == pytest.approx(saving, rel=0.02)
 
 
+# ---- rooflines of the kernels
+
+
+@pytest.mark.parametrize(("kind", "share"), [("forward", 1), ("backward", 2), ("both", 3)])
+def test_attention_flops_against_counted_ones(kind, share):
+    """What PyTorch counts of the written-out forward, and twice that for a backward."""
+    qkv, kv = torch.randn(2, 7, 3, 4, 8), torch.randn(1, 5, 2, 4, 8)
+    with FlopCounterMode(display=False) as counter:
+        peers_attention.eager(qkv, kv)
+    live = roofline.attention_flops(kind, batch=2, tokens=7, prompts=5, width=32)
+    assert live == share * counter.get_total_flops()
+
+
+def test_attention_bytes_are_those_of_inputs_and_outputs():
+    qkv, kv, out = (
+        torch.zeros(size).bfloat16() for size in ((2, 7, 3, 4, 8), (1, 5, 2, 4, 8), (2, 7, 32))
+    )
+    sizes = (2, 7, 5, 32, 2)
+    forward = qkv.nbytes + kv.nbytes + out.nbytes
+    backward = 2 * qkv.nbytes + 2 * kv.nbytes + 2 * out.nbytes  # d_out and out; d_qkv and d_kv
+    assert roofline.attention_bytes("forward", *sizes) == forward
+    assert roofline.attention_bytes("backward", *sizes) == backward
+    assert roofline.attention_bytes("both", *sizes) == forward + backward
+
+
+@pytest.mark.parametrize("name", sorted(bench_pointwise.KINDS))
+def test_bytes_of_a_pass_are_those_of_its_arguments_and_results(name):
+    """But for one statistic per row."""
+    shared = bench_pointwise.open_inputs(name, rows=3, width=64, device=CPU)
+    results = shared.kind.ours(*shared.arguments)
+    moved = [t for t in (*shared.arguments, *results) if t.shape[-1] > 1]
+    assert shared.floor_mb * 1e6 == sum(t.nbytes for t in moved)
+
+
+def test_peers_of_attention_agree():
+    shape = bench_attention.Shape(2, 8, 7, 3, 2, "fp32")
+    shared = bench_attention.open_inputs(shape, "both", CPU)
+    for attend in (
+        peers_attention.eager,
+        peers_attention.sdpa(),
+        peers_attention.sdpa("math"),
+        bench_attention.ours,
+    ):
+        assert max(bench_attention.errors(shared.run(attend), shared.expected)) < 1e-6
+
+
+def test_a_wrong_attention_is_noticed():
+    shape = bench_attention.Shape(2, 8, 7, 3, 2, "fp32")
+    shared = bench_attention.open_inputs(shape, "forward", CPU)
+    without_prompts = lambda qkv, kv: bench_attention.ours(qkv, kv[:, :0]) + 0 * kv.sum()
+    with pytest.raises(AssertionError, match="out is off by"):
+        bench_attention.contestant(shared, without_prompts).check()
+
+
+@pytest.mark.parametrize("size", ["smoke", "quick", "default", "full"])
+@pytest.mark.parametrize("module", [bench_step, bench_attention, bench_pointwise])
+def test_a_gpu_has_groups_of_its_own(module, size):
+    """What would run there, without running it: sizes nest, and names are unique."""
+
+    def running(size):
+        settings = contest.Settings(size, 1, None, None, torch.device("cuda"), "device")
+        groups = module.groups(settings)
+        assert len({g.name for g in groups}) == len(groups)
+        return {g.name for g in groups if not g.left_out}
+
+    assert running(size)
+    smaller = {"default": "quick", "full": "default"}.get(size)
+    assert smaller is None or running(smaller) < running(size) or module is bench_pointwise
+
+
+def test_own_bytes_are_those_that_nobody_shares():
+    weight = torch.zeros(10)
+    assert memory.own_bytes([weight[:5], torch.zeros(3), weight], [weight]) == 12
+
+
+def test_slices_of_the_reference_are_the_whole_step(monkeypatch):
+    step = bench_step.open_step(shapes.TINY, 5, 5, "fp32", CPU)
+    monkeypatch.setattr(bench_step, "SLICE", 2)
+    sliced = step.reference()
+    assert max(step.errors(**sliced).values()) < 1e-5
+
+
+# ---- tuning
+
+
+def test_tuning_walks_to_the_fastest_tile():
+    tune = pytest.importorskip("bench.tune_attention", reason="needs Triton")
+    shipped, best = tune.Tile(64, 64, 4, 2), tune.Tile(128, 32, 8, 3)
+    steps = lambda tile: sum(
+        abs(values.index(getattr(tile, name)) - values.index(getattr(best, name)))
+        for name, values in tune.CHOICES.items()
+    )
+    seconds = lambda tile: None if tile.stages == 4 else 1e-6 * (10 + steps(tile))
+    times = tune.walk(shipped, seconds, False, time.monotonic() + 60)
+    assert min(times, key=times.get) == best
+    assert all(tile.stages < 4 for tile in times)
+    fixed = tune.walk(shipped, seconds, True, time.monotonic() + 60)
+    assert {tile.block_m for tile in fixed} == {64}
+    assert set(tune.walk(shipped, seconds, False, time.monotonic())) == {shipped}
+    line = tune.report(tune.TARGETS[0], shipped, times)
+    assert line.startswith("FORWARD: (True, 64): Tile(128, 32, 8, 3),  # 10.0 us, shipped 14.0 us")
+
+
 # ---- contest and table
 
 
@@ -253,7 +370,88 @@ def test_table_shows_times_ratios_and_reasons():
     assert len({line.count("|") for line in lines.values()}) == 1
 
 
+def test_rates_and_shares_of_the_ceilings():
+    columns = {"live_gflop": 200.0, "floor_mb": 1e3, "images": 64.0}
+    ceilings = {"peak_tflops": 4.0, "peak_gbps": 20.0}
+    cpu = table.Row("g", "pae", [0.1, 0.1], "", "process", "step", (), columns)
+    gpu = table.Row("g", "pae", [0.1, 0.1], "", "device", "step", (), columns | ceilings)
+    cells = lambda row: {h: cell(row) for h, cell in table.COLUMNS.items() if cell(row)}
+    assert cells(cpu) == {"images/s": "640", "live GFLOP/s": "2000", "floor GB/s": "10"}
+    assert cells(gpu) == {
+        "images/s": "640",
+        "live TFLOP/s": "2",
+        "of product": "50%",
+        "floor GB/s": "10",
+        "of copy": "50%",
+    }
+    broken = table.Row("g", "other", reason="failed: gradients are off")
+    short = table.render_short([gpu, broken], {"tests": "failed"})
+    assert short == (
+        "tests failed\ng: pae 100.0, 640 images/s, 50% of product, 50% of copy | other FAILED\n"
+    )
+
+
+def a_run(device="H200", rows=1, **left_out):
+    return {
+        "machine_info": {"summary": {"device": device, "torch": "2.11", "commit": "abc"}},
+        "benchmarks": [{"group": "g"}] * rows,
+        "left_out": {"groups": left_out, "providers": []},
+    }
+
+
+def test_merged_runs_keep_all_rows_and_say_what_became_of_the_tests():
+    whole = merge.merge([a_run(rows=2, a="x"), a_run(b="y")], {"tests": "failed"})
+    assert len(whole["benchmarks"]) == 3
+    assert whole["left_out"]["groups"] == {"a": "x", "b": "y"}
+    assert whole["machine_info"]["summary"]["tests"] == "failed"
+    with pytest.raises(ValueError, match="runs differ in device: H200 and H100"):
+        merge.merge([a_run(), a_run("H100")], {})
+    with pytest.raises(ValueError, match="runs must be at least one"):
+        merge.merge([], {})
+
+
 # ---- the whole command
+
+
+GPU_SCRIPT = ROOT / "bench" / "gpu.sh"
+
+
+@pytest.mark.parametrize("size", ["quick", "default", "full", "tune"])
+def test_gpu_gate_lists_its_steps(size):
+    run = subprocess.run(
+        ["bash", GPU_SCRIPT, size, "--dry-run"], capture_output=True, text=True, check=True
+    )
+    steps = {line.split(" ")[0]: line for line in run.stdout.splitlines()}
+    benchmarks = ["tune"] if size == "tune" else ["attention", "pointwise", "step"]
+    tests = ["tests-attention", "tests-pointwise", "tests-engine"]
+    assert list(steps) == ["versions", *tests, *benchmarks]
+    for line in steps.values():
+        for word in line.split():
+            if word.endswith(".py"):
+                assert (ROOT / word).is_file()
+    if size in ("quick", "default"):
+        seconds = {name: int(line.split("(")[1].split("s)")[0]) for name, line in steps.items()}
+        assert sum(seconds.values()) - 2 * seconds["tests-engine"] <= 570  # they run side by side
+
+
+def test_every_gpu_test_is_in_a_part():
+    source = (ROOT / "tests" / "test_gpu.py").read_text()
+    names = [line[4:].split("(")[0] for line in source.splitlines() if line.startswith("def test_")]
+    assert len(names) > 20
+    for name in names:
+        parts = [part for part in ("attention", "pointwise", "engine") if part in name]
+        assert parts, name
+
+
+def test_gpu_gate_refuses_what_it_does_not_know():
+    run = subprocess.run(["bash", GPU_SCRIPT, "fast"], capture_output=True, text=True)
+    assert run.returncode == 2 and "usage: bench/gpu.sh" in run.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_gpu_gate_is_clean_shell():
+    run = subprocess.run(["shellcheck", GPU_SCRIPT], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
 
 
 def run_benchmarks(*arguments: str) -> str:
@@ -272,7 +470,8 @@ def run_benchmarks(*arguments: str) -> str:
 def test_every_provider_runs_without_timing():
     """All but the compiler: it needs a C++ toolchain and a minute."""
     out = run_benchmarks("bench", "--benchmark-disable", "-k", "not compiled")
-    assert " passed" in out and "skipped" not in out
+    # a GPU's kernels may refuse tiny fp32 inputs; on a CPU every row must run
+    assert " passed" in out and ("skipped" not in out or torch.cuda.is_available())
 
 
 def test_a_race_reaches_table_and_json_without_naming_the_machine(tmp_path):

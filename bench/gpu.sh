@@ -1,0 +1,173 @@
+#!/usr/bin/env bash
+# The GPU gate: tests, then benchmarks, on a machine that has only PyTorch and Triton.
+#
+#   bench/gpu.sh [quick|default|full|tune] [--dry-run]
+#
+# Leaves <device>-<commit>.json, .md (the tables) and .log in $OUT, or in bench/results/. Every step
+# has its own time limit. Exit code 1: a test failed (the benchmarks still run, and their table says
+# so), or a benchmark's values were wrong; 2: something is missing.
+#
+#   PAE_WHEELS    folder of wheels for packages that are missing here (.whl/)
+#   PAE_COMMIT    commit of a tree without its history
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 2
+
+size=default dry=
+for argument in "$@"; do
+  case $argument in
+    quick | default | full | tune) size=$argument ;;
+    --dry-run) dry=yes ;;
+    *) echo "usage: bench/gpu.sh [quick|default|full|tune] [--dry-run]" >&2; exit 2 ;;
+  esac
+done
+
+# seconds that the tests and each benchmark may take: below nine minutes together, but for `full`
+case $size in
+  quick) limits=(180 60 40 80) ;;
+  default) limits=(180 90 60 180) ;;
+  full) limits=(600 900 300 5400) ;;
+  tune) limits=(180 0 0 0) ;;
+esac
+tune_limit=330
+
+work=$(mktemp -d) || exit 2
+trap 'rm -rf "$work"' EXIT
+python=$(command -v python3 || command -v python) || { echo "no python3 found" >&2; exit 2; }
+export PYTHONPATH=$PWD:$work/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} CUBLAS_WORKSPACE_CONFIG=:4096:8
+
+# module:distribution
+needed=(torch:torch triton:triton numpy:numpy torchvision:torchvision timm:timm yaml:pyyaml
+  huggingface_hub:huggingface_hub safetensors:safetensors pytest:pytest pluggy:pluggy
+  iniconfig:iniconfig packaging:packaging pygments:pygments pytest_benchmark:pytest-benchmark
+  cpuinfo:py-cpuinfo2 hypothesis:hypothesis sortedcontainers:sortedcontainers)
+
+missing() {
+  "$python" - "${needed[@]}" <<'PYTHON'
+import importlib.util, sys
+pairs = (entry.split(":") for entry in sys.argv[1:])
+print(*(name for module, name in pairs if importlib.util.find_spec(module) is None))
+PYTHON
+}
+
+install() {
+  local wheels=${PAE_WHEELS:-.whl} lacking
+  read -ra lacking <<<"$(missing)"
+  [ ${#lacking[@]} -eq 0 ] && return
+  if [ -d "$wheels" ]; then
+    for name in "${lacking[@]}"; do # one by one: a wheel that is not there must not stop the others
+      "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+        --find-links "$wheels" --target "$work/site" "$name" >>"$work/pip.log" 2>&1
+    done
+    read -ra lacking <<<"$(missing)"
+  fi
+  [ ${#lacking[@]} -eq 0 ] && return
+  echo "missing here, and no wheels of them in $wheels (see bench/README.md): ${lacking[*]}" >&2
+  return 1
+}
+
+# run NAME SECONDS COMMAND...: its output to the log, its outcome to gates
+gates=() failed=
+run() {
+  local name=$1 seconds=$2 start=$SECONDS code
+  shift 2
+  if [ -n "$dry" ]; then
+    echo "$name (${seconds}s): $*"
+    return
+  fi
+  echo "== $name"
+  timeout -k 10 "$seconds" "$@" >"$work/$name.log" 2>&1
+  code=$?
+  gate "$name" $code $((SECONDS - start))
+}
+
+gate() {
+  local name=$1 code=$2 seconds=$3 outcome=passed
+  if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
+    outcome="out of time"
+  elif [ "$code" -ne 0 ]; then
+    outcome=failed
+  fi
+  [[ $outcome == failed || ($name == tests* && $outcome != passed) ]] && failed=yes
+  gates+=(--gate "$name=$outcome")
+  echo "   $outcome after ${seconds}s: $(grep -E '(passed|failed|error).* in ' "$work/$name.log" | tail -1)"
+  [ "$outcome" = passed ] || grep -E '^(FAILED|ERROR|E  )' "$work/$name.log" | cut -c1-160 | head -20
+}
+
+# the three parts of the tests compile different kernels: at the same time they take a third
+tests() {
+  local seconds=$1 start=$SECONDS i=0 codes=() pids=() code
+  local pytest=("$python" -m pytest -q -p no:cacheprovider)
+  local names=(tests-attention tests-pointwise tests-engine)
+  local parts=("tests/test_gpu.py -k attention" "tests/test_gpu.py tests/test_bench.py -k pointwise|device_clock"
+    "tests/test_gpu.py tests/test_graphs.py -k engine|replays_follow")
+  for i in 0 1 2; do
+    local files=${parts[i]% -k *} chosen=${parts[i]#* -k }
+    chosen=${chosen//|/ or }
+    read -ra files <<<"$files"
+    if [ -n "$dry" ]; then
+      echo "${names[i]} (${seconds}s): ${pytest[*]} ${files[*]} -k '$chosen'"
+      continue
+    fi
+    timeout -k 10 "$seconds" "${pytest[@]}" "${files[@]}" -k "$chosen" >"$work/${names[i]}.log" 2>&1 &
+    pids+=($!)
+  done
+  [ -n "$dry" ] && return
+  for i in 0 1 2; do wait "${pids[i]}"; code=$?; codes+=("$code"); done
+  for i in 0 1 2; do
+    echo "== ${names[i]}"
+    gate "${names[i]}" "${codes[i]}" $((SECONDS - start))
+  done
+}
+
+# benchmark NAME SECONDS: no group starts in the last quarter
+benchmark() {
+  local options=()
+  case $size in quick | full) options=("--$size") ;; esac
+  run "$1" "$2" "$python" -m pytest -q -p no:cacheprovider "bench/bench_$1.py" --benchmark-only \
+    --device=cuda --seconds=$(($2 * 3 / 4)) --benchmark-json="$work/$1.json" "${options[@]}"
+}
+
+if [ -z "$dry" ]; then
+  install || exit 2
+  device=$("$python" -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null) || {
+    echo "PyTorch sees no GPU here" >&2
+    exit 2
+  }
+  commit=${PAE_COMMIT:-$(git describe --always --dirty --exclude '*' 2>/dev/null || echo unknown)}
+  export PAE_COMMIT=$commit
+  slug=$(tr 'A-Z ' 'a-z-' <<<"$device" | tr -cd 'a-z0-9-')
+  out=${OUT:-bench/results}
+  mkdir -p "$out"
+  stem=$out/$slug-$commit
+fi
+
+run versions 60 "$python" -m pae_kernels
+[ -z "$dry" ] && cat "$work/versions.log"
+tests "${limits[0]}"
+if [ "$size" = tune ]; then
+  run tune "$tune_limit" "$python" -m bench.tune_attention --seconds $((tune_limit - 30))
+else
+  benchmark attention "${limits[1]}"
+  benchmark pointwise "${limits[2]}"
+  benchmark step "${limits[3]}"
+fi
+[ -n "$dry" ] && exit
+
+for log in "$work"/*.log; do printf '\n===== %s\n' "$(basename "$log" .log)"; cat "$log"; done >"$stem.log"
+if [ "$size" = tune ]; then
+  tee "$stem-tiles.md" <"$work/tune.log"
+else
+  parts=()
+  for part in attention pointwise step; do
+    [ -s "$work/$part.json" ] && parts+=("$work/$part.json")
+  done
+  if [ ${#parts[@]} -gt 0 ] && "$python" -m bench.merge "$stem.json" "${parts[@]}" "${gates[@]}"; then
+    "$python" -m bench.table "$stem.json" >"$stem.md"
+    "$python" -m bench.table --short "$stem.json"
+  else
+    echo "no benchmark finished; see $stem.log" >&2
+    failed=yes
+  fi
+fi
+[ -z "$failed" ] || { echo "a test failed or ran out of time; see $stem.log" >&2; exit 1; }

@@ -1,0 +1,178 @@
+"""Tiles of the attention kernels: walk from the shipped ones to the fastest neighbours.
+
+python -m bench.tune_attention [--seconds 300]      on a GPU; `bench/gpu.sh tune` runs it too
+
+Prints, per kernel, the lines that `pae_kernels/attention/tiles.py` would hold, with medians in
+microseconds of the shipped tile and of the best one. A tile that spills or does not fit is slow or
+refused, so it cannot win; run the ahead-of-time compile test after writing a new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+
+from pae_kernels.attention import tiles, triton
+from pae_kernels.attention.tiles import Tile
+
+from . import timing
+from .contest import relative
+
+CHOICES = {"block_m": (16, 32, 64, 128, 256), "block_n": (16, 32, 64, 128), "warps": (4, 8)}
+CHOICES["stages"] = (1, 2, 3, 4)
+WORTH = 0.98  # a tile replaces another when it needs at most this share of its time
+
+
+@dataclass(frozen=True)
+class Target:
+    """One entry of one table, and the shape that it is tuned for."""
+
+    table: str  # "FORWARD", "SPLIT" or "WHOLE"
+    key: tuple
+    tokens: int
+    heads: int
+    head_width: int
+    dtype: torch.dtype
+    batch: int = 64
+    prompts: int = 50
+
+
+TARGETS = [
+    Target("FORWARD", (True, 64), 197, 12, 64, torch.bfloat16, 128),
+    Target("WHOLE", (True, 256), 197, 12, 64, torch.bfloat16, 128),
+    Target("SPLIT", (True, 64), 577, 12, 64, torch.bfloat16, 32),
+    Target("SPLIT", (True, 128), 257, 16, 80, torch.bfloat16),
+    Target("FORWARD", (True, 128), 257, 16, 80, torch.bfloat16),
+    Target("WHOLE", (True, 64), 50, 12, 64, torch.bfloat16, 128),
+    Target("FORWARD", (False, 64), 197, 12, 64, torch.float32),
+    Target("SPLIT", (False, 64), 197, 12, 64, torch.float32),
+]
+
+
+def neighbours(tile: Tile, fixed_rows: bool) -> Iterator[Tile]:
+    """Tiles one step away in one property; the one-pass backward holds all rows, so block_m is
+    fixed there.
+    """
+    for name, choices in CHOICES.items():
+        if name == "block_m" and fixed_rows:
+            continue
+        at = choices.index(getattr(tile, name))
+        for step in (at - 1, at + 1):
+            if 0 <= step < len(choices):
+                yield replace(tile, **{name: choices[step]})
+
+
+def walk(
+    tile: Tile, seconds: Callable[[Tile], float | None], fixed_rows: bool, deadline: float
+) -> dict[Tile, float]:
+    """Times of all tiles that were visited: downhill, until no neighbour is faster.
+
+    Args:
+        seconds: time of a tile, None when it cannot run.
+        deadline: of `time.monotonic()`.
+    """
+    seen: dict[Tile, float | None] = {tile: seconds(tile)}
+    best, here = tile, None
+    while best != here:
+        here = best
+        for other in neighbours(here, fixed_rows):
+            if other not in seen and time.monotonic() < deadline:
+                seen[other] = seconds(other)
+            time_of = seen.get(other)
+            if time_of is not None and (seen[best] is None or time_of < WORTH * seen[best]):
+                best = other
+    return {visited: t for visited, t in seen.items() if t is not None}
+
+
+def stopwatch(target: Target, device: torch.device) -> Callable[[Tile], float | None]:
+    """Median time of the target's kernel with a given tile, whose values are checked first."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=device).to(target.dtype)
+
+    tail = target.heads, target.head_width
+    qkv = draw(target.batch, target.tokens, 3, *tail)
+    kv = draw(1, target.prompts, 2, *tail)
+    d_out = draw(target.batch, target.tokens, target.heads * target.head_width)
+    scale = target.head_width**-0.5
+    out, lse = triton.forward(qkv, kv, None, scale, False, None)
+
+    def work():
+        if target.table == "FORWARD":
+            return triton.forward(qkv, kv, None, scale, False, None)
+        return triton.backward(d_out, qkv, kv, None, scale, False, None, out, lse, True)
+
+    def run() -> list[torch.Tensor]:
+        # the two-pass tiles are tuned where the one-pass backward would be taken, too
+        if target.table != "SPLIT":
+            return work()
+        with mock.patch.object(tiles, "backward_whole", lambda *_: None):
+            return work()
+
+    expected = run()
+
+    def seconds(tile: Tile) -> float | None:
+        table = getattr(tiles, target.table)
+        with mock.patch.dict(table, {target.key: tile}):
+            try:
+                for got, want in zip(run(), expected):
+                    if not relative(got, want) < 1e-2:
+                        return None
+                replay = timing.captured(run, device)
+            except Exception:  # does not compile or does not fit: no candidate
+                return None
+            samples = [timing.measure(replay, device).device for _ in range(25)]
+        return statistics.median(samples)
+
+    return seconds
+
+
+def report(target: Target, shipped: Tile, times: dict[Tile, float]) -> str:
+    """The line of the table, and what it is worth."""
+    if not times:
+        return f"{target.table}[{target.key}]: no tile runs"
+    best = min(times, key=times.get)
+    if shipped in times and times[best] > WORTH * times[shipped]:
+        best = shipped
+    us = {tile: f"{1e6 * t:.1f} us" for tile, t in times.items()}
+    was = us.get(shipped, "does not run")
+    name = str(target.dtype).removeprefix("torch.")
+    return (
+        f"{target.table}: {target.key}: Tile({best.block_m}, {best.block_n}, {best.warps}, "
+        f"{best.stages}),  # {us[best]}, shipped {was}; {len(times)} tiles, {name} "
+        f"N {target.tokens} H {target.heads} d {target.head_width} B {target.batch}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=300.0, help="for all kernels together")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
+    device = torch.device("cuda", torch.cuda.current_device())
+    hopper = torch.cuda.get_device_properties(device).major >= 9
+    print(f"tiles.py, {torch.cuda.get_device_name(device)}: what to write where", flush=True)
+    end = time.monotonic() + options.seconds
+    for i, target in enumerate(TARGETS):
+        if target.table == "WHOLE":
+            target = replace(target, key=(hopper, target.key[1]))
+        shipped = getattr(tiles, target.table).get(target.key)
+        if shipped is None:
+            continue
+        share = (end - time.monotonic()) / (len(TARGETS) - i)
+        with timing.one_stream(device):
+            seconds = stopwatch(target, device)
+            times = walk(shipped, seconds, target.table == "WHOLE", time.monotonic() + share)
+        print(report(target, shipped, times), flush=True)
+
+
+if __name__ == "__main__":
+    main()
