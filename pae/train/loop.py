@@ -260,8 +260,6 @@ class _Run:
                 f"than {self.settings.lr}"
             )
         val_loss, val_accuracy = self._evaluate(self.val_data)
-        if isinstance(self.module, pae.PromptedViT):
-            self.module.prompts.end_of_epoch()
         self.epoch += 1
         self.rows.append(
             {
@@ -279,6 +277,8 @@ class _Run:
             self.best = candidate
             if self.main:
                 self.module.save(self.folder.best)
+        if isinstance(self.module, pae.PromptedViT):
+            self.module.prompts.end_of_epoch()  # may move prompts: what was measured is saved
         self.step, self.sums = 0, self._no_sums()
         self._save()
         if self.main:
