@@ -87,10 +87,12 @@ gate() {
     outcome="out of time"
   elif [ "$code" -ne 0 ]; then
     outcome=failed
+  elif [[ $name == tests* ]] && ! grep -qE '[0-9]+ passed' "$work/$name.log"; then
+    outcome=failed # all skipped: nothing was tested
   fi
   [[ $outcome == failed || ($name == tests* && $outcome != passed) ]] && failed=yes
   gates+=(--gate "$name=$outcome")
-  echo "   $outcome after ${seconds}s: $(grep -E '(passed|failed|error).* in ' "$work/$name.log" | tail -1)"
+  echo "   $outcome after ${seconds}s: $(grep -E '(passed|failed|skipped|error).* in [0-9]' "$work/$name.log" | tail -1)"
   [ "$outcome" = passed ] || grep -E '^(FAILED|ERROR|E  )' "$work/$name.log" | cut -c1-160 | head -20
 }
 
