@@ -295,12 +295,20 @@ def test_sigkill_loses_nothing_but_the_current_interval(shades, tmp_path, whole,
     flags += ["--epochs", "3", "--batch-size", "8", "--lr", "0.01", "--num-tokens", "2"]
     flags += ["--dropout", "0.2", "--output", str(folder), "--quiet"]
     code = [sys.executable, "-c", KILLER, where, str(number), *flags]
-    done = subprocess.run(code, check=False, capture_output=True, text=True, cwd=_root())
+    done = _one_thread(code)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert RunFolder(folder).result() is None
     assert RunFolder(folder).read_state()["epoch"] == 1  # the last complete interval is there
     assert main(["train", "--resume", str(folder), "--quiet"]) == 0
     assert_same_run(folder, whole(method="vpt-deep", dropout=0.2))
+
+
+def _one_thread(command):
+    """Run `command` with as many threads as the tests themselves: more would round differently."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=_root(), env=environment
+    )
 
 
 def _root():
@@ -405,11 +413,8 @@ def test_two_processes_draw_the_curve_of_one(shades, tmp_path):
     assert main([*flags, "--output", str(tmp_path / "one")]) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "pae"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     two = [*launcher, *flags, "--output", str(tmp_path / "two")]
-    done = subprocess.run(
-        two, check=False, capture_output=True, text=True, cwd=_root(), env=environment
-    )
+    done = _one_thread(two)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (numbers(tmp_path / name) for name in ("one", "two"))
     for left, right in zip(one[0], two[0], strict=True):
