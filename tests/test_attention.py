@@ -441,8 +441,14 @@ BAD = {
     "kv has another width": (lambda q, k: {"kv_prompt": k[..., :4]}, "kv_prompt must be"),
     "kv is wider": (lambda q, k: {"kv_prompt": k.float()}, "kv_prompt must be like qkv.*float32"),
     "group is needed": (lambda q, k: {"kv_prompt": k.expand(2, -1, -1, -1, -1)}, "group is needed"),
-    "group is short": (lambda q, k: {"group": torch.zeros(2).long()}, "group must be int64"),
-    "group is float": (lambda q, k: {"group": torch.zeros(3)}, "group must be int64.*float32"),
+    "group is short": (
+        lambda q, k: {"group": torch.zeros(2).long()},
+        "group must be int32 or int64",
+    ),
+    "group is float": (
+        lambda q, k: {"group": torch.zeros(3)},
+        "group must be int32 or int64.*float32",
+    ),
     "queries": (lambda q, k: {"queries": "first"}, "queries must be 'all' or 'class', got 'first'"),
     "weights": (
         lambda q, k: {"log_multiplicity": torch.zeros(4)},

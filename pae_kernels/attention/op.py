@@ -36,7 +36,7 @@ def prompt_attention(
         qkv: (B, N, 3, H, d), the packed product of the image rows, as it lies in memory.
         kv_prompt: (G, P, 2, H, d) prompt keys and values; P = 0 is plain attention. G = 1 is shared
             by the batch, G = B is per sample, any other G needs `group`.
-        group: (B,) int64 in [0, G): which prompt set each sample reads.
+        group: (B,) int32 or int64 in [0, G): which prompt set each sample reads.
         scale: factor of the logits; d ** -0.5 when None.
         queries: "all" rows, or "class": only row 0 asks (last block, class attention).
         log_multiplicity: (G, P) added to the prompt logits: log m stands for m equal prompts, -inf
@@ -55,6 +55,7 @@ def prompt_attention(
     """
     _check(qkv, kv_prompt, group, queries, log_multiplicity)
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    group = None if group is None else group.long()
     args = (qkv, kv_prompt, group, scale, queries == "class", log_multiplicity)
     if torch.compiler.is_compiling():
         return torch.ops.pae.prompt_attention_fwd(*args)
@@ -73,8 +74,9 @@ def _check(qkv, kv_prompt, group, queries, log_multiplicity) -> None:
         )
     if kv_prompt.dtype != qkv.dtype or kv_prompt.device != qkv.device:
         raise TypeError(f"kv_prompt must be like qkv ({_says(qkv)}), got {_says(kv_prompt)}")
-    if group is not None and (group.dtype != torch.int64 or tuple(group.shape) != (qkv.shape[0],)):
-        raise ValueError(f"group must be int64 ({qkv.shape[0]},), got {_says(group)}")
+    indices = (torch.int32, torch.int64)
+    if group is not None and (group.dtype not in indices or group.shape != qkv.shape[:1]):
+        raise ValueError(f"group must be int32 or int64 ({qkv.shape[0]},), got {_says(group)}")
     if queries not in ("all", "class"):
         raise ValueError(f"queries must be 'all' or 'class', got {queries!r}")
     sets, prompts = kv_prompt.shape[:2]
