@@ -12,6 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..ahead_of_time import OPTIONS
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -29,6 +31,7 @@ class Tile:
             "BLOCK_N": self.block_n,
             "num_warps": self.warps,
             "num_stages": self.stages,
+            **OPTIONS,
         }
 
 
@@ -47,7 +50,7 @@ SPLIT = {
     (False, 64): Tile(32, 32, 4, 1),
     (False, 128): Tile(32, 32, 8, 1),
 }
-# (compute capability 9 or more?, rows padded) -> tile; 16 bits, head width up to 64
+# (227 KB of shared memory?, rows padded) -> tile; 16 bits, head width up to 64
 WHOLE = {
     (True, 64): Tile(64, 64, 4, 2),
     (True, 128): Tile(128, 64, 8, 1),
@@ -69,10 +72,10 @@ def forward(qkv: Tensor, rows: int) -> Tile:
 
 def backward_whole(qkv: Tensor, rows: int) -> Tile | None:
     """Tile of the one-pass backward, or None where all rows of a head do not fit on chip."""
-    hopper = _device(qkv.device)[0] >= 9
-    if not _key(qkv)[0] or qkv.shape[-1] > 64 or rows > (256 if hopper else 128):
+    large = _device(qkv.device)[0] in (9, 10)  # not sm_120, which has 99 KB
+    if not _key(qkv)[0] or qkv.shape[-1] > 64 or rows > (256 if large else 128):
         return None
-    return WHOLE[hopper, next(size for size in (64, 128, 256) if rows <= size)]
+    return WHOLE[large, next(size for size in (64, 128, 256) if rows <= size)]
 
 
 def backward_split(qkv: Tensor, rows: int) -> Tile:

@@ -5,7 +5,7 @@ qkv: a key tile picks its rows by one select on offsets, so that a tile may stra
 at most one tile is part-full. At ViT-B, P = 50: 247 keys fill four tiles of 64 to 97 %; separate
 loops over prompts and image rows would need five (77 %).
 
-Forward. One program makes one tile of BLOCK_M query rows of one (image, head); grid (tiles, B H),
+Forward. One program makes one tile of BLOCK_M query rows of one (image, head); grid B H tiles,
 tiles fastest, so that the programs that share keys run together and re-read them from L2. Online
 softmax in base 2, fp32. HBM traffic: q, k, v once and out once, 4 S with S = B N D elements.
 
@@ -44,6 +44,17 @@ from .reference import sum_groups
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SHARED, PER_IMAGE, INDEXED = 0, 1, 2
+# One compiled kernel serves all sizes. The distance between two allocations is typed where it is
+# declared: kernels chosen by its magnitude would be compiled at random, even during graph capture.
+_SIZES = ("batch", "images", "rows", "tokens", "prompts")
+
+
+@triton.jit
+def _tile_of_head(rows, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """(image, head, tile) of this program. One grid axis: the others end at 65535 programs."""
+    count = tl.cdiv(rows, BLOCK)
+    i_head = tl.program_id(0) // count
+    return (i_head // HEADS).to(tl.int64), i_head % HEADS, tl.program_id(0) % count
 
 
 @triton.jit
@@ -97,31 +108,39 @@ def _store_rows(base, o_m, mask, stride, x, WIDTH: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def _logits(
-    q, k, o_n, prompts, total, p_bias, scale, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr
-):
-    """scale q k^T + log multiplicity, in units of log 2; -inf beyond the last key."""
+def _logits(q, k, o_n, prompts, p_bias, scale, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):
+    """scale q k^T + log multiplicity, in units of log 2."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
     if HAS_BIAS:
         bias = tl.load(p_bias + o_n, mask=o_n < prompts, other=0.0).to(tl.float32)
         s += (bias * LOG2E)[None, :]
-    return tl.where((o_n < total)[None, :], s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _weights(q, k, l, o_n, prompts, p_bias, scale, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):
+    """Softmax weights from the log-sum-exp l of each row.
+
+    Columns beyond the last key need no mask: their keys are zero, so they add nothing to dq, and
+    their own gradients are not stored. The minimum keeps them finite.
+    """
+    s = _logits(q, k, o_n, prompts, p_bias, scale, HAS_BIAS, PRECISION)
+    return tl.exp2(tl.minimum(s - l[:, None], 0.0))
 
 
 @triton.jit
 def _exchange(
-    q, do, l, row_dot, k, v, dq, dk, dv, o_n, prompts, total, p_bias, scale,
+    q, do, l, row_dot, k, v, dq, dk, dv, o_n, prompts, p_bias, scale,
     NEED_DQ: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a tile of query rows and a tile of key rows add to each other's gradients."""
-    s = _logits(q, k, o_n, prompts, total, p_bias, scale, HAS_BIAS, PRECISION)
-    p = tl.exp2(s - l[:, None])
+    p = _weights(q, k, l, o_n, prompts, p_bias, scale, HAS_BIAS, PRECISION)
     dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    ds = (p * ((dp - row_dot[:, None]) * scale)).to(q.dtype)
-    dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+    ds = (p * (dp * scale - row_dot[:, None])).to(q.dtype)
     if NEED_DQ:
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+    dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
     return dq, dk, dv
 
 
@@ -135,36 +154,36 @@ def _store_key_grads(
 
     p_image points at the dk of image row 0, p_slot at the dk of prompt 0, both of this head.
     """
-    if NEED_QKV:  # noqa: SIM102 (one test is at compile time)
-        if start + BLOCK_N > prompts:
-            m_image = (o_n >= prompts) & (o_n < total)
-            stride = 3 * HEADS * WIDTH
-            _store_rows(p_image, o_n - prompts, m_image, stride, dk, WIDTH, BLOCK_D)
-            _store_rows(p_image + HEADS * WIDTH, o_n - prompts, m_image, stride, dv, WIDTH, BLOCK_D)
-    if start < prompts:
+    if NEED_QKV:
+        # masked rather than skipped: Triton 3.6 fails to compile two branches here for sm_90
+        m_image = (o_n >= prompts) & (o_n < total)
+        stride = 3 * HEADS * WIDTH
+        _store_rows(p_image, o_n - prompts, m_image, stride, dk, WIDTH, BLOCK_D)
+        _store_rows(p_image + HEADS * WIDTH, o_n - prompts, m_image, stride, dv, WIDTH, BLOCK_D)
+    if not NEED_QKV or start < prompts:
         stride = 2 * HEADS * WIDTH
         if add:
-            dk += _load_rows(p_slot, o_n, prompts, stride, WIDTH, 1, BLOCK_D)
-            dv += _load_rows(p_slot + HEADS * WIDTH, o_n, prompts, stride, WIDTH, 1, BLOCK_D)
+            vec: tl.constexpr = 4 if WIDTH % 4 == 0 else 1
+            dk += _load_rows(p_slot, o_n, prompts, stride, WIDTH, vec, BLOCK_D)
+            dv += _load_rows(p_slot + HEADS * WIDTH, o_n, prompts, stride, WIDTH, vec, BLOCK_D)
         _store_rows(p_slot, o_n, o_n < prompts, stride, dk, WIDTH, BLOCK_D)
         _store_rows(p_slot + HEADS * WIDTH, o_n, o_n < prompts, stride, dv, WIDTH, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def prompt_attention_fwd_kernel(
     qkv, group, bias, out, lse,
-    distance, rows, tokens, prompts, scale,
+    distance: tl.int64, rows, tokens, prompts, scale,
     stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
     GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    i_b = (tl.program_id(1) // HEADS).to(tl.int64)
-    i_h = tl.program_id(1) % HEADS
-    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_b, i_h, i_m = _tile_of_head(rows, HEADS, BLOCK_M)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     total = prompts + tokens
     i_g = _prompt_set(group, i_b, GROUPING)
-    o_image = i_b * stride_b + i_h * stride_h
+    o_image = tl.multiple_of(i_b * stride_b + i_h * stride_h, VEC)
     o_prompt = distance + i_g * stride_pg + i_h * stride_ph
     p_bias = bias + i_g * prompts
 
@@ -182,7 +201,8 @@ def prompt_attention_fwd_kernel(
             qkv, o_n, o_image + 2 * stride_s, o_prompt + stride_ps, prompts, total,
             stride_n, stride_pp, WIDTH, VEC, BLOCK_D,
         )  # fmt: skip
-        s = _logits(q, k, o_n, prompts, total, p_bias, scale, HAS_BIAS, PRECISION)
+        s = _logits(q, k, o_n, prompts, p_bias, scale, HAS_BIAS, PRECISION)
+        s = tl.where((o_n < total)[None, :], s, float("-inf"))
         new_max = tl.maximum(run_max, tl.max(s, 1))
         # a tile of masked prompts alone has maximum -inf: its weights must be 0, not NaN
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max) if HAS_BIAS else new_max
@@ -201,50 +221,56 @@ def prompt_attention_fwd_kernel(
 
 @triton.jit
 def _load_query_side(
-    qkv, d_out, out, lse, i_b, i_h, o_m, o_image, rows, stride_n,
+    qkv, d_out, out, lse, i_b, i_h, o_m, o_image, rows, scale, stride_n,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """q, dO, log-sum-exp in units of log 2 (+inf beyond the last row: weight 0), rowsum(dO out)."""
+    """q, dO, log-sum-exp in units of log 2 (+inf beyond the last row: weight 0) and
+    scale rowsum(dO out).
+    """
     o_out = i_b * rows * HEADS * WIDTH + i_h * WIDTH
     do = _load_rows(d_out + o_out, o_m, rows, HEADS * WIDTH, WIDTH, VEC, BLOCK_D)
     o = _load_rows(out + o_out, o_m, rows, HEADS * WIDTH, WIDTH, VEC, BLOCK_D)
-    row_dot = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    row_dot = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1) * scale
     q = _load_rows(qkv + o_image, o_m, rows, stride_n, WIDTH, VEC, BLOCK_D)
     p_lse = lse + (i_b * HEADS + i_h) * rows
     l = tl.load(p_lse + o_m, mask=o_m < rows, other=float("inf")) * LOG2E
     return q, do, l, row_dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def prompt_attention_bwd_kernel(
     d_out, qkv, group, bias, out, lse, d_qkv, d_kv,
-    distance, batch, images, rows, tokens, prompts, scale,
+    distance: tl.int64, batch, images, rows, tokens, prompts, scale,
     stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
     NEED_QKV: tl.constexpr,
     GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All rows of one head, `images` images in turn; grid (H, ceil(B / images))."""
-    i_h, i_c = tl.program_id(0), tl.program_id(1)
+    """All rows of one head, `images` images in turn; grid ceil(B / images) H, heads fastest."""
+    i_h = tl.program_id(0) % HEADS
+    i_c = tl.program_id(0) // HEADS
     o_m = tl.arange(0, BLOCK_M)
     total = prompts + tokens
     end = total if NEED_QKV else prompts
     first = i_c * images
-    for i in range(first, tl.minimum(first + images, batch)):
+    last = tl.minimum(first + images, batch) if GROUPING == 0 else first + 1
+    # hoisted invariants of these loops would occupy registers all through the inner one
+    for i in tl.range(first, last, disable_licm=True):
         i_b = tl.cast(i, tl.int64)
         i_g = _prompt_set(group, i_b, GROUPING)
-        o_image = i_b * stride_b + i_h * stride_h
+        o_image = tl.multiple_of(i_b * stride_b + i_h * stride_h, VEC)
         o_prompt = distance + i_g * stride_pg + i_h * stride_ph
         p_bias = bias + i_g * prompts
         p_grad = d_qkv + i_b * tokens * 3 * HEADS * WIDTH + i_h * WIDTH
         i_slot = tl.cast(i_c, tl.int64) if GROUPING == 0 else i_b
         p_slot = d_kv + i_slot * prompts * 2 * HEADS * WIDTH + i_h * WIDTH
         q, do, l, row_dot = _load_query_side(
-            qkv, d_out, out, lse, i_b, i_h, o_m, o_image, rows, stride_n, HEADS, WIDTH, VEC, BLOCK_D
-        )
+            qkv, d_out, out, lse, i_b, i_h, o_m, o_image, rows, scale, stride_n,
+            HEADS, WIDTH, VEC, BLOCK_D,
+        )  # fmt: skip
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for start in range(0, end, BLOCK_N):
+        for start in tl.range(0, end, BLOCK_N, disable_licm=True):
             o_n = start + tl.arange(0, BLOCK_N)
             k = _load_keys(
                 qkv, o_n, o_image + stride_s, o_prompt, prompts, end, stride_n, stride_pp,
@@ -257,7 +283,7 @@ def prompt_attention_bwd_kernel(
             dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             dq, dk, dv = _exchange(
-                q, do, l, row_dot, k, v, dq, dk, dv, o_n, prompts, total, p_bias, scale,
+                q, do, l, row_dot, k, v, dq, dk, dv, o_n, prompts, p_bias, scale,
                 NEED_QKV, HAS_BIAS, PRECISION,
             )  # fmt: skip
             _store_key_grads(
@@ -266,29 +292,31 @@ def prompt_attention_bwd_kernel(
             )  # fmt: skip
         if NEED_QKV:
             _store_rows(p_grad, o_m, o_m < rows, 3 * HEADS * WIDTH, dq, WIDTH, BLOCK_D)
+        if GROUPING == 0:
+            tl.debug_barrier()  # the slot is read back by other threads than wrote it
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def prompt_attention_bwd_dq_kernel(
     d_out, qkv, group, bias, out, lse, d_qkv, row_dots,
-    distance, rows, tokens, prompts, scale,
+    distance: tl.int64, rows, tokens, prompts, scale,
     stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
     NEED_QKV: tl.constexpr,
     GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """rowsum(dO out) and, when wanted, dq of one tile of query rows; grid (tiles, B H)."""
-    i_b = (tl.program_id(1) // HEADS).to(tl.int64)
-    i_h = tl.program_id(1) % HEADS
-    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """rowsum(dO out) and, when wanted, dq of one tile of query rows; grid B H tiles."""
+    i_b, i_h, i_m = _tile_of_head(rows, HEADS, BLOCK_M)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     total = prompts + tokens
     i_g = _prompt_set(group, i_b, GROUPING)
-    o_image = i_b * stride_b + i_h * stride_h
+    o_image = tl.multiple_of(i_b * stride_b + i_h * stride_h, VEC)
     o_prompt = distance + i_g * stride_pg + i_h * stride_ph
     q, do, l, row_dot = _load_query_side(
-        qkv, d_out, out, lse, i_b, i_h, o_m, o_image, rows, stride_n, HEADS, WIDTH, VEC, BLOCK_D
-    )
+        qkv, d_out, out, lse, i_b, i_h, o_m, o_image, rows, scale, stride_n,
+        HEADS, WIDTH, VEC, BLOCK_D,
+    )  # fmt: skip
     tl.store(row_dots + (i_b * HEADS + i_h) * rows + o_m, row_dot, mask=o_m < rows)
     if NEED_QKV:
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -302,34 +330,32 @@ def prompt_attention_bwd_dq_kernel(
                 qkv, o_n, o_image + 2 * stride_s, o_prompt + stride_ps, prompts, total,
                 stride_n, stride_pp, WIDTH, VEC, BLOCK_D,
             )  # fmt: skip
-            s = _logits(q, k, o_n, prompts, total, bias + i_g * prompts, scale, HAS_BIAS, PRECISION)
-            p = tl.exp2(s - l[:, None])
+            p = _weights(q, k, l, o_n, prompts, bias + i_g * prompts, scale, HAS_BIAS, PRECISION)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            ds = (p * ((dp - row_dot[:, None]) * scale)).to(k.dtype)
+            ds = (p * (dp * scale - row_dot[:, None])).to(k.dtype)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         p_grad = d_qkv + i_b * tokens * 3 * HEADS * WIDTH + i_h * WIDTH
         _store_rows(p_grad, o_m, o_m < rows, 3 * HEADS * WIDTH, dq, WIDTH, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def prompt_attention_bwd_dkv_kernel(
     d_out, qkv, group, bias, lse, d_qkv, d_kv, row_dots,
-    distance, rows, tokens, prompts, scale,
+    distance: tl.int64, rows, tokens, prompts, scale,
     stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
     NEED_QKV: tl.constexpr,
     GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of key rows, prompt rows per image; grid (key tiles, B H)."""
-    i_b = (tl.program_id(1) // HEADS).to(tl.int64)
-    i_h = tl.program_id(1) % HEADS
-    start = tl.program_id(0) * BLOCK_N
-    o_n = start + tl.arange(0, BLOCK_N)
+    """dk and dv of one tile of key rows, prompt rows per image; grid B H tiles."""
     total = prompts + tokens
     end = total if NEED_QKV else prompts
+    i_b, i_h, i_n = _tile_of_head(end, HEADS, BLOCK_N)
+    start = i_n * BLOCK_N
+    o_n = start + tl.arange(0, BLOCK_N)
     i_g = _prompt_set(group, i_b, GROUPING)
-    o_image = i_b * stride_b + i_h * stride_h
+    o_image = tl.multiple_of(i_b * stride_b + i_h * stride_h, VEC)
     o_prompt = distance + i_g * stride_pg + i_h * stride_ph
     k = _load_keys(
         qkv, o_n, o_image + stride_s, o_prompt, prompts, end, stride_n, stride_pp,
@@ -350,7 +376,7 @@ def prompt_attention_bwd_dkv_kernel(
         l = tl.load(lse + p_row + o_m, mask=o_m < rows, other=float("inf")) * LOG2E
         row_dot = tl.load(row_dots + p_row + o_m, mask=o_m < rows, other=0.0)
         _, dk, dv = _exchange(
-            q, do, l, row_dot, k, v, dk, dk, dv, o_n, prompts, total, bias + i_g * prompts, scale,
+            q, do, l, row_dot, k, v, dk, dk, dv, o_n, prompts, bias + i_g * prompts, scale,
             False, HAS_BIAS, PRECISION,
         )  # fmt: skip
     p_grad = d_qkv + i_b * tokens * 3 * HEADS * WIDTH + i_h * WIDTH
@@ -367,8 +393,10 @@ _STRIDES = (
 )
 
 
-def _unit_inner(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+def _readable(t: Tensor) -> Tensor:
+    """`t` with a unit innermost stride and, within an image, offsets that fit into 32 bits."""
+    span = sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:]))
+    return t if t.stride(-1) == 1 and span < 2**31 else t.contiguous()
 
 
 def _common(qkv: Tensor, kv_prompt: Tensor, group: Tensor | None, bias: Tensor | None) -> dict:
@@ -405,7 +433,7 @@ def forward(
     log_multiplicity: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's `forward`."""
-    qkv, kv_prompt = _unit_inner(qkv), _unit_inner(kv_prompt)
+    qkv, kv_prompt = _readable(qkv), _readable(kv_prompt)
     batch, tokens, _, heads, width = qkv.shape
     rows = 1 if class_only else tokens
     out = qkv.new_empty(batch, rows, heads * width)
@@ -413,9 +441,10 @@ def forward(
     if out.numel() == 0:
         return out, lse
     bias = None if log_multiplicity is None else log_multiplicity.contiguous()
+    group = None if group is None else group.contiguous()
     tile = tiles.forward(qkv, rows)
     with _on(qkv.device):
-        prompt_attention_fwd_kernel[(triton.cdiv(rows, tile.block_m), batch * heads)](
+        prompt_attention_fwd_kernel[(triton.cdiv(rows, tile.block_m) * batch * heads,)](
             qkv, qkv if group is None else group, qkv if bias is None else bias, out, lse,
             rows=rows, scale=scale, **_common(qkv, kv_prompt, group, bias), **tile.launch(),
         )  # fmt: skip
@@ -435,7 +464,7 @@ def backward(
     need_qkv: bool,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's `backward`."""
-    qkv, kv_prompt, d_out = _unit_inner(qkv), _unit_inner(kv_prompt), d_out.contiguous()
+    qkv, kv_prompt, d_out = _readable(qkv), _readable(kv_prompt), d_out.contiguous()
     batch, tokens, _, heads, width = qkv.shape
     sets, prompts = kv_prompt.shape[:2]
     rows = 1 if class_only else tokens
@@ -444,6 +473,7 @@ def backward(
     if batch == 0 or (prompts == 0 and not need_qkv):
         return d_qkv, torch.zeros_like(kv_prompt, memory_format=torch.contiguous_format)
     bias = None if log_multiplicity is None else log_multiplicity.contiguous()
+    group = None if group is None else group.contiguous()
     common = _common(qkv, kv_prompt, group, bias)
     common |= {"scale": scale, "rows": rows, "NEED_QKV": need_qkv}
     read = (d_out, qkv, qkv if group is None else group, qkv if bias is None else bias)
@@ -457,17 +487,17 @@ def backward(
             images = tiles.images_per_program(qkv) if sets == 1 else 1
             programs = triton.cdiv(batch, images)
             d_kv = slots(programs)
-            prompt_attention_bwd_kernel[(heads, programs)](
+            prompt_attention_bwd_kernel[(heads * programs,)](
                 *read, out, lse, d_qkv, d_kv, batch=batch, images=images, **common, **tile.launch()
             )
         else:
             d_kv, row_dots = slots(batch), torch.empty_like(lse)
             tile = tiles.backward_split(qkv, rows)
-            prompt_attention_bwd_dq_kernel[(triton.cdiv(rows, tile.block_m), batch * heads)](
+            prompt_attention_bwd_dq_kernel[(triton.cdiv(rows, tile.block_m) * batch * heads,)](
                 *read, out, lse, d_qkv, row_dots, **common, **tile.launch()
             )
             keys = prompts + tokens if need_qkv else prompts
-            prompt_attention_bwd_dkv_kernel[(triton.cdiv(keys, tile.block_n), batch * heads)](
+            prompt_attention_bwd_dkv_kernel[(triton.cdiv(keys, tile.block_n) * batch * heads,)](
                 *read, lse, d_qkv, d_kv, row_dots, **common, **tile.launch()
             )
     if sets == 1:
@@ -485,7 +515,7 @@ def shipped_launches(architecture: int) -> list[Launch]:
     types = {"group": "*i64", "scale": "fp32", "distance": "i64"}
     types |= dict.fromkeys(("qkv", "d_out", "out", "d_qkv"), "*{t}")
     types |= dict.fromkeys(("bias", "lse", "d_kv", "row_dots"), "*fp32")
-    types |= dict.fromkeys((*_STRIDES, "batch", "images", "rows", "tokens", "prompts"), "i32")
+    types |= dict.fromkeys((*_STRIDES, *_SIZES), "i32")
 
     def launch(name: str, kernel, narrow: bool, width: int, tile: tiles.Tile) -> Launch:
         dtype, shape = "bf16" if narrow else "fp32", f"{tile.block_m}x{tile.block_n}"
@@ -517,7 +547,7 @@ def shipped_launches(architecture: int) -> list[Launch]:
         *(launch(n, f, *k, t) for k, t in tiles.SPLIT.items() for n, f in split.items()),
         *(
             launch("bwd", prompt_attention_bwd_kernel, True, 64, tile)
-            for (hopper, _), tile in tiles.WHOLE.items()
-            if hopper == (architecture >= 90)
+            for (large, _), tile in tiles.WHOLE.items()
+            if large == (architecture >= 90)
         ),
     ]

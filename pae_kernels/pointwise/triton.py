@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ahead_of_time import Launch
+from ..ahead_of_time import OPTIONS, Launch
 from .reference import _CODE_SCALE, _CODE_ZERO
 
 CODE_SCALE, CODE_ZERO = tl.constexpr(_CODE_SCALE), tl.constexpr(_CODE_ZERO)
@@ -154,7 +154,7 @@ def _norm(x: Tensor, delta: Tensor | None, eps: float, dtype: torch.dtype):
         with _on(x.device):
             layer_norm_fwd_kernel[_grid(rows, launch)](
                 x, x if delta is None else delta, y, xhat, rstd, rows, eps,
-                HAS_DELTA=delta is not None, **launch,
+                HAS_DELTA=delta is not None, **launch, **OPTIONS,
             )  # fmt: skip
     return y, xhat, rstd
 
@@ -177,6 +177,7 @@ def layer_norm_backward(
                 d_xhat, xhat, rstd, d_xhat if residual is None else residual, dx,
                 dx if narrow is None else copy, rows,
                 HAS_RESIDUAL=residual is not None, HAS_NARROW=narrow is not None, **launch,
+                **OPTIONS,
             )  # fmt: skip
     return dx, copy
 
@@ -201,7 +202,7 @@ def _activate(u: Tensor, kind: str, code: Tensor | None) -> Tensor:
         with _on(u.device):
             activation_fwd_kernel[(triton.cdiv(u.numel(), _BLOCK),)](
                 u, y, u if code is None else code, u.numel(),
-                KIND=kind, CODED=code is not None, BLOCK=_BLOCK, num_warps=8,
+                KIND=kind, CODED=code is not None, BLOCK=_BLOCK, num_warps=8, **OPTIONS,
             )  # fmt: skip
     return y
 
@@ -213,7 +214,7 @@ def activation_backward(d: Tensor, kept: Tensor, kind: str) -> Tensor:
         with _on(d.device):
             activation_bwd_kernel[(triton.cdiv(d.numel(), _BLOCK),)](
                 d, kept, du, d.numel(),
-                KIND=kind, CODED=kept.dtype == torch.uint8, BLOCK=_BLOCK, num_warps=8,
+                KIND=kind, CODED=kept.dtype == torch.uint8, BLOCK=_BLOCK, num_warps=8, **OPTIONS,
             )  # fmt: skip
     return du
 
