@@ -37,7 +37,7 @@ COLUMNS: dict[str, Callable[[Row], str | None]] = {
     "saved MB/image": lambda r: _column(r, "saved_mb_per_image", "{:.1f}"),
     "weight copies MB": lambda r: _column(r, "weight_copies_mb", "{:.0f}"),
     "peak MB": lambda r: _column(r, "peak_mb", "{:.0f}"),
-    "images/s": lambda r: _rate(r, "images", "{:.0f}"),
+    "images/s": lambda r: _rate(r, "images", "{:.1f}"),
     "live GFLOP/s": lambda r: (
         None if "peak_tflops" in r.columns else _rate(r, "live_gflop", "{:.0f}")
     ),

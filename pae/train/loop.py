@@ -403,7 +403,7 @@ class _Run:
         torch.set_rng_state(mine["cpu"])
         if "cuda" in mine:
             torch.cuda.set_rng_state(mine["cuda"], self.accelerator.device)
-        if 0 < self.updates and self.epoch < self.settings.epochs:
+        if self.updates > 0 and self.epoch < self.settings.epochs:
             self.reporter.say(f"{self.name}: going on at epoch {self.epoch + 1}, step {self.step}")
 
 
