@@ -156,52 +156,55 @@ def test_any_shape(
 # ---- prompt sets
 
 
-@pytest.mark.parametrize("index", [torch.int64, torch.int32], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("queries", ["all", "class"])
-@pytest.mark.parametrize("prompts", [0, 18])
-def test_prompt_sets(backward, prompts, queries, dtype, index):
+@pytest.mark.parametrize("prompts", [0, 3, 18])
+def test_prompt_sets(backward, prompts, queries):
     """One per image; and three for four images, one of them asked by nobody."""
-    check(*inputs(4, 15, prompts, 2, 16, 4, dtype), queries=queries)
-    group = torch.tensor([2, 0, 2, 2], dtype=index)
-    d_kv = check(*inputs(4, 15, prompts, 2, 16, 3, dtype), group=group, queries=queries)[3]
+    check(*inputs(4, 15, prompts, 1, 16, 4, torch.float32), queries=queries)
+    group = torch.tensor([2, 0, 2, 2])
+    qkv, kv = inputs(4, 15, prompts, 1, 16, 3, torch.float16)
+    d_kv = check(qkv, kv, group=group, queries=queries)[3]
     assert not d_kv[1].any()
 
 
 def test_group_in_pieces_of_memory(backward):
-    group = torch.tensor([2, 9, 0, 9, 1, 9])[::2]
-    check(*inputs(3, 15, 4, 1, 16, 3, torch.float32), group=group)
+    for index in (torch.int64, torch.int32):
+        group = torch.tensor([2, 9, 0, 9, 1, 9], dtype=index)[::2]
+        check(*inputs(3, 15, 4, 1, 16, 3, torch.float32), group=group)
 
 
-@pytest.mark.parametrize("queries", ["all", "class"])
-@pytest.mark.parametrize("images", [1, 2, 3, 4, 5, 9])
-@pytest.mark.parametrize("prompts", [0, 5, 18])
-def test_images_in_turn(monkeypatch, images, prompts, queries):
+@pytest.mark.parametrize("images", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("prompts", [5, 18])
+def test_images_in_turn(monkeypatch, images, prompts):
     """Programs that add the prompt gradients of several images; the last has fewer, or all."""
     force(monkeypatch, "whole", images=images)
-    check(*inputs(5, 15, prompts, 2, 16, dtype=torch.float32), queries=queries)
+    qkv, kv = inputs(5, 15, prompts, 2, 16, dtype=torch.float32)
+    check(qkv, kv)
+    check(qkv[:, :, :, :1], kv[:, :, :, :1], queries="class")
 
 
-def test_half_the_sum_over_the_batch_is_in_fp32(backward):
-    """Many images: a sum in 16 bits would stop growing."""
-    qkv, kv = inputs(1, 4, 2, 1, 16, dtype=torch.float16)
-    many = qkv.expand(128, -1, -1, -1, -1).contiguous()
-    d_out = torch.ones(128, 4, 16, dtype=torch.float16)
-    got = results(prompt_attention, many, kv, d_out)[3]
-    one = results(prompt_attention, qkv, kv, d_out[:1])[3]
-    assert error(got, 128 * one.double()) < 1e-3
+@pytest.mark.parametrize("path", ["whole", "split"])
+def test_sum_over_the_batch_is_in_fp32(monkeypatch, path):
+    """Many images of one gradient: each sum in 16 bits would be off by a part of a step."""
+    force(monkeypatch, path, images=64)
+    qkv, kv = inputs(1, 2, 2, 1, 16, dtype=torch.float16)
+    qkv = qkv.expand(64, -1, -1, -1, -1).contiguous()
+    d_out = torch.ones(64, 2, 16, dtype=torch.float16)
+    got = results(prompt_attention, qkv, kv, d_out)[3]
+    exact = results(by_definition, qkv.double(), kv.double(), d_out.double())[3]
+    assert error(got, exact) < 5e-4
 
 
 # ---- the prompts' gradient alone
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("class_only", [False, True])
 @pytest.mark.parametrize("sets", [1, 2, 3])
-@pytest.mark.parametrize("prompts", [0, 4, 16, 18])
-def test_prompt_gradient_alone(backward, prompts, sets, class_only, dtype):
+@pytest.mark.parametrize("prompts", [0, 16, 18])
+def test_prompt_gradient_alone(backward, prompts, sets, class_only):
     """Also from the queries alone, which is all that the engine keeps of the first block."""
-    qkv, kv = inputs(3, 17, prompts, 2, 16, sets, dtype)
+    dtype = torch.float16
+    qkv, kv = inputs(3, 17, prompts, 1, 16, sets, dtype)
     group = torch.tensor([1, 0, 1]) if sets == 2 else None
     out, lse = FWD(qkv, kv, group, 0.3, class_only, None)
     d_out = torch.randn(out.shape).to(dtype)
@@ -216,8 +219,7 @@ def test_prompt_gradient_alone(backward, prompts, sets, class_only, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("queries", ["all", "class"])
-@pytest.mark.parametrize("sets", [1, 2, 3])
+@pytest.mark.parametrize("sets, queries", [(1, "all"), (2, "all"), (3, "all"), (2, "class")])
 def test_log_multiplicity(backward, sets, queries, dtype):
     """Weights, masked prompts, and a whole masked first tile."""
     qkv, kv = inputs(3, 15, 20, 1, 16, sets, dtype)
@@ -250,16 +252,16 @@ def test_all_prompts_masked(backward):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backward, layout):
     """Offsets, transposed storage, inner strides that are not 1: read as they lie, or copied."""
-    qkv, kv = inputs(3, 17, 5, 2, 16, 3, torch.float32)
-    for arranged in (LAYOUTS[layout](qkv), qkv):
-        for kv_arranged in (LAYOUTS[layout](kv) if layout != "offset" else kv, kv):
-            check(arranged, kv_arranged)
+    qkv, kv = inputs(2, 17, 5, 2, 16, 2, torch.float32)
+    check(LAYOUTS[layout](qkv), kv)
+    if layout != "offset":  # would change the number of prompts
+        check(qkv, LAYOUTS[layout](kv))
 
 
 @pytest.mark.parametrize("layout", GRADIENTS)
 def test_layouts_of_the_gradient(backward, layout):
-    qkv, kv = inputs(3, 17, 5, 2, 16, dtype=torch.float32)
-    check(qkv, kv, GRADIENTS[layout](torch.randn(3, 17, 32)))
+    qkv, kv = inputs(2, 17, 5, 2, 16, dtype=torch.float32)
+    check(qkv, kv, GRADIENTS[layout](torch.randn(2, 17, 32)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -270,7 +272,7 @@ def test_unaligned_inputs(backward, shift, dtype):
     def moved(t, by):
         return torch.cat([torch.full((by,), 7.0).to(t), t.flatten()])[by:].view(t.shape)
 
-    qkv, kv = inputs(2, 17, 5, 2, 16, dtype=dtype)
+    qkv, kv = inputs(1, 17, 5, 2, 16, dtype=dtype)
     for by, kv_by in ((0, shift), (shift, 0), (shift, shift)):
         a, b = moved(qkv, by), moved(kv, kv_by)
         aligned = all(t.data_ptr() % 16 == 0 for t in (a, b))
@@ -325,9 +327,9 @@ def test_large_logits(backward, size, shift):
 
 
 def test_bitwise_the_same_from_run_to_run(backward):
-    qkv, kv = inputs(3, 17, 18, 2, 16, dtype=torch.float16)
+    qkv, kv = inputs(3, 17, 18, 1, 16, dtype=torch.float16)
     first = results(prompt_attention, qkv, kv)
-    for _ in range(3):
+    for _ in range(2):
         again = results(prompt_attention, qkv, kv)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
@@ -358,7 +360,7 @@ def test_prompts_may_come_in_two_sets(backward):
 
 
 def test_shared_equals_expanded(backward):
-    qkv, kv = inputs(3, 17, 18, 2, 16, dtype=torch.float32)
+    qkv, kv = inputs(3, 17, 18, 1, 16, dtype=torch.float32)
     shared = results(prompt_attention, qkv, kv)
     expanded = results(prompt_attention, qkv, kv.expand(3, -1, -1, -1, -1))
     group = torch.ones(3, dtype=torch.int64)
@@ -408,13 +410,11 @@ def test_the_kernels_run(backward, monkeypatch):
     assert backends.choose("prompt_attention", "cpu", torch.float64) is reference
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["heads_first", "width_before_heads"])
-@pytest.mark.parametrize("class_only", [True, False])
-@pytest.mark.parametrize("sets", [1, 2, 3])
-def test_opcheck(layout, sets, class_only, dtype):
+@pytest.mark.parametrize("sets, class_only", [(1, False), (2, True), (3, False)])
+def test_opcheck(layout, sets, class_only):
     """Shapes, strides and dtypes are those that the fake kernels announce."""
-    qkv, kv = inputs(sets=sets, dtype=dtype)
+    qkv, kv = inputs(tokens=3, sets=sets, dtype=torch.float16)
     qkv = LAYOUTS[layout](qkv)
     group = torch.tensor([1, 0, 1]) if sets == 2 else None
     out, lse = FWD(qkv, kv, group, 1.0, class_only, None)
