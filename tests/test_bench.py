@@ -376,9 +376,9 @@ def test_rates_and_shares_of_the_ceilings():
     cpu = table.Row("g", "pae", [0.1, 0.1], "", "process", "step", (), columns)
     gpu = table.Row("g", "pae", [0.1, 0.1], "", "device", "step", (), columns | ceilings)
     cells = lambda row: {h: cell(row) for h, cell in table.COLUMNS.items() if cell(row)}
-    assert cells(cpu) == {"images/s": "640", "live GFLOP/s": "2000", "floor GB/s": "10"}
+    assert cells(cpu) == {"images/s": "640.0", "live GFLOP/s": "2000", "floor GB/s": "10"}
     assert cells(gpu) == {
-        "images/s": "640",
+        "images/s": "640.0",
         "live TFLOP/s": "2",
         "of product": "50%",
         "floor GB/s": "10",
@@ -387,7 +387,7 @@ def test_rates_and_shares_of_the_ceilings():
     broken = table.Row("g", "other", reason="failed: gradients are off")
     short = table.render_short([gpu, broken], {"tests": "failed"})
     assert short == (
-        "tests failed\ng: pae 100.0, 640 images/s, 50% of product, 50% of copy | other FAILED\n"
+        "tests failed\ng: pae 100.0, 640.0 images/s, 50% of product, 50% of copy | other FAILED\n"
     )
 
 
