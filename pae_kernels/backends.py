@@ -18,6 +18,8 @@ from types import ModuleType
 
 import torch
 
+from . import native
+
 BACKENDS = ("reference", "triton", "cuda")
 
 
@@ -68,9 +70,25 @@ def with_triton(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def with_cuda(device_type: str, dtype: torch.dtype) -> str | None:
+    """Predicate of compiled CUDA kernels: a library with code for this GPU, and at most 32 bits."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"computes in fp32 at most, not {dtype}"
+    if device_type not in ("cpu", "cuda"):
+        return f"does not know device {device_type}"
+    if device_type == "cpu" and not native.emulated():
+        return "needs a GPU"
+    return native.unavailable()
+
+
 def register(op: str, *versions: Version) -> None:
     """Register the versions of `op`, the preferred one first; the last one must run anywhere."""
     _OPS[op] = list(versions)
+
+
+def registered() -> dict[str, list[Version]]:
+    """Op name -> its versions, the preferred one first."""
+    return {op: list(versions) for op, versions in _OPS.items()}
 
 
 def forced() -> str | None:

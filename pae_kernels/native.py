@@ -1,0 +1,214 @@
+"""Finds, loads and checks the library compiled from `csrc/`, and calls it.
+
+`csrc/pae.h` is the interface. An op's `cuda.py` declares the struct of each of its functions,
+
+    Forward = native.params("koopman_fwd", states=native.POINTER, blocks=native.INT64)
+
+and calls with one:
+
+    native.call("pae_koopman_fwd", Forward(states=states.data_ptr(), blocks=13), states.device)
+
+The library is loaded at first use. It knows neither Python nor torch, so it serves every version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+ABI_VERSION = 1
+
+POINTER, INT32, INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+FLOAT32, FLOAT64 = ctypes.c_float, ctypes.c_double
+
+# element types as csrc/pae.h numbers them
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# where setup.py puts the library, and what it says about how it was built or why it was not
+PATH = Path(__file__).with_name("_native.so")
+BUILD = Path(__file__).with_name("_native_build.json")
+SOURCES = Path(__file__).parent.parent / "csrc"
+
+_STRUCTS: dict[str, type[ctypes.Structure]] = {}
+_loaded: Library | None = None
+_failure: str | None = None
+
+
+def params(noun: str, **fields: type) -> type[ctypes.Structure]:
+    """ctypes twin of `pae_<noun>_params`; `struct_size` is put in front and filled by itself.
+
+    Raises:
+        RuntimeError: the library is loaded and its struct has another size.
+    """
+
+    def __init__(self, **values):
+        ctypes.Structure.__init__(self, ctypes.sizeof(self), **values)
+
+    struct = type(
+        f"pae_{noun}_params",
+        (ctypes.Structure,),
+        {"_fields_": [("struct_size", ctypes.c_uint32), *fields.items()], "__init__": __init__},
+    )
+    if _loaded is not None and (reason := _loaded.mismatch(noun, struct)):
+        raise RuntimeError(reason)
+    _STRUCTS[noun] = struct
+    return struct
+
+
+class Library:
+    """A compiled library, checked against this package.
+
+    Args:
+        path: the shared object.
+
+    Raises:
+        OSError: it cannot be loaded.
+        RuntimeError: it was built from other sources than this package.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.handle = ctypes.CDLL(str(path))
+        self.emulated = hasattr(self.handle, "pae_emulation_set_order")
+        self._functions: dict[str, ctypes._CFuncPtr] = {}
+        version = self.handle.pae_abi_version()
+        if version != ABI_VERSION:
+            raise RuntimeError(
+                f"{self.path} has interface {version}, this package expects {ABI_VERSION}: "
+                "install the package again"
+            )
+        for noun, struct in _STRUCTS.items():
+            if reason := self.mismatch(noun, struct):
+                raise RuntimeError(reason)
+        self.handle.pae_last_error.restype = ctypes.c_char_p
+
+    def mismatch(self, noun: str, struct: type[ctypes.Structure]) -> str | None:
+        """Why `struct` is not the library's `pae_<noun>_params`, or None."""
+        sizeof = getattr(self.handle, f"pae_sizeof_{noun}_params", None)
+        if sizeof is None:
+            return None  # built from some of the files only; a call will say that it is missing
+        if sizeof() == ctypes.sizeof(struct):
+            return None
+        return (
+            f"pae_{noun}_params has {sizeof()} bytes in {self.path} and {ctypes.sizeof(struct)} "
+            "in this package: install the package again"
+        )
+
+    def status(self, name: str, params: ctypes.Structure, stream: int) -> int:
+        """Calls `name` on the current device; 0, or the status whose words are `last_error()`."""
+        function = self._functions.get(name)
+        if function is None:
+            function = getattr(self.handle, name)  # AttributeError: it has no such function
+            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+            self._functions[name] = function
+        return function(ctypes.byref(params), stream)
+
+    def last_error(self) -> str:
+        """The last failure of a call on this thread."""
+        return self.handle.pae_last_error().decode()
+
+
+_Probe = params(
+    "probe",
+    toolkit_version=INT32,
+    driver_version=INT32,
+    capability=INT32,
+    code_version=INT32,
+    multiprocessors=INT32,
+)
+
+
+def build_record() -> dict:
+    """What setup.py wrote down: `reason` when it built nothing, else `nvcc`, `architectures`."""
+    try:
+        return json.loads(BUILD.read_text())
+    except FileNotFoundError:
+        return {"reason": "not built; `pip install -e .` builds it where nvcc is found"}
+
+
+def library() -> Library:
+    """The library in use, loaded at first need.
+
+    Raises:
+        RuntimeError: there is none that can be used; says why.
+    """
+    global _loaded, _failure
+    if _loaded is None:
+        if _failure is None:
+            try:
+                if not PATH.is_file():
+                    raise RuntimeError(build_record().get("reason", f"{PATH} is missing"))
+                _loaded = Library(PATH)
+                return _loaded
+            except (OSError, RuntimeError) as error:
+                _failure = str(error)
+        raise RuntimeError(_failure)
+    return _loaded
+
+
+@contextlib.contextmanager
+def using(other: Library) -> Iterator[Library]:
+    """`other` instead of the package's own library, as tests do with an emulated one."""
+    global _loaded
+    before, _loaded = _loaded, other
+    try:
+        yield other
+    finally:
+        _loaded = before
+
+
+def emulated() -> bool:
+    """Whether the library in use runs on the CPU; see `csrc/host/`."""
+    return _loaded is not None and _loaded.emulated
+
+
+def unavailable() -> str | None:
+    """Why the library cannot run on the current device, in CUDA's words where they are; or None."""
+    try:
+        found = library()
+    except RuntimeError as error:
+        return str(error)
+    index = torch._C._cuda_getDevice() if torch.cuda.is_initialized() else None
+    return None if found.emulated else _refusal(found, index)
+
+
+@lru_cache
+def _refusal(found: Library, device: int | None) -> str | None:
+    probe = _Probe()
+    if found.status("pae_probe", probe, None) == 0:
+        return None
+    reason = found.last_error()
+    if "NoKernelImage" in reason:
+        built = " ".join(build_record().get("architectures", ()))
+        reason = f"no code for this device, sm_{probe.capability}: built for {built}"
+    return reason
+
+
+def call(name: str, params: ctypes.Structure, device: torch.device) -> None:
+    """Calls a function of the library on the device that its tensors live on.
+
+    Work goes to the current stream of `device`, whatever the current device is.
+
+    Raises:
+        RuntimeError: there is no library, or the call failed; in the library's words.
+    """
+    found = _loaded or library()
+    if device.type == "cuda":
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        if device.index == torch._C._cuda_getDevice():
+            status = found.status(name, params, stream)
+        else:
+            with torch.cuda.device(device):
+                status = found.status(name, params, stream)
+    elif found.emulated:
+        status = found.status(name, params, None)
+    else:
+        raise RuntimeError(f"{name} runs on a GPU, not on device {device}")
+    if status != 0:
+        raise RuntimeError(found.last_error())
