@@ -16,6 +16,7 @@ listed at `_FrozenBlock`.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,10 +25,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pae_kernels import pointwise
+from pae_kernels.attention import class_attention
 from pae_kernels.attention.reference import sum_groups, take_groups
 
 from .plan import BlockPlan, FrozenPlan, HeadNorm
-from .sequence import cut_rows, insert_rows
+from .sequence import between_blocks, cut_rows, insert_rows, touches_rows
 
 MEMORY_MODES = ("exact", "low", "lowest")
 
@@ -85,8 +87,11 @@ def run(model, images: Tensor, memory: str) -> Tensor:
             prompts = None
         else:
             group = family.group_index(x)
-            prompts = [_block_prompts(p, group) for p in family.all_prompts(x)]
-        x = walk(plan, x, prompts, family, view.reads_class_only, memory)
+            prompts = [
+                _block_prompts(p, group, family.head_keys_values(i, x))
+                for i, p in enumerate(family.all_prompts(x))
+            ]
+        x = walk(plan, x, prompts, family, view.reads_class_only, memory, view, entered)
     if entered and not view.reads_class_only:
         x = cut_rows(x, view.num_prefix_tokens, entered)
     return model.head(view.readout(x))
@@ -117,17 +122,26 @@ def class_logits_with_equal_prompts(model, x: Tensor, row: Tensor, count: int) -
 
 
 class BlockPrompts(NamedTuple):
-    """Prompts of one block: rows (G, P, D), group (B,) or None, log_multiplicity (G, P) or None."""
+    """Prompts of one block: rows (G, P, D) or None, group (B,) or None, log_multiplicity (G, P) or
+    None, and keys and values in head space (1 or B, P', 2, H, d) or None.
+    """
 
-    rows: Tensor
+    rows: Tensor | None
     group: Tensor | None = None
     log_multiplicity: Tensor | None = None
+    head_kv: Tensor | None = None
 
 
-def _block_prompts(rows: Tensor | None, group: Tensor | None) -> BlockPrompts | None:
-    if rows is None:
+def _block_prompts(
+    rows: Tensor | None, group: Tensor | None, head_kv: Tensor | None
+) -> BlockPrompts | None:
+    if rows is None and head_kv is None:
         return None
-    return BlockPrompts(rows[None] if rows.dim() == 2 else rows, group)
+    if rows is not None and rows.dim() == 2:
+        rows = rows[None]
+    if head_kv is not None and head_kv.dim() == 4:
+        head_kv = head_kv[None]
+    return BlockPrompts(rows, None if rows is None else group, None, head_kv)
 
 
 def walk(
@@ -137,14 +151,19 @@ def walk(
     family,
     class_only: bool,
     memory: str,
+    view=None,
+    entered: int = 0,
 ) -> Tensor:
     """Run all blocks of `plan` on x (B, N, D).
 
     Args:
         prompts: per block, or None to ask `family` block by block (prompts that depend on the
             rows).
+        family: asked between blocks, see `between_blocks`; None has nothing to say there.
         class_only: return the class row alone, (B, 1, D), and compute nothing else in the last
             block.
+        view: of the backbone; needed with a family.
+        entered: live prompt rows in x.
     """
     x = x.contiguous()  # a stem without prefix tokens hands over transposed rows
     delta = None  # what the last block's product still has to add to x, see `_sums_apart`
@@ -154,16 +173,25 @@ def walk(
         if prompts is None
         else _keys_values_at_once(plan, prompts, last if class_only else last + 1)
     )
+    attention = None
     for i, block in enumerate(plan.blocks):
+        if prompts is None or touches_rows(family, i):
+            x, delta = _sum(x, delta), None
+        if touches_rows(family, i):
+            query = partial(_class_query, block, view.blocks[i].attn.scale)
+            x = between_blocks(
+                family, i, x, view.num_prefix_tokens, entered, attention, query
+            ).contiguous()
         if prompts is not None:
             given = prompts[i]
         else:
-            x, delta = _sum(x, delta), None
-            given = _block_prompts(family.block_prompts(i, x), family.group_index(x))
-        if given is None:
-            given = BlockPrompts(x.new_empty(1, 0, x.shape[-1]))
-        rows, group, log_multiplicity = given
-        if class_only and i == last and block.q_norm is None and block.k_norm is None:
+            rows, head_kv = family.block_prompts(i, x), family.head_keys_values(i, x)
+            given = _block_prompts(rows, family.group_index(x), head_kv)
+        rows, group, log_multiplicity, head_kv = given or BlockPrompts(None)
+        if rows is None:
+            rows = x.new_empty(1, 0, x.shape[-1])
+        absorbs = block.q_norm is None and block.k_norm is None and head_kv is None
+        if class_only and i == last and absorbs:
             normed = _normalise(rows, block.eps1, plan.dtype)
             return _ClassBlock.apply(x, delta, normed, group, log_multiplicity, block)
         kv = (
@@ -171,10 +199,39 @@ def walk(
             if i in ready
             else _keys_values(_normalise(rows, block.eps1, plan.dtype), block)
         )
-        x, delta = _FrozenBlock.apply(
-            x, delta, kv, group, log_multiplicity, block, memory, class_only and i == last
+        if head_kv is not None:
+            kv = _with_head_kv(kv, head_kv.to(plan.dtype), group, len(x))
+            group = None
+        wants_attention = i < last and family is not None and family.reads_class_attention
+        x, delta, attention = _FrozenBlock.apply(
+            x,
+            delta,
+            kv,
+            group,
+            log_multiplicity,
+            block,
+            memory,
+            class_only and i == last,
+            wants_attention,
         )
     return _sum(x, delta)
+
+
+def _with_head_kv(kv: Tensor, head_kv: Tensor, group: Tensor | None, batch: int) -> Tensor:
+    """Prompt keys and values (G, P, 2, H, d) with those in head space behind them: G is 1 or B."""
+    if group is not None:
+        kv = kv[group]
+    sets = max(len(kv), len(head_kv))
+    return torch.cat([kv.expand(sets, *kv.shape[1:]), head_kv.expand(sets, *head_kv.shape[1:])], 1)
+
+
+def _class_query(block: BlockPlan, scale: float, x: Tensor) -> Tensor:
+    """(B, H d): the class row's query before any per-head norm, the logit scale taken out again."""
+    own = block.num_heads * block.head_width
+    q = F.linear(
+        _normalise(x[:, 0], block.eps1, block.w_qkv.dtype), block.w_qkv[:own], block.b_qkv[:own]
+    )
+    return q / scale if block.q_norm is None else q
 
 
 def _sum(x: Tensor, delta: Tensor | None) -> Tensor:
@@ -207,9 +264,9 @@ def _keys_values_at_once(
     normalised per head.
     """
     used, first = prompts[:blocks], plan.blocks[0]
-    if blocks < 2 or any(
-        p is None or p.rows.shape != used[0].rows.shape or len(p.rows) != 1 for p in used
-    ):
+    if blocks < 2 or any(p is None or p.rows is None or len(p.rows) != 1 for p in used):
+        return {}
+    if len({p.rows.shape for p in used}) > 1:
         return {}
     if any(b.eps1 != first.eps1 or b.k_norm is not None for b in plan.blocks[:blocks]):
         return {}
@@ -223,7 +280,8 @@ def _keys_values_at_once(
 
 
 class _FrozenBlock(torch.autograd.Function):
-    """One frozen block: x + delta (B, N, D), kv (G, P, 2, H, d) -> (y, delta') of the same shape.
+    """One frozen block: x + delta (B, N, D), kv (G, P, 2, H, d) -> (y, delta') of the same shape,
+    and the class row's attention on the image rows (B, H, N) where it is asked for, else None.
 
     delta is what the product before has yet to add, or None when it has (`_sums_apart`); the first
     norm adds it in its own pass. Its gradient is that of x, in the dtype the product before reads.
@@ -236,7 +294,16 @@ class _FrozenBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, delta, kv, group, log_multiplicity, block: BlockPlan, memory: str, class_only: bool
+        ctx,
+        x,
+        delta,
+        kv,
+        group,
+        log_multiplicity,
+        block: BlockPlan,
+        memory: str,
+        class_only: bool,
+        wants_attention: bool,
     ):
         need_x = ctx.needs_input_grad[0]
         x, xhat1, rstd1 = _sum_and_norm(x, delta, block.eps1, block.w_qkv.dtype)
@@ -244,6 +311,12 @@ class _FrozenBlock(torch.autograd.Function):
         out, lse = torch.ops.pae.prompt_attention_fwd(
             qkv, kv, group, 1.0, class_only, log_multiplicity
         )
+        attention = None
+        if wants_attention:
+            attention = class_attention(
+                qkv, kv, lse, group, scale=1.0, log_multiplicity=log_multiplicity
+            )[..., kv.shape[1] :]
+            ctx.mark_non_differentiable(attention)
         y, rows, mlp = _second_half(x[:, :1] if class_only else x, out, block, memory)
 
         if not need_x:
@@ -256,11 +329,11 @@ class _FrozenBlock(torch.autograd.Function):
             xhat1, rstd1, qkv, kv, group, log_multiplicity, out, lse, *mlp, *(head_stats or ())
         )
         ctx.block, ctx.memory, ctx.class_only = block, memory, class_only
-        return y, rows
+        return y, rows, attention
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, d_rows):
+    def backward(ctx, dy, d_rows, _):
         block, need_x = ctx.block, ctx.needs_input_grad[0]
         saved = ctx.saved_tensors
         xhat1, rstd1, qkv, kv, group, log_multiplicity, out, lse = saved[:8]
@@ -273,7 +346,7 @@ class _FrozenBlock(torch.autograd.Function):
                 d_out, qkv, kv, group, 1.0, ctx.class_only, log_multiplicity, out, lse, need_x
             )
             if not need_x:
-                return None, None, d_kv, None, None, None, None, None
+                return None, None, d_kv, None, None, None, None, None, None
             if head_stats:
                 _head_norms_backward_(d_qkv, head_stats, block)
             d_xhat = d_qkv.flatten(2) @ block.w_qkv
@@ -281,7 +354,7 @@ class _FrozenBlock(torch.autograd.Function):
                 dy = F.pad(dy, (0, 0, 0, xhat1.shape[1] - 1))
             dx, d_delta = _norm_backward(d_xhat, xhat1, rstd1, dy)
         d_delta = d_delta if ctx.needs_input_grad[1] else None
-        return dx, d_delta, d_kv, None, None, None, None, None
+        return dx, d_delta, d_kv, None, None, None, None, None, None
 
 
 class _ClassBlock(torch.autograd.Function):

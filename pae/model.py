@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from . import checkpoint, engine, plan
 from .backbones import read_backbone
 from .kld import KLD
 from .prompts import PromptFamily
-from .sequence import cut_rows, insert_rows
+from .sequence import between_blocks, cut_rows, insert_rows, touches_rows
 
 
 class PromptedViT(nn.Module):
@@ -67,6 +68,11 @@ class PromptedViT(nn.Module):
         else:
             head = _new_head(getattr(backbone, "head_hidden_size", backbone.embed_dim), num_classes)
         like = next(backbone.blocks.parameters())
+        if prompts.reads_class_attention and not self.view.shape.has_class_token:
+            raise ValueError(
+                f"prompts ({type(prompts).__name__}) reads the class token's attention, and the "
+                "backbone has no class token"
+            )
         prompts.bind(self.view.shape)
         if kld is not None:
             counts = prompts.prompt_counts
@@ -113,25 +119,32 @@ class PromptedViT(nn.Module):
             return _run_fast(self, images, memory)
         if engine != "textbook":
             raise ValueError(f"engine must be 'textbook' or 'fast', got {engine!r}")
-        at, family, entered = self.view.num_prefix_tokens, self.prompts, 0
-        x = self.view.embed(images)
-        for i, block in enumerate(self.view.blocks):
-            rows = family.block_prompts(i, x)
-            if rows is None:
-                x = block(x)
-                continue
-            group = family.group_index(x)
-            x = block(insert_rows(x, rows if group is None else rows[group], at))
+        view, family, at = self.view, self.prompts, self.view.num_prefix_tokens
+        x, entered, attention = view.embed(images), 0, None
+        for i, block in enumerate(view.blocks):
+            if touches_rows(family, i):
+                query = partial(view.class_query, block)
+                x = between_blocks(family, i, x, at, entered, attention, query)
+            rows, kv = family.block_prompts(i, x), family.head_keys_values(i, x)
+            count = 0
+            if rows is not None:
+                group, count = family.group_index(x), rows.shape[-2]
+                x = insert_rows(x, rows if group is None else rows[group], at)
+            if family.reads_class_attention and i + 1 < len(view.blocks):
+                attention = view.class_attention(block, x, kv)
+                attention = cut_rows(attention.transpose(1, 2), at, count).transpose(1, 2)
+            x = view.run_block(block, x, kv)
             if family.enters_sequence:
-                entered = rows.shape[-2]
+                entered += count
             else:
-                x = cut_rows(x, at, rows.shape[-2])
-        return self.head(self.view.readout(cut_rows(x, at, entered)))
+                x = cut_rows(x, at, count)
+        return self.head(view.readout(cut_rows(x, at, entered)))
 
     def penalty(self) -> Tensor:
         """Scalar to add to the training loss: KLD's two terms and the family's own; 0 in eval mode.
 
-        Depends on parameters alone, so it is the same on every rank and for every batch.
+        KLD depends on parameters alone, so it is the same on every rank and for every batch; a
+        family's own penalty may read the last forward's rows (DA-VPT).
         """
         total = torch.zeros((), device=self.device)
         if not self.training:

@@ -1,6 +1,8 @@
-"""Prompt rows in a token sequence: where they go, and how they leave."""
+"""Prompt rows in a token sequence: where they go, how they leave, what a family does in between."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,3 +19,38 @@ def cut_rows(x: Tensor, at: int, count: int) -> Tensor:
     if count == 0:
         return x
     return torch.cat([x[:, :at], x[:, at + count :]], dim=1)
+
+
+def touches_rows(family, index: int) -> bool:
+    """Whether `between_blocks` does anything before block `index`."""
+    if family is None:
+        return False
+    changes = family.rewrites_rows or family.reads_class_attention
+    return index in family.observed or (index > 0 and changes)
+
+
+def between_blocks(
+    family,
+    index: int,
+    x: Tensor,
+    at: int,
+    entered: int,
+    class_attention: Tensor | None,
+    class_query: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Everything a family does to, or reads of, the rows `x` that enter block `index`.
+
+    Args:
+        x: (B, at + entered + rest, D) with `entered` live prompt rows behind the first `at`.
+        class_attention: (B, H, N) of the block before, without prompt columns, where the family
+            reads it.
+        class_query: rows to the class row's query in block `index`, called for observed blocks.
+    """
+    if index > 0 and family.rewrites_rows and entered:
+        rows, image = x[:, at : at + entered], cut_rows(x, at, entered)
+        x = insert_rows(image, family.next_rows(index, rows, image), at)
+    if index > 0 and family.reads_class_attention:
+        x = family.adjust_rows(index, x, class_attention).to(x.dtype)
+    if index in family.observed:
+        family.observe(index, cut_rows(x, at, entered), class_query(x))
+    return x

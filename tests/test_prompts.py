@@ -9,7 +9,18 @@ from tiny import Given, backbone
 import pae
 from pae.prompts import BackboneShape, PromptFamily, VPTDeep, VPTShallow, build
 
-SHAPE = BackboneShape(depth=3, width=32, num_heads=4, patch_size=(4, 8), in_chans=3, num_tokens=17)
+SHAPE = BackboneShape(
+    depth=3,
+    width=32,
+    num_heads=4,
+    patch_size=(4, 8),
+    in_chans=3,
+    num_tokens=17,
+    num_prefix_tokens=1,
+    grid=(4, 4),
+    head_width=8,
+    has_class_token=True,
+)
 ROWS = torch.zeros(6, 17, 32)
 
 
@@ -80,7 +91,7 @@ def test_initialisation_is_uniform_with_the_bound_of_vpt():
         assert tokens.abs().max() > 0.999 * bound_
         assert abs(tokens.std().item() / (bound_ / 3**0.5) - 1) < 0.01
         assert abs(tokens.mean().item()) < 0.01 * bound_
-    vit_b = BackboneShape(12, 768, 12, (16, 16), 3, 197)
+    vit_b = BackboneShape(12, 768, 12, (16, 16), 3, 197, 1, (14, 14), 64, True)
     assert bound(VPTDeep(50), vit_b).tokens.abs().max().item() == pytest.approx(0.0625, rel=1e-3)
 
 
@@ -244,7 +255,16 @@ def test_a_model_binds_with_the_backbones_sizes():
     pae.PromptedViT(backbone("registers", patch_size=(4, 8), in_chans=1), Spy(2))
     assert seen == [
         BackboneShape(
-            depth=3, width=32, num_heads=4, patch_size=(4, 8), in_chans=1, num_tokens=8 + 3
+            depth=3,
+            width=32,
+            num_heads=4,
+            patch_size=(4, 8),
+            in_chans=1,
+            num_tokens=8 + 3,
+            num_prefix_tokens=3,
+            grid=(4, 2),
+            head_width=8,
+            has_class_token=True,
         )
     ]
 

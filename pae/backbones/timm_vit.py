@@ -84,6 +84,11 @@ class BackboneView:
             patch_size=tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch),
             in_chans=getattr(module, "in_chans", module.patch_embed.proj.in_channels),
             num_tokens=module.patch_embed.num_patches + self.num_prefix_tokens,
+            num_prefix_tokens=self.num_prefix_tokens,
+            grid=tuple(module.patch_embed.grid_size),
+            head_width=module.blocks[0].attn.qkv.out_features
+            // (3 * module.blocks[0].attn.num_heads),
+            has_class_token=getattr(module, "cls_token", None) is not None,
         )
 
     @property
@@ -98,6 +103,36 @@ class BackboneView:
         m = self.module
         x = m._pos_embed(m.patch_embed(images))
         return m.norm_pre(m.patch_drop(x))
+
+    def run_block(self, block: nn.Module, x: Tensor, kv: Tensor | None = None) -> Tensor:
+        """The block's own forward on rows (B, N, D); with `kv` (P, 2, H, d) or (B, P, 2, H, d), its
+        parts around an attention that has these keys and values in addition.
+        """
+        if kv is None:
+            return block(x)
+        attn = block.attn
+        q, k, v = _heads(attn, block.norm1(x))
+        kv = kv.to(k.dtype).expand(len(x), *kv.shape[-4:]).permute(2, 0, 3, 1, 4)
+        k, v = torch.cat([kv[0], k], dim=2), torch.cat([kv[1], v], dim=2)
+        out = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
+        x = x + block.ls1(attn.proj(out.transpose(1, 2).flatten(2)))
+        return x + block.ls2(block.mlp(block.norm2(x)))
+
+    @torch.no_grad()
+    def class_attention(self, block: nn.Module, x: Tensor, kv: Tensor | None = None) -> Tensor:
+        """(B, H, N): attention of row 0 on every row in that forward, in at least fp32."""
+        q, k, _ = _heads(block.attn, block.norm1(x))
+        if kv is not None:
+            kv = kv.to(k.dtype).expand(len(x), *kv.shape[-4:]).permute(2, 0, 3, 1, 4)
+            k = torch.cat([kv[0], k], dim=2)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(k.dtype, torch.float32)
+            scores = (block.attn.scale * q[:, :, :1].to(wide)) @ k.to(wide).transpose(-1, -2)
+            return scores.softmax(-1)[:, :, 0, -x.shape[1] :]
+
+    def class_query(self, block: nn.Module, x: Tensor) -> Tensor:
+        """(B, H d): the query projection of row 0, before any per-head norm."""
+        return block.attn.qkv(block.norm1(x[:, :1]))[:, 0].chunk(3, dim=-1)[0]
 
     def readout(self, x: Tensor) -> Tensor:
         """(B, N, D) rows after the last block to the features that enter the head, (B, F).
@@ -144,6 +179,13 @@ class BackboneView:
             bad = int((~images.isfinite().flatten(1).all(dim=1)).sum())
             if bad:
                 raise ValueError(f"images holds NaN or infinity in {bad} of {len(images)} images")
+
+
+def _heads(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, H, N, d) of normalised rows, per-head norms done."""
+    qkv = attn.qkv(x).view(*x.shape[:2], 3, attn.num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return attn.q_norm(q), attn.k_norm(k), v
 
 
 def read_backbone(module: nn.Module) -> BackboneView:

@@ -22,6 +22,10 @@ class BackboneShape:
         patch_size: (height, width) of a patch in pixels.
         in_chans: image channels.
         num_tokens: tokens of an image of the default size, prefix tokens included.
+        num_prefix_tokens: class and register tokens, which stand before the patches.
+        grid: (rows, columns) of patches of an image of the default size.
+        head_width: width d of one attention head.
+        has_class_token: whether row 0 is a class token.
     """
 
     depth: int
@@ -30,6 +34,10 @@ class BackboneShape:
     patch_size: tuple[int, int]
     in_chans: int
     num_tokens: int
+    num_prefix_tokens: int
+    grid: tuple[int, int]
+    head_width: int
+    has_class_token: bool
 
 
 class PromptFamily(nn.Module):
@@ -43,11 +51,18 @@ class PromptFamily(nn.Module):
         enters_sequence: prompt rows given at block 0 stay in the sequence through all blocks
             (VPT-shallow). Otherwise the rows of block i are only read as keys and values of block i
             and then cut off.
+        rewrites_rows: `next_rows` replaces those rows between blocks (LSPT); needs enters_sequence.
         depends_on_input: `block_prompts` reads the values of `x` (not only its batch size).
+        reads_class_attention: `adjust_rows` changes image rows at the inputs of blocks 1, 2, ...
+            (iVPT). Otherwise the class row's attention is never computed.
+        observed: blocks whose input rows `observe` is shown (DA-VPT).
     """
 
     enters_sequence: bool = False
+    rewrites_rows: bool = False
     depends_on_input: bool = False
+    reads_class_attention: bool = False
+    observed: frozenset[int] = frozenset()
 
     def bind(self, shape: BackboneShape) -> None:
         """Allocate and initialise the parameters for a backbone of these sizes."""
@@ -78,6 +93,48 @@ class PromptFamily(nn.Module):
         G).
         """
         return None
+
+    def head_keys_values(self, index: int, x: Tensor) -> Tensor | None:
+        """Learned keys and values of block `index` that enter attention as they are (E2VPT, APT).
+
+        Returns:
+            (P, 2, H, d) shared by the batch, (B, P, 2, H, d) per sample, or None. They pass neither
+            norm nor projection; logits are scaled like all others.
+        """
+        return None
+
+    def adjust_rows(self, index: int, x: Tensor, class_attention: Tensor) -> Tensor:
+        """Image rows that enter block `index` >= 1, changed; asked when `reads_class_attention`.
+
+        Args:
+            x: (B, N, D), prefix tokens first.
+            class_attention: (B, H, N), how much the class row of block `index` - 1 looked at each
+                image row; a softmax over all keys, prompts included. Without gradient.
+
+        Returns:
+            (B, N, D), differentiable; not `x` changed in place.
+        """
+        raise NotImplementedError
+
+    def next_rows(self, index: int, rows: Tensor, x: Tensor) -> Tensor:
+        """Prompt rows that enter block `index` >= 1; asked when `rewrites_rows`.
+
+        Args:
+            rows: (B, P, D), the prompt rows of block `index` - 1's output.
+            x: (B, N, D), its image rows.
+
+        Returns:
+            (B, P, D), differentiable.
+        """
+        raise NotImplementedError
+
+    def observe(self, index: int, x: Tensor, class_query: Tensor) -> None:
+        """Shown the rows (B, N, D) that enter block `index`, for every index in `observed`.
+
+        Args:
+            class_query: (B, H d) of the class row, as the block's query projection gives it, before
+                any per-head norm. Both are differentiable.
+        """
 
     def raw_prompts(self) -> list[Tensor | None]:
         """Per block the dropout-free prompts (P, D) as differentiable tensors: what a regulariser
