@@ -1,5 +1,5 @@
-"""Windowed inverse transforms and energy-weighted pooling of frequency-shortcut statistics."""
+"""Frequency-shortcut statistics: windowed images, their patch tokens, energy-weighted pooling."""
 
-from .op import shortcut_images, shortcut_pool
+from .op import shortcut_images, shortcut_pool, shortcut_tokens
 
-__all__ = ["shortcut_images", "shortcut_pool"]
+__all__ = ["shortcut_images", "shortcut_pool", "shortcut_tokens"]

@@ -1,6 +1,6 @@
-"""The ops `shortcut_images` and `shortcut_pool`: signatures, checks, registration.
+"""The ops `shortcut_images`, `shortcut_tokens` and `shortcut_pool`: signatures, checks, schemas.
 
-Both are statistics of what enters a frozen network: they have no gradient, and say so when asked.
+All are statistics of what enters a frozen network: they have no gradient, and say so when asked.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backends
 from . import reference
 
-for _op in ("shortcut_images", "shortcut_pool"):
+for _op in ("shortcut_images", "shortcut_tokens", "shortcut_pool"):
     backends.register(_op, backends.Version("reference", reference, backends.anywhere))
 
 
@@ -47,23 +47,72 @@ def shortcut_images(
     return torch.ops.pae.shortcut_images_fwd(spectrum, origins.to(spectrum.device), window)
 
 
-def shortcut_pool(tokens: Tensor) -> Tensor:
+def shortcut_tokens(
+    spectrum: Tensor,
+    origins: Tensor,
+    window: int,
+    size: tuple[int, int],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rows: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """t_s = E(Re F^-1(M_s F x)) + rows: patch tokens of the filtered images, E the patch embedding.
+
+    E is a convolution whose stride is its patch, as in every ViT's stem. No filtered image exists,
+    and nothing of the size of one: beside the result, memory holds strips of w / W of an image.
+
+    Args:
+        spectrum, origins, window, size: as in `shortcut_images`.
+        weight: (D, C, ph, pw) float, the convolution's, with H and W whole multiples of ph and pw.
+            Images that a stem pads have to be padded before their transform.
+        bias: (D,) float, or None.
+        rows: (N, D) float added to every image's tokens (a position embedding), or None.
+        dtype: of the result; that of `weight` when None.
+
+    Returns:
+        (S, B, N, D), N = H / ph * W / pw patches row by row, as `conv.flatten(2).mT` has them.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what was expected; also when one
+            of them asks for a gradient.
+
+    Numerics: phases exact to fp32, sums in fp32 (fp64 with a complex128 spectrum), `bias` and
+    `rows` added there, one rounding to `dtype`; autocast off inside. On a GPU a 16-bit `dtype`
+    takes its products from factors rounded to it, as the convolution would.
+    Source: PAE (arXiv 2601.20232), Eq. 2 and 3.
+    """
+    _check_spectrum(spectrum, window, size)
+    _check_origins(origins, window, size)
+    _check_embedding(spectrum, weight, bias, rows)
+    dtype = weight.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(f"dtype must be a float type of 16 bits or more, got {dtype!r}")
+    return torch.ops.pae.shortcut_tokens_fwd(
+        spectrum, origins.to(spectrum.device), window, weight, bias, rows, dtype
+    )
+
+
+def shortcut_pool(tokens: Tensor, rows: Tensor | None = None) -> Tensor:
     """p_s = sum e t / sum e, e = |t|^2: energy-weighted mean over images and tokens of window s.
 
     A window whose tokens are all zero has no weights; it pools to the zero row, as every choice of
-    weights would. NaN and infinity pass through.
+    weights would. NaN and infinity pass through, as NaN.
 
     Args:
         tokens: (S, B, N, D), any float dtype, at least one token per window.
+        rows: (N, D) float added to every image's tokens first, or None.
 
     Returns:
         (S, D), the dtype of `tokens`.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it was and what was expected; also when
-            `tokens` asks for a gradient.
+        ValueError, TypeError: naming the argument, what it was and what was expected; also when one
+            of them asks for a gradient.
 
-    Numerics: energies and weights in fp64, the weighted sum in fp32 or wider.
+    Numerics: sums in fp32 or wider, at any scale that the tokens' own dtype holds; `rows` added in
+    fp32 or wider. The same bits on every run.
     Source: PAE (arXiv 2601.20232), Eq. 3.
     """
     if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
@@ -71,7 +120,8 @@ def shortcut_pool(tokens: Tensor) -> Tensor:
     if tokens.dim() != 4 or 0 in tokens.shape[1:3]:
         raise ValueError(f"tokens must be (S, B, N, D) with B, N >= 1, got {_says(tokens)}")
     _refuse_gradient("tokens", tokens)
-    return torch.ops.pae.shortcut_pool_fwd(tokens)
+    _check_added("rows", rows, tuple(tokens.shape[2:]), tokens.device)
+    return torch.ops.pae.shortcut_pool_fwd(tokens, rows)
 
 
 def _check_spectrum(spectrum: Tensor, window: int, size: tuple[int, int]) -> None:
@@ -101,6 +151,37 @@ def _check_origins(origins: Tensor, window: int, size: tuple[int, int]) -> None:
         )
 
 
+def _check_embedding(
+    spectrum: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
+) -> None:
+    channels, height, width = spectrum.shape[1:]
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TypeError(f"weight must be a float tensor (D, C, ph, pw), got {_says(weight)}")
+    if weight.dim() != 4 or 0 in weight.shape or weight.shape[1] != channels:
+        raise ValueError(f"weight must be (D, {channels}, ph, pw), got {_says(weight)}")
+    ph, pw = weight.shape[2:]
+    if height % ph or width % pw:
+        raise ValueError(
+            f"weight must have patches that tile {height} x {width} images, got patches of {ph} x "
+            f"{pw}: pad the images before their transform"
+        )
+    _check_added("weight", weight, tuple(weight.shape), spectrum.device)
+    _check_added("bias", bias, (weight.shape[0],), spectrum.device)
+    tokens = (height // ph) * (width // pw)
+    _check_added("rows", rows, (tokens, weight.shape[0]), spectrum.device)
+
+
+def _check_added(name: str, t: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+    """`t` is a float tensor of `shape` on `device` without a gradient, or None."""
+    if t is None:
+        return
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        raise TypeError(f"{name} must be a float tensor {shape} or None, got {_says(t)}")
+    if tuple(t.shape) != shape or t.device != device:
+        raise ValueError(f"{name} must be {shape} on {device}, got {_says(t)}")
+    _refuse_gradient(name, t)
+
+
 def _readable(t: Tensor) -> bool:
     """Whether values may be looked at: not in a trace, not while a CUDA graph is captured."""
     if torch.compiler.is_compiling():
@@ -124,7 +205,11 @@ def _says(t) -> str:
 
 _lib = torch.library.Library("pae", "FRAGMENT")
 _lib.define("shortcut_images_fwd(Tensor spectrum, Tensor origins, int window) -> Tensor")
-_lib.define("shortcut_pool_fwd(Tensor tokens) -> Tensor")
+_lib.define(
+    "shortcut_tokens_fwd(Tensor spectrum, Tensor origins, int window, Tensor weight, Tensor? bias, "
+    "Tensor? rows, ScalarType dtype) -> Tensor"
+)
+_lib.define("shortcut_pool_fwd(Tensor tokens, Tensor? rows) -> Tensor")
 
 
 def _images(spectrum, origins, window):
@@ -134,14 +219,30 @@ def _images(spectrum, origins, window):
         return version.shortcut_images(spectrum, origins, window)
 
 
-def _pool(tokens):
+def _tokens(spectrum, origins, window, weight, bias, rows, dtype):
+    with torch.autocast(spectrum.device.type, enabled=False):
+        # the widest of what is computed and what is returned decides who can
+        wide = torch.promote_types(spectrum.dtype.to_real(), dtype)
+        version = backends.choose(
+            "shortcut_tokens", spectrum.device, dtype if wide == torch.float32 else wide
+        )
+        return version.shortcut_tokens(spectrum, origins, window, weight, bias, rows, dtype)
+
+
+def _pool(tokens, rows):
     with torch.autocast(tokens.device.type, enabled=False):
-        return backends.choose("shortcut_pool", tokens.device).shortcut_pool(tokens)
+        version = backends.choose("shortcut_pool", tokens.device, tokens.dtype)
+        return version.shortcut_pool(tokens, rows)
 
 
-for _key in ("CPU", "CUDA"):
-    _lib.impl("shortcut_images_fwd", _images, _key)
-    _lib.impl("shortcut_pool_fwd", _pool, _key)
+_IMPLEMENTATIONS = {
+    "shortcut_images_fwd": _images,
+    "shortcut_tokens_fwd": _tokens,
+    "shortcut_pool_fwd": _pool,
+}
+for _name, _implementation in _IMPLEMENTATIONS.items():
+    for _key in ("CPU", "CUDA"):
+        _lib.impl(_name, _implementation, _key)
 
 
 @torch.library.register_fake("pae::shortcut_images_fwd", lib=_lib)
@@ -149,8 +250,16 @@ def _(spectrum, origins, window):
     return spectrum.new_empty((origins.shape[0], *spectrum.shape), dtype=spectrum.dtype.to_real())
 
 
+@torch.library.register_fake("pae::shortcut_tokens_fwd", lib=_lib)
+def _(spectrum, origins, window, weight, bias, rows, dtype):
+    batch, _, height, width = spectrum.shape
+    dim, _, ph, pw = weight.shape
+    tokens = (height // ph) * (width // pw)
+    return spectrum.new_empty((origins.shape[0], batch, tokens, dim), dtype=dtype)
+
+
 @torch.library.register_fake("pae::shortcut_pool_fwd", lib=_lib)
-def _(tokens):
+def _(tokens, rows):
     return tokens.new_empty(tokens.shape[0], tokens.shape[3])
 
 
@@ -158,5 +267,5 @@ def _no_gradient(ctx, grad):
     raise RuntimeError(f"a gradient was asked for, but {_NO_GRADIENT}")
 
 
-for _name in ("shortcut_images_fwd", "shortcut_pool_fwd"):
+for _name in _IMPLEMENTATIONS:
     torch.library.register_autograd(f"pae::{_name}", _no_gradient, lib=_lib)
