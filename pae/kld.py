@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pae_kernels.koopman import koopman_losses
 
 MODES = ("global", "layerwise")
 FORMULATIONS = ("code", "paper")
+GAUGES = ("none", "layernorm")
 
 
 class KLD(nn.Module):
@@ -38,16 +38,34 @@ class KLD(nn.Module):
     this slice (the released code, with separate parameters, leaves it alone). No loss and
     no other parameter depends on it.
 
+    Two cures, off by default because the released code has neither:
+
+    - `gauge="layernorm"`. Deep prompts are seen only through a LayerNorm, so the length and the
+      mean of a prompt row change nothing in the network, and yet shrinking all prompts lowers the
+      error to 0. Lifting LayerNorm(p) instead, without affine, takes that way out.
+    - `first_block=True`. The prompts of block 0 begin the evolution, as the text's sums over all
+      layers may mean it: one pair more, and in mode "layerwise" one operator more.
+
+    It depends on parameters alone, so it may run beside the forward: `pae.graphed_step` puts it on
+    a stream of its own inside the captured step. In a loop of one's own, on a GPU, compute
+    `model.penalty()` under `torch.cuda.stream(side)` after `side.wait_stream(main)`, and let
+    `main.wait_stream(side)` before its value is added to the loss; autograd runs its backward on
+    the same side stream.
+
     Args:
         dim: k, width of the lifted states.
         mode: "global" (one K and L) or "layerwise".
         consistency_weight: alpha.
         lyapunov_weight: beta.
         formulation: "code" or "paper".
+        gauge: "none" or "layernorm", what is done to prompts before the lift.
+        gauge_eps: eps of that LayerNorm, timm's by default.
+        first_block: whether block 0 takes part. It must then have as many prompts as the others.
 
     Attributes:
         lift: bias-free `nn.Linear(D, dim)`, the map U, in PyTorch's initialisation.
-        K, L: (dim, dim) or (depth - 1, dim, dim), identity at first. None until `bind`, like lift.
+        K, L: (dim, dim), or one per block that takes part: (depth - 1, dim, dim), with the first
+            block (depth, dim, dim). Identity at first. None until `bind`, like lift.
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what was expected.
@@ -62,6 +80,9 @@ class KLD(nn.Module):
         consistency_weight: float = 0.5,
         lyapunov_weight: float = 0.2,
         formulation: str = "code",
+        gauge: str = "none",
+        gauge_eps: float = 1e-6,
+        first_block: bool = False,
     ):
         super().__init__()
         self.dim = _check_size("dim", dim)
@@ -69,6 +90,11 @@ class KLD(nn.Module):
         self.consistency_weight = _check_weight("consistency_weight", consistency_weight)
         self.lyapunov_weight = _check_weight("lyapunov_weight", lyapunov_weight)
         self.formulation = _check_choice("formulation", formulation, FORMULATIONS)
+        self.gauge = _check_choice("gauge", gauge, GAUGES)
+        self.gauge_eps = _check_weight("gauge_eps", gauge_eps)
+        if not isinstance(first_block, bool):
+            raise TypeError(f"first_block must be True or False, got {first_block!r}")
+        self.first_block = first_block
         self.depth: int | None = None
         self.lift: nn.Linear | None = None
         self.register_parameter("K", None)
@@ -83,7 +109,7 @@ class KLD(nn.Module):
         self.lift = nn.Linear(width, self.dim, bias=False)
         identity = torch.eye(self.dim)
         if self.mode == "layerwise":
-            identity = identity.repeat(depth - 1, 1, 1)
+            identity = identity.repeat(depth - self._first, 1, 1)
         self.K = nn.Parameter(identity.clone())
         self.L = nn.Parameter(identity.clone())
 
@@ -92,23 +118,24 @@ class KLD(nn.Module):
 
         Args:
             prompts: (depth, P, D), or `depth` tensors (P, D), block 0 first, without dropout.
-                Block 0 is not looked at: in a list it may have another P or be None.
+                Without `first_block`, block 0 is not looked at: in a list it may have another P or
+                be None.
 
         Returns:
-            consistency, lyapunov: in fp32 or wider, whatever autocast says. A depth below 3 leaves
-            no pair: zeros, with gradients of zeros. A non-finite L makes the Lyapunov term NaN.
+            consistency, lyapunov: in fp32 or wider, whatever autocast says. Fewer than two blocks
+            that take part are no pair: zeros, with gradients of zeros. A non-finite L makes the
+            Lyapunov term NaN.
 
         Raises:
             RuntimeError: not bound.
             ValueError: the prompts do not fit, or their number differs between blocks.
         """
-        deep = self._deep_prompts(prompts)
-        dtype = torch.promote_types(torch.promote_types(deep.dtype, self.K.dtype), torch.float32)
-        with torch.autocast(deep.device.type, enabled=False):
-            states = F.linear(deep.to(dtype), self.lift.weight.to(dtype))
-            consistency, lyapunov = koopman_losses(
-                states, self.K.to(dtype), self.L.to(dtype), self.formulation
-            )
+        rows = self._blocks_of(prompts)
+        dtype = torch.promote_types(torch.promote_types(rows.dtype, self.K.dtype), torch.float32)
+        inputs = (t.to(dtype) for t in (rows, self.lift.weight, self.K, self.L))
+        consistency, lyapunov = koopman_losses(
+            *inputs, self.formulation, self.gauge, self.gauge_eps
+        )
         return self.consistency_weight * consistency, self.lyapunov_weight * lyapunov
 
     def clip_gradients(self, max_norm: float = 10.0) -> Tensor:
@@ -127,13 +154,21 @@ class KLD(nn.Module):
             "consistency_weight": self.consistency_weight,
             "lyapunov_weight": self.lyapunov_weight,
             "formulation": self.formulation,
+            "gauge": self.gauge,
+            "gauge_eps": self.gauge_eps,
+            "first_block": self.first_block,
         }
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
 
-    def _deep_prompts(self, prompts: Tensor | Sequence[Tensor | None]) -> Tensor:
-        """Prompts of blocks 1 .. depth - 1 as one tensor (depth - 1, P, D)."""
+    @property
+    def _first(self) -> int:
+        """Number of the first block that takes part."""
+        return 0 if self.first_block else 1
+
+    def _blocks_of(self, prompts: Tensor | Sequence[Tensor | None]) -> Tensor:
+        """Prompts of the blocks that take part, as one tensor (blocks, P, D)."""
         if self.depth is None:
             raise RuntimeError(
                 "KLD is not bound: call bind(depth, width) or give it to PromptedViT"
@@ -143,17 +178,16 @@ class KLD(nn.Module):
         if len(prompts) != self.depth:
             raise ValueError(f"prompts must hold {self.depth} blocks, got {len(prompts)}")
         width = self.lift.in_features
-        deep = prompts[1:]
-        shapes = [None if p is None else tuple(p.shape) for p in deep]
+        rows = prompts[self._first :]
+        shapes = [None if p is None else tuple(p.shape) for p in rows]
         if any(s is None or len(s) != 2 or s[0] == 0 or s[1] != width for s in shapes):
             raise ValueError(f"prompts must be (P >= 1, {width}) in every block, got {shapes}")
         if len(set(shapes)) > 1:
-            raise ValueError(
-                f"prompts must have the same P in every block but the first, got {shapes}"
-            )
+            but = "" if self.first_block else " but the first"
+            raise ValueError(f"prompts must have the same P in every block{but}, got {shapes}")
         if isinstance(prompts, Tensor):
-            return deep
-        return torch.stack(list(deep)) if deep else self.lift.weight.new_empty(0, 1, width)
+            return rows
+        return torch.stack(list(rows)) if rows else self.lift.weight.new_empty(0, 1, width)
 
 
 def _check_size(name: str, value: int) -> int:

@@ -190,6 +190,38 @@ def test_equal_prompts_at_the_start_cost_the_floor(mode):
     assert math.isclose(lyapunov.item(), 0.2 * 4 * LN2_TERM, rel_tol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["global", "layerwise"])
+@pytest.mark.parametrize("formulation", ["code", "paper"])
+def test_first_block_adds_the_pair_that_begins_the_evolution(mode, formulation):
+    options = {"dtype": torch.float64, "formulation": formulation}
+    kld, prompts = kld_and_prompts(mode, first_block=True, **options)
+    other, _ = kld_and_prompts(mode, depth=6, **options)
+    assert kld.K.shape == kld.L.shape == ((5, 8, 8) if mode == "layerwise" else (8, 8))
+    other.load_state_dict(kld.state_dict())
+    close(kld.terms(prompts), other.terms([None, *prompts]), 1e-12)  # one block later
+    sum(kld.terms(prompts)).backward()
+    assert prompts.grad[0].any()
+    with pytest.raises(ValueError, match=r"same P in every block, got .*\(2, 12\)"):
+        kld.terms([prompts[0, :2], *prompts[1:]])
+    with pytest.raises(ValueError, match=r"prompts must be \(P >= 1, 12\) .*None"):
+        kld.terms([None, *prompts[1:]])
+
+
+@pytest.mark.parametrize("mode", ["global", "layerwise"])
+def test_gauge_fixed_terms_are_those_of_what_the_network_sees(mode):
+    kld, prompts = kld_and_prompts(mode, gauge="layernorm", gauge_eps=1e-5, dtype=torch.float64)
+    free = KLD(8, mode)
+    free.bind(5, 12)
+    free.to(torch.float64).load_state_dict(kld.state_dict())
+    terms = free.terms(torch.nn.functional.layer_norm(prompts, (12,), eps=1e-5))
+    parameters = [prompts, free.lift.weight, free.K, free.L]
+    close(results(kld, prompts), [*terms, *torch.autograd.grad(sum(terms), parameters)], 1e-10)
+    close(kld.terms(prompts - 3), kld.terms(prompts), 1e-10)
+    # shrinking every prompt pays without the gauge, and not with it
+    assert free.terms(0.3 * prompts)[0] < 0.1 * free.terms(prompts)[0]
+    assert kld.terms(0.3 * prompts)[0] > 0.9 * kld.terms(prompts)[0]
+
+
 # --------------------------------------------------------------------------------------- training
 
 
@@ -320,6 +352,9 @@ def test_config_builds_it_again():
         "consistency_weight": 0.25,
         "lyapunov_weight": 2.0,
         "formulation": "paper",
+        "gauge": "layernorm",
+        "gauge_eps": 1e-5,
+        "first_block": True,
     }
     assert KLD(**options).config() == options
     assert KLD(**KLD().config()).config() == KLD().config()
@@ -329,6 +364,9 @@ def test_config_builds_it_again():
         "consistency_weight": 0.5,
         "lyapunov_weight": 0.2,
         "formulation": "code",
+        "gauge": "none",
+        "gauge_eps": 1e-6,
+        "first_block": False,
     }
 
 
@@ -381,6 +419,9 @@ def test_a_non_finite_L_gives_nan():
         ({"dim": True}, TypeError, "dim must be an integer, got True"),
         ({"mode": "local"}, ValueError, "mode must be one of .*global.*layerwise.* got 'local'"),
         ({"formulation": "x"}, ValueError, "formulation must be one of .*code.*paper.* got 'x'"),
+        ({"gauge": "l2"}, ValueError, "gauge must be one of .*none.*layernorm.* got 'l2'"),
+        ({"gauge_eps": -1}, ValueError, "gauge_eps must be finite and at least 0, got -1"),
+        ({"first_block": 1}, TypeError, "first_block must be True or False, got 1"),
         ({"consistency_weight": -1}, ValueError, "consistency_weight must be .* got -1"),
         ({"lyapunov_weight": math.nan}, ValueError, "lyapunov_weight must be finite .* got nan"),
         ({"lyapunov_weight": "1"}, TypeError, "lyapunov_weight must be a number, got '1'"),

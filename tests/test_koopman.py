@@ -12,34 +12,62 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from pae_kernels import backends
-from pae_kernels.koopman import koopman_losses, reference
+from pae_kernels.koopman import koopman_losses, koopman_rollout, reference, spectral
 
 FORMULATIONS = ("code", "paper")
 MODES = ("global", "layerwise")
 BOTH = pytest.mark.parametrize("formulation", FORMULATIONS)
 EACH_MODE = pytest.mark.parametrize("mode", MODES)
+GAUGES = ("none", "layernorm")
+EACH_GAUGE = pytest.mark.parametrize("gauge", GAUGES)
 LN2_TERM = 10 * math.tanh(math.log(2) / 10)  # Lyapunov term of a pair whose energy does not change
 
 
-def problem(mode="global", blocks=4, count=3, k=6, dtype=torch.float64, seed=0, grad=True):
-    """states, K, L with rows on both sides of length 1 and distinct singular values."""
+def problem(
+    mode="global",
+    blocks=4,
+    count=3,
+    k=6,
+    dtype=torch.float64,
+    seed=0,
+    grad=True,
+    runs=None,
+    width=None,
+):
+    """prompts, lift, K, L with states on both sides of length 1 and distinct singular values."""
     draw = torch.Generator().manual_seed(seed)
-    shape = (blocks, k, k) if mode == "layerwise" else (k, k)
+    packed = () if runs is None else (runs,)
+    width = k + 2 if width is None else width
+    shape = (*packed, blocks, k, k) if mode == "layerwise" else (*packed, k, k)
 
     def normal(*size):
         return torch.randn(*size, generator=draw, dtype=torch.float64)
 
-    lengths = 0.2 + 2 * torch.rand(blocks, count, 1, generator=draw, dtype=torch.float64)
-    states = lengths * normal(blocks, count, k) / k**0.5
+    lengths = 0.2 + 2 * torch.rand(*packed, blocks, count, 1, generator=draw, dtype=torch.float64)
+    prompts = lengths * normal(*packed, blocks, count, width) / k**0.5
+    lift = normal(*packed, k, width) / width**0.5
     K = torch.eye(k) + 0.3 * normal(*shape)
     L = torch.eye(k) + 0.3 * normal(*shape)
-    return [t.to(dtype).requires_grad_(grad) for t in (states, K, L)]
+    return [t.to(dtype).requires_grad_(grad) for t in (prompts, lift, K, L)]
 
 
-def values_and_gradients(function, inputs, formulation):
-    consistency, lyapunov = function(*inputs, formulation)
-    gradients = torch.autograd.grad(0.7 * consistency + 1.3 * lyapunov, inputs)
-    return [consistency, lyapunov, *gradients]
+def definition(prompts, lift, K, L, formulation="code", gauge="none", eps=1e-6):
+    """The reference's definition, with or without the axis of runs."""
+    inputs = prompts, lift, K, L
+    eps = eps if gauge == "layernorm" else None
+    if prompts.dim() == 4:
+        return reference.koopman_losses(*inputs, formulation, eps)
+    losses = reference.koopman_losses(*(t[None] for t in inputs), formulation, eps)
+    return tuple(loss[0] for loss in losses)
+
+
+def values_and_gradients(function, inputs, *options):
+    """Both losses, and the gradients of a weighted sum; every run has a weight of its own."""
+    consistency, lyapunov = function(*inputs, *options)
+    loss = 0.7 * consistency + 1.3 * lyapunov
+    if loss.dim():
+        loss = (loss * torch.linspace(0.5, 2, len(loss), device=loss.device)).sum()
+    return [consistency, lyapunov, *torch.autograd.grad(loss, inputs)]
 
 
 def close(actual, expected, rtol):
@@ -55,17 +83,55 @@ def close(actual, expected, rtol):
 
 @BOTH
 @EACH_MODE
+@EACH_GAUGE
+@pytest.mark.parametrize("runs", [None, 3])
 @pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-11), (torch.float32, 2e-5)])
-def test_values_and_gradients_equal_the_definition(formulation, mode, dtype, rtol):
-    inputs = problem(mode, blocks=5, count=7, k=16, dtype=dtype)
+def test_values_and_gradients_equal_the_definition(formulation, mode, gauge, runs, dtype, rtol):
+    inputs = problem(mode, blocks=5, count=7, k=16, dtype=dtype, runs=runs)
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    expected = values_and_gradients(reference.koopman_losses, exact, formulation)
-    close(values_and_gradients(koopman_losses, inputs, formulation), expected, rtol)
+    expected = values_and_gradients(definition, exact, formulation, gauge)
+    actual = values_and_gradients(koopman_losses, inputs, formulation, gauge)
+    assert actual[0].shape == actual[1].shape == (() if runs is None else (runs,))
+    close(actual, expected, rtol)
+
+
+@BOTH
+@EACH_MODE
+@EACH_GAUGE
+def test_packed_runs_are_the_runs(formulation, mode, gauge):
+    """Nothing passes from one run to another, and one packed run is that run, bit by bit."""
+    inputs = problem(mode, runs=3)
+    together = values_and_gradients(koopman_losses, inputs, formulation, gauge)
+    for r, weight in enumerate((0.5, 1.25, 2.0)):
+        alone = [t[r].detach().requires_grad_() for t in inputs]
+        losses = koopman_losses(*alone, formulation, gauge)
+        loss = weight * (0.7 * losses[0] + 1.3 * losses[1])
+        results = [*losses, *torch.autograd.grad(loss, alone)]
+        close([t[r] for t in together], results, 1e-12)
+        packed = [t[None].detach().requires_grad_() for t in alone]
+        losses = koopman_losses(*packed, formulation, gauge)
+        loss = (weight * (0.7 * losses[0] + 1.3 * losses[1])).sum()
+        for a, b in zip([*losses, *torch.autograd.grad(loss, packed)], results, strict=True):
+            assert torch.equal(a[0], b)
+
+
+def test_the_gauge_is_layer_norm():
+    """The losses of LayerNorm'd prompts: what the network cannot see, they cannot either."""
+    prompts, lift, K, L = problem(grad=False)
+    seen = torch.nn.functional.layer_norm(prompts, prompts.shape[-1:], eps=1e-3)
+    fixed = koopman_losses(prompts, lift, K, L, gauge="layernorm", eps=1e-3)
+    close(fixed, koopman_losses(seen, lift, K, L), 1e-12)
+    expected = koopman_losses(prompts, lift, K, L, gauge="layernorm", eps=1e-12)
+    for moved in (0.01 * prompts, prompts + 7):
+        close(koopman_losses(moved, lift, K, L, gauge="layernorm", eps=1e-12), expected, 1e-6)
+    free, shrunk = (koopman_losses(p, lift, K, L)[0] for p in (prompts, 0.01 * prompts))
+    assert shrunk < 1e-3 * free
 
 
 @EACH_MODE
 def test_paper_formulation_by_brute_force(mode):
-    states, K, L = problem(mode, blocks=8, grad=False)
+    prompts, lift, K, L = problem(mode, blocks=8, grad=False)
+    states = prompts @ lift.T
     consistency = lyapunov = 0.0
     rises = []
     for j in range(len(states) - 1):
@@ -77,11 +143,12 @@ def test_paper_formulation_by_brute_force(mode):
         lyapunov += max(0.0, rises[-1])
     assert min(rises) < 0 < max(rises)
     expected = torch.tensor([consistency, lyapunov], dtype=torch.float64)
-    close(koopman_losses(states, K, L, "paper"), expected, 1e-12)
+    close(koopman_losses(prompts, lift, K, L, "paper"), expected, 1e-12)
 
 
 def test_code_formulation_by_brute_force():
-    states, K, L = problem(grad=False)
+    prompts, lift, K, L = problem(grad=False)
+    states = prompts @ lift.T
     sigma2 = torch.linalg.svdvals(L)[0] ** 2
 
     def energy(z):
@@ -95,16 +162,21 @@ def test_code_formulation_by_brute_force():
         s = sum(math.log1p(math.exp(r)) for r in rises) / len(rises)
         lyapunov += 10 * math.tanh(s / 10)
     expected = torch.tensor([consistency, lyapunov], dtype=torch.float64)
-    close(koopman_losses(states, K, L), expected, 1e-12)
+    close(koopman_losses(prompts, lift, K, L), expected, 1e-12)
 
 
 @BOTH
 @EACH_MODE
-def test_gradcheck(formulation, mode):
-    inputs = problem(mode, blocks=3, count=2, k=4)
-    norms = inputs[0].norm(dim=-1)
+@EACH_GAUGE
+@pytest.mark.parametrize("runs", [None, 2])
+def test_gradcheck(formulation, mode, gauge, runs):
+    inputs = problem(mode, blocks=3, count=2, k=3, width=5, runs=runs, seed=3)
+    rows = inputs[0]
+    if gauge == "layernorm":
+        rows = torch.nn.functional.layer_norm(rows, rows.shape[-1:], eps=0.1)
+    norms = (rows @ inputs[1].mT.unsqueeze(-3)).norm(dim=-1)
     assert (norms > 1.01).any() and (norms < 0.99).any()  # both sides of the rescaling
-    assert gradcheck(lambda *t: koopman_losses(*t, formulation), inputs)
+    assert gradcheck(lambda *t: koopman_losses(*t, formulation, gauge, 0.1), inputs)
 
 
 @settings(max_examples=25, deadline=None)
@@ -114,12 +186,17 @@ def test_gradcheck(formulation, mode):
     blocks=st.integers(1, 5),
     count=st.integers(1, 6),
     k=st.integers(1, 9),
+    width=st.integers(2, 9),
+    gauge=st.sampled_from(GAUGES),
+    runs=st.sampled_from([None, 1, 2]),
     seed=st.integers(0, 2**16),
 )
-def test_every_shape_equals_the_definition(mode, formulation, blocks, count, k, seed):
-    inputs = problem(mode, blocks, count, k, seed=seed)
-    expected = values_and_gradients(reference.koopman_losses, inputs, formulation)
-    close(values_and_gradients(koopman_losses, inputs, formulation), expected, 1e-7)
+def test_every_shape_equals_the_definition(
+    mode, formulation, blocks, count, k, width, gauge, runs, seed
+):
+    inputs = problem(mode, blocks, count, k, seed=seed, runs=runs, width=width)
+    expected = values_and_gradients(definition, inputs, formulation, gauge, 1e-2)
+    close(values_and_gradients(koopman_losses, inputs, formulation, gauge, 1e-2), expected, 1e-7)
 
 
 # -------------------------------------------------------------------------------- what must be so
@@ -127,46 +204,46 @@ def test_every_shape_equals_the_definition(mode, formulation, blocks, count, k, 
 
 @BOTH
 def test_perfect_prediction_has_no_consistency_loss(formulation):
-    _, K, L = problem(grad=False)
-    states = [torch.rand(3, 6, dtype=torch.float64)]
-    for _ in range(3):
-        states.append(states[-1] @ K)
-    assert koopman_losses(torch.stack(states), K, L, formulation)[0] < 1e-24
+    _, _, K, L = problem(grad=False)
+    states = koopman_rollout(torch.rand(3, 6, dtype=torch.float64), K, 3)
+    lift = torch.eye(6, dtype=torch.float64)
+    assert koopman_losses(states, lift, K, L, formulation)[0] < 1e-24
 
 
 @EACH_MODE
 def test_equal_states_under_the_identity_are_a_fixed_point(mode):
-    states, K, L = problem(mode)
+    prompts, lift, K, L = problem(mode)
     with torch.no_grad():
-        states.copy_(states[:1].expand_as(states))
+        prompts.copy_(prompts[:1].clone().expand_as(prompts))
         K.copy_(torch.eye(6).expand_as(K))
-    consistency, lyapunov, d_states, d_K, d_L = values_and_gradients(
-        koopman_losses, [states, K, L], "code"
+    consistency, lyapunov, d_prompts, d_lift, d_K, d_L = values_and_gradients(
+        koopman_losses, [prompts, lift, K, L], "code"
     )
     assert consistency == 0
     assert math.isclose(lyapunov.item(), 3 * LN2_TERM, rel_tol=1e-12)
-    assert d_L.abs().max() < 1e-15 and d_states.abs().max() < 1e-15  # no energy changes ...
+    # no energy changes ...
+    assert max(d.abs().max() for d in (d_L, d_prompts, d_lift)) < 1e-15
     assert d_K.abs().max() > 1e-3  # ... but it would under another K
 
 
 @BOTH
 def test_layerwise_with_equal_operators_is_global(formulation):
-    states, K, L = problem()
+    prompts, lift, K, L = problem()
     stacked = [t.detach().repeat(4, 1, 1).requires_grad_() for t in (K, L)]
-    shared = values_and_gradients(koopman_losses, [states, K, L], formulation)
-    each = values_and_gradients(koopman_losses, [states, *stacked], formulation)
-    close([*each[:3], each[3].sum(0), each[4].sum(0)], shared, 1e-12)
+    shared = values_and_gradients(koopman_losses, [prompts, lift, K, L], formulation)
+    each = values_and_gradients(koopman_losses, [prompts, lift, *stacked], formulation)
+    close([*each[:4], each[4].sum(0), each[5].sum(0)], shared, 1e-12)
 
 
 @BOTH
 def test_the_last_layerwise_operator_is_not_used(formulation):
-    states, K, L = problem("layerwise")
-    before = values_and_gradients(koopman_losses, [states, K, L], formulation)
-    assert not before[3][-1].any() and not before[4][-1].any()
-    assert before[3][:-1].flatten(1).any(1).all()
+    inputs = problem("layerwise")
+    before = values_and_gradients(koopman_losses, inputs, formulation)
+    assert not before[4][-1].any() and not before[5][-1].any()
+    assert before[4][:-1].flatten(1).any(1).all()
     with torch.no_grad():
-        K[-1], L[-1] = torch.nan, torch.nan
-    after = values_and_gradients(koopman_losses, [states, K, L], formulation)
+        inputs[2][-1], inputs[3][-1] = torch.nan, torch.nan
+    after = values_and_gradients(koopman_losses, inputs, formulation)
     assert all(torch.equal(a, b) for a, b in zip(after, before))
 
 
@@ -192,28 +269,23 @@ def test_bitwise_the_same_twice_and_inputs_untouched(formulation, mode):
 
 @BOTH
 @EACH_MODE
-def test_strides_do_not_matter(formulation, mode):
-    inputs = problem(mode)
+@pytest.mark.parametrize("runs", [None, 2])
+def test_strides_do_not_matter(formulation, mode, runs):
+    inputs = problem(mode, runs=runs)
     strided = [t.detach().mT.contiguous().mT.requires_grad_() for t in inputs]
     assert not any(t.is_contiguous() for t in strided)
     close(
-        values_and_gradients(koopman_losses, strided, formulation),
-        values_and_gradients(koopman_losses, inputs, formulation),
+        values_and_gradients(koopman_losses, strided, formulation, "layernorm"),
+        values_and_gradients(koopman_losses, inputs, formulation, "layernorm"),
         1e-12,
     )
 
 
 @BOTH
 @EACH_MODE
-def test_no_unwritten_memory_is_read(formulation, mode):
-    """Deterministic mode fills every uninitialised tensor with NaN."""
-    inputs = problem(mode)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(1).isnan()
-        results = values_and_gradients(koopman_losses, inputs, formulation)
-    finally:
-        torch.use_deterministic_algorithms(False)
+@EACH_GAUGE
+def test_no_unwritten_memory_is_read(formulation, mode, gauge, poisoned_memory):
+    results = values_and_gradients(koopman_losses, problem(mode), formulation, gauge)
     assert all(r.isfinite().all() for r in results)
 
 
@@ -245,12 +317,18 @@ SPECTRA = {
 }
 
 
+BOTH_WAYS = pytest.mark.parametrize(
+    "triple", [spectral.top_singular_triple, spectral.top_by_squaring]
+)
+
+
+@BOTH_WAYS
 @pytest.mark.parametrize("scale", [1.0, 1e-20, 1e-37, 1e18, 1e36])
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_top_singular_value_is_exact_at_every_spectrum_and_scale(spectrum, scale):
+def test_top_singular_value_is_exact_at_every_spectrum_and_scale(spectrum, scale, triple):
     L = SPECTRA[spectrum]() * scale
     exact = torch.linalg.svdvals(L.double())[0]
-    sigma, left, right = (t[0] for t in reference.top_singular_triple(L[None]))
+    sigma, left, right = (t[0] for t in triple(L[None]))
     assert (sigma.double() - exact).abs() <= 1e-6 * exact
     assert abs(right.double().norm() - 1) < 1e-6
     gap = (L.double() @ right.double() - sigma.double() * left.double()).norm()
@@ -261,7 +339,7 @@ def test_top_singular_value_in_double_precision():
     for make in SPECTRA.values():
         L = make().double()
         exact = torch.linalg.svdvals(L)[0]
-        sigma, left, right = (t[0] for t in reference.top_singular_triple(L[None]))
+        sigma, left, right = (t[0] for t in spectral.top_singular_triple(L[None]))
         assert (sigma - exact).abs() <= 1e-14 * exact
         assert (L @ right - sigma * left).norm() <= 1e-14 * exact
 
@@ -270,22 +348,23 @@ def test_top_singular_value_in_double_precision():
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_losses_and_gradients_stay_finite_at_every_spectrum(spectrum, mode):
     L = SPECTRA[spectrum]()
-    states, K, _ = problem(k=len(L), dtype=torch.float32)
+    prompts, lift, K, _ = problem(k=len(L), dtype=torch.float32)
     if mode == "layerwise":
         K, L = K.detach().repeat(4, 1, 1).requires_grad_(), L.repeat(4, 1, 1)
-    inputs = [states, K, L.requires_grad_()]
+    inputs = [prompts, lift, K, L.requires_grad_()]
     results = values_and_gradients(koopman_losses, inputs, "code")
-    exact = reference.koopman_losses(*(t.detach().double() for t in inputs), "code")
+    exact = definition(*(t.detach().double() for t in inputs), "code")
     assert all(r.isfinite().all() for r in results)
     close(results[:2], exact, 2e-6)
 
 
 def test_equal_singular_values_give_the_slope_of_one_of_them():
     L = matrix_with(torch.tensor([2.0, 2.0, 1.0, 0.5, 0.3, 0.1]), torch.float64)
-    states, K, _ = problem(k=6, grad=False)
-    _, _, right = reference.top_singular_triple(L[None])
+    prompts, lift, K, _ = problem(k=6, grad=False)
+    states = prompts @ lift.T
+    _, _, right = spectral.top_singular_triple(L[None])
     L.requires_grad_()
-    actual = torch.autograd.grad(koopman_losses(states, K, L)[1], L)[0]
+    actual = torch.autograd.grad(koopman_losses(prompts, lift, K, L)[1], L)[0]
 
     Q = L.T @ L / ((L @ right[0]).square().sum() + 1e-8)  # the norm taken along that vector
 
@@ -297,13 +376,14 @@ def test_equal_singular_values_give_the_slope_of_one_of_them():
     close([actual], torch.autograd.grad((10 * torch.tanh(s / 10)).sum(), L), 1e-10)
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("distance", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
-def test_top_vector_next_to_the_identity(distance):
+def test_top_vector_next_to_the_identity(distance, triple):
     """Resolved relative to the distance: the entries of L - I are all that fp32 rounds."""
     for k in (16, 64):
         L = torch.eye(k) + distance * torch.randn(10, k, k)
         exact = torch.linalg.svd(L.double())[2][:, 0]
-        right = reference.top_singular_triple(L)[2].double()
+        right = triple(L)[2].double()
         angle = (right - exact * (right * exact).sum(1, keepdim=True)).norm(dim=1)
         assert angle.max() <= 1e-5
 
@@ -312,43 +392,44 @@ def test_top_vector_next_to_the_identity(distance):
 def test_gradient_of_L_next_to_the_identity(distance):
     """Where training starts; an fp32 decomposition of L^T L is off by 1 % to 100 % here."""
     k = 64
-    states, K, _ = problem(count=20, k=k, dtype=torch.float32)
+    prompts, lift, K, _ = problem(count=20, k=k, dtype=torch.float32)
     L = (torch.eye(k) + distance * torch.randn(k, k)).requires_grad_()
-    inputs = [states, K, L]
+    inputs = [prompts, lift, K, L]
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    expected = values_and_gradients(reference.koopman_losses, exact, "code")
+    expected = values_and_gradients(definition, exact, "code")
     close(values_and_gradients(koopman_losses, inputs, "code"), expected, 1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @EACH_MODE
 def test_a_non_finite_L_gives_nan_and_never_raises(bad, mode):
-    states, K, L = problem(mode, dtype=torch.float32)
+    inputs = problem(mode, dtype=torch.float32)
     with torch.no_grad():
-        L.view(-1)[7] = bad
-    consistency, lyapunov, *gradients = values_and_gradients(koopman_losses, [states, K, L], "code")
+        inputs[3].view(-1)[7] = bad
+    consistency, lyapunov, *gradients = values_and_gradients(koopman_losses, inputs, "code")
     assert consistency.isfinite() and lyapunov.isnan()
-    assert gradients[2].isnan().any()
+    assert gradients[3].isnan().any()
 
 
-def test_one_bad_matrix_does_not_spoil_its_neighbours():
+@BOTH_WAYS
+def test_one_bad_matrix_does_not_spoil_its_neighbours(triple):
     L = torch.randn(3, 8, 8)
     L[1, 2, 3] = math.nan
-    sigma = reference.top_singular_triple(L)[0]
+    sigma = triple(L)[0]
     assert sigma[1].isnan()
     close([sigma[[0, 2]]], [torch.linalg.matrix_norm(L[[0, 2]].double(), 2)], 1e-6)
 
 
 def test_a_bad_residual_falls_back_to_the_full_decomposition(monkeypatch):
     L = torch.eye(32) + 0.3 * torch.randn(2, 32, 32)
-    expected = reference.top_singular_triple(L.double())
+    expected = spectral.top_singular_triple(L.double())
     calls = []
     eigh = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda M: calls.append(1) or eigh(M))
-    close(reference.top_singular_triple(L)[:1], expected[:1], 1e-6)
+    close(spectral.top_singular_triple(L)[:1], expected[:1], 1e-6)
     assert not calls
-    monkeypatch.setattr(reference, "INVERSE_ITERATIONS", 0)
-    sigma, _, right = reference.top_singular_triple(L)
+    monkeypatch.setattr(spectral, "INVERSE_ITERATIONS", 0)
+    sigma, _, right = spectral.top_singular_triple(L)
     assert calls
     close([sigma], expected[:1], 1e-6)
     assert ((right.double() * expected[2]).sum(1).abs() > 1 - 1e-6).all()
@@ -359,55 +440,106 @@ def test_a_failing_decomposition_gives_nan(monkeypatch):
         raise torch.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr(torch.linalg, "eigvalsh", gives_up)
-    assert reference.top_singular_triple(torch.randn(2, 5, 5))[0].isnan().all()
+    assert spectral.top_singular_triple(torch.randn(2, 5, 5))[0].isnan().all()
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-5, 1e5, 1e18, 1e30])
 def test_losses_at_any_scale_of_L(scale):
-    states, K, L = problem(dtype=torch.float32)
-    scaled = (L.detach() * scale).requires_grad_()
-    exact = [t.detach().double().requires_grad_() for t in (states, K, scaled)]
-    expected = values_and_gradients(reference.koopman_losses, exact, "code")
-    results = values_and_gradients(koopman_losses, [states, K, scaled], "code")
-    close(results[:4], expected[:4], 1e-5)
+    *others, L = problem(dtype=torch.float32)
+    inputs = [*others, (L.detach() * scale).requires_grad_()]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    expected = values_and_gradients(definition, exact, "code")
+    results = values_and_gradients(koopman_losses, inputs, "code")
+    close(results[:5], expected[:5], 1e-5)
     # the gradient of L is of order V / scale: compared in its own units
-    unit = expected[4].abs().max()
-    close([results[4].double() / unit], [expected[4] / unit], 1e-5)
+    unit = expected[5].abs().max()
+    close([results[5].double() / unit], [expected[5] / unit], 1e-5)
+
+
+# -------------------------------------------------------------------------------------- rollout
+
+
+def test_rollout_by_brute_force():
+    z0, K = torch.randn(3, 6, dtype=torch.float64), problem(grad=False)[2]
+    expected = [z0 @ torch.linalg.matrix_power(K, t) for t in range(6)]
+    close([koopman_rollout(z0, K, 5)], [torch.stack(expected)], 1e-12)
+    assert torch.equal(koopman_rollout(z0, K, 0), z0[None])
+
+
+def test_rollout_of_packed_runs():
+    z0, K = torch.randn(2, 3, 6), torch.randn(2, 6, 6)
+    together = koopman_rollout(z0, K, 4)
+    assert together.shape == (5, 2, 3, 6)
+    for r in range(2):
+        close([together[:, r]], [koopman_rollout(z0[r], K[r], 4)], 1e-6)
+    close([koopman_rollout(z0, K[0], 4)[:, 1]], [koopman_rollout(z0[1], K[0], 4)], 1e-6)
+
+
+def test_rollout_gradcheck():
+    z0, K = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (z0, K)]
+    assert gradcheck(lambda *t: koopman_rollout(*t, 3), inputs)
+    assert torch.autograd.gradgradcheck(lambda *t: koopman_rollout(*t, 2), inputs)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"steps": -1}, ValueError, "steps must be at least 0, got -1"),
+        ({"steps": 2.0}, TypeError, "steps must be an integer, got 2.0"),
+        ({"z0": torch.rand(6)}, ValueError, r"z0 must be \(\.\.\., P, k\), got \(6,\)"),
+        ({"K": torch.rand(2, 6, 6)}, ValueError, r"K must be \(6, 6\) .* got \(2, 6, 6\)"),
+        ({"K": torch.rand(6, 6).double()}, TypeError, "K must be like z0 .* got .* float64"),
+    ],
+)
+def test_rollout_error_messages(change, error, message):
+    with pytest.raises(error, match=message) as caught:
+        koopman_rollout(**({"z0": torch.rand(3, 6), "K": torch.rand(6, 6), "steps": 2} | change))
+    assert "\n" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------ as an op
 
+EPSILONS = pytest.mark.parametrize("eps", [None, 1e-6])
+
 
 @BOTH
 @EACH_MODE
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_opcheck(formulation, mode, blocks):
-    inputs = problem(mode, blocks=blocks, dtype=torch.float32)
-    torch.library.opcheck(torch.ops.pae.koopman_losses_fwd, (*inputs, formulation))
+@EPSILONS
+@pytest.mark.parametrize("runs, blocks", [(None, 1), (None, 3), (2, 3)])
+def test_opcheck(formulation, mode, eps, runs, blocks):
+    inputs = problem(mode, blocks=blocks, dtype=torch.float32, runs=runs)
+    options = formulation, eps
+    torch.library.opcheck(torch.ops.pae.koopman_losses_fwd, (*inputs, *options))
     plain = [t.detach() for t in inputs]
-    saved = torch.ops.pae.koopman_losses_fwd(*plain, formulation)[2:]
-    ones = torch.ones(()), torch.ones(())
-    torch.library.opcheck(torch.ops.pae.koopman_losses_bwd, (*ones, *plain, formulation, *saved))
+    values = torch.ops.pae.koopman_losses_fwd(*plain, *options)
+    ends = [torch.ones_like(v) for v in values[:2]]
+    torch.library.opcheck(torch.ops.pae.koopman_losses_bwd, (*ends, *plain, *options, *values[2:]))
 
 
 @BOTH
 @EACH_MODE
-def test_both_autograd_paths_agree(formulation, mode):
+@EPSILONS
+def test_both_autograd_paths_agree(formulation, mode, eps):
     inputs = problem(mode)
     registered = values_and_gradients(
-        lambda *args: torch.ops.pae.koopman_losses_fwd(*args)[:2], inputs, formulation
+        lambda *args: torch.ops.pae.koopman_losses_fwd(*args)[:2], inputs, formulation, eps
     )
-    eager = values_and_gradients(koopman_losses, inputs, formulation)
+    gauge = "none" if eps is None else "layernorm"
+    eager = values_and_gradients(koopman_losses, inputs, formulation, gauge)
     assert all(torch.equal(a, b) for a, b in zip(registered, eager))
 
 
 @BOTH
-def test_compiles_without_a_break(formulation):
-    def loss(states, K, L):
-        consistency, lyapunov = koopman_losses(2 * states, K, L, formulation)
-        return consistency + 3 * lyapunov
+@EACH_GAUGE
+@pytest.mark.parametrize("runs", [None, 2])
+def test_compiles_without_a_break(formulation, gauge, runs):
+    def loss(prompts, lift, K, L):
+        consistency, lyapunov = koopman_losses(2 * prompts, lift, K, L, formulation, gauge)
+        return (consistency + 3 * lyapunov).sum()
 
-    inputs = problem(dtype=torch.float32)
+    inputs = problem(dtype=torch.float32, runs=runs)
+    torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     expected = loss(*inputs), *torch.autograd.grad(loss(*inputs), inputs)
     actual = compiled(*inputs), *torch.autograd.grad(compiled(*inputs), inputs)
@@ -446,21 +578,35 @@ def test_a_forced_version_that_does_not_exist_is_an_error(monkeypatch):
         koopman_losses(*problem())
 
 
+GOOD = {
+    "prompts": torch.rand(4, 3, 9),
+    "lift": torch.rand(6, 9),
+    "K": torch.rand(6, 6),
+    "L": torch.rand(6, 6),
+}
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"states": torch.rand(3, 6)}, ValueError, r"states must be .* got \(3, 6\) float32"),
-        ({"states": torch.rand(4, 0, 6)}, ValueError, r"states must be .* got \(4, 0, 6\)"),
-        ({"states": torch.rand(4, 3, 6).half()}, TypeError, "states must be float32 or float64"),
-        ({"K": torch.rand(6, 5)}, ValueError, r"K must be \(6, 6\) or \(4, 6, 6\).*got \(6, 5\)"),
+        ({"prompts": torch.rand(3, 9)}, ValueError, r"prompts must be .* got \(3, 9\) float32"),
+        ({"prompts": torch.rand(4, 0, 9)}, ValueError, r"prompts must be .* got \(4, 0, 9\)"),
+        ({"prompts": torch.rand(0, 4, 3, 9)}, ValueError, "prompts must be .*R >= 1"),
+        ({"prompts": torch.rand(4, 3, 9).half()}, TypeError, "prompts must be float32 or float64"),
+        ({"lift": torch.rand(6, 8)}, ValueError, r"lift must be \(k >= 1, 9\) .* got \(6, 8\)"),
+        ({"lift": torch.rand(0, 9)}, ValueError, r"lift must be \(k >= 1, 9\) .* got \(0, 9\)"),
+        ({"lift": torch.rand(1, 6, 9)}, ValueError, r"lift must be .* got \(1, 6, 9\)"),
+        ({"lift": torch.rand(6, 9).double()}, TypeError, "lift must be like prompts .* float64"),
+        ({"K": torch.rand(6, 5)}, ValueError, r"K must be \(6, 6\) or .*got \(6, 5\)"),
         ({"L": torch.rand(3, 6, 6)}, ValueError, r"L must be \(6, 6\) or \(4, 6, 6\)"),
         ({"L": torch.rand(4, 6, 6)}, ValueError, "K and L must have the same shape"),
-        ({"K": torch.rand(6, 6).double()}, TypeError, "K must be like states .* got .* float64"),
+        ({"K": torch.rand(6, 6).double()}, TypeError, "K must be like prompts .* got .* float64"),
         ({"formulation": "both"}, ValueError, "formulation must be one of .* got 'both'"),
+        ({"gauge": "l2"}, ValueError, "gauge must be one of .* got 'l2'"),
+        ({"eps": -1.0}, ValueError, "eps must be a number of at least 0, got -1.0"),
     ],
 )
 def test_error_messages(change, error, message):
-    arguments = {"states": torch.rand(4, 3, 6), "K": torch.rand(6, 6), "L": torch.rand(6, 6)}
     with pytest.raises(error, match=message) as caught:
-        koopman_losses(**(arguments | change))
+        koopman_losses(**(GOOD | change))
     assert "\n" not in str(caught.value)

@@ -12,61 +12,135 @@ from . import reference
 backends.register("koopman_losses", backends.Version("reference", reference, backends.anywhere))
 
 FORMULATIONS = ("code", "paper")
+GAUGES = ("none", "layernorm")
 
 
 def koopman_losses(
-    states: Tensor, K: Tensor, L: Tensor, formulation: str = "code"
+    prompts: Tensor,
+    lift: Tensor,
+    K: Tensor,
+    L: Tensor,
+    formulation: str = "code",
+    gauge: str = "none",
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """sum_j |z_j K - z_{j+1}|^2 and sum_j phi(V(z_j K) - V(z_j)), V(z) = |L z|^2 / sigma_max(L)^2.
+    """sum_j |z_j K - z_{j+1}|^2 and sum_j phi(V(z_j K) - V(z_j)), z_j = g(p_j) lift^T,
+    V(z) = |L z|^2 / sigma_max(L)^2.
 
-    `reference` states both formulations in full.
+    `reference` states both formulations in full. Which blocks take part, and whether the first one
+    does, is the caller's choice of what to stack.
 
     Args:
-        states: (m + 1, P, k) prompt states of consecutive blocks, fp32 or fp64, P >= 1; m may be 0.
-        K: Koopman operator, applied from the right: (k, k), or one per state (m + 1, k, k), the
-            last one unused.
+        prompts: (J, P, D) prompts of J consecutive blocks, fp32 or fp64, P >= 1; a J of 1 or 0 has
+            no pair. With a leading axis of R packed runs, (R, J, P, D), everything else has it
+            too, and nothing passes from one run to another.
+        lift: (k, D), as the weight of a bias-free `nn.Linear(D, k)`.
+        K: Koopman operator, applied from the right: (k, k), or one per block (J, k, k), the last
+            one unused.
         L: Lyapunov factor of the same shape.
         formulation: "code" (mean error, normalised V of the predicted next state, softplus) or
             "paper" (summed error, V = tr(z L^T L z^T) of the actual next state, max(0, .)).
+        gauge: "none" lifts the prompts as they are. "layernorm" lifts LayerNorm(prompts), without
+            affine: a network with LayerNorm in front of its keys sees no more of a prompt than
+            that, so neither loss can be lowered by shrinking prompts, which changes nothing else.
+        eps: of the gauge's LayerNorm.
 
     Returns:
-        consistency and lyapunov, unweighted scalars in the dtype of states.
+        consistency and lyapunov, unweighted, () or (R,), in the dtype of prompts.
 
-    Gradients: states, K and L; analytic, once differentiable. Operators that belong to no pair get
-        zeros. Where several singular values of L are the largest, one of them is differentiated.
+    Gradients: prompts, lift, K and L; analytic, once differentiable. Operators that belong to no
+        pair get zeros. Where several singular values of L are the largest, one of them is
+        differentiated.
 
-    Numerics: sigma_max(L) is exact to rounding at every spectrum and scale. An L with NaN or
-        infinity makes the Lyapunov term NaN and raises nothing.
+    Numerics: sigma_max(L) is exact to 1e-6, relative, at every spectrum and scale, to rounding in
+        the reference. An L with NaN or infinity makes the Lyapunov term NaN and raises nothing.
+        Products are exact fp32 whatever the flags for TF32 and autocast say, but for those of the
+        reference on a GPU, which are PyTorch's.
+
+    On a GPU in fp32 nothing waits for the device and nothing depends on earlier calls: it may be
+    captured in a CUDA graph. The reference reads flags on the host (fp64 on a GPU).
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what was expected.
 
     Source: PAE (arXiv 2601.20232), Eq. 6-11.
     """
-    _check(states, K, L, formulation)
+    _check(prompts, lift, K, L, formulation, gauge, eps)
+    eps = float(eps) if gauge == "layernorm" else None
     if torch.compiler.is_compiling():
-        return torch.ops.pae.koopman_losses_fwd(states, K, L, formulation)[:2]
-    return _KoopmanLosses.apply(states, K, L, formulation)
+        return torch.ops.pae.koopman_losses_fwd(prompts, lift, K, L, formulation, eps)[:2]
+    return _KoopmanLosses.apply(prompts, lift, K, L, formulation, eps)
 
 
-def _check(states, K, L, formulation) -> None:
+def koopman_rollout(z0: Tensor, K: Tensor, steps: int) -> Tensor:
+    """z_t = z_0 K^t for t = 0 .. steps: what K alone predicts, for analysis and extrapolation.
+
+    Args:
+        z0: (..., P, k) states.
+        K: (k, k), or (..., k, k) to go with the leading axes of z0.
+        steps: at least 0.
+
+    Returns:
+        (steps + 1, ..., P, k), z0 first, in the dtype of z0.
+
+    Gradients: z0 and K, by autograd, as often as wanted. One product a step: all states on the way
+        are asked for, so K is not raised to powers.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what was expected.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps must be an integer, got {steps!r}")
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
+    if z0.dim() < 2:
+        raise ValueError(f"z0 must be (..., P, k), got {_says(z0)}")
+    k = z0.shape[-1]
+    if K.dim() < 2 or tuple(K.shape) not in ((k, k), (*z0.shape[:-2], k, k)):
+        raise ValueError(
+            f"K must be {(k, k)} or {(*z0.shape[:-2], k, k)} for z0 {tuple(z0.shape)}, "
+            f"got {_says(K)}"
+        )
+    if K.dtype != z0.dtype or K.device != z0.device:
+        raise TypeError(f"K must be like z0 ({_says(z0)}), got {_says(K)}")
+    states = [z0]
+    for _ in range(steps):
+        states.append(states[-1] @ K)
+    return torch.stack(states)
+
+
+def _check(prompts, lift, K, L, formulation, gauge, eps) -> None:
     if formulation not in FORMULATIONS:
         raise ValueError(f"formulation must be one of {FORMULATIONS}, got {formulation!r}")
-    if states.dim() != 3 or 0 in states.shape[1:]:
-        raise ValueError(f"states must be (blocks, P >= 1, k >= 1), got {_says(states)}")
-    if states.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"states must be float32 or float64, got {_says(states)}")
-    blocks, _, k = states.shape
+    if gauge not in GAUGES:
+        raise ValueError(f"gauge must be one of {GAUGES}, got {gauge!r}")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps >= 0:
+        raise ValueError(f"eps must be a number of at least 0, got {eps!r}")
+    if prompts.dim() not in (3, 4) or 0 in prompts.shape[-2:] or 0 in prompts.shape[:-3]:
+        raise ValueError(
+            "prompts must be (J, P >= 1, D >= 1) or (R >= 1, J, P >= 1, D >= 1), "
+            f"got {_says(prompts)}"
+        )
+    if prompts.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"prompts must be float32 or float64, got {_says(prompts)}")
+    *runs, blocks, _, width = prompts.shape
+    if 0 in lift.shape or lift.dim() < 2 or (*lift.shape[:-2], lift.shape[-1]) != (*runs, width):
+        expected = ", ".join(map(str, (*runs, "k >= 1", width)))
+        raise ValueError(
+            f"lift must be ({expected}) for prompts {tuple(prompts.shape)}, got {_says(lift)}"
+        )
+    k = lift.shape[-2]
     for name, operator in (("K", K), ("L", L)):
-        if tuple(operator.shape) not in ((k, k), (blocks, k, k)):
+        if tuple(operator.shape) not in ((*runs, k, k), (*runs, blocks, k, k)):
             raise ValueError(
-                f"{name} must be {(k, k)} or {(blocks, k, k)} for states {tuple(states.shape)}, "
-                f"got {_says(operator)}"
+                f"{name} must be {(*runs, k, k)} or {(*runs, blocks, k, k)} for prompts "
+                f"{tuple(prompts.shape)} and lift {tuple(lift.shape)}, got {_says(operator)}"
             )
-        if operator.dtype != states.dtype or operator.device != states.device:
-            raise TypeError(f"{name} must be like states ({_says(states)}), got {_says(operator)}")
     if K.dim() != L.dim():
         raise ValueError(f"K and L must have the same shape, got {_says(K)} and {_says(L)}")
+    for name, t in (("lift", lift), ("K", K), ("L", L)):
+        if t.dtype != prompts.dtype or t.device != prompts.device:
+            raise TypeError(f"{name} must be like prompts ({_says(prompts)}), got {_says(t)}")
 
 
 def _says(t: Tensor) -> str:
@@ -74,28 +148,45 @@ def _says(t: Tensor) -> str:
 
 
 _lib = torch.library.Library("pae", "FRAGMENT")
-_SAVED = ("error", "points", "images", "norms", "values", "gain", "left", "right")
+_SAVED = (
+    "states", "predicted", "images", "pull", "radial", "spin", "left", "right", "statistics",
+)  # fmt: skip
 _saved = ", ".join(f"Tensor {name}" for name in _SAVED)
+_inputs = "Tensor prompts, Tensor lift, Tensor K, Tensor L, str formulation, float? eps"
+_lib.define(f"koopman_losses_fwd({_inputs}) -> (Tensor consistency, Tensor lyapunov, {_saved})")
 _lib.define(
-    "koopman_losses_fwd(Tensor states, Tensor K, Tensor L, str formulation) -> "
-    f"(Tensor consistency, Tensor lyapunov, {_saved})"
+    f"koopman_losses_bwd(Tensor d_consistency, Tensor d_lyapunov, {_inputs}, {_saved}) -> "
+    "(Tensor d_prompts, Tensor d_lift, Tensor d_K, Tensor d_L)"
 )
-_lib.define(
-    "koopman_losses_bwd(Tensor d_consistency, Tensor d_lyapunov, Tensor states, Tensor K, "
-    f"Tensor L, str formulation, {_saved}) -> (Tensor d_states, Tensor d_K, Tensor d_L)"
-)
+
+
+def _version(t: Tensor):
+    return backends.choose("koopman_losses", t.device, t.dtype)
+
+
+def _packed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """With an axis of runs, which every version expects."""
+    return tuple(t[None] for t in tensors)
 
 
 # autocast would reach the products inside: the regulariser is never computed in half precision
-def _forward(states, *rest):
-    with torch.autocast(states.device.type, enabled=False):
-        return backends.choose("koopman_losses", states.device).forward(states, *rest)
+def _forward(prompts, lift, K, L, formulation, eps):
+    single = prompts.dim() == 3
+    inputs = _packed(prompts, lift, K, L) if single else (prompts, lift, K, L)
+    with torch.autocast(prompts.device.type, enabled=False):
+        consistency, lyapunov, *saved = _version(prompts).forward(*inputs, formulation, eps)
+    if single:
+        consistency, lyapunov = consistency.reshape(()), lyapunov.reshape(())
+    return consistency, lyapunov, *saved
 
 
-def _backward(d_consistency, *rest):
-    device = d_consistency.device
-    with torch.autocast(device.type, enabled=False):
-        return backends.choose("koopman_losses", device).backward(d_consistency, *rest)
+def _backward(d_consistency, d_lyapunov, prompts, lift, K, L, formulation, eps, *saved):
+    single = prompts.dim() == 3
+    inputs = _packed(prompts, lift, K, L) if single else (prompts, lift, K, L)
+    ends = d_consistency.reshape(-1), d_lyapunov.reshape(-1)
+    with torch.autocast(prompts.device.type, enabled=False):
+        gradients = _version(prompts).backward(*ends, *inputs, formulation, eps, *saved)
+    return tuple(g[0] for g in gradients) if single else tuple(gradients)
 
 
 for _key in ("CPU", "CUDA"):
@@ -104,40 +195,48 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("pae::koopman_losses_fwd", lib=_lib)
-def _(states, K, L, formulation):
-    count, k = states.shape[1:]
-    pairs = states[1:].shape[0]
-    norms = pairs if K.dim() == 3 else 1
+def _(prompts, lift, K, L, formulation, eps):
+    *runs, blocks, count, _ = prompts.shape
+    k = lift.shape[-2]
+    packed = runs[0] if runs else 1
+    pairs = prompts[1:].shape[0] if not runs else prompts[:, 1:].shape[1]
+    groups = pairs if K.dim() == prompts.dim() else 1
+    new = prompts.new_empty
     return (
-        states.new_empty(()),
-        states.new_empty(()),
-        states.new_empty(pairs, count, k),
-        states.new_empty(pairs, 2 * count, k),
-        states.new_empty(pairs, 2 * count, k),
-        states.new_empty(pairs, 2 * count),
-        states.new_empty(pairs, 2 * count),
-        states.new_empty(norms),
-        states.new_empty(norms, k),
-        states.new_empty(norms, k),
+        new(runs),
+        new(runs),
+        new(packed, blocks, count, k),
+        new(packed, pairs, count, k),
+        new(packed, pairs, 2 * count, k),
+        new(packed, pairs, 2 * count),
+        new(packed, pairs, 2 * count),
+        new(packed, groups),
+        new(packed, groups, k),
+        new(packed, groups, k),
+        new(0) if eps is None else new(packed, blocks, count, 2),
     )
 
 
 @torch.library.register_fake("pae::koopman_losses_bwd", lib=_lib)
-def _(d_consistency, d_lyapunov, states, K, L, *rest):
-    return states.new_empty(states.shape), K.new_empty(K.shape), L.new_empty(L.shape)
+def _(d_consistency, d_lyapunov, prompts, lift, K, L, *rest):
+    return tuple(t.new_empty(t.shape) for t in (prompts, lift, K, L))
 
 
 def _setup_context(ctx, inputs, output):
-    states, K, L, ctx.formulation = inputs
+    prompts, lift, K, L, ctx.formulation, ctx.eps = inputs
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(states, K, L, *output[2:])
+    ctx.save_for_backward(prompts, lift, K, L, *output[2:])
 
 
 def _grads(ctx, d_consistency, d_lyapunov, *_):
-    states, K, L, *saved = ctx.saved_tensors
-    return *torch.ops.pae.koopman_losses_bwd(
-        d_consistency, d_lyapunov, states, K, L, ctx.formulation, *saved
-    ), None
+    prompts, lift, K, L, *saved = ctx.saved_tensors
+    return (
+        *torch.ops.pae.koopman_losses_bwd(
+            d_consistency, d_lyapunov, prompts, lift, K, L, ctx.formulation, ctx.eps, *saved
+        ),
+        None,
+        None,
+    )
 
 
 torch.library.register_autograd(
@@ -149,10 +248,12 @@ class _KoopmanLosses(torch.autograd.Function):
     """Eager path: the same two ops with a third of `register_autograd`'s cost per call."""
 
     @staticmethod
-    def forward(ctx, states, K, L, formulation):
-        consistency, lyapunov, *saved = torch.ops.pae.koopman_losses_fwd(states, K, L, formulation)
-        ctx.formulation = formulation
-        ctx.save_for_backward(states, K, L, *saved)
+    def forward(ctx, prompts, lift, K, L, formulation, eps):
+        consistency, lyapunov, *saved = torch.ops.pae.koopman_losses_fwd(
+            prompts, lift, K, L, formulation, eps
+        )
+        ctx.formulation, ctx.eps = formulation, eps
+        ctx.save_for_backward(prompts, lift, K, L, *saved)
         return consistency, lyapunov
 
     backward = staticmethod(once_differentiable(_grads))

@@ -1,9 +1,12 @@
 """Koopman and Lyapunov losses in plain PyTorch: the definition, and the pair that runs without a
 kernel.
 
-States z_0 .. z_m of shape (P, k) make m pairs (z_j, z_{j+1}). Global operators K, L are (k, k);
-layerwise operators are stacked, (m + 1, k, k): pair j uses number j, the last one belongs to no
-pair. Both losses are sums over pairs.
+R independent runs lie packed in the first axis of everything. Prompts (R, J, P, D) of J consecutive
+blocks are lifted to states z_j = g(p_j) lift^T of width k; g is the identity, or, with `eps`,
+LayerNorm without affine, the form in which the network sees its prompts. J states make m = J - 1
+pairs (z_j, z_{j+1}). Global operators K, L are (R, k, k); layerwise operators are stacked,
+(R, J, k, k): pair j uses number j, the last one belongs to no pair. Both losses are sums over the
+pairs of a run.
 
 "code", the released training code of PAE, with y = z_j K:
     consistency = mean over P and k of (y - z_{j+1})^2
@@ -27,148 +30,202 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .spectral import top_singular_triple
+
 EPS = 1e-8
 CEILING = 10.0
-INVERSE_ITERATIONS = 3  # two reach rounding at every spectrum tried, the third is the margin
 
 
-def koopman_losses(states: Tensor, K: Tensor, L: Tensor, formulation: str) -> tuple[Tensor, Tensor]:
-    """The definition, with Q = L^T L spelled out.
+def koopman_losses(
+    prompts: Tensor, lift: Tensor, K: Tensor, L: Tensor, formulation: str, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """The definition, with Q = L^T L spelled out: two losses (R,).
 
     Half precision is computed in fp32; a non-finite L raises.
     """
-    if states.dtype in (torch.float16, torch.bfloat16):
-        states, K, L = states.float(), K.float(), L.float()
-    if K.dim() == 3:
-        K, L = K[:-1], L[:-1]
-    now, following = states[:-1], states[1:]  # (m, P, k)
+    if prompts.dtype in (torch.float16, torch.bfloat16):
+        prompts, lift, K, L = prompts.float(), lift.float(), K.float(), L.float()
+    K, L = (t[:, :-1] if t.dim() == 4 else t[:, None] for t in (K, L))
+    if eps is not None:
+        prompts = F.layer_norm(prompts, prompts.shape[-1:], eps=eps)
+    states = prompts @ lift.mT[:, None]
+    now, following = states[:, :-1], states[:, 1:]  # (R, m, P, k)
     predicted = now @ K
     squares = (predicted - following).square()
     Q = L.mT @ L
 
     if formulation == "paper":
 
-        def energy(x: Tensor) -> Tensor:  # (m,)
-            return (x @ Q * x).sum(dim=(1, 2))
+        def energy(x: Tensor) -> Tensor:  # (R, m)
+            return (x @ Q * x).sum(dim=(2, 3))
 
-        return squares.sum(), (energy(following) - energy(now)).relu().sum()
+        rise = energy(following) - energy(now)
+        return squares.sum(dim=(1, 2, 3)), rise.relu().sum(dim=1)
 
     Q = Q / (torch.linalg.matrix_norm(Q, ord=2)[..., None, None] + EPS)
 
-    def row_energy(x: Tensor) -> Tensor:  # (m, P)
+    def row_energy(x: Tensor) -> Tensor:  # (R, m, P)
         x = x / (x.norm(dim=-1, keepdim=True) + EPS).clamp(min=1)
         return (x @ Q * x).sum(dim=-1)
 
-    s = F.softplus(row_energy(predicted) - row_energy(now)).mean(dim=1)
-    return squares.mean(dim=(1, 2)).sum(), (CEILING * torch.tanh(s / CEILING)).sum()
+    s = F.softplus(row_energy(predicted) - row_energy(now)).mean(dim=2)
+    consistency = squares.mean(dim=(2, 3)).sum(dim=1)
+    return consistency, (CEILING * torch.tanh(s / CEILING)).sum(dim=1)
 
 
-def forward(states: Tensor, K: Tensor, L: Tensor, formulation: str) -> tuple[Tensor, ...]:
-    """Both losses, then what `backward` reads.
+def forward(
+    prompts: Tensor, lift: Tensor, K: Tensor, L: Tensor, formulation: str, eps: float | None
+) -> tuple[Tensor, ...]:
+    """Both losses (R,), then what `backward` reads.
 
-    With b = 1 for global operators and b = m for layerwise ones:
-        error (m, P, k)     prediction minus next state
-        points (m, 2P, k)   arguments of V: of each pair the later state, then the earlier one
-        images (m, 2P, k)   L c(points), divided by sigma where V is normalised
-        norms (m, 2P)       norms of the points; 0 where c is the identity
-        values (m, 2P)      V
-        gain (b,)           sigma / (sigma^2 + eps); 1 where V is not normalised
-        left, right (b, k)  top singular vectors; 0 where V is not normalised
+    With G = 1 operator per run, or G = m for layerwise ones:
+        states (R, J, P, k)
+        predicted (R, m, P, k)
+        images (R, m, 2P, k)  L x / unit of the arguments x of V: of each pair the later state, then
+                              the earlier one; unit is a power of two of the size of L, 1 for
+                              "paper"
+        pull, radial (R, m, 2P)  d lyapunov / d x = pull (L^T images) - radial x
+        spin (R, G)           d lyapunov / d L = (pull images)^T x + spin left right^T
+        left, right (R, G, k) top singular vectors; 0 where V is not normalised
+        statistics (R, J, P, 2)  mean and 1 / std of the prompt rows; (0,) without LayerNorm
     """
-    count, k = states.shape[1:]
-    now, following = states[:-1], states[1:]
-    if K.dim() == 3:
-        K, L = K[:-1], L[:-1]
+    runs, blocks, count, width = prompts.shape
+    pairs, k = max(blocks - 1, 0), lift.shape[1]
+    groups = pairs if K.dim() == 4 else 1
+    rows, statistics = _gauge(prompts, eps)
+    states = (rows.reshape(runs, -1, width) @ lift.mT).reshape(runs, blocks, count, k)
+    now, following = states[:, :-1], states[:, 1:]
+    predicted = (_by_operator(now, K) @ _operators(K)).reshape(now.shape)
 
-    predicted = now @ K
+    points = torch.cat([predicted if formulation == "code" else following, now], dim=2)
+    used = _operators(L)
     if formulation == "code":
-        points = torch.cat([predicted, now], dim=1)
-        norms = torch.linalg.vector_norm(points, dim=-1)
-        sigma, left, right = top_singular_triple(L.reshape(-1, k, k))
-        # no sigma^2 and no division by sigma = 0: right wherever L z itself is finite
+        sigma, left, right = (
+            t.reshape(runs, groups, *t.shape[1:]) for t in top_singular_triple(used)
+        )
         sigma = sigma.clamp(min=torch.finfo(sigma.dtype).tiny)
-        gain = 1 / (sigma + EPS / sigma)
-        lengths = (norms + EPS).clamp(min=1)
-        images = (points @ L.mT).div_((lengths * sigma[:, None])[..., None])
-        values = _row_squares(images) * (sigma * gain)[:, None]
-    else:
-        points = torch.cat([following, now], dim=1)
-        norms = points.new_zeros(points.shape[:2])
-        images = points @ L.mT
-        values = _row_squares(images)
-        gain = L.new_ones(L.shape[0] if L.dim() == 3 else 1)
-        left, right = gain.new_zeros(len(gain), k), gain.new_zeros(len(gain), k)
-
-    error = predicted.sub_(following)
-    consistency = _row_squares(error).sum()
-    rise = values[:, :count] - values[:, count:]
+        unit = _power_of_two(sigma)
+        used = used / unit.reshape(-1, 1, 1)
+    images = (_by_operator(points, L) @ used.mT).reshape(points.shape)
+    squares = _row_squares(images)  # (R, m, 2P)
     if formulation == "code":
-        consistency = consistency / (count * k)
-        lyapunov = CEILING * torch.tanh(F.softplus(rise).mean(dim=1) / CEILING)
+        norms = torch.linalg.vector_norm(points, dim=-1)
+        lengths = (norms + EPS).clamp(min=1)
+        # no sigma^2 and no division by sigma = 0: right wherever L z itself is finite
+        gain = 1 / (sigma + EPS / sigma)
+        weight = (gain / (sigma / unit))[..., None]
+        values = squares * (weight * unit[..., None]) / lengths.square()
+        rise = values[..., :count] - values[..., count:]
+        s = F.softplus(rise).mean(dim=2, keepdim=True)
+        saturated = torch.tanh(s / CEILING)
+        lyapunov = CEILING * saturated.sum(dim=(1, 2))
+        slope = (1 - saturated.square()) * torch.sigmoid(rise) / count
+        slope = torch.cat([slope, -slope], dim=2)  # d lyapunov / d values
+        pull = 2 * slope * weight / lengths.square()
+        # c scales rows longer than 1: their gradient has no part along the row
+        radial = torch.where(norms + EPS > 1, 2 * slope * values / (norms * lengths), 0)
+        flow = (slope * values).sum(dim=2)
+        flow = flow if K.dim() == 4 else flow.sum(dim=1, keepdim=True)
+        spin = -2 * flow * gain
     else:
-        lyapunov = rise.sum(dim=1).relu()
-    return consistency, lyapunov.sum(), error, points, images, norms, values, gain, left, right
+        rise = squares[..., :count].sum(dim=2) - squares[..., count:].sum(dim=2)
+        lyapunov = rise.relu().sum(dim=1)
+        slope = 2 * (rise > 0).to(rise.dtype)[..., None].expand(runs, pairs, count)
+        pull = torch.cat([slope, -slope], dim=2)
+        radial = torch.zeros_like(pull)
+        spin, left = pull.new_zeros(runs, groups), pull.new_zeros(runs, groups, k)
+        right = torch.zeros_like(left)
+    consistency = _row_squares(predicted - following).sum(dim=(1, 2)) * _share(formulation, now)
+    saved = states, predicted, images, pull, radial, spin, left, right, statistics
+    return consistency, lyapunov, *saved
 
 
 def backward(
     d_consistency: Tensor,
     d_lyapunov: Tensor,
-    states: Tensor,
+    prompts: Tensor,
+    lift: Tensor,
     K: Tensor,
     L: Tensor,
     formulation: str,
-    error: Tensor,
-    points: Tensor,
+    eps: float | None,
+    states: Tensor,
+    predicted: Tensor,
     images: Tensor,
-    norms: Tensor,
-    values: Tensor,
-    gain: Tensor,
+    pull: Tensor,
+    radial: Tensor,
+    spin: Tensor,
     left: Tensor,
     right: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of states, K and L; layerwise operators that belong to no pair get zeros.
+    statistics: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of prompts, lift, K and L; layerwise operators that belong to no pair get zeros.
 
-    V's gradients for its argument and for L are both one product with the images L c(x); the
-    spectral norm adds the rank-one term of d sigma^2 = 2 sigma <left right^T, dL>. No product is
-    larger than (2mP, k) by (k, k).
+    d_consistency and d_lyapunov are (R,). V's gradients for its argument and for L are both one
+    product with the images; the spectral norm adds a rank-one term. No product is larger than
+    (2mP, k) by (k, k) or (JP, k) by (k, D).
     """
-    count, k = states.shape[1:]
-    now = states[:-1]
+    runs, _, count, width = prompts.shape
+    now, following = states[:, :-1], states[:, 1:]
     code = formulation == "code"
-    layerwise = K.dim() == 3
-    K_pairs, L_pairs = (K[:-1], L[:-1]) if layerwise else (K, L)
+    d_lyapunov = d_lyapunov.reshape(runs, 1, 1, 1)
 
-    rise = values[:, :count] - values[:, count:]
-    if code:
-        s = F.softplus(rise).mean(dim=1, keepdim=True)
-        slope = (1 - torch.tanh(s / CEILING).square()) * torch.sigmoid(rise) / count
-    else:
-        slope = (rise.sum(dim=1, keepdim=True) > 0).to(rise.dtype).expand_as(rise)
-    slope = d_lyapunov * torch.cat([slope, -slope], dim=1)  # d loss / d values
+    points = torch.cat([predicted if code else following, now], dim=2)
+    pulled = images * (d_lyapunov * pull[..., None])
+    d_points = (_by_operator(pulled, L) @ _operators(L)).reshape(points.shape)
+    d_points.addcmul_(points, d_lyapunov * radial[..., None], value=-1)
+    d_L = _sum_outer(pulled, points, L)
+    twist = (d_lyapunov[..., 0] * spin[..., None] * left)[..., None] * right[..., None, :]
+    (d_L[:, :-1] if L.dim() == 4 else d_L).add_(twist if L.dim() == 4 else twist[:, 0])
+    d_later, d_now = d_points[:, :, :count], d_points[:, :, count:]
 
-    # c scales rows longer than 1; the radial part of their gradient, 2 slope V, has no effect
-    lengths = (norms + EPS).clamp(min=1)
-    radial = torch.where(norms + EPS > 1, 2 * slope * values / (norms * lengths), 0)
-    pull = images * (2 * slope * gain[:, None] / lengths)[..., None]
-    d_points = (pull @ L_pairs).addcmul_(points, radial[..., None], value=-1)
-    d_L = _sum_outer(pull, points, L)
-    flow = (slope * values).sum(dim=1)
-    flow = gain * (flow if layerwise else flow.sum(dim=0, keepdim=True))
-    used = d_L[: len(flow)] if layerwise else d_L[None]
-    used.baddbmm_((-2 * flow)[:, None, None] * left[..., None], right[:, None])
-    d_later, d_now = d_points[:, :count], d_points[:, count:]
-
+    d_error = 2 * _share(formulation, now) * d_consistency.reshape(runs, 1, 1, 1)
+    d_error = (predicted - following) * d_error
+    d_predicted = d_error + d_later if code else d_error
     d_states = states.new_empty(states.shape)
-    d_states[:1] = 0
-    d_following = d_states[1:]
-    torch.mul(error, -2 * d_consistency / (count * k if code else 1), out=d_following)
-    if code:
-        d_predicted = d_later - d_following
-    else:
-        d_predicted = -d_following
-        d_following += d_later
-    d_states[:-1].add_(d_predicted @ K_pairs.mT).add_(d_now)
-    return d_states, _sum_outer(now, d_predicted, K), d_L
+    d_states[:, :1] = 0
+    torch.neg(d_error, out=d_states[:, 1:])
+    if not code:
+        d_states[:, 1:] += d_later
+    d_states[:, :-1] += (_by_operator(d_predicted, K) @ _operators(K).mT).reshape(now.shape)
+    d_states[:, :-1] += d_now
+    d_K = _sum_outer(now, d_predicted, K)
+
+    flat = d_states.reshape(runs, -1, d_states.shape[-1])
+    d_prompts = (flat @ lift).reshape(prompts.shape)
+    rows = prompts
+    if eps is not None:
+        rstd = statistics[..., 1:]
+        rows = (prompts - statistics[..., :1]) * rstd
+        along = (d_prompts * rows).mean(dim=-1, keepdim=True)
+        d_prompts = d_prompts.sub_(d_prompts.mean(dim=-1, keepdim=True))
+        d_prompts = d_prompts.addcmul_(rows, along, value=-1).mul_(rstd)
+    return d_prompts, flat.mT @ rows.reshape(runs, -1, width), d_K, d_L
+
+
+def _gauge(prompts: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
+    """The rows that are lifted, and the statistics that normalised them."""
+    if eps is None:
+        return prompts, prompts.new_empty(0)
+    mean = prompts.mean(dim=-1, keepdim=True)
+    centred = prompts - mean
+    rstd = (centred.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return centred.mul_(rstd), torch.cat([mean, rstd], dim=-1)
+
+
+def _share(formulation: str, now: Tensor) -> float:
+    """Weight of a squared error: "code" takes the mean over prompts and dimensions."""
+    return 1 / (now.shape[-2] * now.shape[-1]) if formulation == "code" else 1.0
+
+
+def _operators(stack: Tensor) -> Tensor:
+    """All operators that a pair uses, (R G, k, k)."""
+    return stack[:, :-1].flatten(0, 1) if stack.dim() == 4 else stack
+
+
+def _by_operator(rows: Tensor, stack: Tensor) -> Tensor:
+    """(R, m, r, k) as (R G, rows, k): all rows that meet the same operator."""
+    return rows.flatten(0, 1) if stack.dim() == 4 else rows.flatten(1, 2)
 
 
 def _row_squares(x: Tensor) -> Tensor:
@@ -177,80 +234,16 @@ def _row_squares(x: Tensor) -> Tensor:
 
 
 def _sum_outer(rows: Tensor, columns: Tensor, like: Tensor) -> Tensor:
-    """rows^T columns of (m, r, k): summed over all pairs, or per pair for stacked operators."""
-    if like.dim() == 2:
-        return rows.flatten(0, 1).mT @ columns.flatten(0, 1)
+    """rows^T columns of (R, m, r, k), per run, or per pair for stacked operators."""
+    if like.dim() == 3:
+        return rows.flatten(1, 2).mT @ columns.flatten(1, 2)
     out = like.new_empty(like.shape)
-    torch.bmm(rows.mT, columns, out=out[: len(rows)])
-    out[len(rows) :] = 0
+    torch.matmul(rows.mT, columns, out=out[:, :-1])
+    out[:, -1:] = 0
     return out
 
 
-def top_singular_triple(L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular value of each matrix, and unit vectors with L right = sigma left.
-
-    The identity is split off first. With s the mean of the diagonal and E = L - s I,
-        M = L^T L - s^2 I = E^T L + s E
-    has the eigenvectors of L^T L but rounds relative to its own spread instead of s^2: training
-    starts at L = I, and for its first steps the singular values lie closer together than fp32
-    resolves around 1. Only the top eigenvector of M is computed.
-
-    Args:
-        L: (b, k, k) in fp32 or fp64, of any scale.
-
-    Returns:
-        sigma (b,), left (b, k), right (b, k), exact to rounding at every spectrum; where several
-        singular values are the largest, one vector of their space. Never raises: what has no
-        answer, such as a matrix that is not finite, gives NaN.
-    """
-    largest = L.abs().flatten(1).amax(dim=1)
-    finite = largest.isfinite()
-    # a power of two: squares neither over- nor underflow, and no entry is rounded
-    unit = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 1)
-    A = L / unit[:, None, None]
-    if not finite.all():
-        A = torch.where(finite[:, None, None], A, 0)
-    s = A.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True)
-    E = A.clone()
-    E.diagonal(dim1=1, dim2=2).sub_(s)
-    M = torch.baddbmm(E * s[..., None], E.mT, A)
-
-    try:
-        right = _top_eigenvector(M)
-    except torch.linalg.LinAlgError:  # not known to happen to a finite symmetric matrix
-        right = torch.full_like(L[..., 0], torch.nan)
-    left = (A @ right[..., None])[..., 0]
-    stretch = torch.linalg.vector_norm(left, dim=1)
-    left = left / stretch.clamp(min=torch.finfo(L.dtype).tiny)[:, None]
-    return torch.where(finite, stretch * unit, torch.nan), left, right
-
-
-def _top_eigenvector(M: Tensor) -> Tensor:
-    """Unit eigenvectors (b, k) of the largest eigenvalues of symmetric matrices (b, k, k).
-
-    Inverse iteration at the top eigenvalue costs two thirds of a decomposition with all vectors and
-    leaves a smaller residual, because M itself is factorised. It takes the same time at every
-    spectrum. A residual above rounding falls back to the decomposition.
-    """
-    eigenvalues = torch.linalg.eigvalsh(M)
-    rounding = torch.finfo(M.dtype).eps * eigenvalues.abs().amax(dim=1, keepdim=True)
-    shifted = M.clone()
-    shifted.diagonal(dim1=1, dim2=2).sub_(eigenvalues[:, -1:])
-    factors, order, _ = torch.linalg.lu_factor_ex(shifted)  # singular to rounding, as it should be
-
-    # a start that is orthogonal to nothing in particular: a low-discrepancy sequence in [0.5, 1.5)
-    index = torch.arange(1, M.shape[1] + 1, device=M.device, dtype=torch.float64)
-    start = 0.5 + index * 0.6180339887498949 % 1
-    v = start.to(M.dtype)[:, None].repeat(len(M), 1, 1)
-    for _ in range(INVERSE_ITERATIONS):
-        v = torch.linalg.lu_solve(factors, order, v)
-        v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
-
-    image = shifted @ v
-    residual = torch.linalg.vector_norm(image - v * (v.mT @ image), dim=1)
-    # below 10 at every spectrum tried; False for the NaN that an exactly singular matrix leaves
-    exact = residual <= 32 * rounding
-    v = v[..., 0]
-    if not exact.all():
-        v = torch.where(exact, v, torch.linalg.eigh(M).eigenvectors[..., -1])
-    return v
+def _power_of_two(x: Tensor) -> Tensor:
+    """At most x and more than x / 2, so that no entry divided by it is rounded; 1 for NaN."""
+    unit = torch.ldexp(torch.ones_like(x), x.frexp().exponent - 1)
+    return torch.where(x.isfinite(), unit, 1)
