@@ -25,7 +25,7 @@ def touches_rows(family, index: int) -> bool:
     """Whether `between_blocks` does anything before block `index`."""
     if family is None:
         return False
-    changes = family.rewrites_rows or family.reads_class_attention
+    changes = family.rewrites_rows or family.adjusts_rows
     return index in family.observed or (index > 0 and changes)
 
 
@@ -49,7 +49,7 @@ def between_blocks(
     if index > 0 and family.rewrites_rows and entered:
         rows, image = x[:, at : at + entered], cut_rows(x, at, entered)
         x = insert_rows(image, family.next_rows(index, rows, image), at)
-    if index > 0 and family.reads_class_attention:
+    if index > 0 and family.adjusts_rows:
         x = family.adjust_rows(index, x, class_attention).to(x.dtype)
     if index in family.observed:
         family.observe(index, cut_rows(x, at, entered), class_query(x))

@@ -38,7 +38,7 @@ class WithKeys(tiny.Given):
 class Adjusting(pae.prompts.VPTDeep):
     """Adds learned rows to the k image rows the class row looked at most (per head mean)."""
 
-    reads_class_attention = True
+    adjusts_rows = reads_class_attention = True
 
     def __init__(self, num_tokens, k=3):
         super().__init__(num_tokens)

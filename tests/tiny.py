@@ -162,12 +162,20 @@ def assert_engines_agree(
     got, got_grads = gradients(model, x, "fast", memory, wrt_images)
     assert got.dtype == expected.dtype
     assert error(got, expected) <= logits
+    # what is zero in exact arithmetic (a shift of a whole prompt row, say) is rounding in both
+    rounding = (
+        10
+        * torch.finfo(x.dtype).eps
+        * max(g.norm().item() for g in expected_grads.values() if g is not None)
+    )
     for name, g in expected_grads.items():
         if g is None:
             assert got_grads[name] is None, f"{name} has a gradient in the fast engine alone"
             continue
         assert got_grads[name] is not None, f"{name} has no gradient in the fast engine"
         assert got_grads[name].dtype == g.dtype
+        if g.norm() < rounding and got_grads[name].norm() < rounding:
+            continue
         size = error(got_grads[name], g)
         assert size <= grads, f"gradient of {name}: {size:.1e}"
 

@@ -1,11 +1,16 @@
 """Prompt families, one file each."""
 
 from .base import BackboneShape, PromptFamily
+from .ivpt import IVPT
 from .vpt import VPTDeep, VPTShallow
 
-__all__ = ["BackboneShape", "PromptFamily", "VPTDeep", "VPTShallow", "build"]
+__all__ = ["IVPT", "BackboneShape", "PromptFamily", "VPTDeep", "VPTShallow", "build"]
 
-_FAMILIES = {cls.__name__: cls for cls in (VPTDeep, VPTShallow)}
+_FAMILIES = {
+    name: value
+    for name, value in globals().items()
+    if isinstance(value, type) and issubclass(value, PromptFamily) and value is not PromptFamily
+}
 
 
 def build(name: str, config: dict) -> PromptFamily:

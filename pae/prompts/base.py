@@ -53,14 +53,16 @@ class PromptFamily(nn.Module):
             and then cut off.
         rewrites_rows: `next_rows` replaces those rows between blocks (LSPT); needs enters_sequence.
         depends_on_input: `block_prompts` reads the values of `x` (not only its batch size).
-        reads_class_attention: `adjust_rows` changes image rows at the inputs of blocks 1, 2, ...
-            (iVPT). Otherwise the class row's attention is never computed.
+        adjusts_rows: `adjust_rows` changes image rows at the inputs of blocks 1, 2, ... (iVPT).
+        reads_class_attention: it is given the class row's attention, which otherwise is never
+            computed; needs adjusts_rows.
         observed: blocks whose input rows `observe` is shown (DA-VPT).
     """
 
     enters_sequence: bool = False
     rewrites_rows: bool = False
     depends_on_input: bool = False
+    adjusts_rows: bool = False
     reads_class_attention: bool = False
     observed: frozenset[int] = frozenset()
 
@@ -103,13 +105,14 @@ class PromptFamily(nn.Module):
         """
         return None
 
-    def adjust_rows(self, index: int, x: Tensor, class_attention: Tensor) -> Tensor:
-        """Image rows that enter block `index` >= 1, changed; asked when `reads_class_attention`.
+    def adjust_rows(self, index: int, x: Tensor, class_attention: Tensor | None) -> Tensor:
+        """Image rows that enter block `index` >= 1, changed; asked when `adjusts_rows`.
 
         Args:
             x: (B, N, D), prefix tokens first.
             class_attention: (B, H, N), how much the class row of block `index` - 1 looked at each
-                image row; a softmax over all keys, prompts included. Without gradient.
+                image row; a softmax over all keys, prompts included. Without gradient. None unless
+                `reads_class_attention`.
 
         Returns:
             (B, N, D), differentiable; not `x` changed in place.
