@@ -1,5 +1,75 @@
-"""Build entry point. Metadata and dependencies are in pyproject.toml."""
+"""Build entry point: metadata is in pyproject.toml, compiling the kernels in csrc/native_build.py.
 
-from setuptools import setup
+The library needs no Python headers, so this is no extension module but one more file of the
+package, and a wheel that holds it serves every Python 3 of its platform.
+"""
 
-setup()
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+from setuptools import Command, Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc"))
+
+import native_build  # noqa: E402
+
+compiled = lru_cache(native_build.build)
+
+
+class BuildNative(Command):
+    """Compiles csrc/ and puts the library into the package: the source's own when editable."""
+
+    description = "compile the CUDA kernels"
+    user_options = ()
+    editable_mode = False
+
+    def initialize_options(self):
+        self.build_lib = None
+
+    def finalize_options(self):
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def run(self):
+        root = ROOT if self.editable_mode else Path(self.build_lib)
+        native_build.place(compiled(), root / native_build.PACKAGE.name)
+
+    def get_source_files(self):
+        return []  # MANIFEST.in names them
+
+    def get_outputs(self):
+        return list(self.get_output_mapping())
+
+    def get_output_mapping(self):
+        return {}
+
+
+class Build(build):
+    # build_ext would look for extension modules
+    sub_commands = (
+        *(command for command in build.sub_commands if command[0] != "build_ext"),
+        ("build_native", None),
+    )
+
+
+class Package(Distribution):
+    def has_ext_modules(self):
+        """Whether it belongs to a platform."""
+        return compiled().library is not None
+
+
+class BdistWheel(bdist_wheel):
+    """py3-none-<platform> with the library in it, py3-none-any without."""
+
+    def get_tag(self):
+        tag = super().get_tag()
+        return tag if self.root_is_pure else ("py3", "none", tag[2])
+
+
+setup(
+    distclass=Package,
+    cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": BdistWheel},
+)
