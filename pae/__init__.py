@@ -8,6 +8,7 @@ from .kld import KLD
 from .model import PromptedViT
 from .mpa import MPAResult, mpa_init
 from .version import __version__
+from .whitening import whiten_init
 
 __all__ = [
     "KLD",
@@ -20,4 +21,5 @@ __all__ = [
     "graphed_step",
     "mpa_init",
     "prompts",
+    "whiten_init",
 ]

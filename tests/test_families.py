@@ -19,6 +19,9 @@ FAMILIES = {
     "vpt_deep": lambda: p.VPTDeep(4),
     "vpt_deep_dropout": lambda: p.VPTDeep(4, dropout=0.4, dropout_scope="sample"),
     "vpt_shallow": lambda: p.VPTShallow(4),
+    "bpt_deep": lambda: p.BPTDeep(4, 4),
+    "bpt_deep_frozen_bases": lambda: p.BPTDeep(4, 32, trained_bases=1),
+    "bpt_shallow": lambda: p.BPTShallow(4, 4),
     "ivpt": lambda: p.IVPT(4, 3),
     "ivpt_max_shared": lambda: p.IVPT(4, 3, reduction="max", match="shared"),
     "ivpt_all": lambda: p.IVPT(4, reinforced="all"),
@@ -26,7 +29,7 @@ FAMILIES = {
 }
 
 # why KLD cannot be had on top of a family: part of the error
-WITHOUT_KLD = {"vpt_shallow": "same number of prompts"}
+WITHOUT_KLD = dict.fromkeys(("vpt_shallow", "bpt_shallow"), "same number of prompts")
 
 
 def kld():

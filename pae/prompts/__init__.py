@@ -1,10 +1,26 @@
 """Prompt families, one file each."""
 
+from .apt import APT
 from .base import BackboneShape, PromptFamily
+from .bpt import BPTDeep, BPTShallow
+from .e2vpt import E2VPT, E2VPTImportance, e2vpt_importance
 from .ivpt import IVPT
 from .vpt import VPTDeep, VPTShallow
 
-__all__ = ["IVPT", "BackboneShape", "PromptFamily", "VPTDeep", "VPTShallow", "build"]
+__all__ = [
+    "APT",
+    "E2VPT",
+    "IVPT",
+    "BPTDeep",
+    "BPTShallow",
+    "BackboneShape",
+    "E2VPTImportance",
+    "PromptFamily",
+    "VPTDeep",
+    "VPTShallow",
+    "build",
+    "e2vpt_importance",
+]
 
 _FAMILIES = {
     name: value
