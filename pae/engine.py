@@ -29,6 +29,7 @@ from pae_kernels.attention import class_attention
 from pae_kernels.attention.reference import sum_groups, take_groups
 
 from .plan import BlockPlan, FrozenPlan, HeadNorm
+from .prompts import PromptFamily
 from .sequence import between_blocks, cut_rows, insert_rows, touches_rows
 
 MEMORY_MODES = ("exact", "low", "lowest")
@@ -87,10 +88,13 @@ def run(model, images: Tensor, memory: str) -> Tensor:
             prompts = None
         else:
             group = family.group_index(x)
-            prompts = [
-                _block_prompts(p, group, family.head_keys_values(i, x))
-                for i, p in enumerate(family.all_prompts(x))
-            ]
+            if type(family).head_keys_values is PromptFamily.head_keys_values:
+                prompts = [_block_prompts(p, group, None) for p in family.all_prompts(x)]
+            else:  # block by block like the textbook, so that dropout draws in the same order
+                prompts = [
+                    _block_prompts(family.block_prompts(i, x), group, family.head_keys_values(i, x))
+                    for i in range(len(plan.blocks))
+                ]
         x = walk(plan, x, prompts, family, view.reads_class_only, memory, view, entered)
     if entered and not view.reads_class_only:
         x = cut_rows(x, view.num_prefix_tokens, entered)

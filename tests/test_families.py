@@ -26,10 +26,19 @@ FAMILIES = {
     "ivpt_max_shared": lambda: p.IVPT(4, 3, reduction="max", match="shared"),
     "ivpt_all": lambda: p.IVPT(4, reinforced="all"),
     "ivpt_dropout": lambda: p.IVPT(4, 2, dropout=0.4, dropout_scope="sample"),
+    "apt": lambda: p.APT(3),
+    "apt_part_dropout": lambda: p.APT(3, start=1, end=1, dropout=0.4),
+    "e2vpt": lambda: p.E2VPT(4, 3),
+    "e2vpt_two_tensors": lambda: p.E2VPT(4, 3, share_kv=False, dropout=0.3, kv_dropout=0.3),
+    "e2vpt_masks": lambda: p.E2VPT(4, 3, masks="learned", pieces=8),
+    "e2vpt_kv_alone": lambda: p.E2VPT(0, 3),
 }
 
 # why KLD cannot be had on top of a family: part of the error
-WITHOUT_KLD = dict.fromkeys(("vpt_shallow", "bpt_shallow"), "same number of prompts")
+WITHOUT_KLD = dict.fromkeys(
+    ("vpt_shallow", "bpt_shallow", "apt", "apt_part_dropout", "e2vpt_kv_alone"),
+    "same number of prompts",
+)
 
 
 def kld():

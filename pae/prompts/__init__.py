@@ -5,12 +5,14 @@ from .base import BackboneShape, PromptFamily
 from .bpt import BPTDeep, BPTShallow
 from .e2vpt import E2VPT, E2VPTImportance, e2vpt_importance
 from .ivpt import IVPT
+from .vapt import VAPT
 from .vpt import VPTDeep, VPTShallow
 
 __all__ = [
     "APT",
     "E2VPT",
     "IVPT",
+    "VAPT",
     "BPTDeep",
     "BPTShallow",
     "BackboneShape",
