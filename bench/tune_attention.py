@@ -46,12 +46,12 @@ class Target:
 TARGETS = [
     Target("FORWARD", (True, 64), 197, 12, 64, torch.bfloat16, 128),
     Target("WHOLE", (True, 256), 197, 12, 64, torch.bfloat16, 128),
-    Target("SPLIT", (True, 64), 577, 12, 64, torch.bfloat16, 32),
-    Target("SPLIT", (True, 128), 257, 16, 80, torch.bfloat16),
+    Target("SPLIT", (True, True, 64), 577, 12, 64, torch.bfloat16, 32),
+    Target("SPLIT", (True, True, 128), 257, 16, 80, torch.bfloat16),
     Target("FORWARD", (True, 128), 257, 16, 80, torch.bfloat16),
     Target("WHOLE", (True, 64), 50, 12, 64, torch.bfloat16, 128),
     Target("FORWARD", (False, 64), 197, 12, 64, torch.float32),
-    Target("SPLIT", (False, 64), 197, 12, 64, torch.float32),
+    Target("SPLIT", (True, False, 64), 197, 12, 64, torch.float32),
 ]
 
 

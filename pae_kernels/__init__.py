@@ -2,6 +2,6 @@
 training.
 """
 
-from .attention import prompt_attention
+from .attention import class_attention, prompt_attention
 
-__all__ = ["prompt_attention"]
+__all__ = ["class_attention", "prompt_attention"]

@@ -2,6 +2,10 @@
 
 `python -m pae_kernels --compile` prints the table; tests assert on it. Only what the compiler
 itself needs is used: Triton's bundled assembler, no driver.
+
+A Triton module takes part by `shipped_launches(architecture)`, its kernels in the shapes that
+matter with every tile of its table, and `variant_launches(architecture)`, a sample of what else a
+kernel's compile-time switches can be.
 """
 
 from __future__ import annotations
@@ -9,8 +13,12 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+
+from . import backends
 
 ARCHITECTURES = (80, 90)
 
@@ -29,6 +37,9 @@ class Launch:
         constants: argument name -> compile-time value.
         warps, stages: as in the launch.
         aligned: integer arguments that are multiples of 16; pointers always are.
+        tensor_cores: its products run there; those of fp32 entries must not, being TF32.
+        may_spill: register spills are accepted; exact fp32 products, outside the tensor cores, are
+            the case that needs it.
     """
 
     label: str
@@ -38,17 +49,40 @@ class Launch:
     warps: int
     stages: int
     aligned: tuple[str, ...] = ()
+    tensor_cores: bool = False
+    may_spill: bool = False
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: registers a thread, spilled bytes a thread, shared bytes."""
+    """What a compiled kernel takes: registers a thread, spilled bytes a thread, shared bytes; and
+    how many tensor-core instructions and loads of single 16-bit entries its code has.
+    """
 
     registers: int
     spilled: int
     shared: int
     tensor_core: int
     scalar_loads: int
+
+
+def triton_modules() -> list[ModuleType]:
+    """The Triton modules of all registered ops, each once."""
+    versions = (v for versions in backends.registered().values() for v in versions)
+    return list(dict.fromkeys(v.load() for v in versions if v.name == "triton"))
+
+
+def table(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[str]:
+    """Lines of the table of all shipped launches, each as soon as it is compiled."""
+    yield f"{'kernel and tile':<44}{'sm':>4}{'registers':>11}{'shared KB':>11}{'spilled B':>11}"
+    for module in triton_modules():
+        for architecture in architectures:
+            for launch in module.shipped_launches(architecture):
+                used = compile_launch(launch, architecture)
+                yield (
+                    f"{launch.label:<44}{architecture:>4}{used.registers:>11}"
+                    f"{used.shared / 1024:>11.1f}{used.spilled:>11}"
+                )
 
 
 def compile_launch(launch: Launch, architecture: int) -> Resources:

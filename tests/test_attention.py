@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import error
 from torch.library import opcheck
 
-from pae_kernels import backends, prompt_attention
+from pae_kernels import backends, class_attention, prompt_attention
 from pae_kernels.attention import reference
 
 FWD = torch.ops.pae.prompt_attention_fwd.default
@@ -110,6 +110,11 @@ SHAPES = [(1, 50, 5, 3, 32), (2, 197, 50, 3, 64), (1, 198, 10, 2, 80), (1, 257, 
 @pytest.mark.parametrize("queries", ["all", "class"])
 def test_sizes_of_real_backbones(shape, queries):
     assert_as_defined(*inputs(*shape, dtype=torch.float32), queries=queries)
+
+
+def test_long_sequences_and_many_prompts():
+    assert_as_defined(*inputs(1, 1568, 2, 1, 8, dtype=torch.float32))
+    assert_as_defined(*inputs(2, 4096, 512, 1, 32, dtype=torch.float32), queries="class")
 
 
 # ---- 16 bits: at most twice the error of PyTorch's attention in the same precision
@@ -256,6 +261,52 @@ def test_class_query_is_the_first_row():
     assert error(lse_first, lse[..., :1]) < 1e-13
     d_qkv = results(prompt_attention, qkv, kv, queries="class")[2]
     assert torch.equal(d_qkv[:, 1:, 0], torch.zeros_like(d_qkv[:, 1:, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sets, group", [(1, None), (3, None), (2, (1, 0, 1))])
+@pytest.mark.parametrize("queries", ["all", "class"])
+def test_class_attention_is_the_first_row_of_the_softmax(queries, sets, group, weighted, dtype):
+    """Shown by values that name their key: the output is then the row itself."""
+    qkv, kv = inputs(3, 5, 3, 2, 8, sets, dtype)  # 3 + 5 keys of width 8
+    qkv[:, :, 2], kv[:, :, 1] = torch.eye(8)[3:, None], torch.eye(8)[:3, None]
+    options = {"scale": 0.7, "group": None if group is None else torch.tensor(group)}
+    if weighted:
+        options["log_multiplicity"] = torch.tensor([[0.5, -torch.inf, 2.0]]).expand(sets, 3)
+    out, lse = prompt_attention(qkv, kv, queries=queries, **options)
+    weights = class_attention(qkv, kv, lse, **options)
+    assert weights.shape == (3, 2, 8) and weights.dtype == lse.dtype
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-6  # lse of rounded logits
+    torch.testing.assert_close(
+        weights, out[:, 0].view(3, 2, 8).to(lse.dtype), rtol=0, atol=tolerance
+    )
+    torch.testing.assert_close(
+        weights.sum(-1), torch.ones_like(lse[..., 0]), rtol=0, atol=tolerance
+    )
+    if weighted:
+        assert not weights[..., 1].any()
+
+
+def test_class_attention_ranks_16_bit_rows_as_fp64_does():
+    """Logits rounded to 16 bits would tie; products of 16-bit entries in fp32 do not."""
+    qkv, kv = inputs(4, 197, 10, 3, 64, dtype=torch.bfloat16)
+    top = lambda q, k: class_attention(q, k, prompt_attention(q, k)[1])[..., 10:].mean(1).topk(10)
+    assert torch.equal(top(qkv, kv).indices, top(qkv.double(), kv.double()).indices)
+
+
+def test_class_attention_carries_no_gradient():
+    qkv, kv = inputs()
+    _, lse = prompt_attention(qkv.requires_grad_(), kv)
+    assert not class_attention(qkv, kv, lse).requires_grad
+
+
+def test_class_attention_of_another_shape():
+    qkv, kv = inputs()
+    with pytest.raises(ValueError, match=r"lse must be \(3, 2, 7\) or \(3, 2, 1\), got \(3, 7\)"):
+        class_attention(qkv, kv, torch.zeros(3, 7))
+    with pytest.raises(ValueError, match="kv_prompt must be"):
+        class_attention(qkv, kv[..., :4], torch.zeros(3, 2, 7))
 
 
 @pytest.mark.parametrize("size", [30.0, 1000.0])
@@ -452,7 +503,19 @@ BAD = {
     "queries": (lambda q, k: {"queries": "first"}, "queries must be 'all' or 'class', got 'first'"),
     "weights": (
         lambda q, k: {"log_multiplicity": torch.zeros(4)},
-        r"log_multiplicity must be \(1, 4\), got \(4,\)",
+        r"log_multiplicity must be float \(1, 4\) on cpu, got \(4,\)",
+    ),
+    "weights are integers": (
+        lambda q, k: {"log_multiplicity": torch.zeros(1, 4).long()},
+        "log_multiplicity must be float.*int64",
+    ),
+    "weights are elsewhere": (
+        lambda q, k: {"log_multiplicity": torch.zeros(1, 4, device="meta")},
+        "log_multiplicity must be float.* on cpu, got .* on meta",
+    ),
+    "group is elsewhere": (
+        lambda q, k: {"group": torch.zeros(3, device="meta").long()},
+        "group must be int32 or int64 .* on cpu, got .* on meta",
     ),
 }
 

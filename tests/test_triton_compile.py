@@ -1,4 +1,7 @@
-"""Every shipped kernel and tile compiles for sm_80 and sm_90, without spills where it matters."""
+"""Every shipped kernel and tile compiles for sm_80 and sm_90, without spills where it matters.
+
+An op takes part by registering a Triton version: nothing is listed here.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,49 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pae_kernels import ahead_of_time
-from pae_kernels.attention import triton as attention
-from pae_kernels.pointwise import triton as pointwise
+from pae_kernels import ahead_of_time, attention, koopman, pointwise, spectrum  # noqa: F401
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+MODULES = {m.__name__.split(".")[-2]: m for m in ahead_of_time.triton_modules()}
+
+each_module = pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+each_architecture = pytest.mark.parametrize("architecture", ahead_of_time.ARCHITECTURES)
 
 
-@pytest.mark.parametrize("architecture", ahead_of_time.ARCHITECTURES)
-@pytest.mark.parametrize("module", (attention, pointwise), ids=("attention", "pointwise"))
-def test_resources(module, architecture):
+def assert_good(launch, architecture, few=0):
+    used = ahead_of_time.compile_launch(launch, architecture)
+    assert 0 < used.registers <= 255 and used.shared <= SHARED_BYTES[architecture], launch.label
+    # never in fp32, where they would round to TF32
+    assert (used.tensor_core > 0) == launch.tensor_cores, launch.label
+    spills = f"{launch.label} spills {used.spilled} bytes"
+    assert used.spilled <= few or launch.may_spill, spills
+    # a load of one 16-bit entry: the alignment of its rows was lost
+    assert used.scalar_loads == 0, launch.label
+
+
+def test_attention_and_pointwise_take_part():
+    assert {"attention", "pointwise"} <= MODULES.keys()
+
+
+@each_architecture
+@each_module
+def test_shipped_tiles(module, architecture):
     for launch in module.shipped_launches(architecture):
-        used = ahead_of_time.compile_launch(launch, architecture)
-        print(f"sm_{architecture} {launch.label}: {used}")
-        assert used.shared <= SHARED_BYTES[architecture], launch.label
-        if "fp32" not in launch.label:
-            # exact fp32 products run outside the tensor cores and may spill
-            assert used.spilled == 0 and used.scalar_loads == 0, launch.label
-            assert used.tensor_core > 0 or module is pointwise, launch.label
+        if launch.may_spill and architecture != 80:
+            continue  # all that is left to hold: it compiles, and fits into the smaller memory
+        assert_good(launch, architecture)
+
+
+@each_architecture
+@each_module
+def test_variants(module, architecture):
+    """Rarer switches may spill a few registers."""
+    for launch in module.variant_launches(architecture):
+        assert_good(launch, architecture, few=16)
+
+
+def test_what_may_spill():
+    """Exact fp32 products alone, which run outside the tensor cores."""
+    for module in MODULES.values():
+        for launch in (*module.shipped_launches(90), *module.variant_launches(90)):
+            assert "fp32" in launch.label or not launch.may_spill, launch.label

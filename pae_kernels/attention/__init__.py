@@ -1,5 +1,5 @@
 """Prompt-concatenated attention."""
 
-from .op import prompt_attention
+from .op import class_attention, prompt_attention
 
-__all__ = ["prompt_attention"]
+__all__ = ["class_attention", "prompt_attention"]

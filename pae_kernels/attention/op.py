@@ -1,5 +1,5 @@
 """The op `prompt_attention`: signature, checks, registration, autograd. Reads top to bottom as
-every op does.
+every op does. `class_attention` shows one row of its softmax.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def prompt_attention(
         group: (B,) int32 or int64 in [0, G): which prompt set each sample reads.
         scale: factor of the logits; d ** -0.5 when None.
         queries: "all" rows, or "class": only row 0 asks (last block, class attention).
-        log_multiplicity: (G, P) added to the prompt logits: log m stands for m equal prompts, -inf
-            masks a prompt.
+        log_multiplicity: (G, P) float, added to the prompt logits: log m stands for m equal
+            prompts, -inf masks a prompt (prompt sets of different sizes in one batch).
 
     Returns:
         out (B, N, H d), or (B, 1, H d) for "class", in the dtype of qkv; and the log-sum-exp of
         each row's logits (B, H, N) or (B, H, 1) in fp32 or wider, not differentiable.
 
-    Gradients: qkv and kv_prompt; the latter is summed over the batch in fp32 in a fixed order
-    (deterministic).
-    Numerics: softmax in fp32 or wider.
+    Gradients: qkv and kv_prompt, once; the latter is summed over the batch in fp32 in a fixed
+    order (deterministic). None of log_multiplicity.
+    Numerics: softmax in fp32 or wider; products of fp32 inputs are exact fp32 in the kernels.
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what was expected.
@@ -60,6 +60,44 @@ def prompt_attention(
     if torch.compiler.is_compiling():
         return torch.ops.pae.prompt_attention_fwd(*args)
     return _PromptAttention.apply(*args)
+
+
+@torch.no_grad()
+def class_attention(
+    qkv: Tensor,
+    kv_prompt: Tensor,
+    lse: Tensor,
+    group: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    log_multiplicity: Tensor | None = None,
+) -> Tensor:
+    """exp(scale q_0 [k_p; k]^T + [log m; 0] - lse_0): how much the class row looks at every key.
+
+    For rankings of image rows (iVPT) and for pictures: no map of all rows is ever formed.
+
+    Args:
+        qkv, kv_prompt, group, scale, log_multiplicity: as `prompt_attention` was given them.
+        lse: (B, H, N) or (B, H, 1), as it returned it.
+
+    Returns:
+        (B, H, P + N), prompts first, in fp32 or wider; rows sum to 1. `[..., P:].mean(1)` is the
+        mean over heads of the attention on image rows.
+
+    Gradients: none; lse carries none either.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what was expected.
+    """
+    _check(qkv, kv_prompt, group, "class", log_multiplicity)
+    batch, tokens, _, heads, width = qkv.shape
+    if tuple(lse.shape) not in ((batch, heads, tokens), (batch, heads, 1)):
+        raise ValueError(
+            f"lse must be ({batch}, {heads}, {tokens}) or ({batch}, {heads}, 1), got {_says(lse)}"
+        )
+    scale = width**-0.5 if scale is None else float(scale)
+    with torch.autocast(qkv.device.type, enabled=False):
+        return reference.class_attention(qkv, kv_prompt, lse, group, scale, log_multiplicity)
 
 
 def _check(qkv, kv_prompt, group, queries, log_multiplicity) -> None:
@@ -75,16 +113,25 @@ def _check(qkv, kv_prompt, group, queries, log_multiplicity) -> None:
     if kv_prompt.dtype != qkv.dtype or kv_prompt.device != qkv.device:
         raise TypeError(f"kv_prompt must be like qkv ({_says(qkv)}), got {_says(kv_prompt)}")
     indices = (torch.int32, torch.int64)
-    if group is not None and (group.dtype not in indices or group.shape != qkv.shape[:1]):
-        raise ValueError(f"group must be int32 or int64 ({qkv.shape[0]},), got {_says(group)}")
+    if group is not None and (
+        group.dtype not in indices or group.shape != qkv.shape[:1] or group.device != qkv.device
+    ):
+        raise ValueError(
+            f"group must be int32 or int64 ({qkv.shape[0]},) on {qkv.device}, got {_says(group)}"
+        )
     if queries not in ("all", "class"):
         raise ValueError(f"queries must be 'all' or 'class', got {queries!r}")
     sets, prompts = kv_prompt.shape[:2]
     if group is None and sets not in (1, qkv.shape[0]):
         raise ValueError(f"group is needed: kv_prompt has {sets} sets for {qkv.shape[0]} images")
-    if log_multiplicity is not None and tuple(log_multiplicity.shape) != (sets, prompts):
+    if log_multiplicity is not None and (
+        tuple(log_multiplicity.shape) != (sets, prompts)
+        or not log_multiplicity.is_floating_point()
+        or log_multiplicity.device != qkv.device
+    ):
         raise ValueError(
-            f"log_multiplicity must be ({sets}, {prompts}), got {_says(log_multiplicity)}"
+            f"log_multiplicity must be float ({sets}, {prompts}) on {qkv.device}, "
+            f"got {_says(log_multiplicity)}"
         )
 
 

@@ -57,6 +57,29 @@ def prompt_attention(
     return out.transpose(1, 2).flatten(2), lse
 
 
+def class_attention(
+    qkv: Tensor,
+    kv_prompt: Tensor,
+    lse: Tensor,
+    group: Tensor | None,
+    scale: float,
+    log_multiplicity: Tensor | None,
+) -> Tensor:
+    """Row 0 of the softmax that `prompt_attention` took, (B, H, P + N), from its log-sum-exp.
+
+    In at least fp32: rounded logits would tie, and the ranking of the rows is what is asked for.
+    """
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    batch, tokens = qkv.shape[:2]
+    q = scale * qkv[:, 0, 0, :, None].to(wide)  # (B, H, 1, d)
+    k = qkv[:, :, 1].transpose(1, 2).to(wide)
+    k_p = take_groups(kv_prompt[:, :, 0].to(wide), group, batch).transpose(1, 2)
+    scores = torch.cat([q @ k_p.transpose(-1, -2), q @ k.transpose(-1, -2)], dim=-1)
+    if log_multiplicity is not None:
+        scores = scores + _key_bias(log_multiplicity, group, batch, tokens).to(wide)
+    return (scores - lse[:, :, :1, None].to(wide)).exp().squeeze(2)
+
+
 def _key_bias(log_multiplicity: Tensor, group: Tensor | None, batch: int, tokens: int) -> Tensor:
     """Additive logit per key, (B, 1, 1, P + N): log multiplicity for prompts, 0 for image rows."""
     bias = take_groups(log_multiplicity, group, batch)

@@ -1,12 +1,13 @@
 """Tiles of the attention kernels: one static table, no autotuning at first call.
 
-Chosen from ahead-of-time compiles for sm_80 and sm_90: no spill in the tiles of 16-bit widths up to
-64, which are the ones vision transformers use.
+Chosen from ahead-of-time compiles for sm_80 and sm_90 by Triton 3.6 and 3.9: in neither does a tile
+spill, but for exact fp32 rows wider than 64 in the split backward (208 bytes a thread).
+`python -m pae_kernels --compile` prints what each takes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -41,14 +42,19 @@ WIDTHS = (64, 128)  # head widths are padded to one of these, wider ones to the 
 FORWARD = {
     (True, 64): Tile(128, 64, 8, 3),
     (True, 128): Tile(128, 64, 8, 2),
-    (False, 64): Tile(64, 32, 4, 2),
-    (False, 128): Tile(32, 32, 4, 2),
+    (False, 64): Tile(64, 32, 8, 1),
+    (False, 128): Tile(32, 32, 8, 2),
 }
+# (227 KB of shared memory?, 16-bit?, padded head width) -> tile
 SPLIT = {
-    (True, 64): Tile(64, 64, 4, 2),
-    (True, 128): Tile(64, 64, 8, 1),
-    (False, 64): Tile(32, 32, 4, 1),
-    (False, 128): Tile(32, 32, 8, 1),
+    (True, True, 64): Tile(64, 64, 4, 2),
+    (True, True, 128): Tile(64, 64, 8, 1),
+    (True, False, 64): Tile(32, 32, 8, 1),
+    (True, False, 128): Tile(32, 32, 8, 1),
+    (False, True, 64): Tile(32, 64, 4, 2),
+    (False, True, 128): Tile(64, 64, 8, 1),
+    (False, False, 64): Tile(32, 32, 8, 1),
+    (False, False, 128): Tile(32, 32, 8, 1),
 }
 # (227 KB of shared memory?, rows padded) -> tile; 16 bits, head width up to 64
 WHOLE = {
@@ -67,12 +73,12 @@ def _key(qkv: Tensor) -> tuple[bool, int]:
 def forward(qkv: Tensor, rows: int) -> Tile:
     """Tile of the forward kernel for packed qkv (B, N, 3, H, d) and this many query rows."""
     tile = FORWARD[_key(qkv)]
-    return Tile(16, tile.block_n, 4, tile.stages) if rows <= 16 else tile
+    return replace(tile, block_m=16, warps=4) if rows <= 16 else tile
 
 
 def backward_whole(qkv: Tensor, rows: int) -> Tile | None:
     """Tile of the one-pass backward, or None where all rows of a head do not fit on chip."""
-    large = _device(qkv.device)[0] in (9, 10)  # not sm_120, which has 99 KB
+    large = _large(qkv.device)
     if not _key(qkv)[0] or qkv.shape[-1] > 64 or rows > (256 if large else 128):
         return None
     return WHOLE[large, next(size for size in (64, 128, 256) if rows <= size)]
@@ -80,14 +86,19 @@ def backward_whole(qkv: Tensor, rows: int) -> Tile | None:
 
 def backward_split(qkv: Tensor, rows: int) -> Tile:
     """Tile of both kernels of the two-pass backward."""
-    tile = SPLIT[_key(qkv)]
-    return Tile(16, tile.block_n, tile.warps, tile.stages) if rows <= 16 else tile
+    tile = SPLIT[(_large(qkv.device), *_key(qkv))]
+    return replace(tile, block_m=16) if rows <= 16 else tile
 
 
 def images_per_program(qkv: Tensor) -> int:
     """Images that a one-pass program takes in turn: two programs for every multiprocessor."""
     batch, _, _, heads, _ = qkv.shape
     return max(1, -(-batch * heads // (2 * _device(qkv.device)[1])))
+
+
+def _large(device: torch.device) -> bool:
+    """Whether a multiprocessor has 227 KB of shared memory: sm_90 and sm_100, not sm_120."""
+    return _device(device)[0] in (9, 10)
 
 
 @lru_cache

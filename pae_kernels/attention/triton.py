@@ -108,9 +108,9 @@ def _store_rows(base, o_m, mask, stride, x, WIDTH: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def _logits(q, k, o_n, prompts, p_bias, scale, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):
+def _logits(q, k, o_n, prompts, p_bias, scale, HAS_BIAS: tl.constexpr):
     """scale q k^T + log multiplicity, in units of log 2."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
     if HAS_BIAS:
         bias = tl.load(p_bias + o_n, mask=o_n < prompts, other=0.0).to(tl.float32)
         s += (bias * LOG2E)[None, :]
@@ -118,29 +118,29 @@ def _logits(q, k, o_n, prompts, p_bias, scale, HAS_BIAS: tl.constexpr, PRECISION
 
 
 @triton.jit
-def _weights(q, k, l, o_n, prompts, p_bias, scale, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):
+def _weights(q, k, l, o_n, prompts, p_bias, scale, HAS_BIAS: tl.constexpr):
     """Softmax weights from the log-sum-exp l of each row.
 
     Columns beyond the last key need no mask: their keys are zero, so they add nothing to dq, and
     their own gradients are not stored. The minimum keeps them finite.
     """
-    s = _logits(q, k, o_n, prompts, p_bias, scale, HAS_BIAS, PRECISION)
+    s = _logits(q, k, o_n, prompts, p_bias, scale, HAS_BIAS)
     return tl.exp2(tl.minimum(s - l[:, None], 0.0))
 
 
 @triton.jit
 def _exchange(
     q, do, l, row_dot, k, v, dq, dk, dv, o_n, prompts, p_bias, scale,
-    NEED_DQ: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_DQ: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """What a tile of query rows and a tile of key rows add to each other's gradients."""
-    p = _weights(q, k, l, o_n, prompts, p_bias, scale, HAS_BIAS, PRECISION)
-    dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    p = _weights(q, k, l, o_n, prompts, p_bias, scale, HAS_BIAS)
+    dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     ds = (p * (dp * scale - row_dot[:, None])).to(q.dtype)
     if NEED_DQ:
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+        dq = tl.dot(ds, k, dq, input_precision="ieee")
+    dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
     return dq, dk, dv
 
 
@@ -176,7 +176,7 @@ def prompt_attention_fwd_kernel(
     distance: tl.int64, rows, tokens, prompts, scale,
     stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
     GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     i_b, i_h, i_m = _tile_of_head(rows, HEADS, BLOCK_M)
@@ -201,7 +201,7 @@ def prompt_attention_fwd_kernel(
             qkv, o_n, o_image + 2 * stride_s, o_prompt + stride_ps, prompts, total,
             stride_n, stride_pp, WIDTH, VEC, BLOCK_D,
         )  # fmt: skip
-        s = _logits(q, k, o_n, prompts, p_bias, scale, HAS_BIAS, PRECISION)
+        s = _logits(q, k, o_n, prompts, p_bias, scale, HAS_BIAS)
         s = tl.where((o_n < total)[None, :], s, float("-inf"))
         new_max = tl.maximum(run_max, tl.max(s, 1))
         # a tile of masked prompts alone has maximum -inf: its weights must be 0, not NaN
@@ -209,7 +209,7 @@ def prompt_attention_fwd_kernel(
         p = tl.exp2(s - finite_max[:, None])
         shrink = tl.exp2(run_max - finite_max)
         run_sum = run_sum * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         run_max = new_max
     acc = acc / run_sum[:, None]
 
@@ -244,7 +244,7 @@ def prompt_attention_bwd_kernel(
     stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
     NEED_QKV: tl.constexpr,
     GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All rows of one head, `images` images in turn; grid ceil(B / images) H, heads fastest."""
@@ -284,7 +284,7 @@ def prompt_attention_bwd_kernel(
             dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             dq, dk, dv = _exchange(
                 q, do, l, row_dot, k, v, dq, dk, dv, o_n, prompts, p_bias, scale,
-                NEED_QKV, HAS_BIAS, PRECISION,
+                NEED_QKV, HAS_BIAS,
             )  # fmt: skip
             _store_key_grads(
                 p_grad + HEADS * WIDTH, p_slot, o_n, start, prompts, total, dk, dv,
@@ -303,7 +303,7 @@ def prompt_attention_bwd_dq_kernel(
     stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
     NEED_QKV: tl.constexpr,
     GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """rowsum(dO out) and, when wanted, dq of one tile of query rows; grid B H tiles."""
@@ -330,10 +330,10 @@ def prompt_attention_bwd_dq_kernel(
                 qkv, o_n, o_image + 2 * stride_s, o_prompt + stride_ps, prompts, total,
                 stride_n, stride_pp, WIDTH, VEC, BLOCK_D,
             )  # fmt: skip
-            p = _weights(q, k, l, o_n, prompts, bias + i_g * prompts, scale, HAS_BIAS, PRECISION)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            p = _weights(q, k, l, o_n, prompts, bias + i_g * prompts, scale, HAS_BIAS)
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             ds = (p * (dp * scale - row_dot[:, None])).to(k.dtype)
-            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+            dq = tl.dot(ds, k, dq, input_precision="ieee")
         p_grad = d_qkv + i_b * tokens * 3 * HEADS * WIDTH + i_h * WIDTH
         _store_rows(p_grad, o_m, o_m < rows, 3 * HEADS * WIDTH, dq, WIDTH, BLOCK_D)
 
@@ -345,7 +345,7 @@ def prompt_attention_bwd_dkv_kernel(
     stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
     NEED_QKV: tl.constexpr,
     GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of key rows, prompt rows per image; grid B H tiles."""
@@ -377,7 +377,7 @@ def prompt_attention_bwd_dkv_kernel(
         row_dot = tl.load(row_dots + p_row + o_m, mask=o_m < rows, other=0.0)
         _, dk, dv = _exchange(
             q, do, l, row_dot, k, v, dk, dk, dv, o_n, prompts, bias + i_g * prompts, scale,
-            False, HAS_BIAS, PRECISION,
+            False, HAS_BIAS,
         )  # fmt: skip
     p_grad = d_qkv + i_b * tokens * 3 * HEADS * WIDTH + i_h * WIDTH
     p_slot = d_kv + i_b * prompts * 2 * HEADS * WIDTH + i_h * WIDTH
@@ -408,7 +408,6 @@ def _common(qkv: Tensor, kv_prompt: Tensor, group: Tensor | None, bias: Tensor |
     width = qkv.shape[-1]
     whole_vectors = distance % 16 == 0 and all(s % vec == 0 for s in (*strides, width))
     grouping = SHARED if kv_prompt.shape[0] == 1 else PER_IMAGE if group is None else INDEXED
-    exact = qkv.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return {
         "distance": distance // size,
         **dict(zip(_STRIDES, strides)),
@@ -416,7 +415,6 @@ def _common(qkv: Tensor, kv_prompt: Tensor, group: Tensor | None, bias: Tensor |
         "HAS_BIAS": bias is not None,
         "WIDTH": width,
         "VEC": vec if whole_vectors and qkv.data_ptr() % 16 == 0 else 1,
-        "PRECISION": "ieee" if exact else "tf32",
         "BLOCK_D": max(16, triton.next_power_of_2(width)),
         "tokens": qkv.shape[1],
         "prompts": kv_prompt.shape[1],
@@ -510,44 +508,83 @@ def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def shipped_launches(architecture: int) -> list[Launch]:
-    """Every kernel with every tile that the table gives it on sm_`architecture`."""
+def _launch(
+    label: str, kernel, tile: tiles.Tile, dtype: str = "bf16", width: int = 64, **changes
+) -> Launch:
+    """`kernel` as a ViT with 12 heads runs it; `changes` to its other compile-time constants."""
     types = {"group": "*i64", "scale": "fp32", "distance": "i64"}
-    types |= dict.fromkeys(("qkv", "d_out", "out", "d_qkv"), "*{t}")
+    types |= dict.fromkeys(("qkv", "d_out", "out", "d_qkv"), f"*{dtype}")
     types |= dict.fromkeys(("bias", "lse", "d_kv", "row_dots"), "*fp32")
     types |= dict.fromkeys((*_STRIDES, *_SIZES), "i32")
+    constants = {
+        "GROUPING": SHARED,
+        "HAS_BIAS": False,
+        "HEADS": 12,
+        "WIDTH": width,
+        "VEC": 4 if dtype == "fp32" else 8,
+        "BLOCK_D": max(16, triton.next_power_of_2(width)),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "NEED_QKV": True,
+    } | changes
+    odd = () if width % 16 == 0 else ("stride_h", "stride_ph")  # heads lie `width` entries apart
+    return Launch(
+        label=f"attention {label} {dtype} d={width} {tile.block_m}x{tile.block_n}",
+        kernel=kernel,
+        types=types,
+        constants={n: v for n, v in constants.items() if n in kernel.arg_names},
+        warps=tile.warps,
+        stages=tile.stages,
+        aligned=tuple(n for n in (*_STRIDES, "distance") if n not in odd),
+        tensor_cores=dtype != "fp32",
+        may_spill=dtype == "fp32" and width > 64 and kernel in _SPLIT.values(),
+    )
 
-    def launch(name: str, kernel, narrow: bool, width: int, tile: tiles.Tile) -> Launch:
-        dtype, shape = "bf16" if narrow else "fp32", f"{tile.block_m}x{tile.block_n}"
-        constants = {
-            "GROUPING": SHARED,
-            "HAS_BIAS": False,
-            "HEADS": 12,
-            "WIDTH": width,
-            "VEC": 8 if narrow else 4,
-            "PRECISION": "tf32" if narrow else "ieee",
-            "BLOCK_D": width,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "NEED_QKV": True,
-        }
-        return Launch(
-            label=f"attention {name} {dtype} d={width} {shape}",
-            kernel=kernel,
-            types={n: t.format(t=dtype) for n, t in types.items()},
-            constants={n: v for n, v in constants.items() if n in kernel.arg_names},
-            warps=tile.warps,
-            stages=tile.stages,
-            aligned=(*_STRIDES, "distance"),
-        )
 
-    split = {"bwd dq": prompt_attention_bwd_dq_kernel, "bwd dkv": prompt_attention_bwd_dkv_kernel}
+_SPLIT = {"bwd dq": prompt_attention_bwd_dq_kernel, "bwd dkv": prompt_attention_bwd_dkv_kernel}
+
+
+def shipped_launches(architecture: int) -> list[Launch]:
+    """Every kernel with every tile that the table gives it on sm_`architecture`."""
+    large = architecture >= 90
+
+    def launches(name: str, kernel, table: dict) -> list[Launch]:
+        return [
+            _launch(name, kernel, tile, "bf16" if narrow else "fp32", width)
+            for (narrow, width), tile in table.items()
+        ]
+
+    whole = [tile for (size, _), tile in tiles.WHOLE.items() if size == large]
+    split = {tuple(key): tile for (size, *key), tile in tiles.SPLIT.items() if size == large}
     return [
-        *(launch("fwd", prompt_attention_fwd_kernel, *k, t) for k, t in tiles.FORWARD.items()),
-        *(launch(n, f, *k, t) for k, t in tiles.SPLIT.items() for n, f in split.items()),
-        *(
-            launch("bwd", prompt_attention_bwd_kernel, True, 64, tile)
-            for (large, _), tile in tiles.WHOLE.items()
-            if large == (architecture >= 90)
-        ),
+        *launches("fwd", prompt_attention_fwd_kernel, tiles.FORWARD),
+        *(_launch("bwd", prompt_attention_bwd_kernel, tile) for tile in whole),
+        *(launch for n, f in _SPLIT.items() for launch in launches(n, f, split)),
+    ]
+
+
+def variant_launches(architecture: int) -> list[Launch]:
+    """A sample of the switches: prompt sets, multiplicities, the class row, the prompts' gradient
+    alone, padded head widths, fp16.
+    """
+    many, own = {"GROUPING": INDEXED, "HAS_BIAS": True}, {"GROUPING": PER_IMAGE}
+    fwd, bwd, (dq, dkv) = (
+        prompt_attention_fwd_kernel,
+        prompt_attention_bwd_kernel,
+        _SPLIT.values(),
+    )
+    large = architecture >= 90
+    rows = tiles.WHOLE[large, 256 if large else 128]
+    split, wide = (tiles.SPLIT[large, True, width] for width in (64, 128))
+    qkv = torch.empty(1, 197, 3, 12, 64, dtype=torch.bfloat16, device="meta")
+    return [
+        _launch("fwd grouped", fwd, tiles.FORWARD[True, 64], **many),
+        _launch("fwd per image", fwd, tiles.FORWARD[True, 128], "fp16", 80, **own),
+        _launch("fwd class row", fwd, tiles.forward(qkv, 1), HAS_BIAS=True),
+        _launch("bwd grouped", bwd, rows, **many),
+        _launch("bwd per image", bwd, rows, "fp16", 48, **own),
+        _launch("bwd of prompts", bwd, rows, NEED_QKV=False),
+        _launch("bwd dq per image", dq, wide, width=72, **own),
+        _launch("bwd dkv grouped", dkv, split, **many),
+        _launch("bwd dkv of prompts", dkv, wide, width=80, NEED_QKV=False, **many),
     ]

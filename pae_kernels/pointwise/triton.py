@@ -224,24 +224,59 @@ def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def shipped_launches(architecture: int) -> list[Launch]:
-    """Every kernel as ViT-B launches it: fp32 stream, bf16 products."""
+def _launch(label: str, kernel, changed=None, warps: int = 4, **constants) -> Launch:
+    """`kernel` between an fp32 stream and bf16 products; `changed` types of other arguments."""
     narrow = ("xhat", "delta", "d", "narrow", "u", "y", "du", "kept")
     types = dict.fromkeys(narrow, "*bf16")
     types |= dict.fromkeys(("x", "rstd", "residual", "dx"), "*fp32")
     types |= {"rows": "i32", "count": "i32", "eps": "fp32", "code": "*u8"}
+    return Launch(label, kernel, types | (changed or {}), constants, warps, 3, ("count",))
 
-    def launch(label: str, kernel, changed=None, warps: int = 4, **constants) -> Launch:
-        return Launch(label, kernel, types | (changed or {}), constants, warps, 3, ("count",))
 
-    rows = {k: v for k, v in _rows_launch(768).items() if k != "num_warps"}
-    flat = {"KIND": "gelu", "BLOCK": _BLOCK}
+def _norm_launch(label: str, kernel, width: int, changed=None, **constants) -> Launch:
+    launch = _rows_launch(width)
+    return _launch(label, kernel, changed, launch.pop("num_warps"), **launch, **constants)
+
+
+def _flat_launch(label: str, kernel, coded: bool, kind: str = "gelu", changed=None) -> Launch:
+    return _launch(label, kernel, changed, 8, KIND=kind, CODED=coded, BLOCK=_BLOCK)
+
+
+def shipped_launches(architecture: int) -> list[Launch]:
+    """Every kernel as ViT-B launches it: fp32 stream, bf16 products."""
+    norm, wide = layer_norm_fwd_kernel, {"y": "*fp32"}
+    both = {"HAS_RESIDUAL": True, "HAS_NARROW": True}
     return [
-        launch("layer_norm fwd", layer_norm_fwd_kernel, {"y": "*fp32"}, HAS_DELTA=False, **rows),
-        launch("add + layer_norm", layer_norm_fwd_kernel, {"y": "*fp32"}, HAS_DELTA=True, **rows),
-        launch("layer_norm bwd", layer_norm_bwd_kernel, HAS_RESIDUAL=True, HAS_NARROW=True, **rows),
-        launch("gelu fwd", activation_fwd_kernel, warps=8, CODED=False, **flat),
-        launch("gelu coded", activation_fwd_kernel, warps=8, CODED=True, **flat),
-        launch("gelu bwd", activation_bwd_kernel, warps=8, CODED=False, **flat),
-        launch("gelu bwd coded", activation_bwd_kernel, {"kept": "*u8"}, 8, CODED=True, **flat),
+        _norm_launch("layer_norm fwd", norm, 768, wide, HAS_DELTA=False),
+        _norm_launch("add + layer_norm", norm, 768, wide, HAS_DELTA=True),
+        _norm_launch("layer_norm bwd", layer_norm_bwd_kernel, 768, **both),
+        _flat_launch("gelu fwd", activation_fwd_kernel, False),
+        _flat_launch("gelu coded", activation_fwd_kernel, True),
+        _flat_launch("gelu bwd", activation_bwd_kernel, False),
+        _flat_launch("gelu bwd coded", activation_bwd_kernel, True, changed={"kept": "*u8"}),
+    ]
+
+
+def variant_launches(architecture: int) -> list[Launch]:
+    """Rows of other widths and of one dtype throughout, and the other activations."""
+    fp32 = dict.fromkeys(("y", "xhat", "delta", "d"), "*fp32")
+    bf16 = dict.fromkeys(("x", "residual", "dx"), "*bf16")
+    return [
+        _norm_launch("add + layer_norm", layer_norm_fwd_kernel, 1408, fp32, HAS_DELTA=True),
+        _norm_launch("add + layer_norm", layer_norm_fwd_kernel, 5120, bf16, HAS_DELTA=True),
+        _norm_launch(
+            "layer_norm bwd", layer_norm_bwd_kernel, 72, fp32, HAS_RESIDUAL=False, HAS_NARROW=False
+        ),
+        _norm_launch(
+            "layer_norm bwd", layer_norm_bwd_kernel, 5120, bf16, HAS_RESIDUAL=True, HAS_NARROW=False
+        ),
+        *(
+            _flat_launch(kind, kernel, coded, kind)
+            for kind, kernel, coded in (
+                ("gelu_tanh", activation_fwd_kernel, True),
+                ("quick_gelu", activation_fwd_kernel, True),
+                ("silu", activation_bwd_kernel, False),
+                ("relu", activation_bwd_kernel, False),
+            )
+        ),
     ]
