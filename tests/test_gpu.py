@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attention import by_definition, inputs, results
+from test_attention import GRADIENTS, LAYOUTS, by_definition, inputs, results
 from tiny import error
 
 import pae
-from pae_kernels import backends, pointwise, prompt_attention
+from pae_kernels import backends, class_attention, pointwise, prompt_attention
 from pae_kernels.attention import reference, tiles
 
 # cuBLAS in deterministic mode, which the poison of uninitialised memory needs
@@ -70,10 +70,11 @@ def plain(qkv, kv, group=None, queries="all", log_multiplicity=None):
     return out.transpose(1, 2).flatten(2), out[..., 0]
 
 
-def assert_twice_at_most(qkv, kv, **options):
+def assert_twice_at_most(qkv, kv, arrange=lambda d_out: d_out, **options):
     qkv, kv = qkv.to(GPU), kv.to(GPU)
     rows = 1 if options.get("queries") == "class" else qkv.shape[1]
     d_out = torch.randn(len(qkv), rows, qkv.shape[3] * qkv.shape[4], device=GPU).to(qkv.dtype)
+    d_out = arrange(d_out)
     truth = results(by_definition, qkv.double(), kv.double(), d_out.double(), **options)
     theirs = results(plain, qkv, kv, d_out, **options)
     ours = results(prompt_attention, qkv, kv, d_out, **options)
@@ -99,6 +100,11 @@ SHAPES = [
     (16, 64, 197, 50, BF16),
     (16, 80, 257, 50, BF16),
     (8, 48, 197, 50, BF16),
+    *((4, width, 197, 50, BF16) for width in (32, 72, 96, 128)),
+    (4, 128, 50, 10, FP32),
+    *((12, 64, tokens, 50, BF16) for tokens in (1, 256, 785, 1025, 1568)),
+    (12, 64, 197, 512, FP16),
+    (2, 64, 4096, 512, BF16),
 ]
 
 
@@ -126,14 +132,47 @@ def test_attention_with_log_multiplicity():
     assert_twice_at_most(*inputs(4, 197, 50, 12, 64, 1, BF16), log_multiplicity=weight)
 
 
-def test_attention_without_the_images_gradient():
+@pytest.mark.parametrize("tokens", [197, 577])
+@pytest.mark.parametrize("sets", [1, 3, 4])
+def test_attention_without_the_images_gradient(sets, tokens):
     """The first prompted block asks for prompt gradients only: the same, without the rest."""
-    qkv, kv = (t.to(GPU) for t in inputs(4, 197, 50, 12, 64, 1, BF16))
-    d_out = torch.randn(4, 197, 768, device=GPU, dtype=BF16)
-    both = results(prompt_attention, qkv, kv, d_out)[3]
+    qkv, kv = (t.to(GPU) for t in inputs(4, tokens, 50, 12, 64, sets, BF16))
+    options = {"group": torch.tensor([2, 0, 2, 2], device=GPU) if sets == 3 else None}
+    d_out = torch.randn(4, tokens, 768, device=GPU, dtype=BF16)
+    both = results(prompt_attention, qkv, kv, d_out, **options)[3]
     kv = kv.requires_grad_()
-    alone = torch.autograd.grad(prompt_attention(qkv, kv)[0], kv, d_out)[0]
+    alone = torch.autograd.grad(prompt_attention(qkv, kv, **options)[0], kv, d_out)[0]
     assert error(alone, both) < 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_reads_inputs_as_they_lie(layout):
+    qkv, kv = inputs(3, 197, 20, 12, 64, 3, BF16)
+    assert_twice_at_most(LAYOUTS[layout](qkv.to(GPU)), kv)
+    if layout != "offset":  # would change the number of prompts
+        assert_twice_at_most(qkv, LAYOUTS[layout](kv.to(GPU)))
+
+
+@pytest.mark.parametrize("layout", GRADIENTS)
+def test_attention_reads_gradients_as_they_lie(layout):
+    assert_twice_at_most(*inputs(3, 197, 20, 12, 64, 1, BF16), GRADIENTS[layout])
+
+
+def test_attention_of_no_images():
+    qkv, kv = (t.to(GPU) for t in inputs(0, 197, 50, 12, 64, 1, BF16))
+    out, lse, d_qkv, d_kv = results(prompt_attention, qkv, kv)
+    assert out.shape == (0, 197, 768) and lse.shape == (0, 12, 197) and len(d_qkv) == 0
+    assert not d_kv.any()
+
+
+def test_attention_row_of_the_class_token():
+    qkv, kv = (t.to(GPU) for t in inputs(4, 197, 50, 12, 64, 1, BF16))
+    weights = class_attention(qkv, kv, prompt_attention(qkv, kv)[1])
+    wide = qkv.double(), kv.double()
+    truth = class_attention(*wide, by_definition(*wide)[1])
+    assert error(weights, truth) < 1e-4
+    mean, exact = (w[..., 51:].mean(1).topk(10).indices for w in (weights, truth))
+    assert torch.equal(mean, exact)
 
 
 def test_attention_two_passes_agree_with_one(monkeypatch):
