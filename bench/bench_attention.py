@@ -15,6 +15,7 @@ from pae_kernels.attention import reference, tiles
 
 from . import peers_attention, roofline
 from .contest import Contestant, Group, Provider, Settings, Unavailable, relative
+from .memory import peak_bytes
 
 KINDS = ("forward", "backward", "both")
 FLASH, CUDNN, SDPA = "SDPA flash", "SDPA cuDNN", "SDPA"
@@ -98,14 +99,19 @@ def contestant(shared: Inputs, attend: peers_attention.Attend, routed=nullcontex
         s, width = shared.shape, shared.shape.heads * shared.shape.head_width
         sizes = s.batch, s.tokens, s.prompts, width
         moved = roofline.attention_bytes(shared.kind, *sizes, shared.qkv.element_size())
-        return {
+        columns = {
             "value_error": found[0],
             "gradient_error": max(found[1:]),
             "live_gflop": roofline.attention_flops(shared.kind, *sizes) / 1e9,
             "floor_mb": moved / 1e6,
         }
+        if shared.qkv.is_cuda:
+            work()  # a timed backward keeps its forward
+            columns["peak_mb"] = peak_bytes(work, shared.qkv.device) / 1e6
+        return columns
 
-    return Contestant(work_of(shared, attend, routed), check, capture=True)
+    work = work_of(shared, attend, routed)
+    return Contestant(work, check, capture=True)
 
 
 def work_of(shared: Inputs, attend, routed) -> Callable[[], object]:
@@ -184,6 +190,7 @@ GPU_SHAPES = [
     Shape(16, 80, 257, 50, 64, "bf16"),
     Shape(12, 64, 577, 50, 32, "bf16"),
     Shape(12, 64, 197, 50, 16, "bf16"),
+    Shape(12, 64, 1568, 50, 16, "bf16"),
     Shape(12, 64, 197, 50, 128, "fp32"),
 ]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pae
 
@@ -17,6 +18,7 @@ from .contest import Contestant, Group, Provider, Settings, Unavailable, relativ
 from .memory import SavedBytes, own_bytes, peak_bytes, tensors_in
 
 OFFICIAL, TEXTBOOK = "official-style", "timm + SDPA"
+TEXTBOOK_CUDNN = "timm + SDPA cuDNN"
 COMPILED_TEXTBOOK = "timm + SDPA, compiled"
 
 # Norm-relative errors against the official-style fp32 step that a row may show: in fp32 the promise
@@ -46,6 +48,7 @@ class Step:
     labels: Tensor
     dtype: str
     live_flops: float
+    live_bytes: float
     expected: dict[str, Tensor] = field(default_factory=dict)
     limits: dict[str, float] | None = None
 
@@ -96,8 +99,11 @@ def open_step(name: str, prompts: int, batch: int, dtype: str, device: torch.dev
     images = torch.randn(batch, 3, *size, generator=generator).to(device)
     labels = torch.randint(model.num_classes, (batch,), generator=generator).to(device)
     official = peers.OfficialStyleVPT(vit, model.prompts.tokens, model.head)
-    live_flops = shapes.live_step_flops(vit, prompts, batch)
-    step = Step(model, official, images, labels, "fp32", live_flops)
+    live = (
+        shapes.live_step_flops(vit, prompts, batch),
+        shapes.live_step_bytes(vit, prompts, batch, 2 if dtype == "bf16" else 4),
+    )
+    step = Step(model, official, images, labels, "fp32", *live)
     step.expected = step.reference()
     if dtype == "bf16":
         step.dtype = dtype
@@ -139,12 +145,29 @@ def verdict(step: Step, logits: Tensor, gradients: Tensor, memory: str) -> dict[
     fp32_limits = FP32_LOW_LIMITS if memory == "low" else FP32_LIMITS
     for what, limit in (step.limits or fp32_limits).items():
         assert errors[what] <= limit, f"{what} are off by {errors[what]:.1e} > {limit:.1e}"
-    return {
+    columns = {
         "value_error": errors["logits"],
         "gradient_error": errors["gradients"],
         "live_gflop": step.live_flops / 1e9,
         "images": float(len(step.images)),
     }
+    if step.images.is_cuda:
+        columns["floor_mb"] = step.live_bytes / 1e6
+    return columns
+
+
+def start_cudnn(step: Step) -> Contestant:
+    """The textbook with the attention kernels that are the fastest of PyTorch's on new GPUs."""
+
+    def forward(images: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return step.model(images)
+
+    try:
+        step.run(forward, step.model)
+    except RuntimeError as error:  # no such kernel for this device or dtype
+        raise Unavailable.because("refused", error) from error
+    return contestant(step, forward)
 
 
 def start_compiled(step: Step, mode: str | None = None) -> Contestant:
@@ -197,9 +220,10 @@ def providers(compile_too: bool, settings: Settings) -> list[Provider]:
     if settings.size in ("full", "smoke"):
         rows.append(ours("lowest"))
     if settings.device.type == "cuda":
+        rows.insert(2, Provider(TEXTBOOK_CUDNN, start_cudnn))
         slowest = settings.why_not_compile(False)
         rows.insert(
-            3,
+            4,
             Provider(
                 "timm + SDPA, compiled max-autotune",
                 lambda step: start_compiled(step, "max-autotune"),

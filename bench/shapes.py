@@ -61,3 +61,28 @@ def live_step_flops(vit: VisionTransformer, prompts: int, batch: int) -> float:
     backward = (depth - 2) * back_middle + back_last + back_first
     prompt_rows = 2 * depth * prompts * 2 * row  # keys and values, forward and backward
     return batch * (forward + backward) + prompt_rows
+
+
+def live_step_bytes(vit: VisionTransformer, prompts: int, batch: int, itemsize: int) -> float:
+    """Bytes of the same step where every product, attention, norm and activation is one pass that
+    reads its inputs once and writes its output once.
+
+    The residual stream is fp32, all else `itemsize` bytes; a norm also adds what the product before
+    it leaves for the stream. Epilogues that swallow a pass would go below this.
+    """
+    depth, D, F = len(vit.blocks), vit.embed_dim, vit.blocks[0].mlp.fc1.out_features
+    n = vit.patch_embed.num_patches
+    e, stream, narrow = itemsize, 4, itemsize if itemsize < 4 else 0
+    norm = 2 * (stream + e) * D
+    norm_back = (2 * e + 2 * stream + narrow) * D
+    mlp = 2 * e * (D + F)  # both products; 2 e F more for the activation, 3 e F for its gradient
+    forward = 2 * norm + e * (4 * D + 4 * D + 2 * D) + mlp + 2 * e * F
+    half_back = mlp + 3 * e * F + norm_back + 2 * e * D
+    backward = half_back + e * (8 * D + 4 * D) + norm_back
+    first_back = half_back + 3 * e * D  # attention: q, out and the gradient of out
+    last = norm + 2 * e * D + 3 * e * D + norm_back  # scores, mixture; their gradients
+    rows = (depth - 1) * forward + (depth - 2) * backward + first_back + last
+    weights = e * (4 * D * D + 2 * D * F) * 2 * depth
+    prompt_rows = e * 2 * prompts * D * 3 * depth
+    image = 4 * vit.patch_embed.proj.in_channels * vit.patch_embed.img_size[0] ** 2 + 4 * n * D
+    return float(batch * ((n + 1) * rows + image) + weights + prompt_rows)
