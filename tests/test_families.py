@@ -31,12 +31,22 @@ FAMILIES = {
     "e2vpt": lambda: p.E2VPT(4, 3),
     "e2vpt_two_tensors": lambda: p.E2VPT(4, 3, share_kv=False, dropout=0.3, kv_dropout=0.3),
     "e2vpt_masks": lambda: p.E2VPT(4, 3, masks="learned", pieces=8),
+    "lspt": lambda: p.LSPT(4),
+    "lspt_add_narrow": lambda: p.LSPT(4, 8, "add", dropout=0.4),
     "e2vpt_kv_alone": lambda: p.E2VPT(0, 3),
 }
 
 # why KLD cannot be had on top of a family: part of the error
 WITHOUT_KLD = dict.fromkeys(
-    ("vpt_shallow", "bpt_shallow", "apt", "apt_part_dropout", "e2vpt_kv_alone"),
+    (
+        "vpt_shallow",
+        "bpt_shallow",
+        "apt",
+        "apt_part_dropout",
+        "e2vpt_kv_alone",
+        "lspt",
+        "lspt_add_narrow",
+    ),
     "same number of prompts",
 )
 

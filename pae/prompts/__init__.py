@@ -5,19 +5,24 @@ from .base import BackboneShape, PromptFamily
 from .bpt import BPTDeep, BPTShallow
 from .e2vpt import E2VPT, E2VPTImportance, e2vpt_importance
 from .ivpt import IVPT
+from .lspt import LSPT
 from .vapt import VAPT
+from .vfpt import VFPTDeep, VFPTShallow
 from .vpt import VPTDeep, VPTShallow
 
 __all__ = [
     "APT",
     "E2VPT",
     "IVPT",
+    "LSPT",
     "VAPT",
     "BPTDeep",
     "BPTShallow",
     "BackboneShape",
     "E2VPTImportance",
     "PromptFamily",
+    "VFPTDeep",
+    "VFPTShallow",
     "VPTDeep",
     "VPTShallow",
     "build",

@@ -4,7 +4,7 @@ else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,8 @@ class PromptFamily(nn.Module):
         reads_class_attention: it is given the class row's attention, which otherwise is never
             computed; needs adjusts_rows.
         observed: blocks whose input rows `observe` is shown (DA-VPT).
+        moves_prompts: prompts change their block in training (PRO-VPT), so `prompt_counts` change
+            and prompts of the same number in two blocks have nothing to do with each other.
     """
 
     enters_sequence: bool = False
@@ -65,6 +67,7 @@ class PromptFamily(nn.Module):
     adjusts_rows: bool = False
     reads_class_attention: bool = False
     observed: frozenset[int] = frozenset()
+    moves_prompts: bool = False
 
     def bind(self, shape: BackboneShape) -> None:
         """Allocate and initialise the parameters for a backbone of these sizes."""
@@ -159,6 +162,25 @@ class PromptFamily(nn.Module):
         """Scalar added to the training loss, or None."""
         return None
 
+    def start_of_epoch(
+        self,
+        losses: Callable[[], Iterable[tuple[Tensor, int]]],
+        head: Sequence[Tensor] = (),
+        last_loss: float | None = None,
+    ) -> None:
+        """Called by the training loop before every epoch, the model in training mode; not again in
+        the middle of an epoch that is resumed.
+
+        Args:
+            losses: () -> one pass over the training data, of which a family makes use or not: for
+                every batch its mean cross-entropy, differentiable and without penalties, and its
+                number of images. It runs the bare model, not a data-parallel wrapper, on this
+                rank's share. A loss's graph is used up before the next is asked for.
+            head: the trained parameters of the head.
+            last_loss: mean cross-entropy of the training images in the epoch before, over all
+                ranks; None before the first.
+        """
+
     def end_of_step(self) -> None:
         """Called by the training loop after every optimiser step."""
 
@@ -183,6 +205,13 @@ def check_probability(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
     return float(value)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """Return `value`, or raise unless it is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
+    return value
 
 
 def check_count(name: str, value: int) -> int:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import BackboneShape, check_count, check_probability, check_prompts
+from .base import BackboneShape, check_choice, check_count, check_probability, check_prompts
 from .vpt import _VPT
 
 MASKS = ("none", "learned", "fixed")
@@ -79,11 +79,8 @@ class E2VPT(_VPT):
             raise ValueError("num_tokens must be at least 1 for masks, got 0")
         self.share_kv = bool(share_kv)
         self.kv_dropout = check_probability("kv_dropout", kv_dropout)
-        if masks not in MASKS:
-            raise ValueError(f"masks must be one of {MASKS}, got {masks!r}")
-        if pruned not in PRUNED:
-            raise ValueError(f"pruned must be one of {PRUNED}, got {pruned!r}")
-        self.masks, self.pruned = masks, pruned
+        self.masks = check_choice("masks", masks, MASKS)
+        self.pruned = check_choice("pruned", pruned, PRUNED)
         self.pieces = check_count("pieces", pieces)
         self.register_parameter("keys_values", None)
         self._start_masks: tuple[Tensor, Tensor] | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import BackboneShape, check_count, check_prompts
+from .base import BackboneShape, check_choice, check_count, check_prompts
 from .vpt import _VPT
 
 REDUCTIONS = ("mean", "max")
@@ -76,9 +76,9 @@ class IVPT(_VPT):
         if num_tokens == 0:
             raise ValueError("num_tokens must be at least 1, got 0")
         self.num_reinforced = check_count("num_reinforced", num_reinforced)
-        self.reinforced = _check_choice("reinforced", reinforced, REINFORCED)
-        self.reduction = _check_choice("reduction", reduction, REDUCTIONS)
-        self.match = _check_choice("match", match, MATCHES)
+        self.reinforced = check_choice("reinforced", reinforced, REINFORCED)
+        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        self.match = check_choice("match", match, MATCHES)
         self.adjusts_rows = reinforced == "all" or num_reinforced > 0
         self.reads_class_attention = self.adjusts_rows and reinforced == "topk"
         for name in ("mix", "mix_bias", "added"):
@@ -160,9 +160,3 @@ class IVPT(_VPT):
             "dropout": self.dropout,
             "dropout_scope": self.dropout_scope,
         }
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-    return value
