@@ -161,6 +161,4 @@ def _fill(model, path, state: dict[str, Tensor]) -> None:
             raise CheckpointError(
                 f"checkpoint {path}: {name} is {found} in the file, {have} in the model"
             )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+    model.load_state_dict(state, strict=False)  # a backbone is no part of `state`

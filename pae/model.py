@@ -73,6 +73,11 @@ class PromptedViT(nn.Module):
                 f"prompts ({type(prompts).__name__}) reads the class token's attention, and the "
                 "backbone has no class token"
             )
+        if kld is not None and prompts.moves_prompts:
+            raise ValueError(
+                "kld pairs prompt j of a block with prompt j of the next, and prompts "
+                f"({type(prompts).__name__}) moves prompts between blocks"
+            )
         prompts.bind(self.view.shape)
         if kld is not None:
             counts = prompts.prompt_counts
