@@ -101,30 +101,6 @@ def run(model, images: Tensor, memory: str) -> Tensor:
     return model.head(view.readout(x))
 
 
-@torch.no_grad()
-def class_logits_with_equal_prompts(model, x: Tensor, row: Tensor, count: int) -> Tensor:
-    """Logits when every block holds `count` copies of one prompt row.
-
-    Equal keys share one softmax weight, so softmax over `count` copies is softmax over one with +
-    log(count).
-
-    Args:
-        model: a PromptedViT.
-        x: (B, N, D) rows as `model.view.embed` gives them.
-        row: (D,) the prompt row.
-        count: number of copies, at least 1.
-
-    Returns:
-        logits (B, classes). No autograd graph is recorded.
-    """
-    plan = model.plan()
-    with torch.autocast(x.device.type, enabled=False):
-        log_count = torch.full((1, 1), float(count), dtype=torch.float64, device=x.device).log()
-        prompts = BlockPrompts(row.to(x.device)[None, None], None, log_count.to(x.dtype))
-        x = walk(plan, x, [prompts] * len(plan.blocks), None, model.view.reads_class_only, "exact")
-    return model.head(model.view.readout(x))
-
-
 class BlockPrompts(NamedTuple):
     """Prompts of one block: rows (G, P, D) or None, group (B,) or None, log_multiplicity (G, P) or
     None, and keys and values in head space (1 or B, P', 2, H, d) or None.

@@ -474,27 +474,6 @@ def test_frozen_parameters_get_no_gradient():
         assert p.requires_grad != name.startswith("backbone."), name
 
 
-# ---- one key for many equal prompts
-
-
-@pytest.mark.parametrize("count", [1, 7, 50])
-@pytest.mark.parametrize("feature", ["plain", "avg", "qk_norm", "one_block", "map"])
-@pytest.mark.parametrize("value", [0.0, 0.8])
-def test_equal_prompts_are_one_key(feature, count, value):
-    model = prompted(feature, count)
-    row = value * torch.randn(32, dtype=torch.float64)
-    with torch.no_grad():
-        model.prompts.tokens.copy_(row.expand_as(model.prompts.tokens))
-    x = tiny.images(model.backbone)
-    rows = model.view.embed(x)
-    got = engine.class_logits_with_equal_prompts(model, rows, row, count)
-    assert not got.requires_grad
-    assert error(got, model(x)) < 1e-12
-    # and it does not read the prompts that the model holds
-    nn.init.normal_(model.prompts.tokens)
-    assert torch.equal(engine.class_logits_with_equal_prompts(model, rows, row, count), got)
-
-
 # ---- training
 
 

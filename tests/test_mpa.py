@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pae
 from pae import mpa
+from pae.mpa import losses as mpa_losses
+from pae.mpa import probe as mpa_probe
 from pae.prompts import VPTDeep, VPTShallow
 from pae.prompts.base import PromptFamily
 from pae_kernels.spectrum import shortcut_images
@@ -212,9 +214,12 @@ def test_a_backbone_of_16_bits_stays_one():
 # ---- economy
 
 
-def test_one_transform_and_never_more_images_than_a_chunk(monkeypatch):
+@pytest.mark.parametrize("stem", ["patch convolution", "padded"])
+def test_one_transform_and_never_more_windows_than_a_chunk(stem, monkeypatch):
     transforms, sizes = [], []
-    fft2, windowed = torch.fft.fft2, mpa.shortcut_images
+    fft2 = torch.fft.fft2
+    name = "shortcut_tokens" if stem == "patch convolution" else "shortcut_images"
+    filtered = getattr(mpa_losses, name)
 
     def count_transforms(*args, **kwargs):
         transforms.append(1)
@@ -222,24 +227,46 @@ def test_one_transform_and_never_more_images_than_a_chunk(monkeypatch):
 
     def count_windows(*args):
         sizes.append(len(args[1]))
-        return windowed(*args)
+        return filtered(*args)
 
     monkeypatch.setattr(torch.fft, "fft2", count_transforms)
-    monkeypatch.setattr(mpa, "shortcut_images", count_windows)
-    pae.mpa_init(small_model(), *batch(), **SMALL, chunk=2)
+    monkeypatch.setattr(mpa_losses, name, count_windows)
+    options = {} if stem == "patch convolution" else dict(BACKBONES["padded image size"])
+    images, labels = batch(options.pop("images", (16, 16)))
+    pae.mpa_init(small_model(**options), images, labels, **SMALL, chunk=2)
+    windows = len(mpa.alignment._window_origins(images, **SMALL))
     assert len(transforms) == 1
     assert max(sizes) == 2
-    assert sum(sizes) == 9 + 3  # every window once, the chosen ones once more
+    assert sum(sizes) == windows + 3  # every window once, the chosen ones once more
 
 
-def test_windows_per_forward_follow_memory(monkeypatch):
-    model, images = small_model(torch.float32), batch()[0].float()
-    many = mpa._windows_per_forward(model, images)
+def test_images_per_forward_follow_memory(monkeypatch):
+    model = small_model(torch.float32)
+    many = mpa_losses.images_per_forward(model, (16, 16))
     assert many > 9
-    monkeypatch.setitem(mpa._FORWARD_BYTES, "cpu", mpa._FORWARD_BYTES["cpu"] // 4)
-    assert mpa._windows_per_forward(model, images) in (many // 4, many // 4 + 1)
-    monkeypatch.setitem(mpa._FORWARD_BYTES, "cpu", 1)
-    assert mpa._windows_per_forward(model, images) == 1
+    monkeypatch.setitem(mpa_losses._FORWARD_BYTES, "cpu", mpa_losses._FORWARD_BYTES["cpu"] // 4)
+    assert mpa_losses.images_per_forward(model, (16, 16)) in (many // 4, many // 4 + 1)
+    monkeypatch.setitem(mpa_losses._FORWARD_BYTES, "cpu", 1)
+    assert mpa_losses.images_per_forward(model, (16, 16)) == 1
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 7])
+def test_small_forwards_change_nothing(room, monkeypatch):
+    """A batch larger than a forward is split by images too."""
+    images, labels = batch(count=5)
+    expected = pae.mpa_init(small_model(), images, labels, **SMALL)
+    seen = []
+    rows = mpa_losses.FilteredBatch.rows
+
+    def count_images(self, windows, images):
+        seen.append(len(windows) * len(images))
+        return rows(self, windows, images)
+
+    monkeypatch.setattr(mpa_losses.FilteredBatch, "rows", count_images)
+    monkeypatch.setattr(mpa_losses, "images_per_forward", lambda *_: room)
+    result = pae.mpa_init(small_model(), images, labels, **SMALL)
+    assert max(seen[:-3]) <= room and sum(seen[:-3]) == 9 * 5  # the last three are the prompts'
+    torch.testing.assert_close(result.losses, expected.losses, rtol=1e-12, atol=1e-12)
 
 
 def test_kld_is_not_computed(monkeypatch):
@@ -327,7 +354,7 @@ def test_a_failure_leaves_the_model_as_it_was(head, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mpa, "_window_losses", fail)
+    monkeypatch.setattr(mpa_losses.WindowLosses, "_losses", fail)
     with pytest.raises(KeyboardInterrupt):
         pae.mpa_init(model, *batch(), **SMALL, head=head)
     assert model.head is own_head
@@ -439,15 +466,15 @@ def test_probe_minimises_the_loss_of_left_out_images(monkeypatch):
     """The closed form against refitting without each image in turn."""
     features, labels = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 3
     tried = {}
-    for ridge in mpa.RIDGES:
-        for scale in mpa.SCALES:
+    for ridge in mpa_probe.RIDGES:
+        for scale in mpa_probe.SCALES:
             held_out = torch.stack(
                 [_ridge_without(i, features, labels, 3, ridge) for i in range(12)]
             )
             tried[ridge, scale] = F.cross_entropy(scale * held_out, labels).item()
     ridge, scale = min(tried, key=tried.get)
-    monkeypatch.setattr(mpa, "RIDGES", (ridge,))
-    monkeypatch.setattr(mpa, "SCALES", (scale,))
+    monkeypatch.setattr(mpa_probe, "RIDGES", (ridge,))
+    monkeypatch.setattr(mpa_probe, "SCALES", (scale,))
     expected = mpa.fit_probe(features, labels, 3)
     monkeypatch.undo()
     assert torch.equal(mpa.fit_probe(features, labels, 3).weight, expected.weight)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -103,6 +104,32 @@ class BackboneView:
         m = self.module
         x = m._pos_embed(m.patch_embed(images))
         return m.norm_pre(m.patch_drop(x))
+
+    def patch_convolution(self, size: tuple[int, int]) -> nn.Conv2d | None:
+        """The convolution that alone makes patch tokens of images of this size, each patch once and
+        no pixel outside; None when the stem does anything else with them.
+        """
+        embed, patch = self.module.patch_embed, self.shape.patch_size
+        conv = embed.proj
+        plain = (
+            type(embed) is PatchEmbed
+            and type(conv) is nn.Conv2d
+            and tuple(conv.kernel_size) == tuple(conv.stride) == patch
+            and conv.padding in ((0, 0), "valid")
+            and tuple(conv.dilation) == (1, 1)
+            and conv.groups == 1
+        )
+        return conv if plain and not any(s % p for s, p in zip(size, patch)) else None
+
+    def embed_tokens(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """`embed` from what `patch_convolution` gives for images of this size: (B, patches, D), row
+        by row.
+        """
+        m = self.module
+        if getattr(m, "dynamic_img_size", False):  # timm then places positions on a grid
+            grid = [s // p for s, p in zip(size, self.shape.patch_size)]
+            tokens = tokens.unflatten(1, grid)
+        return m.norm_pre(m.patch_drop(m._pos_embed(m.patch_embed.norm(tokens))))
 
     def run_block(self, block: nn.Module, x: Tensor, kv: Tensor | None = None) -> Tensor:
         """The block's own forward on rows (B, N, D); with `kv` (P, 2, H, d) or (B, P, 2, H, d), its
