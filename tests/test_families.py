@@ -34,6 +34,8 @@ FAMILIES = {
     "lspt": lambda: p.LSPT(4),
     "lspt_add_narrow": lambda: p.LSPT(4, 8, "add", dropout=0.4),
     "e2vpt_kv_alone": lambda: p.E2VPT(0, 3),
+    "vapt": lambda: p.VAPT(4),
+    "vapt_variant": lambda: p.VAPT(4, 3, 1, 6, "gelu", 2, True, False, True, hidden_dropout=0.3),
 }
 
 # why KLD cannot be had on top of a family: part of the error
