@@ -8,14 +8,12 @@ from .ivpt import IVPT
 from .lspt import LSPT
 from .vapt import VAPT
 from .vfpt import VFPTDeep, VFPTShallow
-from .vapt import VAPT
 from .vpt import VPTDeep, VPTShallow
 
 __all__ = [
     "APT",
     "E2VPT",
     "IVPT",
-    "VAPT",
     "LSPT",
     "VAPT",
     "BPTDeep",
