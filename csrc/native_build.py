@@ -37,6 +37,7 @@ ROOT = SOURCES.parent
 PACKAGE = ROOT / "pae_kernels"
 OBJECTS = ROOT / "build" / "native"
 
+EXPORTS = "exports.map"
 LIBRARY = "_native.so"
 RECORD = "_native_build.json"  # beside the library: how it was built, or why not
 
@@ -147,10 +148,14 @@ def _output(command: list[object], **options) -> str:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
     said = done.stdout + done.stderr
     if done.returncode != 0:
-        lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no message"]
-        telling = [line for line in lines if re.search("error|fatal|not found|No such", line)]
-        raise Unbuildable((telling or lines)[0][:300])
+        raise Unbuildable(_first_error(said))
     return said
+
+
+def _first_error(said: str) -> str:
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no message"]
+    telling = [line for line in lines if re.search("error|fatal|not found|cannot|No such", line)]
+    return (telling or lines)[0][:300]
 
 
 def inspect(nvcc: Path, flags: tuple[str, ...] = ()) -> Toolkit:
@@ -251,8 +256,9 @@ class Plan:
         ]
 
     def link_command(self, objects: list[str], target: str) -> list[str]:
-        script = f"--version-script={SOURCES / 'exports.map'}"
-        flags = [*LINK, *self.toolkit.flags, *code_flags(self.archs), "-Xlinker", script]
+        # the map lies in the build folder: nvcc takes a path with spaces apart for the linker
+        script = ["-Xlinker", f"--version-script={EXPORTS}"]
+        flags = [*LINK, *self.toolkit.flags, *code_flags(self.archs), *script]
         return [str(self.toolkit.nvcc), *flags, *objects, "-o", target]
 
 
@@ -277,8 +283,7 @@ def _ninja_file(plan: Plan) -> str:
     for source in plan.sources:
         objects.append(path(plan.object(source)))
         lines.append(f"build {objects[-1]}: compile {path(source)}")
-    needs = path(SOURCES / "exports.map")
-    lines.append(f"build {path(plan.library)}: link {' '.join(objects)} | {needs}")
+    lines.append(f"build {path(plan.library)}: link {' '.join(objects)} | {EXPORTS}")
     return "\n".join(lines) + "\n"
 
 
@@ -306,6 +311,7 @@ def compile_library(plan: Plan) -> Path:
     append = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --threads {threads}".strip()
     environment = {**os.environ, "NVCC_APPEND_FLAGS": append}
     with _alone(plan.folder):
+        shutil.copy2(SOURCES / EXPORTS, plan.folder)
         if ninja := shutil.which("ninja"):
             file = plan.folder / "build.ninja"
             file.write_text(_ninja_file(plan))
@@ -321,8 +327,7 @@ def compile_library(plan: Plan) -> Path:
             failures = _compile_all(plan, parallel, environment)
     if failures:
         print(*failures, sep="\n", file=sys.stderr)
-        said = [line for line in "\n".join(failures).splitlines() if "error" in line]
-        raise Unbuildable(f"{plan.toolkit.nvcc} failed: {(said or ['no message'])[0][:300]}")
+        raise Unbuildable(f"{plan.toolkit.nvcc} failed: {_first_error(''.join(failures))}")
     return plan.library
 
 
@@ -330,7 +335,9 @@ def _compile_all(plan: Plan, parallel: int, environment: dict[str, str]) -> list
     """Without ninja: every file. The output of what failed."""
 
     def run(command: list[str]) -> subprocess.CompletedProcess:
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            command, cwd=plan.folder, env=environment, capture_output=True, text=True
+        )
 
     def compile_one(source: Path) -> str | None:
         done = run(plan.compile_command(str(source), str(plan.object(source))))

@@ -152,6 +152,29 @@ def library() -> Library:
     return _loaded
 
 
+def describe() -> str:
+    """The library in one line: what it was built for and whether it runs here, or why not."""
+    record = build_record()
+    if "reason" in record:
+        return f"none: {record['reason']}"
+    said = f"{PATH.name} for {' '.join(record.get('architectures', ()))}"
+    said += f", nvcc {record.get('nvcc')}"
+    if newer := changed_since_built():
+        said += f", older than csrc/{newer}: install again"
+    if reason := unavailable():
+        said += f"; cannot run here: {reason}"
+    return said
+
+
+def changed_since_built() -> str | None:
+    """A source that is newer than the library, where both are: in an editable install."""
+    if not PATH.is_file():
+        return None
+    built = PATH.stat().st_mtime
+    files = [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh"), *SOURCES.glob("*.h")]
+    return next((file.name for file in sorted(files) if file.stat().st_mtime > built), None)
+
+
 @contextlib.contextmanager
 def using(other: Library) -> Iterator[Library]:
     """`other` instead of the package's own library, as tests do with an emulated one."""
@@ -186,8 +209,19 @@ def _refusal(found: Library, device: int | None) -> str | None:
     reason = found.last_error()
     if "NoKernelImage" in reason:
         built = " ".join(build_record().get("architectures", ()))
-        reason = f"no code for this device, sm_{probe.capability}: built for {built}"
+        return f"no code for this device, sm_{probe.capability}: built for {built}"
+    if "InsufficientDriver" in reason:
+        if probe.driver_version == 0:
+            return f"no NVIDIA driver here ({reason})"
+        return (
+            f"the driver serves CUDA {_version(probe.driver_version)}, the library was built with "
+            f"{_version(probe.toolkit_version)} ({reason})"
+        )
     return reason
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def call(name: str, params: ctypes.Structure, device: torch.device) -> None:
