@@ -64,6 +64,52 @@ typedef struct pae_probe_params {
 PAE_API int pae_probe(pae_probe_params* p, void* stream);
 PAE_API uint32_t pae_sizeof_probe_params(void);
 
+/* ---- Koopman and Lyapunov losses (koopman.cu)
+ *
+ * All tensors contiguous fp32, named and shaped as in pae_kernels/koopman/reference.py. With R runs,
+ * J >= 2 blocks, P prompts, width D, m = J - 1 pairs, and G = m operators a run in use if
+ * `layerwise`, else 1; K and L hold J or 1 of them. In "paper" mode (code = 0) spin, left and right
+ * are neither written nor may they be left undefined: they are zeros. */
+
+typedef struct pae_koopman_fwd_params {
+  uint32_t struct_size;
+  int32_t layerwise, code, gauge; /* booleans; gauge: prompts pass through LayerNorm */
+  int64_t runs, blocks, prompts, width, k;
+  const void *prompts_in, *lift, *K, *L; /* (R, J, P, D), (R, k, D), (R, 1 or J, k, k) twice */
+  void *consistency, *lyapunov;          /* (R) */
+  void *states, *predicted, *images;     /* (R, J, P, k), (R, m, P, k), (R, m, 2P, k) */
+  void *pull, *radial;                   /* (R, m, 2P) */
+  void *spin, *left, *right;             /* (R, G), (R, G, k) twice */
+  void* statistics;                      /* (R, J, P, 2), or null without gauge */
+  void* workspace;                       /* scratch */
+  int64_t workspace_floats;              /* at least what pae_koopman_workspace says */
+  int32_t tile, square_tile;             /* 16, 32 or 64: of the products, and of a squaring */
+  int32_t squarings;                     /* at most; see pae_kernels/koopman/spectral.py */
+  float settled, settled_first, eps;
+} pae_koopman_fwd_params;
+
+PAE_API int pae_koopman_fwd(const pae_koopman_fwd_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_koopman_fwd_params(void);
+
+/* Sets workspace_floats to what a forward with these sizes, tiles and squarings needs; reads no
+ * pointer and enqueues nothing. */
+PAE_API int pae_koopman_workspace(pae_koopman_fwd_params* p, void* stream);
+
+typedef struct pae_koopman_bwd_params {
+  uint32_t struct_size;
+  int32_t layerwise, code, gauge;
+  int64_t runs, blocks, prompts, width, k;
+  const void *d_consistency, *d_lyapunov; /* (R) */
+  const void *prompts_in, *lift, *K, *L;
+  const void *states, *predicted, *images, *pull, *radial, *spin, *left, *right, *statistics;
+  void *d_prompts, *d_lift, *d_K, *d_L; /* all entries are written */
+  void *d_states, *d_points;            /* scratch: (R, J, P, k) and (R, m, 2P, k) */
+  int32_t tile, reserved;
+} pae_koopman_bwd_params;
+
+PAE_API int pae_koopman_bwd(const pae_koopman_bwd_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_koopman_bwd_params(void);
+
 #ifdef __cplusplus
 }
 #endif

@@ -9,7 +9,11 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from . import reference
 
-backends.register("koopman_losses", backends.Version("reference", reference, backends.anywhere))
+backends.register(
+    "koopman_losses",
+    backends.Version("cuda", f"{__package__}.cuda", backends.with_cuda),
+    backends.Version("reference", reference, backends.anywhere),
+)
 
 FORMULATIONS = ("code", "paper")
 GAUGES = ("none", "layernorm")

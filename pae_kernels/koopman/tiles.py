@@ -1,0 +1,26 @@
+"""Sides of the square output tiles that the kernels of `koopman_losses` work in."""
+
+from __future__ import annotations
+
+# The largest tile with about as many tiles as an H200 has multiprocessors, 132: a larger one does
+# more per entry it reads, fewer tiles leave multiprocessors idle. Reckoned, not measured.
+TILES, ENOUGH = (64, 32, 16), 100
+
+
+def product(rows: int, columns: int) -> int:
+    """For products with `rows` by `columns` outputs in one launch."""
+    return _largest(lambda tile: -(-rows // tile) * -(-columns // tile))
+
+
+def square(k: int, matrices: int) -> int:
+    """For the square of `matrices` symmetric matrices, of which the upper triangle is computed."""
+
+    def count(tile: int) -> int:
+        side = -(-k // tile)
+        return matrices * side * (side + 1) // 2
+
+    return _largest(count)
+
+
+def _largest(count) -> int:
+    return next((tile for tile in TILES if count(tile) >= ENOUGH), TILES[-1])
