@@ -38,6 +38,8 @@ FAMILIES = {
     "lspt": lambda: p.LSPT(4),
     "lspt_add_narrow": lambda: p.LSPT(4, 8, "add", dropout=0.4),
     "e2vpt_kv_alone": lambda: p.E2VPT(0, 3),
+    "pro_vpt": lambda: p.ProVPT(4),
+    "pro_vpt_ragged_dropout": lambda: p.ProVPT([5, 0, 3], dropout=0.4, dropout_scope="sample"),
     "vapt": lambda: p.VAPT(4),
     "vapt_variant": lambda: p.VAPT(4, 3, 1, 6, "gelu", 2, True, False, True, hidden_dropout=0.3),
 }
@@ -56,6 +58,7 @@ WITHOUT_KLD = dict.fromkeys(
     ),
     "same number of prompts",
 )
+WITHOUT_KLD["pro_vpt"] = WITHOUT_KLD["pro_vpt_ragged_dropout"] = "moves prompts between blocks"
 
 # not every prompt can be reached: what is missed, and that it is no more, the family's test says
 NEAREST = ("vfpt", "vfpt_random_dropout", "vfpt_addition_ragged", "vfpt_shallow")

@@ -6,6 +6,7 @@ from .bpt import BPTDeep, BPTShallow
 from .e2vpt import E2VPT, E2VPTImportance, e2vpt_importance
 from .ivpt import IVPT
 from .lspt import LSPT
+from .pro_vpt import ProVPT
 from .vapt import VAPT
 from .vfpt import VFPTDeep, VFPTShallow
 from .vpt import VPTDeep, VPTShallow
@@ -20,6 +21,7 @@ __all__ = [
     "BPTShallow",
     "BackboneShape",
     "E2VPTImportance",
+    "ProVPT",
     "PromptFamily",
     "VFPTDeep",
     "VFPTShallow",
