@@ -35,6 +35,8 @@ FAMILIES = {
     "e2vpt": lambda: p.E2VPT(4, 3),
     "e2vpt_two_tensors": lambda: p.E2VPT(4, 3, share_kv=False, dropout=0.3, kv_dropout=0.3),
     "e2vpt_masks": lambda: p.E2VPT(4, 3, masks="learned", pieces=8),
+    "da_vpt": lambda: p.DAVPT(4, 4, 5),
+    "da_vpt_ragged": lambda: p.DAVPT(2, 3, 5, [1], norm="layer", dropout=0.3),
     "lspt": lambda: p.LSPT(4),
     "lspt_add_narrow": lambda: p.LSPT(4, 8, "add", dropout=0.4),
     "e2vpt_kv_alone": lambda: p.E2VPT(0, 3),
@@ -58,10 +60,13 @@ WITHOUT_KLD = dict.fromkeys(
     ),
     "same number of prompts",
 )
+WITHOUT_KLD["da_vpt_ragged"] = "same number of prompts"
 WITHOUT_KLD["pro_vpt"] = WITHOUT_KLD["pro_vpt_ragged_dropout"] = "moves prompts between blocks"
 
 # not every prompt can be reached: what is missed, and that it is no more, the family's test says
 NEAREST = ("vfpt", "vfpt_random_dropout", "vfpt_addition_ragged", "vfpt_shallow")
+
+CANNOT_BE_SET = {"da_vpt_ragged": "under norm 'layer'"}
 
 
 def kld():
@@ -86,6 +91,7 @@ def losses(made, x, engine, memory="exact", seed=3):
     """A loss of logits and penalty, and its gradients."""
     torch.manual_seed(seed)
     made.zero_grad()
+    made.prompts.see_labels(torch.arange(len(x)))
     logits = made(x, engine=engine, memory=memory)
     weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
     loss = (logits * weights).sum() + logits.square().sum() + made.penalty()
@@ -198,9 +204,13 @@ def test_raw_prompts_are_what_set_prompts_was_given(name):
         with pytest.raises(ValueError, match="computes its prompts"):
             pae.mpa_init(made, tiny.images(made.backbone), torch.zeros(3, dtype=torch.int64), 4, 4)
         return
+    if name in CANNOT_BE_SET:
+        with pytest.raises(ValueError, match=CANNOT_BE_SET[name]):
+            made.prompts.set_prompts(wanted)
+        return
     made.prompts.set_prompts(wanted)
     if name in NEAREST:
         wanted = [None if r is None else r.detach().clone() for r in made.prompts.raw_prompts()]
-        made.prompts.set_prompts(wanted)
+    made.prompts.set_prompts(wanted)
     for got, expected in zip(made.prompts.raw_prompts(), wanted, strict=True):
         assert (got is None or len(got) == 0) if expected is None else error(got, expected) < 1e-9

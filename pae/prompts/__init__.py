@@ -3,6 +3,7 @@
 from .apt import APT
 from .base import BackboneShape, PromptFamily
 from .bpt import BPTDeep, BPTShallow
+from .da_vpt import DAVPT
 from .e2vpt import E2VPT, E2VPTImportance, e2vpt_importance
 from .ivpt import IVPT
 from .lspt import LSPT
@@ -13,6 +14,7 @@ from .vpt import VPTDeep, VPTShallow
 
 __all__ = [
     "APT",
+    "DAVPT",
     "E2VPT",
     "IVPT",
     "LSPT",

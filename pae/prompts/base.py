@@ -181,6 +181,9 @@ class PromptFamily(nn.Module):
                 ranks; None before the first.
         """
 
+    def see_labels(self, labels: Tensor) -> None:
+        """Called by the training loop before every training forward: labels (B,) of its images."""
+
     def end_of_step(self) -> None:
         """Called by the training loop after every optimiser step."""
 

@@ -88,14 +88,18 @@ class VPTDeep(_VPT):
             self.num_tokens = check_count("num_tokens", num_tokens)
         self._counts: list[int] = []
 
-    def bind(self, shape: BackboneShape) -> None:
+    def _counts_of(self, depth: int) -> list[int]:
         counts = self.num_tokens
-        counts = [counts] * shape.depth if isinstance(counts, int) else list(counts)
-        if len(counts) != shape.depth:
+        counts = [counts] * depth if isinstance(counts, int) else list(counts)
+        if len(counts) != depth:
             raise ValueError(
-                f"num_tokens must be one integer or one per block ({shape.depth}), "
+                f"num_tokens must be one integer or one per block ({depth}), "
                 f"got {len(counts)} values"
             )
+        return counts
+
+    def bind(self, shape: BackboneShape) -> None:
+        counts = self._counts_of(shape.depth)
         if len(set(counts)) == 1:
             self._allocate(shape, shape.depth, counts[0])
         else:
