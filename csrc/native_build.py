@@ -298,6 +298,12 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def find_ninja() -> str | None:
+    """That of this environment first: builds by different versions do not know of each other."""
+    own = Path(sysconfig.get_path("scripts"), "ninja")
+    return str(own) if own.is_file() else shutil.which("ninja")
+
+
 def compile_library(plan: Plan) -> Path:
     """Compiles what changed and links; the library in the build folder.
 
@@ -305,14 +311,13 @@ def compile_library(plan: Plan) -> Path:
         Unbuildable: a file does not compile. The compiler's words are on stderr.
     """
     parallel = jobs()
-    # nvcc compiles several architectures of a file at a time; not in the command, so that another
-    # number of jobs is no reason to compile again
-    threads = max(1, parallel // max(1, len(plan.sources)))
-    append = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --threads {threads}".strip()
+    # nvcc compiles several architectures of a file at a time, for the files are few. Not in the
+    # command, so that another number of jobs is no reason to compile again.
+    append = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --threads {parallel}".strip()
     environment = {**os.environ, "NVCC_APPEND_FLAGS": append}
     with _alone(plan.folder):
         shutil.copy2(SOURCES / EXPORTS, plan.folder)
-        if ninja := shutil.which("ninja"):
+        if ninja := find_ninja():
             file = plan.folder / "build.ninja"
             file.write_text(_ninja_file(plan))
             done = subprocess.run(
