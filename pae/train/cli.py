@@ -226,6 +226,18 @@ def _add_train_options(parser):
         "classifier that ranks the windows: the untrained head (published) or a probe",
         choices=("as_is", "linear_probe"),
     )
+    add(
+        method,
+        "--mpa-search",
+        "every window on every image (exact, default), or halving: drop those that cannot win",
+        choices=("exact", "halving"),
+    )
+    add(
+        method,
+        "--mpa-precision",
+        "rank in the backbone's precision (exact, default), or in bf16 with near-ties checked",
+        choices=("exact", "bf16"),
+    )
 
     recipe = group(
         "recipe (defaults depend on the method and are printed in config.json; in a comparison "

@@ -202,6 +202,9 @@ class _Run:
             window=settings.mpa_window,
             stride=settings.mpa_stride,
             head=settings.mpa_head,
+            search=settings.mpa_search,
+            precision=settings.mpa_precision,
+            devices="ranks",
             progress=self.reporter.active and not self.reporter.quiet,
         )
         self.reporter.say(f"{self.name}: {found.report()}")

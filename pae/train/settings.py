@@ -95,6 +95,8 @@ class Settings:
     mpa_window: int = 16
     mpa_stride: int = 8
     mpa_head: str = "as_is"
+    mpa_search: str = "exact"
+    mpa_precision: str = "exact"
     epochs: int | None = None
     batch_size: int | None = None
     optimizer: str | None = None
