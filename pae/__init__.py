@@ -7,6 +7,7 @@ from .graphs import graphed_step
 from .kld import KLD
 from .model import PromptedViT
 from .mpa import MPAResult, mpa_init
+from .official import OfficialParts, load_official
 from .version import __version__
 from .whitening import whiten_init
 
@@ -14,11 +15,13 @@ __all__ = [
     "KLD",
     "CheckpointError",
     "MPAResult",
+    "OfficialParts",
     "PromptedViT",
     "UnsupportedBackbone",
     "__version__",
     "fast_forward",
     "graphed_step",
+    "load_official",
     "mpa_init",
     "prompts",
     "whiten_init",

@@ -1,0 +1,328 @@
+"""load_official: state dicts as the published code writes them, checked by its own numbers."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import pae
+from pae.prompts import (
+    APT,
+    VAPT,
+    BPTDeep,
+    BPTShallow,
+    VFPTDeep,
+    VFPTShallow,
+    VPTDeep,
+    VPTShallow,
+)
+
+ENC = "enc.transformer."
+
+
+def tensors(arrays):
+    return {k: torch.as_tensor(v) for k, v in arrays.items() if k != "meta_json"}
+
+
+@pytest.fixture
+def file_of(golden):
+    """file_of(parts) -> state dict with the whole frozen backbone and the head beside them."""
+    weights = tensors(golden("backbone"))
+
+    def build(parts, prefix=ENC):
+        state = {
+            prefix + k.removeprefix("official/transformer."): v
+            for k, v in weights.items()
+            if k.startswith("official/transformer.")
+        }
+        state |= {f"head.last_layer.{k}": weights[f"official/head.{k}"] for k in ("weight", "bias")}
+        return state | {prefix + k: v for k, v in parts.items()}
+
+    return build
+
+
+def fresh(tiny_vit, family, kld=None):
+    """A model whose prompts, regulariser and head are all drawn anew."""
+    vit = tiny_vit(torch.float64)
+    model = pae.PromptedViT(vit, family, kld, num_classes=10).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_()
+    return model
+
+
+def logits_of(model, golden):
+    return pae.fast_forward(model, torch.as_tensor(golden("data")["images"][:6]).double())
+
+
+def same_logits(model, golden, name, group=""):
+    expected = golden(name)[f"{group}f64/logits"]
+    return (logits_of(model, golden) - torch.as_tensor(expected)).abs().max() <= 1e-7
+
+
+# ---- what is loaded gives the published logits
+
+
+@pytest.mark.parametrize("name", ["vpt_deep", "vpt_shallow"])
+def test_vpt(golden, tiny_vit, file_of, name):
+    arrays = tensors(golden(name))
+    parts = {"prompt_embeddings": arrays["prompt_shallow"][None]}
+    if name == "vpt_deep":
+        parts["deep_prompt_embeddings"] = arrays["prompt_deep"]
+    model = fresh(tiny_vit, VPTDeep(5) if name == "vpt_deep" else VPTShallow(5))
+    state = file_of(parts)
+    assert not same_logits(model, golden, name)
+    loaded = pae.load_official(model, state)
+    assert same_logits(model, golden, name)
+    assert loaded.prompts == [ENC + k for k in parts]
+    assert loaded.head == ["head.last_layer.weight", "head.last_layer.bias"]
+    assert loaded.kld == loaded.ignored == []
+    assert len(loaded.compared) == len(state) - len(parts) - 2
+
+
+@pytest.mark.parametrize("group", ["deep_all_half", "deep_all_half_append", "shallow_all_half"])
+def test_vfpt(golden, tiny_vit, file_of, group):
+    arrays = tensors(golden("vfpt"))
+    parts = {"prompt_embeddings": arrays["prompt_shallow"][None]}
+    where = "append" if group.endswith("append") else "prepend"
+    if group.startswith("deep"):
+        parts["deep_prompt_embeddings"] = arrays["prompt_deep"]
+        family = VFPTDeep(5, 0.5, location=where)
+    else:
+        family = VFPTShallow(5, 0.5)
+    model = fresh(tiny_vit, family)
+    pae.load_official(model, file_of(parts))
+    assert same_logits(model, golden, "vfpt", f"{group}/")
+
+
+@pytest.mark.parametrize("layout", ["list", "one_tensor"])
+@pytest.mark.parametrize("mode", ["global", "layerwise"])
+def test_pae(golden, tiny_vit, file_of, mode, layout):
+    arrays = tensors(golden(f"pae_kld_{mode}"))
+    parts = {
+        "prompt_embeddings": arrays["prompt_shallow"][None],
+        "deep_prompt_embeddings": arrays["prompt_deep"],
+        "koopman_in.weight": arrays["koopman_in_weight"],
+        "koopman_out.weight": torch.randn(64, 32),
+    }
+    for letter in "KL":
+        if mode == "global":
+            parts[f"{letter}_global"] = arrays[letter]
+        elif layout == "one_tensor":
+            parts[f"{letter}_layers"] = arrays[letter]
+        else:
+            parts |= {f"{letter}_layers.{j}": m for j, m in enumerate(arrays[letter])}
+    state = file_of(parts)
+    model = fresh(tiny_vit, VPTDeep(5), pae.KLD(32, mode))
+    loaded = pae.load_official(model, state)
+    assert same_logits(model, golden, f"pae_kld_{mode}")
+    terms = model.kld.terms(model.prompts.raw_prompts())
+    for got, key in zip(terms, ("koopman_loss", "lyapunov_loss")):
+        assert (got - arrays[f"f64/{key}"]).abs() <= 1e-7
+    assert loaded.ignored == [ENC + "koopman_out.weight"]
+    assert set(loaded.kld) == {ENC + k for k in parts if k[:2] in ("K_", "L_", "ko")} - {
+        ENC + "koopman_out.weight"
+    }
+    without = fresh(tiny_vit, VPTDeep(5))
+    assert set(pae.load_official(without, state).ignored) == {*loaded.kld, *loaded.ignored}
+    assert same_logits(without, golden, f"pae_kld_{mode}")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("group", ["shallow", "deep"])
+def test_bpt(golden, tiny_vit, group, frozen):
+    """A timm model in its file: timm's names for the backbone and the head."""
+    arrays, weights = tensors(golden("bpt")), tensors(golden("backbone"))
+    vectors, conv = arrays[f"{group}/random_vectors"], arrays[f"{group}/conv_weight"]
+    state = {k.removeprefix("timm/"): v for k, v in weights.items() if k.startswith("timm/")}
+    state["random_vectors"] = vectors
+    if group == "shallow":
+        state["conv.weight"] = conv[0][:, :, None, None]
+        family = BPTShallow(9, 12, train_basis=not frozen)
+    else:
+        state |= {f"conv.{i}.weight": w[:, :, None, None] for i, w in enumerate(conv)}
+        family = BPTDeep(9, 12, trained_bases=1 if frozen else None)
+    model = fresh(tiny_vit, family)
+    loaded = pae.load_official(model, {"model": state, "epoch": 7})
+    assert same_logits(model, golden, "bpt", f"{group}/")
+    assert len(loaded.compared) == sum(k.startswith("timm/") for k in weights) - 2
+    if group == "shallow":
+        state["conv.0.weight"] = state.pop("conv.weight")
+        again = fresh(tiny_vit, BPTShallow(9, 12))
+        pae.load_official(again, state)
+        assert torch.equal(again.prompts.bases, model.prompts.bases)
+
+
+@pytest.mark.parametrize("group", ["default", "variant"])
+def test_vapt(golden, group):
+    arrays = tensors(golden("vapt"))
+    vit = VisionTransformer(
+        img_size=28,
+        patch_size=2,
+        embed_dim=64,
+        depth=4,
+        num_heads=4,
+        mlp_ratio=2,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        num_classes=10,
+    )
+    timm = {k: v for k, v in (tensors(golden("backbone")) | arrays).items() if "timm/" in k}
+    timm = {k.removeprefix("timm/"): v for k, v in timm.items()}
+    vit.load_state_dict(timm)
+    variant = {
+        "kernel": 3,
+        "padding": 1,
+        "activation": "gelu",
+        "static_blocks": 2,
+        "kernel_per_channel": True,
+        "share_bottleneck": False,
+        "learn_scale": True,
+    }
+    family = VAPT(5, **(variant if group == "variant" else {}))
+    model = pae.PromptedViT(vit.double(), family, num_classes=10).eval()
+    own = f"{group}/param/"
+    parts = {"enc." + k.removeprefix(own): v for k, v in arrays.items() if k.startswith(own)}
+    head = {f"head.last_layer.{k}": timm[f"head.{k}"] for k in ("weight", "bias")}
+    loaded = pae.load_official(model, parts | head)
+    assert set(loaded.prompts) == set(parts)
+    logits = pae.fast_forward(model, arrays["images"].double())
+    assert (logits - arrays[f"{group}/f64/logits"]).abs().max() <= 1e-7
+
+
+@pytest.mark.parametrize("prefix", ["", "enc.transformer.", "module.enc.transformer.", "model."])
+def test_wrappers_and_nesting(golden, tiny_vit, file_of, prefix):
+    arrays = tensors(golden("vpt_deep"))
+    parts = {
+        "Prompt_embeddings": arrays["prompt_shallow"],
+        "deep_prompt_embeddings": arrays["prompt_deep"],
+    }
+    for wrap in (lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": {"state_dict": s}}):
+        model = fresh(tiny_vit, VPTDeep(5))
+        pae.load_official(model, wrap(file_of(parts, prefix)))
+        assert same_logits(model, golden, "vpt_deep")
+
+
+# ---- what is refused, and that a refusal changes nothing
+
+
+@pytest.fixture
+def vpt(golden, tiny_vit, file_of):
+    """(model, state) that fit."""
+    arrays = tensors(golden("vpt_deep"))
+    state = file_of(
+        {
+            "prompt_embeddings": arrays["prompt_shallow"][None],
+            "deep_prompt_embeddings": arrays["prompt_deep"],
+        }
+    )
+    return fresh(tiny_vit, VPTDeep(5)), state
+
+
+def refused(model, state, message, kind=pae.CheckpointError, **options):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(kind, match=message) as caught:
+        pae.load_official(model, state, **options)
+    assert "\n" not in str(caught.value)
+    after = model.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+def test_missing_unknown_and_misshapen_keys_are_all_listed(vpt):
+    model, state = vpt
+    del state[ENC + "deep_prompt_embeddings"], state["head.last_layer.bias"]
+    state["mystery.weight"] = torch.zeros(2)
+    state[ENC + "prompt_proj.weight"] = torch.zeros(2)
+    state[ENC + "prompt_embeddings"] = torch.zeros(1, 4, 64)
+    refused(
+        model,
+        state,
+        "state_dict does not fit this VPTDeep: missing: deep_prompt_embeddings, "
+        "head.last_layer.bias; unknown: mystery.weight, enc.transformer.prompt_proj.weight; "
+        r"wrong shape: enc.transformer.prompt_embeddings is \(1, 4, 64\) for \(1, 5, 64\)$",
+    )
+
+
+def test_long_lists_are_cut(vpt):
+    model, state = vpt
+    state |= {f"other.{i}": torch.zeros(1) for i in range(20)}
+    refused(model, state, r"unknown: other.0, .*, other.11 and 8 more$")
+
+
+def test_kld_of_another_mode(golden, tiny_vit, file_of):
+    arrays = tensors(golden("pae_kld_global"))
+    state = file_of(
+        {
+            "prompt_embeddings": arrays["prompt_shallow"][None],
+            "deep_prompt_embeddings": arrays["prompt_deep"],
+            "koopman_in.weight": arrays["koopman_in_weight"],
+            "K_global": arrays["K"],
+            "L_global": arrays["L"],
+        }
+    )
+    model = fresh(tiny_vit, VPTDeep(5), pae.KLD(32, "layerwise"))
+    refused(model, state, "missing: k_layers.0, k_layers.1, .*; unknown: .*K_global, .*L_global$")
+    plain = fresh(tiny_vit, VPTDeep(5), pae.KLD(16))
+    refused(plain, state, r"koopman_in.weight is \(32, 64\) for \(16, 64\)")
+
+
+def test_shallow_and_deep_are_told_apart(vpt, tiny_vit):
+    _, state = vpt
+    refused(fresh(tiny_vit, VPTShallow(5)), state, "unknown: .*deep_prompt_embeddings$")
+    del state[ENC + "deep_prompt_embeddings"]
+    refused(fresh(tiny_vit, VPTDeep(5)), state, "missing: deep_prompt_embeddings$")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["encoder.layer.2.attn.key.weight", "embeddings.cls_token", "encoder.layer.0.ffn.fc2.bias"],
+)
+def test_another_backbone(vpt, key):
+    model, state = vpt
+    state[ENC + key] = state[ENC + key] * 1.05
+    message = rf"state_dict was trained on another backbone, relative differences: {ENC}{key} \(5"
+    refused(model, state, message)
+    loaded = pae.load_official(model, state, check_backbone=False)
+    assert loaded.compared == [] and ENC + key in loaded.ignored
+
+
+def test_a_16_bit_copy_is_the_same_backbone(vpt):
+    model, state = vpt
+    pae.load_official(model, {k: v.bfloat16() for k, v in state.items()})
+
+
+def test_a_backbone_of_another_size(vpt):
+    model, state = vpt
+    key = ENC + "embeddings.position_embeddings"
+    state[key] = torch.zeros(1, 50, 64)
+    refused(model, state, rf"wrong shape: {key} is \(1, 50, 64\) for \(1, 17, 64\)$")
+
+
+def test_every_frozen_weight_is_compared(vpt):
+    """Under published names as under timm's: qkv in three parts, all else one to one."""
+    model, state = vpt
+    loaded = pae.load_official(model, state)
+    frozen = [k for k in model.backbone.state_dict() if not k.startswith("head.")]
+    qkv = sum("qkv" in k for k in frozen)
+    assert len(loaded.compared) == len(frozen) + 2 * qkv
+
+
+def test_arguments(vpt, tiny_vit):
+    model, state = vpt
+    with pytest.raises(TypeError, match="model must be a PromptedViT, got VisionTransformer"):
+        pae.load_official(model.backbone, state)
+    refused(model, [1], "state_dict must be a mapping, got list", TypeError)
+    refused(model, {"a": 1}, "state_dict must map names to tensors, got int at 'a'", TypeError)
+    twice = state | {"prompt_embeddings": state[ENC + "prompt_embeddings"]}
+    refused(model, twice, "state_dict holds prompt_embeddings twice")
+    ragged = fresh(tiny_vit, VPTDeep([5, 5, 5, 4]))
+    message = re.escape("one count for all blocks to take published weights, got [5, 5, 5, 4]")
+    refused(ragged, state, message, ValueError)
+    other = fresh(tiny_vit, APT(3))
+    message = r"model.prompts \(APT\) has no published names known here, expected one of"
+    refused(other, state, message, ValueError)
+    model.head = nn.Identity()
+    refused(model, state, "model.head must be linear, got Identity", ValueError)
