@@ -8,6 +8,7 @@ from .kld import KLD
 from .model import PromptedViT
 from .mpa import MPAResult, mpa_init
 from .official import OfficialParts, load_official
+from .spt import spt_init
 from .version import __version__
 from .whitening import whiten_init
 
@@ -24,5 +25,6 @@ __all__ = [
     "load_official",
     "mpa_init",
     "prompts",
+    "spt_init",
     "whiten_init",
 ]

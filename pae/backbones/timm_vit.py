@@ -105,6 +105,10 @@ class BackboneView:
         x = m._pos_embed(m.patch_embed(images))
         return m.norm_pre(m.patch_drop(x))
 
+    def patch_tokens(self, images: Tensor) -> Tensor:
+        """(B, patches, D) as the patch embedding gives them: no position embedding, no prefix."""
+        return self.module.patch_embed(images).flatten(1, -2)
+
     def patch_convolution(self, size: tuple[int, int]) -> nn.Conv2d | None:
         """The convolution that alone makes patch tokens of images of this size, each patch once and
         no pixel outside; None when the stem does anything else with them.
