@@ -7,6 +7,7 @@ from .graphs import graphed_step
 from .kld import KLD
 from .model import PromptedViT
 from .mpa import MPAResult, mpa_init
+from .nsp2 import NullSpace
 from .official import OfficialParts, load_official
 from .spt import spt_init
 from .version import __version__
@@ -16,6 +17,7 @@ __all__ = [
     "KLD",
     "CheckpointError",
     "MPAResult",
+    "NullSpace",
     "OfficialParts",
     "PromptedViT",
     "UnsupportedBackbone",

@@ -142,17 +142,21 @@ class BackboneView:
         if kv is None:
             return block(x)
         attn = block.attn
-        q, k, v = _heads(attn, block.norm1(x))
+        q, k, v = self.heads(block, x)
         kv = kv.to(k.dtype).expand(len(x), *kv.shape[-4:]).permute(2, 0, 3, 1, 4)
         k, v = torch.cat([kv[0], k], dim=2), torch.cat([kv[1], v], dim=2)
         out = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
         x = x + block.ls1(attn.proj(out.transpose(1, 2).flatten(2)))
         return x + block.ls2(block.mlp(block.norm2(x)))
 
+    def heads(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, N, d) of the block's rows (B, N, D), unscaled."""
+        return _heads(block.attn, block.norm1(x))
+
     @torch.no_grad()
     def class_attention(self, block: nn.Module, x: Tensor, kv: Tensor | None = None) -> Tensor:
         """(B, H, N): attention of row 0 on every row in that forward, in at least fp32."""
-        q, k, _ = _heads(block.attn, block.norm1(x))
+        q, k, _ = self.heads(block, x)
         if kv is not None:
             kv = kv.to(k.dtype).expand(len(x), *kv.shape[-4:]).permute(2, 0, 3, 1, 4)
             k = torch.cat([kv[0], k], dim=2)
