@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .base import BackboneShape, check_choice, check_count, check_prompts
 from .relocation import POLICIES
-from .vpt import _VPT
+from .vpt import VPTDeep
 
 SWEEPS = ("extra", "reuse")
 SCORES = ("taylor", "norm")
@@ -32,7 +32,7 @@ class Move(NamedTuple):
     score: float
 
 
-class ProVPT(_VPT):
+class ProVPT(VPTDeep):
     """VPT-deep with a fixed number of prompts in all and a moving number per block.
 
     Once per epoch, from the second on, the most idle prompt of the whole network leaves its block,
@@ -111,13 +111,7 @@ class ProVPT(_VPT):
         faithful: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(dropout, dropout_scope)
-        if isinstance(num_tokens, Sequence) and not isinstance(num_tokens, str):
-            self.num_tokens: int | list[int] = [
-                check_count(f"num_tokens[{i}]", n) for i, n in enumerate(num_tokens)
-            ]
-        else:
-            self.num_tokens = check_count("num_tokens", num_tokens)
+        super().__init__(num_tokens, dropout, dropout_scope)
         self.sweep = check_choice("sweep", sweep, SWEEPS)
         self.score = check_choice("score", score, SCORES)
         self.allocation = check_choice("allocation", allocation, POLICIES)
@@ -133,7 +127,6 @@ class ProVPT(_VPT):
         self.register_buffer("table", None)
         self.idleness: Tensor | None = None
         self.last_move: Move | None = None
-        self._counts: list[int] = []
         self._gates: Tensor | None = None  # ones; their gradient is the score
         self._epoch = 0  # epochs begun
         self._steps = 0  # of this epoch
@@ -141,13 +134,7 @@ class ProVPT(_VPT):
         self._awaits_reward = False
 
     def bind(self, shape: BackboneShape) -> None:
-        counts = self.num_tokens
-        counts = [counts] * shape.depth if isinstance(counts, int) else list(counts)
-        if len(counts) != shape.depth:
-            raise ValueError(
-                f"num_tokens must be one integer or one per block ({shape.depth}), "
-                f"got {len(counts)} values"
-            )
+        counts = self._counts_of(shape.depth)
         if sum(counts) == 0:
             raise ValueError(f"num_tokens must give at least one prompt, got {self.num_tokens}")
         self._allocate(shape, sum(counts))
@@ -156,10 +143,6 @@ class ProVPT(_VPT):
         self.policy = POLICIES[self.allocation](shape.depth, self.seed)
 
     # ---- prompts
-
-    @property
-    def prompt_counts(self) -> list[int]:
-        return list(self._counts)
 
     def raw_prompts(self) -> list[Tensor | None]:
         return list(self.tokens.index_select(0, self.table).split(self._counts))
@@ -182,9 +165,7 @@ class ProVPT(_VPT):
 
     def config(self) -> dict:
         return {
-            "num_tokens": self.num_tokens,
-            "dropout": self.dropout,
-            "dropout_scope": self.dropout_scope,
+            **super().config(),
             "sweep": self.sweep,
             "score": self.score,
             "allocation": self.allocation,
