@@ -37,7 +37,8 @@ def token_mix(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Te
     """
     wide = _wide(x, weight)
     xhat, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], None, None, eps)
-    return torch.matmul(weight.to(wide), xhat).to(weight.dtype), mean, rstd
+    u = torch.bmm(weight.to(wide).expand(len(x), -1, -1), xhat)
+    return u.to(weight.dtype), mean, rstd
 
 
 def token_mix_backward(
@@ -46,16 +47,16 @@ def token_mix_backward(
     """d_x (B, N, D) in the dtype of x (empty unless `need_x`) and d_weight (P, N)."""
     wide = rstd.dtype
     d, w = d_u.to(wide), weight.to(wide)
-    xhat = (x.to(wide) - mean).mul_(rstd)
-    reads = torch.matmul(d, xhat.transpose(1, 2))  # M (B, P, N)
+    centred = x.to(wide) - mean
+    reads = torch.bmm(d, centred.transpose(1, 2)).mul_(rstd.transpose(1, 2))  # M (B, P, N)
     d_weight = reads.sum(0).to(weight.dtype)
     if not need_x:
         return x.new_empty(0), d_weight
     scaled = w * rstd.transpose(1, 2)  # (B, P, N): 1/std rides on the small matrix
-    along = (scaled * reads).sum(1).unsqueeze(-1).div_(-x.shape[-1])
-    across = (d.mean(-1, keepdim=True) * scaled).sum(1).unsqueeze(-1)
-    d_x = torch.baddbmm(xhat.mul_(along).sub_(across), scaled.transpose(1, 2), d)
-    return d_x.to(x.dtype), d_weight
+    along = (scaled * reads).sum(1).unsqueeze(-1).mul_(rstd).div_(-x.shape[-1])
+    across = (scaled * d.mean(-1, keepdim=True)).sum(1).unsqueeze(-1).neg_()
+    d_x = torch.addcmul(across, centred, along, out=centred)
+    return d_x.baddbmm_(scaled.transpose(1, 2), d).to(x.dtype), d_weight
 
 
 def prompt_bottleneck(
