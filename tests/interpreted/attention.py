@@ -64,7 +64,7 @@ SHAPES = [
     (1, 16, 16, 2, 16),
     (2, 15, 16, 1, 16),
     (1, 33, 18, 1, 16),
-    (3, 17, 0, 2, 16),
+    (2, 17, 0, 1, 16),
     (2, 1, 7, 2, 16),
     (1, 1, 0, 1, 16),
     (2, 20, 1, 1, 24),
@@ -79,9 +79,10 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(backward, shape, dtype):
+def test_shapes(backward, shape):
+    """Each backward sees every other shape in fp16."""
+    dtype = DTYPES[(SHAPES.index(shape) + (backward == "whole")) % 2]
     check(*inputs(*shape, dtype=dtype))
 
 
@@ -92,9 +93,9 @@ def test_tiles_that_ship(shape, dtype):
     check(*inputs(*shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[4]], ids=str)
-def test_class_query(backward, shape, dtype):
+def test_class_query(backward, shape):
+    dtype = DTYPES[(SHAPES.index(shape) + (backward == "whole")) % 2]
     d_qkv = check(*inputs(*shape, dtype=dtype), queries="class")[2]
     assert not d_qkv[:, 1:, 0].any()
 
@@ -108,15 +109,15 @@ def test_empty_batch(backward):
 
 
 @settings(
-    max_examples=25,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    batch=st.integers(1, 3),
-    tokens=st.integers(1, 36),
-    prompts=st.integers(0, 36),
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 20),
+    prompts=st.integers(0, 20),
     heads=st.integers(1, 2),
     width=st.integers(1, 20),
     sets=st.sampled_from(["shared", "per_image", "grouped"]),
@@ -158,13 +159,12 @@ def test_any_shape(
 # ---- prompt sets
 
 
-@pytest.mark.parametrize("queries", ["all", "class"])
-@pytest.mark.parametrize("prompts", [0, 3, 18])
+@pytest.mark.parametrize("prompts, queries", [(0, "all"), (3, "all"), (18, "class")])
 def test_prompt_sets(backward, prompts, queries):
-    """One per image; and three for four images, one of them asked by nobody."""
-    check(*inputs(4, 15, prompts, 1, 16, 4, torch.float32), queries=queries)
-    group = torch.tensor([2, 0, 2, 2])
-    qkv, kv = inputs(4, 15, prompts, 1, 16, 3, torch.float16)
+    """One per image; and three for three images, one of them asked by nobody."""
+    check(*inputs(2, 15, prompts, 1, 16, 2, torch.float32), queries=queries)
+    group = torch.tensor([2, 0, 2])
+    qkv, kv = inputs(3, 15, prompts, 1, 16, 3, torch.float16)
     d_kv = check(qkv, kv, group=group, queries=queries)[3]
     assert not d_kv[1].any()
 
@@ -175,39 +175,39 @@ def test_group_in_pieces_of_memory(backward):
         check(*inputs(3, 15, 4, 1, 16, 3, torch.float32), group=group)
 
 
-@pytest.mark.parametrize("images", [1, 2, 3, 5, 9])
-@pytest.mark.parametrize("prompts", [5, 18])
-def test_images_in_turn(monkeypatch, images, prompts):
+@pytest.mark.parametrize("images", [1, 2, 3, 9])
+def test_images_in_turn(monkeypatch, images):
     """Programs that add the prompt gradients of several images; the last has fewer, or all."""
     force(monkeypatch, "whole", images=images)
-    qkv, kv = inputs(5, 15, prompts, 2, 16, dtype=torch.float32)
-    check(qkv, kv)
-    check(qkv[:, :, :, :1], kv[:, :, :, :1], queries="class")
+    qkv, kv = inputs(3, 15, 18, 2, 16, dtype=torch.float32)
+    check(qkv[:, :, :, 1:], kv[:, :, :, 1:])
+    check(qkv[:, :, :, :1], kv[:, :4, :, :1], queries="class")
 
 
 @pytest.mark.parametrize("path", ["whole", "split"])
 def test_sum_over_the_batch_is_in_fp32(monkeypatch, path):
-    """Many images of one gradient: each sum in 16 bits would be off by a part of a step."""
-    force(monkeypatch, path, images=64)
+    """A large gradient, then many that are lost if the sum so far is rounded to 16 bits."""
+    force(monkeypatch, path, images=9)
     qkv, kv = inputs(1, 2, 2, 1, 16, dtype=torch.float16)
-    qkv = qkv.expand(64, -1, -1, -1, -1).contiguous()
-    d_out = torch.ones(64, 2, 16, dtype=torch.float16)
+    qkv = qkv.expand(9, -1, -1, -1, -1).contiguous()
+    d_out = torch.full((9, 2, 16), 2.0**-12, dtype=torch.float16)
+    d_out[0] = 1.0
     got = results(prompt_attention, qkv, kv, d_out)[3]
     exact = results(by_definition, qkv.double(), kv.double(), d_out.double())[3]
-    assert error(got, exact) < 5e-4
+    assert error(got[:, :, 1], exact[:, :, 1]) < 8 * 2.0**-12 / 4  # values alone: no cancellation
 
 
 # ---- the prompts' gradient alone
 
 
-@pytest.mark.parametrize("class_only", [False, True])
-@pytest.mark.parametrize("sets", [1, 2, 3])
-@pytest.mark.parametrize("prompts", [0, 16, 18])
+@pytest.mark.parametrize(
+    "prompts, sets, class_only", [(18, 1, False), (16, 3, False), (18, 2, True), (0, 1, False)]
+)
 def test_prompt_gradient_alone(backward, prompts, sets, class_only):
     """Also from the queries alone, which is all that the engine keeps of the first block."""
     dtype = torch.float16
-    qkv, kv = inputs(3, 17, prompts, 1, 16, sets, dtype)
-    group = torch.tensor([1, 0, 1]) if sets == 2 else None
+    qkv, kv = inputs(2, 17, prompts, 1, 16, sets, dtype)
+    group = {1: None, 2: None, 3: torch.tensor([2, 0])}[sets]
     out, lse = FWD(qkv, kv, group, 0.3, class_only, None)
     d_out = torch.randn(out.shape).to(dtype)
     _, expected = BWD(d_out, qkv, kv, group, 0.3, class_only, None, out, lse, True)
@@ -220,12 +220,15 @@ def test_prompt_gradient_alone(backward, prompts, sets, class_only):
 # ---- log multiplicity
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sets, queries", [(1, "all"), (2, "all"), (3, "all"), (2, "class")])
+@pytest.mark.parametrize(
+    "sets, queries, dtype",
+    [(1, "all", DTYPES[0]), (2, "all", DTYPES[1]), (3, "class", DTYPES[0])],
+    ids=str,
+)
 def test_log_multiplicity(backward, sets, queries, dtype):
     """Weights, masked prompts, and a whole masked first tile."""
-    qkv, kv = inputs(3, 15, 20, 1, 16, sets, dtype)
-    group = torch.tensor([1, 0, 1]) if sets == 2 else None
+    qkv, kv = inputs(2, 15, 20, 1, 16, sets, dtype)
+    group = torch.tensor([2, 0]) if sets == 3 else None
     weight = torch.randn(sets, 20)
     weight[:, ::3] = -torch.inf
     weight[-1, :17] = -torch.inf
@@ -239,7 +242,7 @@ def test_log_multiplicity(backward, sets, queries, dtype):
 
 
 def test_all_prompts_masked(backward):
-    qkv, kv = inputs(2, 17, 18, 2, 16, dtype=torch.float32)
+    qkv, kv = inputs(1, 17, 18, 1, 16, dtype=torch.float32)
     mask = torch.full((1, 18), -torch.inf)
     masked = results(prompt_attention, qkv, kv, log_multiplicity=mask)
     plain = results(prompt_attention, qkv, kv[:, :0])
@@ -254,7 +257,7 @@ def test_all_prompts_masked(backward):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backward, layout):
     """Offsets, transposed storage, inner strides that are not 1: read as they lie, or copied."""
-    qkv, kv = inputs(2, 17, 5, 2, 16, 2, torch.float32)
+    qkv, kv = inputs(2, 9, 5, 2, 16, 2, torch.float32)
     check(LAYOUTS[layout](qkv), kv)
     if layout != "offset":  # would change the number of prompts
         check(qkv, LAYOUTS[layout](kv))
@@ -262,8 +265,8 @@ def test_layouts(backward, layout):
 
 @pytest.mark.parametrize("layout", GRADIENTS)
 def test_layouts_of_the_gradient(backward, layout):
-    qkv, kv = inputs(2, 17, 5, 2, 16, dtype=torch.float32)
-    check(qkv, kv, GRADIENTS[layout](torch.randn(2, 17, 32)))
+    qkv, kv = inputs(2, 9, 5, 2, 16, dtype=torch.float32)
+    check(qkv, kv, GRADIENTS[layout](torch.randn(2, 9, 32)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -274,7 +277,7 @@ def test_unaligned_inputs(backward, shift, dtype):
     def moved(t, by):
         return torch.cat([torch.full((by,), 7.0).to(t), t.flatten()])[by:].view(t.shape)
 
-    qkv, kv = inputs(1, 17, 5, 2, 16, dtype=dtype)
+    qkv, kv = inputs(1, 9, 5, 2, 16, dtype=dtype)
     for by, kv_by in ((0, shift), (shift, 0), (shift, shift)):
         a, b = moved(qkv, by), moved(kv, kv_by)
         aligned = all(t.data_ptr() % 16 == 0 for t in (a, b))
@@ -318,7 +321,7 @@ def test_inputs_are_not_changed(backward):
 @pytest.mark.parametrize("shift", [0.0, -300.0])
 def test_large_logits(backward, size, shift):
     """No overflow where the log-sum-exp is far from 0: padding keys have logit 0 all the same."""
-    qkv, kv = inputs(2, 18, 3, 2, 16, dtype=torch.float32)
+    qkv, kv = inputs(1, 18, 3, 1, 16, dtype=torch.float32)
     qkv, kv = qkv * size**0.5, kv * size**0.5
     qkv[..., 0] = 1.0
     qkv[:, :, 1, :, 0] = kv[:, :, 0, :, 0] = shift * 4  # adds `shift` to every logit
@@ -329,7 +332,7 @@ def test_large_logits(backward, size, shift):
 
 
 def test_bitwise_the_same_from_run_to_run(backward):
-    qkv, kv = inputs(3, 17, 18, 1, 16, dtype=torch.float16)
+    qkv, kv = inputs(2, 17, 18, 1, 16, dtype=torch.float16)
     first = results(prompt_attention, qkv, kv)
     for _ in range(2):
         again = results(prompt_attention, qkv, kv)
@@ -340,7 +343,7 @@ def test_bitwise_the_same_from_run_to_run(backward):
 
 
 def test_order_of_prompts_does_not_matter(backward):
-    qkv, kv = inputs(2, 17, 18, 2, 16, dtype=torch.float32)
+    qkv, kv = inputs(1, 17, 18, 1, 16, dtype=torch.float32)
     order = torch.randperm(18)
     out, lse, d_qkv, d_kv = results(prompt_attention, qkv, kv)
     permuted = results(prompt_attention, qkv, kv[:, order])
@@ -350,8 +353,8 @@ def test_order_of_prompts_does_not_matter(backward):
 
 def test_prompts_may_come_in_two_sets(backward):
     """Attention over two sets of prompts from that over each, by their shares of the softmax."""
-    qkv, kv = inputs(2, 17, 18, 2, 16, dtype=torch.float32)
-    heads = lambda out: out.view(2, 17, 2, 16).transpose(1, 2).double()
+    qkv, kv = inputs(1, 17, 18, 1, 16, dtype=torch.float32)
+    heads = lambda out: out.view(1, 17, 1, 16).transpose(1, 2).double()
     whole, lse = prompt_attention(qkv, kv)
     parts = [(1, kv[:, :7]), (1, kv[:, 7:]), (-1, kv[:, :0])]  # image rows are counted twice
     mixed = 0
@@ -362,10 +365,10 @@ def test_prompts_may_come_in_two_sets(backward):
 
 
 def test_shared_equals_expanded(backward):
-    qkv, kv = inputs(3, 17, 18, 1, 16, dtype=torch.float32)
+    qkv, kv = inputs(2, 17, 18, 1, 16, dtype=torch.float32)
     shared = results(prompt_attention, qkv, kv)
-    expanded = results(prompt_attention, qkv, kv.expand(3, -1, -1, -1, -1))
-    group = torch.ones(3, dtype=torch.int64)
+    expanded = results(prompt_attention, qkv, kv.expand(2, -1, -1, -1, -1))
+    group = torch.ones(2, dtype=torch.int64)
     grouped = results(prompt_attention, qkv, kv.expand(2, -1, -1, -1, -1), group=group)
     for other in (expanded, grouped):
         assert all(torch.equal(a, b) for a, b in zip(other[:3], shared[:3], strict=True))
@@ -375,7 +378,7 @@ def test_shared_equals_expanded(backward):
 
 @pytest.mark.parametrize("queries", ["all", "class"])
 def test_no_prompts_is_plain_attention(backward, queries):
-    qkv, kv = inputs(2, 33, 0, 2, 16, dtype=torch.float32)
+    qkv, kv = inputs(1, 33, 0, 1, 16, dtype=torch.float32)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).double()
     q = q[:, :, :1] if queries == "class" else q
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -384,7 +387,7 @@ def test_no_prompts_is_plain_attention(backward, queries):
 
 @pytest.mark.parametrize("times", [1, 2, 7])
 def test_log_multiplicity_stands_for_copies(backward, times):
-    qkv, kv = inputs(2, 17, 3, 2, 16, dtype=torch.float32)
+    qkv, kv = inputs(1, 17, 3, 1, 16, dtype=torch.float32)
     copies = results(prompt_attention, qkv, kv.repeat_interleave(times, dim=1))
     weight = torch.full((1, 3), float(times)).log()
     once = results(prompt_attention, qkv, kv, log_multiplicity=weight)
