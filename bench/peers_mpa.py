@@ -6,6 +6,8 @@ check against it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +45,28 @@ def prompted_logits(
     return head(vit.forward_head(vit.norm(x), pre_logits=True))
 
 
+def windows_of(size: tuple[int, int], window: int, stride: int) -> list[tuple[int, int]]:
+    """First row and column of every window, row by row."""
+    rows, cols = (range(0, side - window + 1, stride) for side in size)
+    return [(row, col) for row in rows for col in cols]
+
+
+@torch.no_grad()
+def window_losses(
+    logits: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    origins: list[tuple[int, int]],
+    window: int,
+) -> Tensor:
+    """(S,) loss of the batch seen through each window, one at a time."""
+    losses = []
+    for row, col in origins:
+        filtered = official_style_filter(images, row, col, window)
+        losses.append(F.cross_entropy(logits(filtered), labels))
+    return torch.stack(losses)
+
+
 @torch.no_grad()
 def official_style_losses(
     vit: nn.Module,
@@ -55,19 +79,13 @@ def official_style_losses(
     deep: bool = True,
 ) -> tuple[Tensor, list[tuple[int, int]]]:
     """Phase I: every window's loss (S,), with `count` zero prompts in place, and its origin."""
-    height, width = images.shape[-2:]
-    origins = [
-        (row, col)
-        for row in range(0, height - window + 1, stride)
-        for col in range(0, width - window + 1, stride)
-    ]
+    origins = windows_of(tuple(images.shape[-2:]), window, stride)
     zeros = [images.new_zeros(count, vit.embed_dim)] * len(vit.blocks)
-    losses = []
-    for row, col in origins:
-        filtered = official_style_filter(images, row, col, window)
-        logits = prompted_logits(vit, head, filtered, zeros, deep)
-        losses.append(F.cross_entropy(logits, labels))
-    return torch.stack(losses), origins
+
+    def logits(filtered: Tensor) -> Tensor:
+        return prompted_logits(vit, head, filtered, zeros, deep)
+
+    return window_losses(logits, images, labels, origins, window), origins
 
 
 @torch.no_grad()

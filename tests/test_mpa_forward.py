@@ -74,9 +74,9 @@ def test_weights_laid_out_for_one_size_serve_all(feature):
             for size in (4, 6):
                 assert error(laid_out(x[:size].clone()), plain(x[:size].clone())) < 1e-5
     if mpa_forward._mkl_can_pack(x) and feature != "qk_norm":
-        laid_out.expect(4 * x.shape[1], mpa_forward._WORTH_PACKING)
+        laid_out.expect(64, mpa_forward._WORTH_PACKING // 64)
         assert len(laid_out._blocks[0]._laid_out) == 4
-    laid_out.expect(4 * x.shape[1], mpa_forward._WORTH_PACKING - 1)
+    laid_out.expect(64, mpa_forward._WORTH_PACKING // 64 - 1)
     assert not laid_out._blocks[0]._laid_out
 
 
