@@ -11,8 +11,12 @@ from torch import Tensor
 from .. import backends
 from . import reference
 
-for _op in ("shortcut_images", "shortcut_tokens", "shortcut_pool"):
-    backends.register(_op, backends.Version("reference", reference, backends.anywhere))
+_REFERENCE = backends.Version("reference", reference, backends.anywhere)
+_TRITON = backends.Version("triton", f"{__package__}.triton", backends.with_triton)
+
+backends.register("shortcut_images", _REFERENCE)
+for _op in ("shortcut_tokens", "shortcut_pool"):
+    backends.register(_op, _TRITON, _REFERENCE)
 
 
 def shortcut_images(
