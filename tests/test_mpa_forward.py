@@ -111,8 +111,8 @@ def test_rows_of_filtered_images_without_the_images(feature):
     origins = torch.tensor([[0, 0], [1, 2], [size[0] - 5, size[1] - 5]])
     rows = FilteredBatch(model, torch.fft.fft2(images), origins, 5)
     with torch.no_grad():
-        for windows, some in ((torch.tensor([2, 0]), torch.arange(4)), ([1], torch.tensor([3, 1]))):
-            windows = torch.as_tensor(windows)
+        for windows, some in (([2, 0], [0, 1, 2, 3]), ([1], [3, 1]), ([0, 1], [3, 2, 1, 0])):
+            windows, some = torch.tensor(windows), torch.tensor(some)
             expected = torch.cat(
                 [
                     model.view.embed(band_pass(images[some], tuple(origins[w].tolist()), 5))
@@ -297,7 +297,16 @@ def test_each_rank_runs_its_share(monkeypatch):
 # ---- searches and precisions of a model
 
 
-@pytest.mark.parametrize("options", [{"search": "halving"}, {"precision": "bf16"}, {}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"search": "halving"},
+        {"search": pae.mpa.Halving(first=24)},  # one stage: the exact search in another order
+        {"search": pae.mpa.Halving(first=4, seed=3), "precision": "bf16"},
+        {"precision": "bf16"},
+        {},
+    ],
+)
 def test_every_way_finds_the_exact_selection(options):
     model = zero_prompted("plain", 3, dtype=torch.float32)
     images, labels = batch(model, 24)

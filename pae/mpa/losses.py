@@ -42,10 +42,11 @@ class FilteredBatch:
         self._stem = model.view.patch_convolution(self._size)
 
     def rows(self, windows: Tensor, images: Tensor) -> Tensor:
-        """(s b, N, D), window by window, for windows (s,) and images (b,), both int64."""
-        everything = len(images) == len(self._spectrum)
-        spectrum = self._spectrum if everything else self._spectrum[images]
-        origins = self._origins[windows]
+        """(s b, N, D), window by window, for windows (s,) and images (b,), int64 on the CPU."""
+        spectrum, device = self._spectrum, self._spectrum.device
+        if not torch.equal(images, torch.arange(len(spectrum))):
+            spectrum = spectrum[images.to(device)]
+        origins = self._origins[windows.to(device)]
         if self._stem is None:
             pixels = shortcut_images(spectrum, origins, self._window, self._size)
             return self._view.embed(pixels.flatten(0, 1).to(self._dtype))
@@ -164,7 +165,7 @@ class _Worker:
         if dtype not in self._forwards:
             self._forwards[dtype] = ZeroPromptForward(self._model, self._count, dtype)
         forward, device = self._forwards[dtype], self._labels.device
-        x = self._batch.rows(windows.to(device), images.to(device))
+        x = self._batch.rows(windows, images)
         if times is not None:
             forward.expect(x.shape[:2].numel(), times)
         logits = forward(x)
