@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The GPU gate: tests, then benchmarks, on a machine that has only PyTorch and Triton.
+# The GPU gate: compiles the CUDA kernels, tests, then benchmarks, on a machine that has only PyTorch,
+# Triton and nvcc.
 #
 #   bench/gpu.sh [quick|default|full|tune] [--dry-run]
 #
@@ -21,14 +22,14 @@ for argument in "$@"; do
   esac
 done
 
-# seconds that the tests and each benchmark may take: below nine minutes together, but for `full`
+# seconds that the tests and each benchmark may take: below ten minutes together, but for `full`
 case $size in
   quick) limits=(180 60 40 80) ;;
-  default) limits=(180 90 60 180) ;;
+  default) limits=(180 90 60 150) ;;
   full) limits=(600 900 300 5400) ;;
   tune) limits=(180 0 0 0) ;;
 esac
-tune_limit=330
+build_limit=60 versions_limit=30 tune_limit=300
 
 work=$(mktemp -d) || exit 2
 trap 'rm -rf "$work"' EXIT
@@ -81,45 +82,74 @@ run() {
   gate "$name" $code $((SECONDS - start))
 }
 
+# side NAME SECONDS COMMAND...: the same beside others; join waits for all of them
+side_names=() side_pids=()
+side() {
+  local name=$1 seconds=$2
+  shift 2
+  if [ -n "$dry" ]; then
+    echo "$name (${seconds}s): $*"
+    return
+  fi
+  timeout -k 10 "$seconds" "$@" >"$work/$name.log" 2>&1 &
+  side_names+=("$name") side_pids+=($!)
+}
+
+join() {
+  local start=$1 i
+  for i in "${!side_pids[@]}"; do
+    wait "${side_pids[i]}"
+    local code=$?
+    echo "== ${side_names[i]}"
+    gate "${side_names[i]}" "$code" $((SECONDS - start))
+  done
+}
+
 gate() {
   local name=$1 code=$2 seconds=$3 outcome=passed
   if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
     outcome="out of time"
   elif [ "$code" -ne 0 ]; then
     outcome=failed
-  elif [[ $name == tests* ]] && ! grep -qE '[0-9]+ passed' "$work/$name.log"; then
+  elif [[ $name == tests* || $name == sanitizer* ]] && ! grep -qE '[0-9]+ passed' "$work/$name.log"; then
     outcome=failed # all skipped: nothing was tested
   fi
   [[ $outcome == failed || ($name == tests* && $outcome != passed) ]] && failed=yes
   gates+=(--gate "$name=$outcome")
   echo "   $outcome after ${seconds}s: $(grep -E '(passed|failed|skipped|error).* in [0-9]' "$work/$name.log" | tail -1)"
-  [ "$outcome" = passed ] || grep -E '^(FAILED|ERROR|E  )' "$work/$name.log" | cut -c1-160 | head -20
+  [ "$outcome" = passed ] || grep -E '^(FAILED|ERROR|E  |=====+ [A-Z])' "$work/$name.log" | cut -c1-160 | head -20
 }
 
-# the three parts of the tests compile different kernels: at the same time they take a third
+# The parts of the tests compile different kernels: at the same time they take a third. Beside them
+# the compiled kernels under the sanitizer, each tensor an allocation of its own: an access past its
+# end is then one past an allocation.
 tests() {
-  local seconds=$1 start=$SECONDS i=0 codes=() pids=() code
-  local pytest=("$python" -m pytest -q -p no:cacheprovider)
-  local names=(tests-attention tests-pointwise tests-engine)
-  local parts=("tests/test_gpu.py -k attention" "tests/test_gpu.py tests/test_bench.py -k pointwise|device_clock"
-    "tests/test_gpu.py tests/test_graphs.py -k engine|replays_follow")
-  for i in 0 1 2; do
-    local files=${parts[i]% -k *} chosen=${parts[i]#* -k }
-    chosen=${chosen//|/ or }
-    read -ra files <<<"$files"
-    if [ -n "$dry" ]; then
-      echo "${names[i]} (${seconds}s): ${pytest[*]} ${files[*]} -k '$chosen'"
+  local seconds=$1 start=$SECONDS file name tool
+  local pytest=("$python" -m pytest -q -p no:cacheprovider) others=()
+  for file in tests/test_gpu_*.py; do [ -e "$file" ] && others+=("$file"); done
+  side tests-attention "$seconds" "${pytest[@]}" tests/test_gpu.py -k attention
+  side tests-pointwise "$seconds" "${pytest[@]}" tests/test_gpu.py tests/test_bench.py \
+    -k "pointwise or device_clock"
+  side tests-engine "$seconds" "${pytest[@]}" tests/test_gpu.py tests/test_graphs.py \
+    -k "engine or replays_follow"
+  side tests-native "$seconds" "${pytest[@]}" tests/test_native.py -k gpu
+  for file in "${others[@]}"; do
+    name=$(basename "$file" .py)
+    side "tests-${name#test_gpu_}" "$seconds" "${pytest[@]}" "$file"
+  done
+  for tool in memcheck racecheck initcheck; do
+    if [ -z "$dry" ] && ! command -v compute-sanitizer >"$work/which"; then
+      gates+=(--gate "sanitizer-$tool=not installed")
       continue
     fi
-    timeout -k 10 "$seconds" "${pytest[@]}" "${files[@]}" -k "$chosen" >"$work/${names[i]}.log" 2>&1 &
-    pids+=($!)
+    # initcheck must see what other kernels write, a race is looked for in ours alone
+    local filter=()
+    [ "$tool" = racecheck ] && filter=(--kernel-name kns=pae)
+    side "sanitizer-$tool" "$seconds" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
+      --tool "$tool" "${filter[@]}" --report-api-errors no --error-exitcode 3 \
+      "${pytest[@]}" -m sanitize tests/test_native.py "${others[@]}"
   done
-  [ -n "$dry" ] && return
-  for i in 0 1 2; do wait "${pids[i]}"; code=$?; codes+=("$code"); done
-  for i in 0 1 2; do
-    echo "== ${names[i]}"
-    gate "${names[i]}" "${codes[i]}" $((SECONDS - start))
-  done
+  join "$start"
 }
 
 # benchmark NAME SECONDS: no group starts in the last quarter
@@ -144,7 +174,10 @@ if [ -z "$dry" ]; then
   stem=$out/$slug-$commit
 fi
 
-run versions 60 "$python" -m pae_kernels
+arch=$([ -n "$dry" ] || "$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+run build "$build_limit" env PAE_CUDA=require PAE_CUDA_ARCHS="${PAE_CUDA_ARCHS:-$arch}" \
+  "$python" csrc/native_build.py
+run versions "$versions_limit" "$python" -m pae_kernels
 [ -z "$dry" ] && cat "$work/versions.log"
 tests "${limits[0]}"
 if [ "$size" = tune ]; then

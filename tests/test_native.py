@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ import torch
 
 from pae_kernels import backends, native
 from tests import host_library
+
+sys.path.insert(0, str(host_library.SOURCES))
+
+import native_build
 
 CPU = torch.device("cpu")
 SOURCE = Path(__file__).parent / "native" / "execution.cu"
@@ -41,18 +46,52 @@ def Arrays():
 
 
 @pytest.fixture(params=host_library.ORDERS, ids="order{}".format)
-def run(request, Arrays, library):
-    """run("pae_lanes", source, out, mode, n) in several orders of the threads."""
+def emulated(request, Arrays, library):
+    """emulated("pae_lanes", source, out, mode, n) in several orders of the threads."""
 
     def call(name, source=None, out=None, mode=0, n=0):
-        pointers = [None if t is None else t.data_ptr() for t in (source, out)]
-        params = Arrays(ctypes.sizeof(Arrays), mode, n, *pointers)
         with host_library.emulated(SOURCE, order=request.param):
-            native.call(name, params, CPU)
-        return out
+            return invoke(Arrays, name, source, out, mode, n)
 
-    call.order = request.param
     return call
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The same file for the GPU that is here."""
+    target = tmp_path_factory.mktemp("native") / "execution.so"
+    architecture = "{}{}".format(*torch.cuda.get_device_capability())
+    toolkit = native_build.find_toolkit()
+    command = [toolkit.nvcc, *native_build.FLAGS, *native_build.LINK, *toolkit.flags]
+    sources = [SOURCE, host_library.SOURCES / "library.cu"]
+    flags = [f"-I{host_library.SOURCES}", *native_build.code_flags((architecture,))]
+    subprocess.run([*command, *flags, *sources, "-o", target], check=True)
+    return native.Library(target)
+
+
+GPU = [pytest.param("gpu", marks=pytest.mark.sanitize)] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=[*host_library.ORDERS, *GPU], ids=lambda order: f"order-{order}")
+def run(request, Arrays):
+    """The same, and on a GPU where there is one: the emulation must agree with it."""
+
+    def call(name, source=None, out=None, mode=0, n=0):
+        if request.param != "gpu":
+            with host_library.emulated(SOURCE, order=request.param):
+                return invoke(Arrays, name, source, out, mode, n)
+        with native.using(request.getfixturevalue("compiled")):
+            source = None if source is None else source.cuda()
+            return invoke(Arrays, name, source, out.cuda(), mode, n).cpu()
+
+    return call
+
+
+def invoke(Arrays, name, source, out, mode, n):
+    pointers = [None if t is None else t.data_ptr() for t in (source, out)]
+    device = CPU if out is None else out.device
+    native.call(name, Arrays(ctypes.sizeof(Arrays), mode, n, *pointers), device)
+    return out
 
 
 # ---- execution
@@ -119,12 +158,12 @@ def test_sixteen_bit_floats_are_those_of_pytorch(run, dtype):
 # ---- mistakes that the emulation notices
 
 
-def test_unwritten_shared_memory_is_nan(run):
-    assert run("pae_mistake", None, torch.zeros(64), 0).isnan().all()
+def test_unwritten_shared_memory_is_nan(emulated):
+    assert emulated("pae_mistake", None, torch.zeros(64), 0).isnan().all()
 
 
-def test_a_missing_barrier_changes_the_result(run):
-    out = run("pae_mistake", None, torch.zeros(64), 1)
+def test_a_missing_barrier_changes_the_result(emulated):
+    out = emulated("pae_mistake", None, torch.zeros(64), 1)
     expected = torch.arange(64.0).roll(-1)
     assert not torch.equal(out, expected) and out.isnan().any()
 
@@ -139,19 +178,19 @@ def test_a_missing_barrier_changes_the_result(run):
         (6, r"shared memory written 0 bytes past an array of 256 bytes"),
     ],
 )
-def test_a_mistake_is_reported(run, mode, message):
+def test_a_mistake_is_reported(emulated, mode, message):
     with pytest.raises(RuntimeError, match=rf"mistake: emulation: block \(0, 0, 0\): .*{message}"):
-        run("pae_mistake", None, torch.zeros(64), mode)
+        emulated("pae_mistake", None, torch.zeros(64), mode)
     # and the next launch is not touched by it
-    assert run("pae_mistake", None, torch.zeros(64), 0).isnan().all()
+    assert emulated("pae_mistake", None, torch.zeros(64), 0).isnan().all()
 
 
-def test_launches_that_no_device_runs(run):
+def test_launches_that_no_device_runs(emulated):
     with pytest.raises(RuntimeError, match=r"nothing: emulation: no device runs a block of \(1025"):
-        run("pae_nothing", mode=1025)
+        emulated("pae_nothing", mode=1025)
     with pytest.raises(RuntimeError, match="101377 bytes of shared memory, more than 101376"):
-        run("pae_nothing", mode=1, n=99 * 1024 + 1)
-    run("pae_nothing", mode=1024, n=99 * 1024)
+        emulated("pae_nothing", mode=1, n=99 * 1024 + 1)
+    emulated("pae_nothing", mode=1024, n=99 * 1024)
 
 
 # ---- the interface

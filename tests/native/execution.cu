@@ -11,6 +11,7 @@ struct pae_arrays_params {
 };
 PAE_DEFINE_SIZEOF(arrays)
 
+namespace pae {
 namespace {
 
 template <int kThreads>
@@ -105,6 +106,9 @@ __global__ void mistake(float* out, int mode) {
 __global__ void nothing() {}
 
 }  // namespace
+}  // namespace pae
+
+using namespace pae;
 
 extern "C" PAE_API int pae_reductions(const pae_arrays_params* p, void* stream) {
   PAE_CHECK_STRUCT(p);
@@ -139,10 +143,21 @@ extern "C" PAE_API int pae_convert(const pae_arrays_params* p, void* stream) {
   const auto* wide = static_cast<const float*>(p->in);
   auto* wide_out = static_cast<float*>(p->out);
   switch (p->mode) {
-    case 0: PAE_LAUNCH(narrow<__half>, blocks, 256, 0, stream, wide, static_cast<__half*>(p->out), n); break;
-    case 1: PAE_LAUNCH(narrow<__nv_bfloat16>, blocks, 256, 0, stream, wide, static_cast<__nv_bfloat16*>(p->out), n); break;
-    case 2: PAE_LAUNCH(widen<__half>, blocks, 256, 0, stream, static_cast<const __half*>(p->in), wide_out, n); break;
-    case 3: PAE_LAUNCH(widen<__nv_bfloat16>, blocks, 256, 0, stream, static_cast<const __nv_bfloat16*>(p->in), wide_out, n); break;
+    case 0:
+      PAE_LAUNCH(narrow<__half>, blocks, 256, 0, stream, wide, static_cast<__half*>(p->out), n);
+      break;
+    case 1:
+      PAE_LAUNCH(narrow<__nv_bfloat16>, blocks, 256, 0, stream, wide,
+                 static_cast<__nv_bfloat16*>(p->out), n);
+      break;
+    case 2:
+      PAE_LAUNCH(widen<__half>, blocks, 256, 0, stream, static_cast<const __half*>(p->in), wide_out,
+                 n);
+      break;
+    case 3:
+      PAE_LAUNCH(widen<__nv_bfloat16>, blocks, 256, 0, stream,
+                 static_cast<const __nv_bfloat16*>(p->in), wide_out, n);
+      break;
     default: return pae::fail(PAE_INVALID_PARAMS, "mode is %d, expected 0 to 3", p->mode);
   }
   return PAE_OK;
