@@ -12,6 +12,7 @@ from . import reference
 backends.register(
     "koopman_losses",
     backends.Version("cuda", f"{__package__}.cuda", backends.with_cuda),
+    backends.Version("triton", f"{__package__}.triton", backends.with_triton),
     backends.Version("reference", reference, backends.anywhere),
 )
 
