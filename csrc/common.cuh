@@ -2,8 +2,9 @@
 //
 // The same file compiles with nvcc and, with PAE_EMULATED, as plain C++ against host/emulation.h,
 // where the threads of a block are fibers on one CPU core. So kernels are launched by PAE_LAUNCH
-// alone, declare shared memory by the two macros below, and put what cannot be emulated (inline PTX,
-// tensor cores, asynchronous copies) into small functions with a plain twin under PAE_EMULATED.
+// alone, declare shared memory by the two macros below, and put what cannot be emulated (inline
+// PTX, tensor cores, asynchronous copies) into small functions with a plain twin under
+// PAE_EMULATED.
 #pragma once
 
 #include "pae.h"
@@ -58,7 +59,7 @@ int fail(int status, const char* format, ...);
 
 namespace pae {
 
-// A parameter type that is not deduced from the argument: arguments convert to what the kernel takes.
+// A parameter type that is not deduced: arguments convert to what the kernel takes.
 template <typename T>
 struct Exactly {
   using type = T;
@@ -80,7 +81,8 @@ int launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, s
 
 inline int cuda_failed(const char* what, cudaError_t error) {
   cudaGetLastError();  // reported here: the next caller of the runtime must not find it again
-  return fail(PAE_CUDA_ERROR, "%s: %s: %s", what, cudaGetErrorName(error), cudaGetErrorString(error));
+  return fail(PAE_CUDA_ERROR, "%s: %s: %s", what, cudaGetErrorName(error),
+              cudaGetErrorString(error));
 }
 
 // Most shared memory that a block can have on the current device; 0 where there is none.

@@ -321,9 +321,8 @@ def test_every_kernel_of_every_architecture_keeps_its_values_in_registers(shippe
         used = resources(shipped.log(source).read_text())
         kernels = {kernel for kernel, _ in used}
         assert kernels, f"{source.name} has no kernel"
-        assert all(kernel.startswith("_ZN3pae") for kernel in kernels), (
-            "found by profilers as pae::"
-        )
+        # in namespace pae: the sanitizers of bench/gpu.sh find them by that name
+        assert all(kernel.startswith("_ZN3pae") for kernel in kernels), kernels
         assert set(used) == {(kernel, arch) for kernel in kernels for arch in shipped.archs}
         for (kernel, arch), (registers, spilled) in sorted(used.items()):
             said = (

@@ -1,8 +1,8 @@
 // The scheduler: a block's threads as fibers, and what they wait for.
 //
-// A fiber runs until it waits or returns, then the scheduler takes the next one that can go on. When
-// nobody can and not all have returned, the block has diverged, and the report says who waits where.
-// Nothing is unwound then: fibers are left where they stand, and new ones are made for the next run.
+// A fiber runs until it waits or returns, then the scheduler takes the next one that can go on.
+// When nobody can and not all have returned, the block has diverged, and the report says who waits
+// where. Nothing is unwound then: fibers are left as they stand, and the next run makes new ones.
 
 #undef _FORTIFY_SOURCE  // whose longjmp refuses to go to another stack
 #include "emulation.h"

@@ -1,7 +1,7 @@
 // CUDA's 16-bit floats and device arithmetic in plain C++.
 //
-// Conversions round to nearest, ties to even, as CUDA's do. The fast intrinsics are exact here: what
-// a kernel loses by them is seen on a GPU only.
+// Conversions round to nearest, ties to even, as CUDA's do. The fast intrinsics are exact here:
+// what a kernel loses by them is seen on a GPU only.
 #pragma once
 
 #include <math.h>
