@@ -17,12 +17,12 @@ from . import (  # noqa: F401  (importing registers the ops)
 )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pae_kernels", description=__doc__)
     parser.add_argument(
         "--compile", action="store_true", help="compile the Triton tiles and print what they take"
     )
-    if parser.parse_args().compile:
+    if parser.parse_args(arguments).compile:
         for line in ahead_of_time.table():
             print(line, flush=True)
         return

@@ -234,7 +234,7 @@ def test_ops_are_registered_under_one_namespace():
 
 
 def test_table_of_versions(capsys):
-    importlib.import_module("pae_kernels.__main__").main()
+    importlib.import_module("pae_kernels.__main__").main([])
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split()[:3] for line in lines[2:]]
     assert ["prompt_attention", "cpu", "reference"] in rows

@@ -181,6 +181,11 @@ class PromptFamily(nn.Module):
                 ranks; None before the first.
         """
 
+    def remap(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Called by the training loop before every epoch, ahead of `start_of_epoch`: the bare model
+        and one pass of (images, labels), which is only drawn when it is read.
+        """
+
     def see_labels(self, labels: Tensor) -> None:
         """Called by the training loop before every training forward: labels (B,) of its images."""
 

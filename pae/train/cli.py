@@ -1,9 +1,10 @@
-"""The command line: ``pae train``, also ``python -m pae train`` (which launchers need)."""
+"""The command line: ``pae train``, ``pae analyse``, also ``python -m pae`` (launchers need it)."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 
@@ -83,6 +84,14 @@ def _parser():
     )
     train.set_defaults(run=_train, debug=False)
     _add_train_options(train)
+    analyse = commands.add_parser(
+        "analyse",
+        help="spectra, modes and Lyapunov energies of a checkpoint with KLD",
+        description="Writes eigenvalues.png, energies.png, lyapunov.png and koopman.json.",
+    )
+    analyse.set_defaults(run=_analyse, debug=False)
+    analyse.add_argument("checkpoint", help="a .safetensors file of a run with --kld")
+    analyse.add_argument("--output", help="folder (default: CHECKPOINT-analysis)", metavar="FOLDER")
     return parser
 
 
@@ -107,7 +116,7 @@ def _embedded_help():
 def _add_train_options(parser):
     from pae.train import pixels
     from pae.train.embedded import DATASETS, WEIGHTS_IMAGE_SIZE, WEIGHTS_NAME
-    from pae.train.settings import AMPS, DEVICES, ENGINES, METHODS, SCHEDULERS
+    from pae.train.settings import AMPS, DEVICES, ENGINES, METHODS, SCHEDULERS, SPT_METHODS
 
     def group(title):
         return parser.add_argument_group(title)
@@ -193,6 +202,19 @@ def _add_train_options(parser):
         type=float,
         metavar="P",
     )
+    method.add_argument(
+        "--option",
+        help="a further argument of the method's prompt family, e.g. --option rank=16; repeatable",
+        dest="family",
+        action="append",
+        metavar="NAME=VALUE",
+    )
+    add(
+        method,
+        "--spt",
+        "start from tokens of training images (SPT)",
+        choices=SPT_METHODS,
+    )
     add(
         method,
         "--head-init",
@@ -263,6 +285,12 @@ def _add_train_options(parser):
     add(machine, "--workers", "decoding threads or processes (default: the CPUs, up to 8)", **size)
 
     run = group("run folder")
+    add(
+        run,
+        "--config",
+        "TOML file of options (num_tokens = 10, ...) and a [family] table; options given here win",
+        metavar="FILE",
+    )
     add(run, "--output", "folder of the run (default: runs/<data>-NNN)", metavar="FOLDER")
     add(
         run,
@@ -282,7 +310,24 @@ def _add_train_options(parser):
 
 
 # options that say how to run, not what: allowed beside --resume
-_NOT_SETTINGS = {"command", "run", "debug", "quiet", "output", "resume", "previous_state"}
+_NOT_SETTINGS = {
+    "command",
+    "run",
+    "debug",
+    "quiet",
+    "output",
+    "resume",
+    "previous_state",
+    "config",
+}
+
+
+def _analyse(arguments):
+    from pae.analysis import write_report
+
+    for path in write_report(arguments.checkpoint, arguments.output):
+        print(path)
+    return 0
 
 
 def _train(arguments):
@@ -290,6 +335,12 @@ def _train(arguments):
     from pae.train.settings import Settings
 
     given = {k: v for k, v in vars(arguments).items() if k not in _NOT_SETTINGS}
+    if "family" in given:
+        given["family"] = dict(_name_and_value(text) for text in given["family"])
+    if hasattr(arguments, "config"):
+        if hasattr(arguments, "resume"):
+            raise ValueError("--resume takes its settings from its folder; leave out --config")
+        given = _with_config(arguments.config, given)
     quiet = getattr(arguments, "quiet", False)
     resume_from = getattr(arguments, "resume", None)
     if resume_from is not None:
@@ -313,6 +364,43 @@ def _train(arguments):
     settings = settings.resolved()
     output = getattr(arguments, "output", None)
     return _run(settings, method == "compare", output, None, quiet)
+
+
+def _name_and_value(text):
+    """("rank", 16) of "rank=16": values are JSON where they can be, else text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"--option {text}: expected NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        words = {"True": True, "False": False, "None": None}
+        return name, words.get(value, value)
+
+
+def _with_config(path, given):
+    """Options of a TOML file, overridden by those given on the command line."""
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib
+    from pae.train.settings import Settings
+
+    try:
+        with open(path, "rb") as file:
+            config = tomllib.load(file)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    known = {field.name for field in dataclasses.fields(Settings)}
+    for name in config:
+        if name not in known:
+            raise ValueError(f"--config {path}: there is no option {name}")
+    family = {**config.get("family", {}), **given.get("family", {})}
+    if given.get("method", config.get("method")) != config.get("method"):
+        raise ValueError(
+            f"--method {given['method']}: the configuration is for {config.get('method')}"
+        )
+    return {**config, **given, **({"family": family} if family else {})}
 
 
 def _resume(arguments, folder, given, quiet):

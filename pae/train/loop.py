@@ -93,6 +93,8 @@ class _Run:
             self._write_config(task)
             if settings.mpa:
                 self._align()
+            if settings.spt:
+                self._take_tokens()
         # DDP copies the parameters of process 0 to all; from here on each draws its own dropout
         torch.manual_seed(settings.seed + accelerator.process_index)
 
@@ -118,8 +120,8 @@ class _Run:
         self.sums = self._no_sums()
         if saved is not None:
             self._restore(saved)
-        elif settings.mpa:
-            self._save()  # the alignment is worth keeping
+        elif settings.mpa or settings.spt:
+            self._save()  # the first prompts are worth keeping
 
     def train(self):
         """All remaining epochs, then the test."""
@@ -209,6 +211,11 @@ class _Run:
         )
         self.reporter.say(f"{self.name}: {found.report()}")
 
+    def _take_tokens(self):
+        """SPT: prompts start as tokens of the training images; every process draws the same."""
+        batches = self.train_data.batches(self._epoch_batches(0))
+        pae.spt_init(self.module, batches, method=self.settings.spt, seed=self.settings.seed)
+
     def _epoch_batches(self, epoch):
         settings = self.settings
         return pixels.epoch_batches(len(self.train_data), settings.batch_size, settings.seed, epoch)
@@ -220,8 +227,12 @@ class _Run:
         shares = [pixels.share(b, rank, world) for b in self._epoch_batches(self.epoch)]
         shares = shares[self.step :]
         self.wrapped.train()
+        if self._is_prompted() and self.step == 0:
+            self._start_prompts([indices for indices, _ in shares])
         data = self.train_data.batches([indices for indices, _ in shares], self.epoch)
         for (inputs, labels), (_, weight) in zip(data, shares, strict=True):
+            if self._is_prompted():
+                self.module.prompts.see_labels(labels)
             logits = self.wrapped(inputs, engine=settings.engine)
             loss = F.cross_entropy(logits, labels)
             accelerator.backward(loss * weight + self.module.penalty())
@@ -240,6 +251,26 @@ class _Run:
             if settings.save_every_steps and self.updates % settings.save_every_steps == 0:
                 self._save()
 
+    def _start_prompts(self, batches):
+        """Lets the family look at the training data before an epoch, if it wants to."""
+        module, prompts = self.module, self.module.prompts
+
+        def passes():
+            return self.train_data.batches(batches, self.epoch)
+
+        def losses():
+            for images, labels in passes():
+                with self.accelerator.autocast():
+                    logits = module(images, engine=self.settings.engine)
+                yield F.cross_entropy(logits.float(), labels), len(labels)
+
+        prompts.remap(module, passes())
+        last_loss = self.rows[-1]["train_loss"] if self.rows else None
+        prompts.start_of_epoch(losses, list(module.head.parameters()), last_loss)
+
+    def _is_prompted(self):
+        return isinstance(self.module, pae.PromptedViT)
+
     def _clip(self):
         """PAE clips the regulariser's gradients to norm 10, and no others."""
         if getattr(self.module, "kld", None) is not None:
@@ -251,7 +282,7 @@ class _Run:
         self.updates += 1
         if self.scheduler is not None:
             self.scheduler.step_update(self.updates)
-        if isinstance(self.module, pae.PromptedViT):
+        if self._is_prompted():
             self.module.prompts.end_of_step()
 
     def _finish_epoch(self):
@@ -280,7 +311,7 @@ class _Run:
             self.best = candidate
             if self.main:
                 self.module.save(self.folder.best)
-        if isinstance(self.module, pae.PromptedViT):
+        if self._is_prompted():
             self.module.prompts.end_of_epoch()  # may move prompts: what was measured is saved
         self.step, self.sums = 0, self._no_sums()
         self._save()

@@ -7,6 +7,7 @@ The three share one face, so that the loop does not ask which it has: ``forward(
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 import pae
 from pae.checkpoint import write_atomically
 from pae.train import embedded
+from pae.train.settings import FAMILIES
 
 
 def build_backbone(settings, num_classes):
@@ -74,7 +76,6 @@ def build_method(settings, num_classes):
     new_head = num_classes if settings.head_init == "vpt" else None  # None keeps the default one
     if settings.method == "linear":
         return LinearProbe(pae.PromptedViT(backbone, pae.prompts.VPTDeep(0), None, new_head))
-    family = pae.prompts.VPTDeep if settings.method == "vpt-deep" else pae.prompts.VPTShallow
     kld = None
     if settings.kld:
         kld = pae.KLD(
@@ -84,8 +85,33 @@ def build_method(settings, num_classes):
             lyapunov_weight=settings.kld_lyapunov,
             formulation=settings.kld_formulation,
         )
-    prompts = family(settings.num_tokens, dropout=settings.dropout)
-    return pae.PromptedViT(backbone, prompts, kld, new_head)
+    return pae.PromptedViT(backbone, build_prompts(settings, num_classes), kld, new_head)
+
+
+def build_prompts(settings, num_classes):
+    """The prompt family that `settings.method` names, with the arguments in `settings.family`.
+
+    Raises:
+        ValueError: an argument the family does not have, or one that it refuses.
+    """
+    family = getattr(pae.prompts, FAMILIES[settings.method])
+    known = inspect.signature(family).parameters
+    given = {"num_tokens": settings.num_tokens, "dropout": settings.dropout}
+    if "num_classes" in known:
+        given["num_classes"] = num_classes
+    if "num_proxies" in known:
+        given["num_proxies"] = settings.num_tokens
+    if "dropout" not in known and settings.dropout == 0:
+        del given["dropout"]
+    arguments = {**given, **settings.family}
+    for name in arguments:
+        if name not in known:
+            option = f"--{name}" if name in given else f"--option {name}"
+            raise ValueError(f"{option}: {settings.method} has {', '.join(known)}")
+    try:
+        return family(**arguments)
+    except TypeError as error:
+        raise ValueError(f"--method {settings.method}: {error}") from error
 
 
 class LinearProbe(nn.Module):

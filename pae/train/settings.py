@@ -5,7 +5,24 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-METHODS = ("linear", "full", "vpt-deep", "vpt-shallow")
+# method -> name of its class in `pae.prompts`
+FAMILIES = {
+    "vpt-deep": "VPTDeep",
+    "vpt-shallow": "VPTShallow",
+    "bpt": "BPTDeep",
+    "bpt-shallow": "BPTShallow",
+    "vapt": "VAPT",
+    "ivpt": "IVPT",
+    "vfpt": "VFPTDeep",
+    "vfpt-shallow": "VFPTShallow",
+    "pro-vpt": "ProVPT",
+    "e2vpt": "E2VPT",
+    "da-vpt": "DAVPT",
+    "lspt": "LSPT",
+    "apt": "APT",
+}
+METHODS = ("linear", "full", *FAMILIES)
+SPT_METHODS = ("random", "mean_pooling", "max_pooling", "kmeans")
 ENGINES = ("fast", "textbook")
 SCHEDULERS = ("cosine", "step", "poly", "none")
 AMPS = ("auto", "bf16", "fp16", "no")
@@ -29,7 +46,7 @@ _RECIPES = {
         "weight_decay": 0.05,
         "warmup_epochs": 1.0,
     },
-    "vpt-deep": {
+    "prompts": {
         "epochs": 10,
         "batch_size": 16,
         "optimizer": "adamw",
@@ -38,7 +55,6 @@ _RECIPES = {
         "warmup_epochs": 0.5,
     },
 }
-_RECIPES["vpt-shallow"] = _RECIPES["vpt-deep"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,9 @@ class Settings:
         method: one of `METHODS`.
         engine: "fast" (`pae.fast_forward`) or "textbook"; the curves agree.
         num_tokens, dropout: prompts per block, and prompt dropout.
+        family: further arguments of the method's prompt family, by name.
         head_init: "default" (the layer's own) or "vpt" (Kaiming fan-out, bias -log 99).
+        spt: start from tokens of training images (`pae.spt_init`), one of `SPT_METHODS`, or None.
         kld, kld_*: the Koopman-Lyapunov regulariser and its options.
         mpa, mpa_*: Modal Pre-Alignment before training and its options; `mpa_images` is the number
             of training images it looks at; None for 8 on a CPU, 64 on a GPU.
@@ -83,7 +101,9 @@ class Settings:
     engine: str = "fast"
     num_tokens: int = 10
     dropout: float = 0.0
+    family: dict = dataclasses.field(default_factory=dict)
     head_init: str = "default"
+    spt: str | None = None
     kld: bool = False
     kld_dim: int = 256
     kld_mode: str = "global"
@@ -117,7 +137,7 @@ class Settings:
             ValueError: an option that is out of range, unknown, or contradicts another.
         """
         self.check()
-        values = {k: v for k, v in _RECIPES[self.method].items() if getattr(self, k) is None}
+        values = {k: v for k, v in _recipe(self.method).items() if getattr(self, k) is None}
         if "warmup_epochs" in values:
             epochs = self.epochs if self.epochs is not None else values["epochs"]
             values["warmup_epochs"] = min(values["warmup_epochs"], epochs / 4)
@@ -164,17 +184,27 @@ class Settings:
         if self.data is not None and self.dataset is not None:
             raise ValueError("--data and --dataset exclude each other")
         if self.method == "full" and self.head_init == "vpt":
-            raise ValueError("--head-init vpt is for linear, vpt-deep and vpt-shallow")
-        prompted = self.method in ("vpt-deep", "vpt-shallow")
-        for name in ("kld", "mpa"):
+            raise ValueError("--head-init vpt is for linear and for methods with prompts")
+        prompted = self.method in FAMILIES
+        for name in ("kld", "mpa", "spt", "family"):
             if getattr(self, name) and not prompted:
-                raise ValueError(f"--{name} needs --method vpt-deep or vpt-shallow")
-        if self.kld and self.method == "vpt-shallow":
+                option = "option" if name == "family" else name
+                raise ValueError(f"--{option} needs a --method with prompts")
+        if self.mpa and self.spt:
+            raise ValueError("--mpa and --spt exclude each other: both set the first prompts")
+        if self.spt is not None and self.spt not in SPT_METHODS:
+            _refuse("spt", self.spt, f"one of {', '.join(SPT_METHODS)}")
+        if self.kld and self.method.endswith("-shallow"):
             raise ValueError(
-                "--kld couples the prompts of successive blocks: use --method vpt-deep"
+                f"--kld couples the prompts of successive blocks, and {self.method} has some in "
+                "block 0 alone"
             )
         if (self.kld or self.mpa) and self.num_tokens == 0:
             raise ValueError("--kld and --mpa need --num-tokens of at least 1")
+
+
+def _recipe(method):
+    return _RECIPES["prompts" if method in FAMILIES else method]
 
 
 def _refuse(name, value, expected):
