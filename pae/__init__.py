@@ -1,6 +1,6 @@
 """pae: prompt-tune a frozen vision transformer, fast and exactly."""
 
-from . import prompts
+from . import analysis, prompts
 from .engine import fast_forward
 from .errors import CheckpointError, UnsupportedBackbone
 from .graphs import graphed_step
@@ -22,6 +22,7 @@ __all__ = [
     "PromptedViT",
     "UnsupportedBackbone",
     "__version__",
+    "analysis",
     "fast_forward",
     "graphed_step",
     "load_official",
