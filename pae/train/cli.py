@@ -92,14 +92,6 @@ def _parser():
     analyse.set_defaults(run=_analyse, debug=False)
     analyse.add_argument("checkpoint", help="a .safetensors file of a run with --kld")
     analyse.add_argument("--output", help="folder (default: CHECKPOINT-analysis)", metavar="FOLDER")
-    analyse = commands.add_parser(
-        "analyse",
-        help="spectra, modes and Lyapunov energies of a checkpoint with KLD",
-        description="Writes eigenvalues.png, energies.png, lyapunov.png and koopman.json.",
-    )
-    analyse.set_defaults(run=_analyse, debug=False)
-    analyse.add_argument("checkpoint", help="a .safetensors file of a run with --kld")
-    analyse.add_argument("--output", help="folder (default: CHECKPOINT-analysis)", metavar="FOLDER")
     return parser
 
 
@@ -328,14 +320,6 @@ _NOT_SETTINGS = {
     "previous_state",
     "config",
 }
-
-
-def _analyse(arguments):
-    from pae.analysis import write_report
-
-    for path in write_report(arguments.checkpoint, arguments.output):
-        print(path)
-    return 0
 
 
 def _analyse(arguments):
