@@ -144,20 +144,23 @@ def test_public_names():
         "KLD",
         "CheckpointError",
         "MPAResult",
+        "NullSpace",
         "OfficialParts",
         "PromptedViT",
         "UnsupportedBackbone",
         "__version__",
+        "analysis",
         "fast_forward",
         "graphed_step",
         "load_official",
         "mpa_init",
         "prompts",
+        "spt_init",
         "whiten_init",
     }
     assert all(hasattr(pae, name) for name in pae.__all__)
     assert {"VPTDeep", "VPTShallow", "PromptFamily", "BackboneShape"} <= set(pae.prompts.__all__)
-    assert pae_kernels.__all__ == ["prompt_attention"]
+    assert {"class_attention", "prompt_attention"} <= set(pae_kernels.__all__)
     assert issubclass(pae.UnsupportedBackbone, ValueError)
     assert issubclass(pae.CheckpointError, RuntimeError)
 
