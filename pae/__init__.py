@@ -1,6 +1,7 @@
 """pae: prompt-tune a frozen vision transformer, fast and exactly."""
 
 from . import analysis, prompts
+from .condensation import condense
 from .engine import fast_forward
 from .errors import CheckpointError, UnsupportedBackbone
 from .graphs import graphed_step
@@ -23,6 +24,7 @@ __all__ = [
     "UnsupportedBackbone",
     "__version__",
     "analysis",
+    "condense",
     "fast_forward",
     "graphed_step",
     "load_official",
