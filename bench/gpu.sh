@@ -147,7 +147,7 @@ tests() {
     [ "$tool" = racecheck ] && filter=(--kernel-name kns=pae)
     side "sanitizer-$tool" "$seconds" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
       --tool "$tool" "${filter[@]}" --report-api-errors no --error-exitcode 3 \
-      "${pytest[@]}" -m sanitize tests/test_native.py "${others[@]}"
+      "${pytest[@]}" -m sanitize -k "gpu" tests/test_native.py "${others[@]}"
   done
   join "$start"
 }

@@ -28,11 +28,32 @@ CACHE = ROOT / "build" / "host"
 
 FLAGS = (
     *("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DPAE_EMULATED"),
-    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"),
 )
+
+# An access past the end of a tensor, a misaligned vector, an index outside its array or an overflow
+# ends the process. Of a fiber's stack nothing is known.
+SANITIZERS = (
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    *("--param=asan-stack=0", "--param=asan-globals=0"),
+)
+if os.environ.get("PAE_HOST_SANITIZERS") == "1":
+    FLAGS += SANITIZERS
 
 # orders in which the threads of a block run: a missing barrier changes some result
 ORDERS = (0, 1, 7)
+
+
+def sanitizing_environment() -> dict[str, str]:
+    """For a Python process whose emulated libraries are built with sanitizers."""
+    runtime = subprocess.run(
+        [_compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(runtime).is_file():
+        pytest.skip("libasan is not installed")
+    # the runtime comes first in the process, and does not mind what the interpreter never frees
+    extra = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PAE_HOST_SANITIZERS": "1"}
+    return {**os.environ, **extra}
 
 
 @lru_cache
@@ -53,7 +74,9 @@ def _key(*parts: bytes) -> str:
 def _run(command: list[str], target: Path) -> None:
     """Runs a compiler whose output file appears all at once, or not at all."""
     unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-    done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    command = [*command, "-o", str(unfinished)]
+    done = subprocess.run(command, env=plain, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     unfinished.replace(target)
@@ -86,7 +109,13 @@ def library(*sources: str | Path) -> native.Library:
     exports = SOURCES / "exports.map"
     target = CACHE / f"pae-{_key(*(o.name.encode() for o in objects), exports.read_bytes())}.so"
     if not target.is_file():
-        link = [_compiler(), "-shared", f"-Wl,--version-script={exports}", *map(str, objects)]
+        link = [
+            _compiler(),
+            *FLAGS,
+            "-shared",
+            f"-Wl,--version-script={exports}",
+            *map(str, objects),
+        ]
         _run(link, target)
     return native.Library(target)
 

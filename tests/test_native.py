@@ -69,10 +69,10 @@ def compiled(tmp_path_factory):
     return native.Library(target)
 
 
-GPU = [pytest.param("gpu", marks=pytest.mark.sanitize)] if torch.cuda.is_available() else []
+PLACES = [*host_library.ORDERS, *(["gpu"] if torch.cuda.is_available() else [])]
 
 
-@pytest.fixture(params=[*host_library.ORDERS, *GPU], ids=lambda order: f"order-{order}")
+@pytest.fixture(params=PLACES, ids=lambda order: f"order-{order}")
 def run(request, Arrays):
     """The same, and on a GPU where there is one: the emulation must agree with it."""
 
@@ -97,6 +97,7 @@ def invoke(Arrays, name, source, out, mode, n):
 # ---- execution
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("threads", [32, 256])
 def test_reductions_reach_every_thread_with_the_same_bits(run, threads):
     x = torch.randn(1000)
@@ -112,6 +113,7 @@ def test_a_maximum_keeps_nan(run):
     assert run("pae_reductions", x, torch.zeros(256, 2), 256, len(x)).isnan().all()
 
 
+@pytest.mark.sanitize
 def test_shuffles_and_votes(run):
     x = torch.randperm(64, dtype=torch.int32)
     out = run("pae_lanes", x, torch.empty(64, 8, dtype=torch.int32), n=64)
@@ -133,6 +135,7 @@ def test_shuffles_and_votes(run):
         assert out[t].tolist() == expected
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("n", [1, 16, 37])
 def test_dynamic_shared_memory_grids_and_blocks(run, n):
     x = torch.randn(n, n)
@@ -191,6 +194,49 @@ def test_launches_that_no_device_runs(emulated):
     with pytest.raises(RuntimeError, match="101377 bytes of shared memory, more than 101376"):
         emulated("pae_nothing", mode=1, n=99 * 1024 + 1)
     emulated("pae_nothing", mode=1024, n=99 * 1024)
+
+
+# ---- kernels under the sanitizers of the compiler
+
+
+def sanitized(*command):
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=host_library.ROOT,
+        env=host_library.sanitizing_environment(),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_kernels_stay_within_their_tensors():
+    """All tests of emulated kernels that are marked for it, in a process with sanitizers."""
+    texts = {str(f): f.read_text() for f in sorted(Path(__file__).parent.glob("test_*.py"))}
+    files = [f for f, text in texts.items() if "host_library" in text and "mark.sanitize" in text]
+    done = sanitized("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "sanitize", *files)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+TOO_SMALL = """
+import ctypes, torch
+from tests import host_library, test_native
+from pae_kernels import native
+
+source, out = torch.zeros(64), torch.zeros({size})
+struct = native.params("arrays", mode=native.INT32, n=native.INT64, source=native.POINTER,
+                       out=native.POINTER)
+with host_library.emulated(test_native.SOURCE):
+    params = struct(mode=32, n=64, source=source.data_ptr(), out=out.data_ptr())
+    native.call("pae_reductions", params, torch.device("cpu"))
+print("went on")
+"""
+
+
+def test_a_write_past_the_end_of_a_tensor_is_found():
+    assert "went on" in sanitized("-c", TOO_SMALL.format(size=64)).stdout
+    done = sanitized("-c", TOO_SMALL.format(size=63))
+    assert done.returncode != 0 and "went on" not in done.stdout
+    assert "heap-buffer-overflow" in done.stderr and "execution.cu" in done.stderr
 
 
 # ---- the interface
