@@ -7,6 +7,7 @@ import argparse
 import torch
 
 from . import (  # noqa: F401  (importing registers the ops)
+    adaptive,
     ahead_of_time,
     attention,
     backends,

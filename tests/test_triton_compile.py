@@ -9,7 +9,14 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pae_kernels import ahead_of_time, attention, koopman, pointwise, spectrum  # noqa: F401
+from pae_kernels import (  # noqa: F401
+    adaptive,
+    ahead_of_time,
+    attention,
+    koopman,
+    pointwise,
+    spectrum,
+)
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 MODULES = {m.__name__.split(".")[-2]: m for m in ahead_of_time.triton_modules()}

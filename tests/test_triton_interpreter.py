@@ -12,7 +12,9 @@ pytest.importorskip("triton")
 SUITES = Path(__file__).parent / "interpreted"
 
 
-@pytest.mark.parametrize("suite", ["attention", "pointwise", "engine", "koopman", "spectrum"])
+@pytest.mark.parametrize(
+    "suite", ["adaptive", "attention", "pointwise", "engine", "koopman", "spectrum"]
+)
 def test_in_the_interpreter(suite):
     """In a process of its own, since kernels are interpreted or compiled as they were imported."""
     run = subprocess.run(

@@ -10,7 +10,11 @@ from .. import backends
 from . import reference
 
 for _op in ("token_mix", "prompt_bottleneck"):
-    backends.register(_op, backends.Version("reference", reference, backends.anywhere))
+    backends.register(
+        _op,
+        backends.Version("triton", f"{__package__}.triton", backends.with_triton),
+        backends.Version("reference", reference, backends.anywhere),
+    )
 
 
 def token_mix(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -162,27 +166,35 @@ def _dense(args):
     return [a.contiguous() if isinstance(a, Tensor) else a for a in args]
 
 
+def _widest(first, *rest) -> torch.dtype:
+    dtype = first.dtype
+    for t in rest:
+        dtype = torch.promote_types(dtype, t.dtype) if isinstance(t, Tensor) else dtype
+    return dtype
+
+
 # autocast reaches into an op's implementation: products stay in the dtype that came in
-def _mix(x, *rest):
+def _mix(x, weight, eps):
     with torch.autocast(x.device.type, enabled=False):
-        return backends.choose("token_mix", x.device, x.dtype).token_mix(*_dense((x, *rest)))
+        version = backends.choose("token_mix", x.device, _widest(x, weight))
+        return version.token_mix(*_dense((x, weight, eps)))
 
 
-def _mix_backward(d_u, x, *rest):
+def _mix_backward(d_u, x, weight, *rest):
     with torch.autocast(x.device.type, enabled=False):
-        version = backends.choose("token_mix", x.device, x.dtype)
-        return version.token_mix_backward(*_dense((d_u, x, *rest)))
+        version = backends.choose("token_mix", x.device, _widest(x, weight))
+        return version.token_mix_backward(*_dense((d_u, x, weight, *rest)))
 
 
 def _bottleneck(u, *rest):
     with torch.autocast(u.device.type, enabled=False):
-        version = backends.choose("prompt_bottleneck", u.device, u.dtype)
+        version = backends.choose("prompt_bottleneck", u.device, _widest(u, *rest))
         return version.prompt_bottleneck(*_dense((u, *rest)))
 
 
 def _bottleneck_backward(d_out, u, *rest):
     with torch.autocast(u.device.type, enabled=False):
-        version = backends.choose("prompt_bottleneck", u.device, u.dtype)
+        version = backends.choose("prompt_bottleneck", u.device, _widest(u, *rest))
         return version.prompt_bottleneck_backward(*_dense((d_out, u, *rest)))
 
 
