@@ -110,6 +110,48 @@ typedef struct pae_koopman_bwd_params {
 PAE_API int pae_koopman_bwd(const pae_koopman_bwd_params* p, void* stream);
 PAE_API uint32_t pae_sizeof_koopman_bwd_params(void);
 
+/* ---- Frequency-shortcut statistics (spectrum.cu)
+ *
+ * Named as in pae_kernels/spectrum/. S = count windows of w = window bins a side, B = batch images of
+ * C x H x W, patches of ph x pw, L = lines = B H / ph, K = C ph, D = dim channels. */
+
+typedef struct pae_shortcut_tokens_params {
+  uint32_t struct_size;
+  int32_t dtype; /* of out. Factors, the elements of strips and taps: bf16 if it is, else fp32 */
+  int64_t count, batch, channels, height, width, window, patch_height, patch_width, dim;
+  const void* spectrum; /* (B, C, H, W) pairs of fp32, strides in floats */
+  int64_t stride_b, stride_c, stride_u, stride_v;
+  const void* origins; /* (S, 2) int64, contiguous */
+  const void* weight;  /* (pw, C, ph, D) fp32, contiguous */
+  const void* shift;   /* fp32, what is added: (N, D) with shift_stride D, (D) with 0; or null */
+  int64_t shift_stride;
+  /* scratch, 16-byte aligned; what pads it must be 0 before the call */
+  void* strips; /* (S, w, 2, lines_padded, depth_padded) */
+  void* taps;   /* (S, w, 2, depth_padded, channels_padded) */
+  int64_t lines, lines_padded, depth_padded, channels_padded; /* multiples of 1, 32, 16, 64 */
+  void* out; /* (S, B, N, D), contiguous; 16-byte aligned */
+} pae_shortcut_tokens_params;
+
+PAE_API int pae_shortcut_tokens(const pae_shortcut_tokens_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_shortcut_tokens_params(void);
+
+typedef struct pae_shortcut_pool_params {
+  uint32_t struct_size;
+  int32_t dtype;       /* of tokens and out */
+  int32_t vectors;     /* boolean: every token starts at a multiple of 4 elements, D is one */
+  int32_t reserved;
+  int64_t count, batch, tokens_per_image, dim; /* dim <= 2048 */
+  const void* tokens;  /* (S, B, N, D), strides in elements, the innermost one 1 */
+  int64_t stride_s, stride_b, stride_n;
+  const void* rows;    /* (N, D) fp32, contiguous, added to every image's tokens; or null */
+  int64_t parts;       /* ceil(B N / 64) */
+  void *exponents, *energies, *sums; /* scratch: (S, parts) int32, (S, parts) and (S, parts, D) fp32 */
+  void* out;           /* (S, D) */
+} pae_shortcut_pool_params;
+
+PAE_API int pae_shortcut_pool(const pae_shortcut_pool_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_shortcut_pool_params(void);
+
 #ifdef __cplusplus
 }
 #endif

@@ -13,10 +13,11 @@ from . import reference
 
 _REFERENCE = backends.Version("reference", reference, backends.anywhere)
 _TRITON = backends.Version("triton", f"{__package__}.triton", backends.with_triton)
+_CUDA = backends.Version("cuda", f"{__package__}.cuda", backends.with_cuda)
 
 backends.register("shortcut_images", _REFERENCE)
 for _op in ("shortcut_tokens", "shortcut_pool"):
-    backends.register(_op, _TRITON, _REFERENCE)
+    backends.register(_op, _CUDA, _TRITON, _REFERENCE)
 
 
 def shortcut_images(
