@@ -109,14 +109,8 @@ def library(*sources: str | Path) -> native.Library:
     exports = SOURCES / "exports.map"
     target = CACHE / f"pae-{_key(*(o.name.encode() for o in objects), exports.read_bytes())}.so"
     if not target.is_file():
-        link = [
-            _compiler(),
-            *FLAGS,
-            "-shared",
-            f"-Wl,--version-script={exports}",
-            *map(str, objects),
-        ]
-        _run(link, target)
+        link = ["-shared", f"-Wl,--version-script={exports}", *map(str, objects)]
+        _run([_compiler(), *FLAGS, *link], target)
     return native.Library(target)
 
 
