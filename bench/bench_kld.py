@@ -1,14 +1,22 @@
-"""The Koopman-Lyapunov regulariser: both terms and their gradients, once per training step."""
+"""The Koopman-Lyapunov regulariser: both terms and their gradients, once per training step.
+
+On a GPU each compiled version has two rows: as the replay of a CUDA graph, which is how
+`pae.graphed_step` runs it, and called from Python. The peers cannot be captured: their
+decompositions wait for the host.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import pae
+from pae_kernels import backends
 
 from . import peers_kld
 from .contest import Contestant, Group, Provider, Settings, Unavailable, relative
@@ -58,7 +66,7 @@ def open_regulariser(dim: int, mode: str, device: torch.device) -> Regulariser:
     return shared
 
 
-def contestant(shared: Regulariser, terms: Terms) -> Contestant:
+def contestant(shared: Regulariser, terms: Terms, capture: bool = False) -> Contestant:
     def work() -> list[Tensor]:
         return run(terms, shared.leaves())
 
@@ -71,7 +79,45 @@ def contestant(shared: Regulariser, terms: Terms) -> Contestant:
         )
         return {"value_error": value, "gradient_error": gradient}
 
-    return Contestant(work, check)
+    return Contestant(work, check, capture=capture)
+
+
+@contextmanager
+def forced(backend: str):
+    before = os.environ.get("PAE_BACKEND")
+    os.environ["PAE_BACKEND"] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PAE_BACKEND"]
+        else:
+            os.environ["PAE_BACKEND"] = before
+
+
+def start_ours(shared: Regulariser, backend: str, capture: bool = False) -> Contestant:
+    """Our terms in one version of the op."""
+    device = shared.prompts.device
+    with forced(backend):
+        try:
+            backends.choose("koopman_losses", device, shared.prompts.dtype)
+        except RuntimeError as error:
+            raise Unavailable(str(error)) from error
+
+    def terms(prompts: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        return shared.kld.terms(prompts)
+
+    inner = contestant(shared, terms, capture)
+
+    def work() -> list[Tensor]:
+        with forced(backend):
+            return inner.work()
+
+    def check() -> dict[str, float]:
+        with forced(backend):
+            return inner.check()
+
+    return Contestant(work, check, capture=capture)
 
 
 def start_compiled(shared: Regulariser) -> Contestant:
@@ -93,6 +139,19 @@ def groups(settings: Settings) -> list[Group]:
     return [group(*case, settings, "" if case in chosen else "runs with --full") for case in cases]
 
 
+def versions(device: torch.device) -> list[tuple[str, str, bool]]:
+    """(row, version of the op, as a graph's replay) of all of ours."""
+    if device.type == "cpu":
+        return [("pae", "reference", False)]
+    return [
+        ("pae, CUDA graph", "cuda", True),
+        ("pae, CUDA", "cuda", False),
+        ("pae, Triton graph", "triton", True),
+        ("pae, Triton", "triton", False),
+        ("pae, reference", "reference", False),
+    ]
+
+
 def group(dim: int, mode: str, settings: Settings, left_out: str = "") -> Group:
     slow = settings.why_not_compile(settings.size == "smoke" and mode == "global")
     return Group(
@@ -102,9 +161,9 @@ def group(dim: int, mode: str, settings: Settings, left_out: str = "") -> Group:
             Provider(OFFICIAL, lambda shared: contestant(shared, peers_kld.official_style_terms)),
             Provider("official-style, compiled", start_compiled, left_out=slow),
             Provider(BATCHED, lambda shared: contestant(shared, peers_kld.batched_eigh_terms)),
-            Provider(
-                "pae",
-                lambda shared: contestant(shared, lambda prompts, *_: shared.kld.terms(prompts)),
+            *(
+                Provider(name, lambda shared, v=version, c=capture: start_ours(shared, v, c))
+                for name, version, capture in versions(settings.device)
             ),
         ],
         baselines=(OFFICIAL, BATCHED),

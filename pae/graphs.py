@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pae_kernels.koopman import runs_on_device
+
 from .model import PromptedViT
 
 _WARMUP = 3  # Triton compiles, cuBLAS allocates its workspaces and the plan folds before capture
@@ -23,9 +25,13 @@ def graphed_step(
     """Capture forward, loss and backward of `model` on batches like this one.
 
     The returned function copies a batch into the captured one, replays, and leaves this step's
-    gradients in the parameters' `.grad` (set, not added: `zero_grad` is not needed).
-    `model.penalty()` depends on no batch: it is computed after the replay, outside the graph, and
-    its gradients are added.
+    gradients in the parameters' `.grad` (set, not added: `zero_grad` is not needed), those of
+    `model.penalty()` included.
+
+    The penalty depends on no batch. Where it needs nothing of the host (KLD's kernels run on this
+    GPU), its forward and backward are captured too, on a stream of their own that leaves the step's
+    before the network and joins it before the network's backward: on a GPU that the batch does not
+    fill they cost no time. Else (KLD in fp64, or no kernels) it is computed after each replay.
 
     Args:
         model: in the mode (train or eval) and under the autocast state that every step shall have.
@@ -47,12 +53,20 @@ def graphed_step(
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     static_images, static_labels = images.clone(), labels.clone()
     parameters = [p for p in model.parameters() if p.requires_grad]
+    beside = torch.cuda.Stream(images.device) if _penalty_on_device(model) else None
 
     def run() -> tuple[Tensor, Tensor]:
+        main = torch.cuda.current_stream(images.device)
         # the weight cache of autocast must not survive into a capture: its casts would be missing
         with torch.autocast(kind, autocast[1], enabled=autocast[0], cache_enabled=False):
+            if beside is not None:
+                beside.wait_stream(main)
+                with torch.cuda.stream(beside):
+                    _add_penalty_gradients(model)
             logits = model(static_images, engine="fast", memory=memory)
             value = loss(logits, static_labels)
+        if beside is not None:
+            main.wait_stream(beside)  # the backward adds to the gradients made there
         value.backward()
         return value.detach(), logits.detach()
 
@@ -86,9 +100,22 @@ def graphed_step(
         for p in parameters:
             p.grad = captured.get(p)
         graph.replay()
-        penalty = model.penalty()
-        if penalty.requires_grad:
-            penalty.backward()
+        if beside is None:
+            _add_penalty_gradients(model)
         return value, logits
 
     return step
+
+
+def _penalty_on_device(model: PromptedViT) -> bool:
+    """Whether `model.penalty()` can be captured, as far as KLD is concerned."""
+    if model.kld is None:
+        return True
+    dtype = torch.promote_types(model.kld.K.dtype, torch.float32)
+    return runs_on_device(model.kld.K.device, dtype)
+
+
+def _add_penalty_gradients(model: PromptedViT) -> None:
+    penalty = model.penalty()
+    if penalty.requires_grad:
+        penalty.backward()

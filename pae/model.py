@@ -81,10 +81,11 @@ class PromptedViT(nn.Module):
         prompts.bind(self.view.shape)
         if kld is not None:
             counts = prompts.prompt_counts
-            if len(set(counts[1:])) != 1 or counts[-1] == 0:
+            if len(set(counts if kld.first_block else counts[1:])) != 1 or counts[-1] == 0:
+                which = "" if kld.first_block else " after the first"
                 raise ValueError(
                     "kld pairs the prompts of neighbouring blocks, which needs the same number of "
-                    f"prompts (at least one) in every block after the first, got {counts}"
+                    f"prompts (at least one) in every block{which}, got {counts}"
                 )
             kld.bind(self.view.shape.depth, self.view.shape.width)
             kld.to(like.device, like.dtype)

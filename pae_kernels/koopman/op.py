@@ -77,6 +77,12 @@ def koopman_losses(
     return _KoopmanLosses.apply(prompts, lift, K, L, formulation, eps)
 
 
+def runs_on_device(device: torch.device | str, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether `koopman_losses` of such tensors reads nothing on the host: a graph can capture it."""
+    kind = torch.device(device).type
+    return kind == "cuda" and backends.choose("koopman_losses", kind, dtype) is not reference
+
+
 def koopman_rollout(z0: Tensor, K: Tensor, steps: int) -> Tensor:
     """z_t = z_0 K^t for t = 0 .. steps: what K alone predicts, for analysis and extrapolation.
 
