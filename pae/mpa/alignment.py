@@ -94,6 +94,8 @@ def mpa_init(
 
     Args:
         model: its prompts are VPT-deep-like with one count P in all blocks, or VPT-shallow-like.
+            Of families that do more than add rows (head-space keys, changed image rows), the rows
+            alone are in place while windows are ranked.
         images: (B, C, H, W) float, normalised as the backbone wants it; or a DataLoader or any
             iterable of (images, labels), whose first batch is taken.
         labels: (B,) integers in [0, classes); None with a loader.
@@ -144,11 +146,7 @@ def mpa_init(
                 f"model.prompts has {count} prompts per block, but window {window} with stride "
                 f"{stride} gives {len(origins)} windows in {tuple(images.shape[-2:])} images"
             )
-        if not ranks.agree([_checksum(model), count, len(origins), *images.shape]):
-            raise ValueError(
-                "devices='ranks' needs the same backbone, settings and batch shape on every rank, "
-                "got different ones"
-            )
+        _check_alike(ranks, model, count, len(origins), *images.shape)
         images, labels = ranks.from_first(images), ranks.from_first(labels)
         spectrum = torch.fft.fft2(images)
         with (
@@ -188,9 +186,16 @@ def _local_devices(devices: str | list | None, own: torch.device) -> list[torch.
         raise ValueError(f"devices must name devices, got {devices!r}: {error}") from error
 
 
-def _checksum(model: PromptedViT) -> float:
-    """Tells one frozen backbone from another, cheaply."""
-    return sum(p.double().abs().sum().item() for p in model.backbone.parameters())
+def _check_alike(ranks: Ranks, model: PromptedViT, *sizes: int) -> None:
+    """Raise on every rank when backbones or sizes differ between them."""
+    if ranks.world == 1:
+        return
+    checksum = sum(p.double().abs().sum().item() for p in model.backbone.parameters())
+    if not ranks.agree([checksum, *sizes]):
+        raise ValueError(
+            "devices='ranks' needs the same backbone, settings and batch shape on every rank, got "
+            "different ones"
+        )
 
 
 # ---- phase I: the windows of smallest loss

@@ -1,4 +1,4 @@
-"""Which windows have the smallest loss: all measured in full, or dropped once they cannot win.
+"""Which windows have the smallest loss: all measured in full, or dropped when they cannot win.
 
 Both searches ask for the losses they need through `Losses`, and know nothing of models.
 """
@@ -18,21 +18,21 @@ Losses = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Halving:
-    """Successive halving: every window sees a few images, those that may still win see twice as
-    many, and so on; the last ones see all.
+    """Successive halving: all windows see a few images, those that may still win see more.
 
-    The batch is what windows are ranked on, so its first n images, taken in an order that is random
-    within each class and keeps the classes' shares, are a stratified sample of a finite population.
-    After each stage a window is dropped when at least P others are better by more than the error of
-    the difference: Student's t with n - classes degrees of freedom times the standard error of the
-    paired difference, classes as strata, with the finite-population correction.
+    After each stage the P windows that look best see all images. The P-th smallest of the losses
+    known exactly is a boundary that no window of the exact selection exceeds. A window is dropped
+    when even a lower bound of its loss does: its estimate, less Student's t with n - classes
+    degrees of freedom times the standard error. The batch is what windows are ranked on, and images
+    come in an order that is random within each class and keeps the classes' shares; so the first n
+    are a stratified sample of a finite population, and estimate and error are those of one.
 
-    What it may miss: a window of the exact selection is dropped only when a window outside of it
-    looks surely better. There are P (S - P) such pairs and at most `stages` stages, and the
-    quantile of t is taken at risk / (P (S - P) stages). So the selection is the exact one with
-    probability at least 1 - risk over the order of the images, if differences of two windows'
-    losses are normal within a class. They are not quite; with few images of a stage in each class
-    that matters most. The union over pairs, on the other hand, is far from tight.
+    What it may miss: a window of the exact selection is dropped only when its own bound fails.
+    There are P such windows, each is tested after at most stages - 1 stages, and t is taken at
+    risk / (P (stages - 1)). So the selection is the exact one with a probability of at least
+    1 - risk over the order of the images, if the losses of a window are normal within each class.
+    They are not quite; t is wide where the images of a stage are few, which helps.
+    `bench/mpa_search.py` measures it on real tasks.
 
     Attributes:
         risk: probability allowed of another selection than the exact one, in (0, 1).
@@ -42,8 +42,8 @@ class Halving:
     """
 
     risk: float = 0.05
-    first: int = 8
-    growth: float = 2.0
+    first: int = 6
+    growth: float = 1.25
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,45 +94,65 @@ def rank_by_halving(
     Args:
         labels: (B,) int64, on the CPU.
     """
-    order, sizes = _balanced_order(labels, how.seed), how.stages(len(labels))
-    pairs = max(1, count * (windows - count))
-    risk = how.risk / (pairs * max(1, len(sizes) - 1))
-    seen = torch.zeros(windows, dtype=torch.int64)
-    alive, done, table = torch.arange(windows), 0, None
-    for size in sizes:
-        images = order[done:size]
-        part = losses_of(alive, images)
-        check_finite(part)
-        if table is None:
-            table = part.new_zeros(windows, len(labels))
-        table[alive[:, None], images] = part
-        seen[alive], done = size, size
-        if size < len(labels):
-            sample = order[:size]
-            alive = alive[_may_win(table[alive][:, sample], sample, labels, count, risk)]
-    losses = table.mean(dim=1)
+    sizes = how.stages(len(labels))
+    known = _Known(
+        losses_of, windows, labels, how, risk=how.risk / (count * max(1, len(sizes) - 1))
+    )
+    alive = torch.arange(windows)
     for size in sizes[:-1]:
-        rows, sample = (seen == size).nonzero()[:, 0], order[:size]
-        means, _, _ = _stratified(table[rows][:, sample], sample, labels)
-        losses[rows] = means.to(losses.dtype)
-    return Ranking(losses, seen, alive[losses[alive].sort(stable=True).indices])
+        known.measure(alive, size)
+        leaders = known.means.argsort(stable=True)[:count]
+        known.measure(leaders[~known.whole[leaders]], len(labels))
+        boundary = known.means[known.whole].sort().values[count - 1]
+        # losses that differ by their own rounding are kept for the final comparison
+        boundary += 4 * torch.finfo(known.table.dtype).eps * boundary.abs()
+        in_doubt = ~known.whole[alive] & (known.means[alive] - known.errors[alive] <= boundary)
+        alive = alive[in_doubt]
+    known.measure(alive, len(labels))
+    losses, whole = known.means.to(known.table.dtype), known.whole.nonzero()[:, 0]
+    losses[whole] = known.table[whole].mean(dim=1)  # as the exact search rounds it
+    return Ranking(losses, known.seen, whole[losses[whole].sort(stable=True).indices])
 
 
-def _may_win(losses: Tensor, sample: Tensor, labels: Tensor, count: int, risk: float) -> Tensor:
-    """(s,) bool: fewer than `count` others are surely better than this window.
+class _Known:
+    """What halving has measured: losses, estimates, and how far a loss may lie below its estimate.
 
-    Args:
-        losses: (s, n) of the surviving windows on the images `sample` (n,) of the batch.
-        risk: probability that one comparison of two windows may err.
+    Attributes:
+        table: (S, B) losses, 0 where none was measured. seen: (S,) images measured, the first ones
+            of the order. whole: (S,) bool, all of them.
+        means, errors: (S,) fp64, estimated mean loss, and its distance from the lower bound.
     """
-    # what all windows share on an image cancels in every difference; without it less rounds away
-    losses = losses.double()
-    means, residuals, freedom = _stratified(losses - losses.mean(dim=0), sample, labels)
-    if freedom < 1:
-        return torch.ones(len(losses), dtype=torch.bool)
-    error = torch.cdist(residuals, residuals, compute_mode="donot_use_mm_for_euclid_dist")
-    surely_better = means[:, None] - means > student_quantile(risk, freedom) * error
-    return surely_better.sum(dim=1) < count
+
+    def __init__(
+        self, losses_of: Losses, windows: int, labels: Tensor, how: Halving, risk: float
+    ) -> None:
+        self._losses_of, self._labels, self._risk = losses_of, labels, risk
+        self._order = _balanced_order(labels, how.seed)
+        self.table: Tensor | None = None
+        self.seen = torch.zeros(windows, dtype=torch.int64)
+        self.means, self.errors = torch.zeros(2, windows, dtype=torch.float64)
+
+    @property
+    def whole(self) -> Tensor:
+        return self.seen == len(self._labels)
+
+    def measure(self, windows: Tensor, images: int) -> None:
+        """Windows that have seen equally many images see the order's first `images`."""
+        if not len(windows):
+            return
+        new, sample = self._order[int(self.seen[windows[0]]) : images], self._order[:images]
+        losses = self._losses_of(windows, new)
+        check_finite(losses)
+        if self.table is None:
+            self.table = losses.new_zeros(len(self.seen), len(self._labels))
+        self.table[windows[:, None], new], self.seen[windows] = losses, images
+        means, variances, freedom = _stratified(
+            self.table[windows][:, sample], sample, self._labels
+        )
+        # a whole batch is known; one image of each class says nothing of the others
+        quantile = math.inf if freedom < 1 else student_quantile(self._risk, freedom)
+        self.means[windows] = means
+        self.errors[windows] = 0.0 if images == len(self._labels) else quantile * variances.sqrt()
 
 
 def _stratified(losses: Tensor, sample: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -141,25 +161,23 @@ def _stratified(losses: Tensor, sample: Tensor, labels: Tensor) -> tuple[Tensor,
     Classes with fewer than two images in the sample form one stratum together.
 
     Returns:
-        means (s,) fp64; residuals (s, n) fp64, scaled so that the standard error of the difference
-        of two windows' means is the distance of their rows; degrees of freedom.
+        means (s,) and their variances (s,), fp64; degrees of freedom.
     """
     losses, batch = losses.double(), len(labels)
     drawn = torch.bincount(labels[sample], minlength=int(labels.max()) + 1)
     stratum = torch.where(drawn[labels] >= 2, labels, -1)  # (B,)
     if (stratum == -1).any() and (stratum[sample] == -1).sum() < 2:
         stratum = torch.zeros_like(labels)  # too few of the rare classes to speak for them
-    means, residuals, freedom = losses.new_zeros(len(losses)), torch.zeros_like(losses), 0
+    means, variances, freedom = losses.new_zeros(len(losses)), losses.new_zeros(len(losses)), 0
     for name in stratum.unique():
         here, size = stratum[sample] == name, int((stratum == name).sum())
         n = int(here.sum())
-        part = losses[:, here]
-        mean = part.mean(dim=1)
-        means += size / batch * mean
-        scale = size / batch * math.sqrt((1 - n / size) / (n * (n - 1)))
-        residuals[:, here] = (part - mean[:, None]) * scale
+        part, weight = losses[:, here], size / batch
+        means += weight * part.mean(dim=1)
+        if n < size:
+            variances += weight**2 * (1 - n / size) / n * part.var(dim=1)
         freedom += n - 1
-    return means, residuals, freedom
+    return means, variances, freedom
 
 
 def _balanced_order(labels: Tensor, seed: int) -> Tensor:
