@@ -4,5 +4,14 @@ training.
 
 from .attention import class_attention, prompt_attention
 from .koopman import koopman_losses, koopman_rollout
+from .spectrum import shortcut_images, shortcut_pool, shortcut_tokens
 
-__all__ = ["class_attention", "koopman_losses", "koopman_rollout", "prompt_attention"]
+__all__ = [
+    "class_attention",
+    "koopman_losses",
+    "koopman_rollout",
+    "prompt_attention",
+    "shortcut_images",
+    "shortcut_pool",
+    "shortcut_tokens",
+]

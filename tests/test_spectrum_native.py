@@ -75,11 +75,13 @@ def test_windows_of_more_than_16_bins():
     check((18, 20), (6, 5), 17, torch.tensor([(1, 3)]), batch=1, dtype=torch.bfloat16)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dim", [1, 66, 80])
 def test_widths(dim):
     check((8, 12), (4, 4), 4, torch.tensor([(3, 5)]), dim=dim, dtype=torch.bfloat16)
 
 
+@pytest.mark.sanitize
 def test_several_tiles_of_lines():
     check((24, 8), (2, 4), 2, torch.tensor([(3, 5), (11, 0)]), batch=3, dtype=torch.bfloat16)
 
@@ -188,6 +190,7 @@ def test_pooling_of_no_energy_nan_and_infinity():
     assert torch.equal(got[3], torch.ones(5))
 
 
+@pytest.mark.sanitize
 def test_pooling_reads_tokens_as_they_lie(_emulated):
     whole = torch.randn(2, 3, 45, 8)
     moved = torch.cat([torch.zeros(1), whole.flatten()])[1:].view(whole.shape)
