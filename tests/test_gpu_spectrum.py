@@ -1,5 +1,5 @@
-"""What only a GPU can show of the frequency-shortcut statistics: the Triton and CUDA kernels against
-fp64, at the sizes of real stems, in graphs and on streams.
+"""What only a GPU can show of the frequency-shortcut statistics: the Triton and CUDA kernels
+against fp64, at the sizes of real stems, in graphs and on streams.
 
 Rule: at most twice the error of filter and convolution in the same precision.
 """
