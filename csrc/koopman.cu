@@ -407,16 +407,17 @@ __global__ void __launch_bounds__(kThreads) koopman_square_kernel(Spectral all, 
     const float square = spread == 0.0f ? 0.0f : 1.0f;  // tr (M / |M|)^2
     weight = 1.0f / (square + 2 * shift * m.second * spread + shift * shift * k);
   } else {
+    // both are read at once, so that neither waits for the other
     const int settled = *at.settled_at(q - 1);
-    bool done = settled >= 0;
-    if (!done) {
-      const Pair sums = read_sums(at.sums_of(q - 1), at.square_tiles);
-      const float below = fminf(at.settled, ldexpf(at.settled_first, q - 1));
-      done = sums.second <= below * below * sums.first;
-      share = 1.0f / sums.first;
-    }
+    const Pair sums = read_sums(at.sums_of(q - 1), at.square_tiles);
+    const float below = fminf(at.settled, ldexpf(at.settled_first, q - 1));
+    const bool done = settled >= 0 || sums.second <= below * below * sums.first;
     if (first_thread) *at.settled_at(q) = settled >= 0 ? settled : done ? q - 1 : -1;
-    if (done) return;
+    if (done) {
+      if (threadIdx.x < 2) at.sums_of(q)[2 * tile + threadIdx.x] = 0.0f;  // the next launch reads it
+      return;
+    }
+    share = 1.0f / sums.first;
   }
 
   const TileAt corner = upper_tile_at<TILE>(tile, ceil_div(k, TILE));

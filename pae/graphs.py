@@ -31,7 +31,8 @@ def graphed_step(
     The penalty depends on no batch. Where it needs nothing of the host (KLD's kernels run on this
     GPU), its forward and backward are captured too, on a stream of their own that leaves the step's
     before the network and joins it before the network's backward: on a GPU that the batch does not
-    fill they cost no time. Else (KLD in fp64, or no kernels) it is computed after each replay.
+    fill they cost no time. A family's own penalty must then not synchronise either. Else (KLD in
+    fp64, or no kernels) the penalty is computed after each replay.
 
     Args:
         model: in the mode (train or eval) and under the autocast state that every step shall have.

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pae.kld import KLD
+from pae_kernels.koopman import reference, spectral
 
 _spec = importlib.util.spec_from_file_location(
     "peers_kld", Path(__file__).parents[1] / "bench" / "peers_kld.py"
@@ -225,16 +226,19 @@ def test_gauge_fixed_terms_are_those_of_what_the_network_sees(mode):
 # --------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.parametrize("triple", [spectral.top_singular_triple, spectral.top_by_squaring])
 @pytest.mark.parametrize("mode", ["global", "layerwise"])
 @pytest.mark.parametrize("growing", [False, True], ids=["vpt-init", "growing"])
-def test_training_from_the_identity_follows_float64(mode, growing):
+def test_training_from_the_identity_follows_float64(monkeypatch, mode, growing, triple):
     """50 steps of SGD with momentum and clipping, from K = L = I, beside the per-pair one in fp64.
 
     The first step moves L by rounding noise only and leaves its singular values equal to rounding,
     so the two runs may pick different top vectors in the second; hence the tolerance on the
     curves. At every fp32 state on the way the gradient itself must be right, that of L included,
-    which an fp32 decomposition of L^T L gets wrong by a third in the first steps.
+    which an fp32 decomposition of L^T L gets wrong by a third in the first steps. With either way
+    of taking the spectral norm: the reference's own, and that of the kernels.
     """
+    monkeypatch.setattr(reference, "top_singular_triple", triple)
     depth, count, width, dim, steps = 6, 8, 48, 40, 50
     kld = KLD(dim, mode)
     kld.bind(depth, width)

@@ -78,7 +78,7 @@ def koopman_losses(
 
 
 def runs_on_device(device: torch.device | str, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether `koopman_losses` of such tensors reads nothing on the host: a graph can capture it."""
+    """Whether `koopman_losses` of such tensors reads nothing on the host, as a capture demands."""
     kind = torch.device(device).type
     return kind == "cuda" and backends.choose("koopman_losses", kind, dtype) is not reference
 
