@@ -92,8 +92,13 @@ def jobs() -> int:
 
 
 def code_flags(chosen: tuple[str, ...]) -> list[str]:
-    """nvcc's words for machine code of each architecture, and PTX of the newest."""
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
+    """nvcc's words for machine code of each architecture, and PTX of the newest.
+
+    Those of one generation share the PTX of the oldest: making PTX takes longer than what follows,
+    and no kernel asks which architecture it is compiled for.
+    """
+    oldest = {arch[:-1]: arch for arch in reversed(chosen)}
+    flags = [f"-gencode=arch=compute_{oldest[arch[:-1]]},code=sm_{arch}" for arch in chosen]
     return [*flags, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 
 

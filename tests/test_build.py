@@ -75,11 +75,18 @@ def test_architectures_that_mean_nothing(monkeypatch, text, bad):
 
 
 def test_code_for_every_architecture_and_one_intermediate():
-    assert native_build.code_flags(("80", "90")) == [
+    assert native_build.code_flags(("80", "86", "90")) == [
         "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_86",
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
     ]
+
+
+def test_no_kernel_asks_for_its_architecture():
+    """`code_flags` lets several share what one of them was compiled to."""
+    files = [*(ROOT / "csrc").glob("*.cu"), *(ROOT / "csrc").glob("*.cuh")]
+    assert not [file.name for file in files if "__CUDA_ARCH__" in file.read_text()]
 
 
 def test_values_that_mean_nothing(monkeypatch):
