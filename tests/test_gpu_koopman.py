@@ -1,6 +1,6 @@
 """What only a GPU can show of koopman_losses: its versions on one, against fp64.
 
-`-k sanitizer` selects one small call of every kernel, few enough for compute-sanitizer.
+Marked `sanitize`: a small call of every kernel, few enough for compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -222,9 +222,12 @@ def test_fp64_runs_on_the_reference(monkeypatch):
     close(values_and_gradients(koopman_losses, inputs), expected, 1e-10)
 
 
-@pytest.mark.parametrize("case", [("global", "code", "none"), ("layerwise", "paper", "layernorm")])
-def test_sanitizer(case):
-    mode, formulation, gauge = case
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    ("mode", "formulation", "gauge"),
+    [("global", "code", "none"), ("layerwise", "paper", "layernorm")],
+)
+def test_every_kernel_once(mode, formulation, gauge):
     inputs = on_gpu(mode, 3, 5, 18, runs=2, width=37)
     results = values_and_gradients(koopman_losses, inputs, formulation, gauge)
     assert all(r.isfinite().all() for r in results)
