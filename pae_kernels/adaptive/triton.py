@@ -20,8 +20,8 @@ PyTorch. Bytes: u and the gradient twice, du once. fp32 throughout, no tensor co
 
 No atomics: bitwise the same from run to run.
 
-Floor at ViT-B, B = 128, P = 50, bf16 (x 38.7 MB, u 9.8 MB), 4.3 TB/s: token_mix forward 11 us,
-backward 21 us; prompt_bottleneck 5 us and 7 us.
+Floor at ViT-B, B = 128, P = 50, bf16 (x 38.7 MB, u 9.8 MB), every array once at 4.3 TB/s: token_mix
+forward 11 us, backward 21 us; prompt_bottleneck 5 us and 7 us.
 """
 
 from __future__ import annotations
@@ -344,13 +344,13 @@ def _mix_backward_launch(narrow: bool, prompts: int, width: int) -> dict:
 
 
 def _rows_launch(hidden: int, width: int) -> dict:
-    """Whole rows of the bottleneck: 32 entries of g a thread."""
+    """Whole rows of the bottleneck: 16 entries of g a thread."""
     block = triton.next_power_of_2(width)
     return {
         "WIDTH": width,
         "BLOCK_D": block,
         "BLOCK_R": _power(hidden, 2, _MOST_UNITS),
-        "ROWS": _power(8192 // block, 1, 16),
+        "ROWS": _power(4096 // block, 1, 16),
         "num_warps": 8,
     }
 
@@ -438,8 +438,8 @@ def prompt_bottleneck(
     tile = _rows_launch(len(down), width)
     with _on(u.device):
         prompt_bottleneck_fwd_kernel[(batch * triton.cdiv(prompts, tile["ROWS"]),)](
-            u, gain, shift, bias, down, up.t().contiguous(),
-            *(u if m is None else m for m in masks), out, prompts, len(down),
+            u, gain, shift, bias.float(), down, up.t().contiguous(),
+            *(u if m is None else m.float() for m in masks), out, prompts, len(down),
             KIND=activation, HAS_CHANNELS=channel_mask is not None,
             HAS_UNITS=hidden_mask is not None, **tile, **OPTIONS,
         )  # fmt: skip
@@ -460,10 +460,10 @@ def prompt_bottleneck_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Same contract as the reference's."""
     batch, prompts, width = u.shape
-    hidden, given = len(down), (d_out, u, gain, shift, bias, down)
+    hidden = len(down)
     if hidden > _MOST_UNITS:
         return reference.prompt_bottleneck_backward(
-            *given, up, activation, channel_mask, hidden_mask
+            d_out, u, gain, shift, bias, down, up, activation, channel_mask, hidden_mask
         )
     d_u = torch.empty_like(u)
     if u.numel() == 0:
@@ -479,13 +479,13 @@ def prompt_bottleneck_backward(
     slots, tiles = triton.cdiv(batch, images), triton.cdiv(prompts, sums["BLOCK_P"])
     d_gain, d_shift = workspace(slots * tiles, width), workspace(slots, prompts, width)
     d_down, d_up = (workspace(slots * tiles, hidden, width) for _ in range(2))
-    channels = u if channel_mask is None else channel_mask
+    given = d_out, u, gain, shift, bias.float(), down
+    channels, keep = (u if m is None else m.float() for m in (channel_mask, hidden_mask))
     with _on(u.device):
         prompt_bottleneck_bwd_units_kernel[(batch * triton.cdiv(prompts, rows["ROWS"]),)](
-            *given, up.t().contiguous(), channels, u if hidden_mask is None else hidden_mask,
-            units, d_units, d_bias, prompts, hidden, KIND=activation,
-            HAS_CHANNELS=channel_mask is not None, HAS_UNITS=hidden_mask is not None,
-            **rows, **OPTIONS,
+            *given, up.t().contiguous(), channels, keep, units, d_units, d_bias, prompts, hidden,
+            KIND=activation, HAS_CHANNELS=channel_mask is not None,
+            HAS_UNITS=hidden_mask is not None, **rows, **OPTIONS,
         )  # fmt: skip
         prompt_bottleneck_bwd_kernel[(slots * tiles * triton.cdiv(width, sums["BLOCK_D"]),)](
             *given, channels, units, d_units, d_u, d_gain, d_shift, d_down, d_up,
@@ -505,15 +505,20 @@ def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _launch(label: str, kernel, dtype: str, tile: dict, **changes) -> Launch:
-    """`kernel` with rows and products in `dtype`, parameters and sums in fp32."""
+_ROWS = ("x", "weight", "d_x")
+_PARAMETERS = ("u", "d_u", "d_out", "out", "gain", "shift", "down", "up")
+
+
+def _launch(label: str, kernel, dtype: str, tile: dict, own: str = "fp32", **changes) -> Launch:
+    """`kernel` with an image's rows in `dtype`, prompts and parameters in `own`, sums in fp32."""
     types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(_SIZES, "i32")
-    types |= {"eps": "fp32"} | dict.fromkeys(("x", "weight", "d_x"), f"*{dtype}")
+    types |= {"eps": "fp32"} | dict.fromkeys(_ROWS, f"*{dtype}")
+    types |= dict.fromkeys((n for n in _PARAMETERS if n in types), f"*{own}")
     tile = dict(tile)
     warps = tile.pop("num_warps")
     products = kernel in (token_mix_fwd_kernel, token_mix_bwd_kernel)
     return Launch(
-        label=f"{label} {dtype}",
+        label=f"{label} {dtype}" + (f" and {own}" if own != dtype else ""),
         kernel=kernel,
         types=types,
         constants=tile | changes,
@@ -523,48 +528,47 @@ def _launch(label: str, kernel, dtype: str, tile: dict, **changes) -> Launch:
     )
 
 
-def _mix_launches(dtype: str, prompts: int, width: int, need_x: bool = True) -> list[Launch]:
-    narrow = dtype != "fp32"
+def _mix_launches(
+    dtype: str, prompts: int, width: int, own: str = "fp32", need_x: bool = True
+) -> list[Launch]:
+    narrow, name = dtype != "fp32", f"token_mix P={prompts}"
+    forward, backward = (f(narrow, prompts, width) for f in (_mix_launch, _mix_backward_launch))
     return [
         _launch("row statistics", row_stats_kernel, dtype, _stats_launch(width)),
-        _launch(
-            f"token_mix fwd P={prompts}", token_mix_fwd_kernel, dtype,
-            _mix_launch(narrow, prompts, width),
-        ),
-        _launch(
-            f"token_mix bwd P={prompts}", token_mix_bwd_kernel, dtype,
-            _mix_backward_launch(narrow, prompts, width), NEED_X=need_x,
-        ),
-    ]  # fmt: skip
+        _launch(f"{name} fwd", token_mix_fwd_kernel, dtype, forward, own),
+        _launch(f"{name} bwd", token_mix_bwd_kernel, dtype, backward, own, NEED_X=need_x),
+    ]
 
 
 def _bottleneck_launches(
-    prompts: int, hidden: int, width: int, kind: str = "relu", masks: bool = True
+    own: str, hidden: int, width: int, kind: str = "relu", masks: bool = True
 ) -> list[Launch]:
     rows, sums = _rows_launch(hidden, width), _sums_launch(hidden, width)
     switches = {"KIND": kind, "HAS_CHANNELS": masks, "HAS_UNITS": masks}
     name = f"bottleneck {kind} r={hidden}"
     return [
-        _launch(f"{name} fwd", prompt_bottleneck_fwd_kernel, "fp32", rows, **switches),
-        _launch(f"{name} bwd units", prompt_bottleneck_bwd_units_kernel, "fp32", rows, **switches),
-        _launch(f"{name} bwd", prompt_bottleneck_bwd_kernel, "fp32", sums, HAS_CHANNELS=masks),
+        _launch(f"{name} fwd", prompt_bottleneck_fwd_kernel, own, rows, own, **switches),
+        _launch(f"{name} units", prompt_bottleneck_bwd_units_kernel, own, rows, own, **switches),
+        _launch(f"{name} bwd", prompt_bottleneck_bwd_kernel, own, sums, own, HAS_CHANNELS=masks),
     ]
 
 
 def shipped_launches(architecture: int) -> list[Launch]:
-    """Every kernel as ViT-B launches it with 50 prompts."""
+    """Every kernel as ViT-B launches it with 50 prompts: all in bf16, and all in fp32."""
     return [
-        *_mix_launches("bf16", 50, 768),
+        *_mix_launches("bf16", 50, 768, "bf16"),
         *_mix_launches("fp32", 50, 768),
-        *_bottleneck_launches(50, 8, 768),
+        *_bottleneck_launches("bf16", 8, 768),
+        *_bottleneck_launches("fp32", 8, 768),
     ]
 
 
 def variant_launches(architecture: int) -> list[Launch]:
-    """Other sizes, no gradient of the rows, other activations, no masks."""
+    """Other sizes, parameters wider than rows, no gradient of the rows, other activations."""
     return [
+        *_mix_launches("bf16", 50, 768),
         *_mix_launches("fp16", 5, 72, need_x=False),
         *_mix_launches("fp32", 200, 1024, need_x=False),
-        *_bottleneck_launches(5, 64, 1408, "softmax"),
-        *_bottleneck_launches(200, 3, 384, "gelu", masks=False),
+        *_bottleneck_launches("fp32", 64, 1408, "softmax"),
+        *_bottleneck_launches("fp16", 3, 384, "gelu", masks=False),
     ]

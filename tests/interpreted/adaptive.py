@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from conftest import as_exact_as
 from test_adaptive import grads_of, mixed, parts, randn
+from timm.models.vision_transformer import VisionTransformer
 
+import pae
 from pae_kernels import backends
 from pae_kernels.adaptive import prompt_bottleneck, reference, token_mix, triton
 
@@ -161,3 +163,26 @@ def test_bitwise_the_same_from_run_to_run():
     assert torch.equal(first[0], second[0]) and torch.isfinite(first[0]).all()
     for a, b in zip(first[1], second[1], strict=True):
         assert torch.equal(a, b) and torch.isfinite(a).all()
+
+
+def test_step_equals_the_reference(monkeypatch):
+    """VAPT through the engine: every kernel of a step, and the means that a regulariser sees."""
+    vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+    family = pae.prompts.VAPT(3, hidden=4, channel_dropout=0.2, hidden_dropout=0.2)
+    model = pae.PromptedViT(vit, family, num_classes=4).train()
+    with torch.no_grad():
+        for p in family.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    images = torch.randn(2, 3, 16, 16)
+
+    def step(backend):
+        monkeypatch.setenv("PAE_BACKEND", backend)
+        model.zero_grad()
+        torch.manual_seed(3)  # dropout
+        logits = pae.fast_forward(model, images)
+        seen = sum(rows.square().sum() for rows in family.raw_prompts())
+        (logits.square().sum() + seen).backward()
+        return logits.detach(), *(p.grad.clone() for p in family.parameters())
+
+    for got, expected in zip(step("triton"), step("reference"), strict=True):
+        assert (got - expected).norm() < 1e-5 * expected.norm()
