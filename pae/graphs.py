@@ -28,11 +28,12 @@ def graphed_step(
     gradients in the parameters' `.grad` (set, not added: `zero_grad` is not needed), those of
     `model.penalty()` included.
 
-    The penalty depends on no batch. Where it needs nothing of the host (KLD's kernels run on this
-    GPU), its forward and backward are captured too, on a stream of their own that leaves the step's
-    before the network and joins it before the network's backward: on a GPU that the batch does not
-    fill they cost no time. A family's own penalty must then not synchronise either. Else (KLD in
-    fp64, or no kernels) the penalty is computed after each replay.
+    A penalty that reads the batch (VAPT under KLD, DA-VPT) is part of the captured backward. All
+    others depend on no batch. Where such a penalty needs nothing of the host (KLD's kernels run on
+    this GPU), its forward and backward are captured too, on a stream of their own that leaves the
+    step's before the network and joins it before the network's backward: on a GPU that the batch
+    does not fill they cost no time. A family's own penalty must then not synchronise either. Else
+    (KLD in fp64, or no kernels) the penalty is computed after each replay.
 
     Args:
         model: in the mode (train or eval) and under the autocast state that every step shall have.
@@ -44,7 +45,8 @@ def graphed_step(
         step(images, labels) -> (loss, logits), both valid until the next step.
 
     Raises:
-        ValueError: model and images are not on one GPU; a later batch has another shape or dtype.
+        ValueError: model and images are not on one GPU; the penalty reads the batch, but has no
+            kernels; a later batch has another shape or dtype.
     """
     if images.device.type != "cuda" or model.device != images.device:
         raise ValueError(
@@ -54,7 +56,14 @@ def graphed_step(
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     static_images, static_labels = images.clone(), labels.clone()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    beside = torch.cuda.Stream(images.device) if _penalty_on_device(model) else None
+    of_batch = model.prompts.depends_on_input or bool(model.prompts.observed)
+    on_device = _penalty_on_device(model)
+    if of_batch and not on_device:
+        raise ValueError(
+            f"model.kld on {type(model.prompts).__name__} must be captured with the batch that it "
+            f"reads, but has no kernels on {model.device} in {model.kld.K.dtype}"
+        )
+    beside = torch.cuda.Stream(images.device) if on_device and not of_batch else None
 
     def run() -> tuple[Tensor, Tensor]:
         main = torch.cuda.current_stream(images.device)
@@ -68,7 +77,7 @@ def graphed_step(
             value = loss(logits, static_labels)
         if beside is not None:
             main.wait_stream(beside)  # the backward adds to the gradients made there
-        value.backward()
+        (value + model.penalty() if of_batch else value).backward()
         return value.detach(), logits.detach()
 
     stream = torch.cuda.Stream(images.device)
@@ -101,7 +110,7 @@ def graphed_step(
         for p in parameters:
             p.grad = captured.get(p)
         graph.replay()
-        if beside is None:
+        if beside is None and not of_batch:
             _add_penalty_gradients(model)
         return value, logits
 

@@ -149,7 +149,8 @@ class PromptedViT(nn.Module):
     def penalty(self) -> Tensor:
         """Scalar to add to the training loss: KLD's two terms and the family's own; 0 in eval mode.
 
-        KLD depends on parameters alone, so it is the same on every rank and for every batch; a
+        KLD depends on parameters alone, so it is the same on every rank and for every batch, unless
+        the family makes its prompts from images (VAPT: the mean over the last forward's batch); a
         family's own penalty may read the last forward's rows (DA-VPT).
         """
         total = torch.zeros((), device=self.device)

@@ -131,15 +131,15 @@ def test_bitwise_the_same_100_times(dtype, poisoned_memory):
 # ---- VAPT's step
 
 
-def vapt(dtype=FP32):
+def vapt(kld=None):
     torch.manual_seed(0)
     vit = VisionTransformer(embed_dim=384, depth=4, num_heads=6, num_classes=10)
     family = pae.prompts.VAPT(50, channel_dropout=0.0, hidden_dropout=0.0)
-    model = pae.PromptedViT(vit, family)
+    model = pae.PromptedViT(vit, family, kld)
     with torch.no_grad():
         for p in family.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    return model.to(GPU, dtype).train()
+    return model.to(GPU).train()
 
 
 def step(model, images, engine, autocast=False):
@@ -147,7 +147,8 @@ def step(model, images, engine, autocast=False):
     with torch.autocast("cuda", BF16, enabled=autocast):
         logits = model(images, engine=engine)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    F.cross_entropy(logits, torch.arange(len(images), device=GPU) % 10).backward()
+    loss = F.cross_entropy(logits, torch.arange(len(images), device=GPU) % 10)
+    (loss + model.penalty()).backward()
     grads = torch.cat([p.grad.flatten() for p in model.prompts.parameters()])
     return logits.detach(), grads
 
@@ -163,8 +164,10 @@ def test_vapt_loses_no_more_than_the_textbook(autocast):
         assert error(a, true) <= max(1.2 * error(b, true), 1e-5)
 
 
-def test_vapt_step_in_a_graph_follows_its_inputs():
-    model = vapt()
+@pytest.mark.parametrize("with_kld", [False, True])
+def test_vapt_step_in_a_graph_follows_its_inputs(with_kld):
+    """The regulariser reads the prompts of this replay's images, not of the capture's."""
+    model = vapt(pae.KLD(16) if with_kld else None)
     images, others = (randn(4, 3, 224, 224, seed=s).to(GPU, FP32) for s in (0, 1))
     labels = torch.arange(4, device=GPU)
     replay = pae.graphed_step(model, images, labels)
