@@ -148,8 +148,8 @@ def _tokens_of_one(
 def shortcut_pool(tokens: Tensor, rows: Tensor | None = None) -> Tensor:
     """sum_bn e_bn t_bn / sum_bn e_bn with e_bn = |t_bn|^2, per window; 0 where all energy is 0.
 
-    Energies and weights are fp64, since a square leaves the range of fp32 early; the weighted sum
-    is fp32 or wider.
+    Everything is relative to a window's largest entry, since squares leave the range of fp32 early;
+    in fp32 or wider, summed image by image first.
 
     Args:
         tokens: (S, B, N, D).
@@ -158,13 +158,16 @@ def shortcut_pool(tokens: Tensor, rows: Tensor | None = None) -> Tensor:
     Returns:
         (S, D), the dtype of `tokens`.
     """
-    wide = torch.promote_types(tokens.dtype, torch.float32)
-    moved = tokens if rows is None else tokens.to(wide) + rows.to(wide)
-    moved = moved.flatten(1, 2)  # (S, BN, D)
-    energy = torch.linalg.vector_norm(moved, dim=-1, dtype=torch.float64).square()
-    total = energy.sum(dim=1, keepdim=True)
+    moved = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    moved = moved if rows is None else moved + rows.to(moved.dtype)
+    unit = moved.abs().amax(dim=(1, 2, 3), keepdim=True)
+    unit = torch.where(unit == 0, 1.0, unit)
+    moved = moved / unit
+    energy = torch.linalg.vector_norm(moved, dim=-1).square()  # (S, B, N)
+    total = energy.sum(dim=(1, 2), keepdim=True)
     weight = energy / torch.where(total == 0, 1.0, total)
-    return torch.bmm(weight.to(wide).unsqueeze(1), moved.to(wide)).squeeze(1).to(tokens.dtype)
+    pooled = weight.unsqueeze(2) @ moved  # (S, B, 1, D)
+    return (pooled.sum(dim=1) * unit.squeeze(1)).squeeze(1).to(tokens.dtype)
 
 
 def _fft_bins(first: Tensor, window: int, size: int) -> Tensor:
