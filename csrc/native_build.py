@@ -170,12 +170,12 @@ def inspect(nvcc: Path, flags: tuple[str, ...] = ()) -> Toolkit:
         Unbuildable: it is too old, or cannot compile or link.
     """
     passed = OBJECTS / "toolkit.json"
-    key = [str(nvcc), nvcc.stat().st_mtime_ns, list(flags), _PROBE]
+    said = _output([nvcc, "--version"])
+    key = [str(nvcc), nvcc.stat().st_mtime_ns, list(flags), said, _PROBE]
     with contextlib.suppress(OSError, ValueError, KeyError):
         before = json.loads(passed.read_text())
         if before["key"] == key:
             return Toolkit(nvcc, before["version"], tuple(before["known"]), flags)
-    said = _output([nvcc, "--version"])
     version = re.search(r"release (\d+)\.(\d+)", said)
     if version is None:
         raise Unbuildable("does not say its version")
