@@ -175,7 +175,9 @@ if [ -z "$dry" ]; then
 fi
 
 arch=$([ -n "$dry" ] || "$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-run build "$build_limit" env PAE_CUDA=require PAE_CUDA_ARCHS="${PAE_CUDA_ARCHS:-$arch}" \
+# -lineinfo, three times the size, is for the sanitizers: they name lines
+run build "$build_limit" env NVCC_APPEND_FLAGS=-lineinfo PAE_CUDA=require \
+  PAE_CUDA_ARCHS="${PAE_CUDA_ARCHS:-$arch}" \
   "$python" csrc/native_build.py
 run versions "$versions_limit" "$python" -m pae_kernels
 [ -z "$dry" ] && cat "$work/versions.log"

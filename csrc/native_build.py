@@ -47,7 +47,7 @@ SHIPPED = ("80", "86", "89", "90", "100", "120")
 OLDEST_NVCC = (12, 4)
 
 FLAGS = (
-    *("-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v"),
+    *("-std=c++17", "-O3", "-Xptxas", "-v"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
 )
 LINK = ("-shared", "-cudart", "static")
