@@ -2,6 +2,7 @@
 training.
 """
 
+from .adaptive import prompt_bottleneck, token_mix
 from .attention import class_attention, prompt_attention
 from .koopman import koopman_losses, koopman_rollout
 from .spectrum import shortcut_images, shortcut_pool, shortcut_tokens
@@ -11,7 +12,9 @@ __all__ = [
     "koopman_losses",
     "koopman_rollout",
     "prompt_attention",
+    "prompt_bottleneck",
     "shortcut_images",
     "shortcut_pool",
     "shortcut_tokens",
+    "token_mix",
 ]

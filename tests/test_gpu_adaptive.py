@@ -1,6 +1,7 @@
 """What only a GPU can show of adaptive prompts: their Triton kernels against fp64, and VAPT's step.
 
-Rule: at most twice the error of plain PyTorch in the same precision.
+Rule: at most twice the error of plain PyTorch in the same precision. Marked `sanitize`: a small call
+of every kernel, few enough for compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -126,6 +127,14 @@ def test_bitwise_the_same_100_times(dtype, poisoned_memory):
         again = grads_of(both, tensors, d_out)
         assert torch.equal(first[0], again[0])
         assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_small_calls_of_every_kernel(dtype):
+    """Part-full tiles in every direction, more images than slots."""
+    test_mix((2, 70, 72, 18), dtype)
+    test_bottleneck((17, 18, 72, 3), "gelu", dtype)
 
 
 # ---- VAPT's step
