@@ -1,7 +1,7 @@
 """What only a GPU can show of adaptive prompts: their Triton kernels against fp64, and VAPT's step.
 
-Rule: at most twice the error of plain PyTorch in the same precision. Marked `sanitize`: a small call
-of every kernel, few enough for compute-sanitizer.
+Rule: at most twice the error of plain PyTorch in the same precision. Marked `sanitize`: a small
+call of every kernel, few enough for compute-sanitizer.
 """
 
 from __future__ import annotations
