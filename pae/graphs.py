@@ -47,6 +47,7 @@ def graphed_step(
     Raises:
         ValueError: model and images are not on one GPU; the penalty reads the batch, but has no
             kernels; a later batch has another shape or dtype.
+        RuntimeError: a later batch comes after prompts have moved between blocks (PRO-VPT).
     """
     if images.device.type != "cuda" or model.device != images.device:
         raise ValueError(
@@ -56,6 +57,7 @@ def graphed_step(
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     static_images, static_labels = images.clone(), labels.clone()
     parameters = [p for p in model.parameters() if p.requires_grad]
+    counts = model.prompts.prompt_counts
     of_batch = model.prompts.depends_on_input or bool(model.prompts.observed)
     on_device = _penalty_on_device(model)
     if of_batch and not on_device:
@@ -105,6 +107,11 @@ def graphed_step(
                     f"{name} must be {tuple(static.shape)} {static.dtype} as captured, got "
                     f"{tuple(new.shape)} {new.dtype}"
                 )
+        if model.prompts.prompt_counts != counts:
+            raise RuntimeError(
+                f"model.prompts has {model.prompts.prompt_counts} prompts per block, the captured "
+                f"step {counts}: capture a new one"
+            )
         static_images.copy_(images, non_blocking=True)
         static_labels.copy_(labels, non_blocking=True)
         for p in parameters:

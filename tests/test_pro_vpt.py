@@ -621,3 +621,35 @@ def test_misuse_of_the_epoch_hook():
     model = made()
     model.prompts.start_of_epoch(None)
     refused(ValueError, "at least one batch", lambda: model.prompts.start_of_epoch(lambda: []))
+
+
+# ---- CUDA graphs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_captured_step_reads_the_table_and_refuses_other_counts():
+    model = made(ProVPT(3, sweep="reuse"), torch.float32).cuda()
+    x, y = (t.cuda() for t in batches(model, (4,))[0])
+    model.prompts.start_of_epoch(None)  # the gates must be there when the step is captured
+    step = pae.graphed_step(model, x, y)
+
+    def agrees():
+        loss, logits = step(x, y)
+        assert tiny.error(logits, pae.fast_forward(model, x)) < 1e-5
+        grad = model.prompts.tokens.grad.clone()
+        (expected,) = torch.autograd.grad(
+            F.cross_entropy(pae.fast_forward(model, x), y), model.prompts.tokens
+        )
+        assert tiny.error(grad, expected) < 1e-4
+        return loss.item()
+
+    first = agrees()
+    model.prompts.move(0, 1)
+    with pytest.raises(RuntimeError, match=r"\[2, 4, 3\] prompts per block, .* \[3, 3, 3\]"):
+        step(x, y)
+    model.prompts.move(4, 0)  # the counts are as they were, the rows are not
+    assert agrees() != first
+    before = model.prompts._gates.grad.clone()
+    step(x, y)
+    expected = (model.prompts.tokens.grad * model.prompts.tokens).sum(1)
+    assert tiny.error(model.prompts._gates.grad - before, expected) < 1e-3
