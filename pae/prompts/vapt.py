@@ -158,15 +158,18 @@ class VAPT(_VPT):
             return self._drop(self.tokens[index], x)
         number = index - self.static_blocks
         u, shift = self.mixers[number](x)
+        channels = self._mask(self.channel_dropout, u, len(u), u.shape[-1])
+        units = self._mask(self.hidden_dropout, u, len(u), self.num_tokens, self.hidden)
+        prompts = self._finish(number, u, shift, channels, units)
         # what `raw_prompts` needs: with a graph the mixed rows, which the backward keeps anyway;
         # without one the mean, since nothing else would keep them
         if u.requires_grad:
             self._last[number] = u, shift
         else:
-            self._last[number] = self._finish(number, u, shift).mean(0)
-        channels = self._mask(self.channel_dropout, u, len(u), u.shape[-1])
-        units = self._mask(self.hidden_dropout, u, len(u), self.num_tokens, self.hidden)
-        return self._finish(number, u, shift, channels, units)
+            dropped = channels is not None or units is not None
+            whole = self._finish(number, u, shift) if dropped else prompts
+            self._last[number] = whole.mean(0)
+        return prompts
 
     def raw_prompts(self) -> list[Tensor]:
         """Per block (P, D): the static prompts, and the mean over the last batch of the adaptive
