@@ -64,7 +64,7 @@ typedef struct pae_probe_params {
 PAE_API int pae_probe(pae_probe_params* p, void* stream);
 PAE_API uint32_t pae_sizeof_probe_params(void);
 
-/* ---- Koopman and Lyapunov losses (koopman.cu)
+/* ---- Koopman and Lyapunov losses (koopman_fwd.cu, koopman_bwd.cu)
  *
  * All tensors contiguous fp32, named and shaped as in pae_kernels/koopman/reference.py. With R runs,
  * J >= 2 blocks, P prompts, width D, m = J - 1 pairs, and G = m operators a run in use if

@@ -1,6 +1,6 @@
 """The kernels of `csrc/` as a CPU library, on the execution model of `csrc/host/`.
 
-    with host_library.emulated("koopman.cu"):
+    with host_library.emulated("koopman_fwd.cu"):
         ...  # pae_kernels.koopman.cuda runs on CPU tensors
 
 Objects are compiled with g++ and kept in `build/host/`, under the hash of what they depend on.

@@ -1,5 +1,5 @@
 """`koopman_losses` in CUDA C++: allocates, fills the structs of `csrc/pae.h`, calls. The kernels
-and their cost are in `csrc/koopman.cu`.
+and their cost are in `csrc/koopman.cuh`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`koopman_losses` in Triton, fp32, for machines without nvcc: the steps of `csrc/koopman.cu`.
+"""`koopman_losses` in Triton, fp32, for machines without nvcc: the steps of `csrc/koopman.cuh`.
 
 One program makes one square tile of an output, 16, 32 or 64 wide (`tiles`), over the whole depth of
 the product; what stands before and behind the product is fused into it. `input_precision="ieee"`
@@ -9,7 +9,7 @@ forward   lift (LayerNorm and row norms), scale, predict, split, images, 24 squa
           total: 32 launches, 5 for "paper"
 backward  points, states, prompts, three outer products, LayerNorm's: 6 launches, 7 with the gauge
 
-Where csrc/koopman.cu lays independent steps side by side in one launch, here they follow each
+Where csrc/koopman.cuh lays independent steps side by side in one launch, here they follow each
 other, and a tile's depth is not shared by groups of warps, so a squaring at k = 256 lasts about
 twice as long. Estimate for a captured graph on an H200 at 11 blocks x 50 prompts, D = 768, k = 256,
 where latency decides: 12 active squarings 6 us each and 11 settled ones 1.5 us, the other launches
