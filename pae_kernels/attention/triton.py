@@ -3,18 +3,21 @@
 The T = P + N keys of an image are one list whose first P entries lie in kv_prompt and the others in
 qkv: a key tile picks its rows by one select on offsets, so that a tile may straddle the border and
 at most one tile is part-full. At ViT-B, P = 50: 247 keys fill four tiles of 64 to 97 %; separate
-loops over prompts and image rows would need five (77 %).
+loops over prompts and image rows would need five (77 %). Tiles are in `tiles.py`; what each takes,
+`python -m pae_kernels --compile` prints. fp32 products are exact, never TF32.
 
-Forward. One program makes one tile of BLOCK_M query rows of one (image, head); grid B H tiles,
-tiles fastest, so that the programs that share keys run together and re-read them from L2. Online
-softmax in base 2, fp32. HBM traffic: q, k, v once and out once, 4 S with S = B N D elements.
+Forward. One program makes one tile of BLOCK_M query rows (128 in 16 bits) of one (image, head);
+grid B H tiles, tiles fastest, so that the programs that share keys run together and re-read them
+from L2. Online softmax in base 2, fp32. HBM traffic: q, k, v once and out once, 4 S with S = B N D
+elements. The class row alone: one program of 16 rows (15 of them idle) per (image, head), 2 S.
 
 Backward, "whole": up to 256 rows of width up to 64 (ViT at 224: 197 rows). One program owns a whole
-(image, head): Q, dO and the dQ accumulator stay on chip for all rows, key tiles stream by once, and
-dK, dV of a tile are complete when it is left: q, k, v, o, dO read once, dq, dk, dv written once,
-8 S, the floor; five products. Prompts shared by the batch: a program takes `images` images of one
-head in turn and adds their gradients in its own fp32 slot, which stays in L2; the slots are summed
-once at the end, in a fixed order. No atomics anywhere, bitwise the same from run to run.
+(image, head): Q, dO and the dQ accumulator stay on chip for all rows, key tiles of 64 rows stream
+by once, and dK, dV of a tile are complete when it is left: q, k, v, o, dO read once, dq, dk, dv
+written once, 8 S, the floor; five products, all of them wgmma on sm_90. Prompts shared by the
+batch: a program takes `images` images of one head in turn and adds their gradients in its own fp32
+slot, which stays in L2; the slots are summed once at the end, in a fixed order. No atomics
+anywhere, bitwise the same from run to run. On sm_80 up to 128 rows, key tiles of 32.
 
 Backward, "split": longer or wider. Query tiles make dq and rowsum(dO out), then key tiles make dk
 and dv; 13 S, seven products, prompt gradients per image in fp32.
@@ -25,8 +28,11 @@ Floor on an H200 at ViT-B, B = 128, P = 50, bf16: forward 36 us by bytes at 4.3 
 products at 780 TFLOP/s with rows padded to 256; backward 72 us and 83 us.
 
 Tried and lost at compile time: selecting between two pointers (the alignment is lost, loads become
-two bytes wide); 256 x 64 tiles in the whole backward, or two halves of 128 rows per key tile
-(400 - 3000 bytes of spill); forming dK and dV transposed (all wgmma, but more registers).
+two bytes wide). In the whole backward, sm_90, 256 rows: key tiles of 32 (dK and dV, 32 rows high,
+fall back to mma.sync, and there are twice as many tiles); dV before dP, or dK or dV before dQ (8 to
+400 bytes of spill a thread, here 0 with Triton 3.9 and 16 with 3.6); storing dV before dP is formed
+(56 to 120); 16 warps (200 to 300); two halves of 128 rows per key tile (400 to 3000); forming dK
+and dV transposed (more registers).
 """
 
 from __future__ import annotations
@@ -135,11 +141,12 @@ def _exchange(
 ):  # fmt: skip
     """What a tile of query rows and a tile of key rows add to each other's gradients."""
     p = _weights(q, k, l, o_n, prompts, p_bias, scale, HAS_BIAS)
-    dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
+    # this order needs the fewest registers: p is the last to go
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     ds = (p * (dp * scale - row_dot[:, None])).to(q.dtype)
     if NEED_DQ:
         dq = tl.dot(ds, k, dq, input_precision="ieee")
+    dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
     dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
     return dq, dk, dv
 
@@ -537,7 +544,7 @@ def _launch(
         stages=tile.stages,
         aligned=tuple(n for n in (*_STRIDES, "distance") if n not in odd),
         tensor_cores=dtype != "fp32",
-        may_spill=dtype == "fp32" and width > 64 and kernel in _SPLIT.values(),
+        may_spill=dtype == "fp32" and width > 64 and kernel is prompt_attention_bwd_dq_kernel,
     )
 
 
