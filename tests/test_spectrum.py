@@ -426,6 +426,27 @@ def test_pool_refuses_bad_arguments(tokens, error, message):
     assert "\n" not in str(caught.value)
 
 
+# ---- golden vectors
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tolerance"), [("f64", torch.float64, 1e-6), ("f32", torch.float32, 1e-5)]
+)
+def test_pooled_tokens_are_the_released_prompts(kind, dtype, tolerance, golden, tiny_vit):
+    """Phase II from the spectrum, without an image: the P prompts of the released code."""
+    expected, vit = golden("pae_mpa"), tiny_vit(dtype)
+    images = torch.from_numpy(golden("data")["images"]).to(dtype)
+    origins = torch.from_numpy(expected["top_origins"])
+    with torch.no_grad():
+        stem, positions = vit.patch_embed.proj, vit.pos_embed[0, 1:]
+        tokens = tokens_of(images, origins, 8, stem.weight, stem.bias)
+        theirs = torch.from_numpy(expected[f"{kind}/prompt_shallow"])
+        assert (shortcut_pool(tokens, positions) - theirs).norm() / theirs.norm() < tolerance
+        tokens = tokens_of(images, origins[:1], 8, stem.weight, stem.bias, rows=positions)
+    energy = torch.from_numpy(expected[f"{kind}/top0_token_energy"])
+    torch.testing.assert_close(tokens[0].square().sum(-1), energy, rtol=3e-6, atol=0)
+
+
 # ---- all three, as ops
 
 

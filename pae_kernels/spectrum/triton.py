@@ -240,12 +240,13 @@ def shortcut_tokens_kernel(
             even = _turned(even, re, im, _bins(first, k + 1, WIDTH), o_j, GRID)
     if HALVED:
         sign = 1.0 - 2.0 * (_bins(first, 0, WIDTH) % 2).to(tl.float32)
+        even, odd = even + odd, sign * (even - odd)  # in place: there are no registers for more
         _store_tokens(
-            out, shift, even + odd, line, o_m, o_j, o_d, m_m, m_j,
+            out, shift, even, line, o_m, o_j, o_d, m_m, m_j,
             LINES_PER_IMAGE, GRID, DIM, SHIFT, BLOCK_M,
         )  # fmt: skip
         _store_tokens(
-            out, shift, sign * (even - odd), line, o_m, o_j + REACH, o_d, m_m, m_j,
+            out, shift, odd, line, o_m, o_j + REACH, o_d, m_m, m_j,
             LINES_PER_IMAGE, GRID, DIM, SHIFT, BLOCK_M,
         )  # fmt: skip
     else:
