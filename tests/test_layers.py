@@ -150,6 +150,7 @@ def test_public_names():
         "UnsupportedBackbone",
         "__version__",
         "analysis",
+        "condense",
         "fast_forward",
         "graphed_step",
         "load_official",
