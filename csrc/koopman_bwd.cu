@@ -288,15 +288,21 @@ __global__ void __launch_bounds__(kThreads)
 // ---- entry point
 
 template <int TILE>
-int launch_backward(const Backward& p, void* stream) {
+int launch_states(const Backward& p, void* stream) {
   const Sizes& n = p.n;
-  const Index rows = Index(n.blocks) * n.prompts;
+  const Index rows = Index(n.layerwise ? 1 : n.blocks) * n.prompts;
   PAE_LAUNCH((koopman_bwd_points_kernel<TILE>),
              dim3(tiles_of(2 * n.now_rows(), n.k, TILE), n.runs * n.groups()), kThreads, 0, stream,
              p);
   PAE_LAUNCH((koopman_bwd_states_kernel<TILE>),
-             dim3(tiles_of(n.layerwise ? n.prompts : rows, n.k, TILE), n.runs * n.stack()),
-             kThreads, 0, stream, p);
+             dim3(tiles_of(rows, n.k, TILE), n.runs * n.stack()), kThreads, 0, stream, p);
+  return PAE_OK;
+}
+
+template <int TILE>
+int launch_inputs(const Backward& p, void* stream) {
+  const Sizes& n = p.n;
+  const Index rows = Index(n.blocks) * n.prompts;
   const Roles roles = {tiles_of(rows, n.width, TILE), tiles_of(n.k, n.width, TILE),
                        tiles_of(n.k, n.k, TILE)};
   const int blocks = n.runs * (roles.prompts + roles.lift + 2 * n.stack() * roles.operators);
@@ -317,7 +323,8 @@ extern "C" PAE_API int pae_koopman_bwd(const pae_koopman_bwd_params* p, void* st
   PAE_CHECK_STRUCT(p);
   const char* trouble = trouble_with(p);
   PAE_REQUIRE(trouble == nullptr, "%s", trouble);
-  PAE_REQUIRE(known_tile(p->tile), "tile is %d, expected 16, 32 or 64", p->tile);
+  PAE_REQUIRE(known_tile(p->tile) && known_tile(p->input_tile),
+              "tiles are %d and %d, expected 16, 32 or 64", p->tile, p->input_tile);
   auto f = [](void* pointer) { return static_cast<float*>(pointer); };
   auto c = [](const void* pointer) { return static_cast<const float*>(pointer); };
   Backward backward = {};
@@ -333,7 +340,11 @@ extern "C" PAE_API int pae_koopman_bwd(const pae_koopman_bwd_params* p, void* st
   backward.d_K = f(p->d_K), backward.d_L = f(p->d_L);
   backward.d_states = f(p->d_states), backward.d_points = f(p->d_points);
   backward.gauge = p->gauge != 0;
-  return p->tile == 16   ? launch_backward<16>(backward, stream)
-         : p->tile == 32 ? launch_backward<32>(backward, stream)
-                         : launch_backward<64>(backward, stream);
+  const int status = p->tile == 16   ? launch_states<16>(backward, stream)
+                     : p->tile == 32 ? launch_states<32>(backward, stream)
+                                     : launch_states<64>(backward, stream);
+  if (status != PAE_OK) return status;
+  return p->input_tile == 16   ? launch_inputs<16>(backward, stream)
+         : p->input_tile == 32 ? launch_inputs<32>(backward, stream)
+                               : launch_inputs<64>(backward, stream);
 }

@@ -104,7 +104,7 @@ typedef struct pae_koopman_bwd_params {
   const void *states, *predicted, *images, *pull, *radial, *spin, *left, *right, *statistics;
   void *d_prompts, *d_lift, *d_K, *d_L; /* all entries are written */
   void *d_states, *d_points;            /* scratch: (R, J, P, k) and (R, m, 2P, k) */
-  int32_t tile, reserved;
+  int32_t tile, input_tile;             /* 16, 32 or 64: of launches 1 and 2, and of launch 3 */
 } pae_koopman_bwd_params;
 
 PAE_API int pae_koopman_bwd(const pae_koopman_bwd_params* p, void* stream);

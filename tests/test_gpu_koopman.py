@@ -87,7 +87,7 @@ def test_every_switch(runs, mode, formulation, gauge):
 @pytest.mark.parametrize("tile", tiles.TILES)
 @pytest.mark.parametrize("k", [1, 2, 16, 40, 64, 200])
 def test_every_tile(monkeypatch, tile, k):
-    for name in ("product", "square"):
+    for name in ("product", "gradient", "square"):
         monkeypatch.setattr(tiles, name, lambda *_: tile)
     assert_twice_at_most(on_gpu("layerwise", 4, 9, k, width=k + 3), "code", "layernorm", 1e-3)
 

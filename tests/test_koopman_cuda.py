@@ -25,7 +25,7 @@ def emulated(monkeypatch, poisoned_memory):
 
 
 def use_tile(monkeypatch, tile):
-    for name in ("product", "square"):
+    for name in ("product", "gradient", "square"):
         monkeypatch.setattr(tiles, name, lambda *_: tile)
 
 

@@ -46,7 +46,7 @@ _Backward = native.params(
     **dict.fromkeys(("d_prompts", "d_lift", "d_K", "d_L"), native.POINTER),
     **dict.fromkeys(("d_states", "d_points"), native.POINTER),
     tile=native.INT32,
-    reserved=native.INT32,
+    input_tile=native.INT32,
 )
 
 
@@ -144,6 +144,7 @@ def backward(
         **_pointers(**dict(zip(("d_prompts", "d_lift", "d_K", "d_L"), gradients))),
         **_pointers(d_states=scratch[0], d_points=scratch[1]),
         tile=tiles.product(sizes["runs"] * sizes["blocks"] * sizes["prompts"], sizes["k"]),
+        input_tile=tiles.gradient(sum(g.numel() for g in gradients)),
     )
     native.call("pae_koopman_bwd", params, prompts.device)
     return tuple(gradients)

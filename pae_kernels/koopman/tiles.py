@@ -9,7 +9,16 @@ TILES, ENOUGH = (64, 32, 16), 100
 
 def product(rows: int, columns: int) -> int:
     """For products with `rows` by `columns` outputs in one launch."""
-    return _largest(lambda tile: -(-rows // tile) * -(-columns // tile))
+    return _largest(lambda tile: -(-rows // tile) * -(-columns // tile), ENOUGH)
+
+
+def gradient(outputs: int) -> int:
+    """For the gradients of the inputs, so many entries in one launch.
+
+    Their sums run over all rows of all blocks: several tiles for each multiprocessor share that
+    depth out better than few large ones.
+    """
+    return _largest(lambda tile: outputs // tile**2, 4 * ENOUGH)
 
 
 def square(k: int, matrices: int) -> int:
@@ -19,8 +28,8 @@ def square(k: int, matrices: int) -> int:
         side = -(-k // tile)
         return matrices * side * (side + 1) // 2
 
-    return _largest(count)
+    return _largest(count, ENOUGH)
 
 
-def _largest(count) -> int:
-    return next((tile for tile in TILES if count(tile) >= ENOUGH), TILES[-1])
+def _largest(count, enough: int) -> int:
+    return next((tile for tile in TILES if count(tile) >= enough), TILES[-1])

@@ -636,15 +636,19 @@ def backward(
             d_consistency, states, predicted, d_points, K, d_states,
             rows, n.k, n.prompts, n.pairs, n.blocks, n.stack, n.share, CODE=n.code, **tiling,
         )  # fmt: skip
-        koopman_bwd_prompts_kernel[(_tiles(n.rows, n.width, n.block), n.runs)](
+        tiling = product(tiles.gradient(d_prompts.numel()))
+        koopman_bwd_prompts_kernel[(_tiles(n.rows, n.width, tiling["BLOCK"]), n.runs)](
             d_states, lift, d_rows, n.rows, n.k, n.width, **tiling
         )
-        koopman_bwd_lift_kernel[(_tiles(n.k, n.width, n.block), n.runs)](
+        tiling = product(tiles.gradient(d_lift.numel()))
+        koopman_bwd_lift_kernel[(_tiles(n.k, n.width, tiling["BLOCK"]), n.runs)](
             d_states, prompts, statistics, d_lift, n.rows, n.k, n.width, GAUGE=eps is not None,
             **tiling,
         )  # fmt: skip
+        tiling = product(tiles.gradient(d_K.numel()))
+        grid = _tiles(n.k, n.k, tiling["BLOCK"]), n.runs * n.stack
         for of_L, rows in ((False, n.now_rows), (True, 2 * n.now_rows)):
-            koopman_bwd_operators_kernel[(_tiles(n.k, n.k, n.block), n.runs * n.stack)](
+            koopman_bwd_operators_kernel[grid](
                 d_consistency, d_lyapunov, states, predicted, images, pull, spin, left, right,
                 d_points, d_K, d_L, rows, n.k, n.prompts, n.pairs, n.blocks, n.groups, n.stack,
                 n.share, OF_L=of_L, CODE=n.code, **tiling,
@@ -687,7 +691,7 @@ def _launch(label: str, kernel, aligned: tuple[str, ...], **options) -> Launch:
 
 
 def _launches(k: int, width: int, count: int, block: int, square: int, code: bool, gauge: bool):
-    """Every kernel of a forward and a backward."""
+    """Every kernel of a forward and a backward of 11 blocks."""
     aligned = tuple(n for n, size in (("k", k), ("width", width)) if size % 16 == 0)
     tiled = {"CODE": code, "GAUGE": gauge, **product(block)}
     flat = {
@@ -695,25 +699,26 @@ def _launches(k: int, width: int, count: int, block: int, square: int, code: boo
         "BLOCK_P": triton.next_power_of_2(count),
         "BLOCK_K": triton.next_power_of_2(k),
     }
-    name = f"k{k} {'code' if code else 'paper'} {block}"
+    name = f"k{k} {'code' if code else 'paper'}"
     made = [
-        _launch(f"koopman {what} {name}", kernel, aligned, **tiled)
+        _launch(f"koopman {what} {name} {block}", kernel, aligned, **tiled)
         for what, kernel in (
             ("lift", koopman_lift_kernel),
             ("predict", koopman_predict_kernel),
             ("image", koopman_image_kernel),
             ("bwd points", koopman_bwd_points_kernel),
             ("bwd states", koopman_bwd_states_kernel),
-            ("bwd prompts", koopman_bwd_prompts_kernel),
-            ("bwd lift", koopman_bwd_lift_kernel),
         )
     ]
-    made += [
-        _launch(
-            f"koopman bwd {what} {name}", koopman_bwd_operators_kernel, aligned, OF_L=of_L, **tiled
-        )
-        for what, of_L in (("K", False), ("L", True))
-    ]
+    for what, kernel, outputs, options in (
+        ("prompts", koopman_bwd_prompts_kernel, 11 * count * width, {}),
+        ("lift", koopman_bwd_lift_kernel, k * width, {}),
+        ("K", koopman_bwd_operators_kernel, k * k, {"OF_L": False}),
+        ("L", koopman_bwd_operators_kernel, k * k, {"OF_L": True}),
+    ):
+        side = tiles.gradient(outputs)
+        options |= tiled | product(side)
+        made.append(_launch(f"koopman bwd {what} {name} {side}", kernel, aligned, **options))
     made += [
         _launch(f"koopman pair {name}", koopman_pair_kernel, aligned, **flat),
         _launch(f"koopman total {name}", koopman_total_kernel, aligned, CODE=code, BLOCK=128),

@@ -17,7 +17,7 @@ from pae_kernels.koopman.triton_spectral import spectral_norm
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Of 16 rows, so that tiny inputs make several of them."""
-    for name in ("product", "square"):
+    for name in ("product", "gradient", "square"):
         monkeypatch.setattr(tiles, name, lambda *_: 16)
 
 
@@ -52,7 +52,7 @@ def test_losses_and_gradients(runs, mode, formulation, gauge):
 def test_one_tile_of_32_and_full_tiles_of_16(monkeypatch):
     inputs = problem("global", 3, 8, 16, torch.float32, width=32)
     check(inputs)
-    for name in ("product", "square"):
+    for name in ("product", "gradient", "square"):
         monkeypatch.setattr(tiles, name, lambda *_: 32)
     check(inputs)
 
