@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import pae
@@ -266,6 +268,40 @@ def test_a_gpu_has_groups_of_its_own(module, size):
 def test_own_bytes_are_those_that_nobody_shares():
     weight = torch.zeros(10)
     assert memory.own_bytes([weight[:5], torch.zeros(3), weight], [weight]) == 12
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of all inputs and outputs of the ops that move any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in ("_unsafe_view", "detach", "empty"):
+            moved = [*memory.tensors_in(list(args)), *memory.tensors_in(result)]
+            self.bytes += sum(t.numel() * t.element_size() for t in moved)
+        return result
+
+
+def test_bytes_of_a_step_are_those_of_its_passes():
+    """What one more block adds, seen op by op in a step of pae."""
+
+    def both(depth):
+        vit = VisionTransformer(
+            img_size=48, patch_size=8, embed_dim=64, depth=depth, num_heads=4, num_classes=4
+        )
+        model = pae.PromptedViT(vit, pae.prompts.VPTDeep(5))
+        images = torch.randn(8, 3, 48, 48)
+        model.plan(torch.bfloat16)
+        with Traffic() as seen, torch.autocast("cpu", torch.bfloat16):
+            pae.fast_forward(model, images).float().sum().backward()
+        return seen.bytes, shapes.live_step_bytes(vit, 5, 8, 2)
+
+    (seen, live), (seen_more, live_more) = both(4), both(5)
+    assert live_more - live == pytest.approx(seen_more - seen, rel=0.02)
 
 
 def test_slices_of_the_reference_are_the_whole_step(monkeypatch):
