@@ -5,6 +5,8 @@ An op takes part by registering a Triton version: nothing is listed here.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("triton")
@@ -38,6 +40,22 @@ def assert_good(launch, architecture, few=0):
 
 def test_attention_and_pointwise_take_part():
     assert {"attention", "pointwise"} <= MODULES.keys()
+
+
+def test_the_table_has_a_line_per_launch(monkeypatch):
+    """What `python -m pae_kernels --compile` prints."""
+    few = SimpleNamespace(
+        shipped_launches=lambda arch: MODULES["pointwise"].shipped_launches(arch)[3:5]
+    )
+    monkeypatch.setattr(ahead_of_time, "triton_modules", lambda: [few])
+    heading, *lines = ahead_of_time.table()
+    assert heading.startswith("kernel and tile") and heading.endswith("spilled B")
+    found = [line.rsplit(maxsplit=4) for line in lines]
+    assert [(label, sm) for label, sm, *_ in found] == [
+        ("gelu fwd", "80"), ("gelu coded", "80"), ("gelu fwd", "90"), ("gelu coded", "90")
+    ]  # fmt: skip
+    for _, _, registers, shared, spilled in found:
+        assert 16 <= int(registers) <= 255 and float(shared) <= 227 and spilled == "0"
 
 
 @each_architecture
