@@ -403,6 +403,34 @@ def test_a_failing_write_leaves_the_state_before_it(tmp_path, monkeypatch):
     assert folder.read_state()["epoch"] == 2
 
 
+# ---- alignment
+
+
+def test_options_of_the_alignment_reach_it(shades, tmp_path, monkeypatch, capsys):
+    seen = {}
+
+    def stop(model, images, labels, **options):
+        seen.update(options, images=len(images))
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(pae, "mpa_init", stop)
+    flags = ["train", "--data", str(shades), *BACKBONE_FLAGS, *CPU_FLAGS, "--method", "vpt-deep"]
+    flags += ["--mpa", "--mpa-images", "5", "--mpa-window", "8", "--mpa-stride", "4"]
+    flags += ["--mpa-head", "linear_probe", "--mpa-search", "halving", "--mpa-precision", "bf16"]
+    assert main([*flags, "--output", str(tmp_path / "run")]) == 2
+    assert "seen enough" in capsys.readouterr().err
+    del seen["progress"]
+    assert seen == {
+        "images": 5,
+        "window": 8,
+        "stride": 4,
+        "head": "linear_probe",
+        "search": "halving",
+        "precision": "bf16",
+        "devices": "ranks",
+    }
+
+
 # ---- several processes
 
 
