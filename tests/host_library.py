@@ -34,8 +34,8 @@ FLAGS = (
 # An access past the end of a tensor, a misaligned vector, an index outside its array or an overflow
 # ends the process. Of a fiber's stack nothing is known.
 SANITIZERS = (
-    *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
-    *("--param=asan-stack=0", "--param=asan-globals=0"),
+    *("-O1", "-fsanitize=address,alignment,bounds,signed-integer-overflow"),
+    *("-fno-sanitize-recover=all", "--param=asan-stack=0", "--param=asan-globals=0"),
 )
 if os.environ.get("PAE_HOST_SANITIZERS") == "1":
     FLAGS += SANITIZERS
