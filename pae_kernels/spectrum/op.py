@@ -65,8 +65,9 @@ def shortcut_tokens(
 ) -> Tensor:
     """t_s = E(Re F^-1(M_s F x)) + rows: patch tokens of the filtered images, E the patch embedding.
 
-    E is a convolution whose stride is its patch, as in every ViT's stem. No filtered image exists,
-    and nothing of the size of one: beside the result, memory holds strips of w / W of an image.
+    E is a convolution whose stride is its patch, as in every ViT's stem. No filtered image exists.
+    Beside the result, kernels hold strips of 2 w / W of the images and 2 w taps of the weights per
+    window; the reference also 2 w products per row of patches, of one window at a time.
 
     Args:
         spectrum, origins, window, size: as in `shortcut_images`.
@@ -84,8 +85,9 @@ def shortcut_tokens(
             of them asks for a gradient.
 
     Numerics: phases exact to fp32, sums in fp32 (fp64 with a complex128 spectrum), `bias` and
-    `rows` added there, one rounding to `dtype`; autocast off inside. On a GPU a 16-bit `dtype`
-    takes its products from factors rounded to it, as the convolution would.
+    `rows` added there, one rounding to `dtype`; autocast off inside. On a GPU bfloat16 results
+    take their products from factors rounded to bfloat16, as the convolution would (1.25 times its
+    error); all others from fp32 factors split into TF32 numbers (no more than its fp32 error).
     Source: PAE (arXiv 2601.20232), Eq. 2 and 3.
     """
     _check_spectrum(spectrum, window, size)
