@@ -24,10 +24,10 @@ done
 
 # seconds that the tests and each benchmark may take: below ten minutes together, but for `full`
 case $size in
-  quick) limits=(180 60 40 80) ;;
-  default) limits=(180 90 60 150) ;;
-  full) limits=(600 900 300 5400) ;;
-  tune) limits=(180 0 0 0) ;;
+  quick) limits=(180 60 40 35 80) ;;
+  default) limits=(180 85 50 45 120) ;;
+  full) limits=(600 900 300 600 5400) ;;
+  tune) limits=(180 0 0 0 0) ;;
 esac
 build_limit=60 versions_limit=30 tune_limit=300
 
@@ -187,7 +187,8 @@ if [ "$size" = tune ]; then
 else
   benchmark attention "${limits[1]}"
   benchmark pointwise "${limits[2]}"
-  benchmark step "${limits[3]}"
+  benchmark kld "${limits[3]}"
+  benchmark step "${limits[4]}"
 fi
 [ -n "$dry" ] && exit
 
@@ -196,7 +197,7 @@ if [ "$size" = tune ]; then
   tee "$stem-tiles.md" <"$work/tune.log"
 else
   parts=()
-  for part in attention pointwise step; do
+  for part in attention pointwise kld step; do
     [ -s "$work/$part.json" ] && parts+=("$work/$part.json")
   done
   if [ ${#parts[@]} -gt 0 ] && "$python" -m bench.merge "$stem.json" "${parts[@]}" "${gates[@]}"; then

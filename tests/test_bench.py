@@ -458,7 +458,7 @@ def test_gpu_gate_lists_its_steps(size):
         ["bash", GPU_SCRIPT, size, "--dry-run"], capture_output=True, text=True, check=True
     )
     steps = {line.split(" ")[0]: line for line in run.stdout.splitlines()}
-    benchmarks = ["tune"] if size == "tune" else ["attention", "pointwise", "step"]
+    benchmarks = ["tune"] if size == "tune" else ["attention", "pointwise", "kld", "step"]
     others = [file.stem for file in sorted((ROOT / "tests").glob("test_gpu_*.py"))]
     parts = ["attention", "pointwise", "engine", "native"]
     tests = [f"tests-{part.removeprefix('test_gpu_')}" for part in [*parts, *others]]
