@@ -50,6 +50,20 @@ def test_zero_prompts_are_one_key(feature, count):
     assert error(got, expected) < 1e-12
 
 
+@pytest.mark.parametrize("family", [pae.prompts.VPTDeep, pae.prompts.VPTShallow])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_way_of_other_devices_is_the_same(family, dtype, monkeypatch):
+    """There the key goes through `prompt_attention`."""
+    model = zero_prompted("plain", 7, family)
+    images, _ = batch(model)
+    results = []
+    for here in (True, False):
+        monkeypatch.setattr(mpa_forward, "_has_flash_with_lse", lambda rows, here=here: here)
+        with torch.no_grad():
+            results.append(ZeroPromptForward(model, 7, dtype)(model.view.embed(images)))
+    assert error(results[1], results[0]) < (1e-12 if dtype == torch.float64 else 2e-2)
+
+
 @pytest.mark.parametrize("feature", ["plain", "avg", "qk_norm", "registers"])
 def test_zero_prompts_that_live_on_are_rows(feature):
     model = zero_prompted(feature, 7, pae.prompts.VPTShallow)

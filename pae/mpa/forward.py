@@ -155,7 +155,7 @@ class _Block:
         plan = self.plan
         qkv = self._product(rows, "qkv")
         qkv = qkv.view(*rows.shape[:2], 3, plan.num_heads, plan.head_width)
-        if rows.device.type != "cpu":
+        if not _has_flash_with_lse(rows):
             return torch.ops.pae.prompt_attention_fwd(
                 qkv, self._kv, None, 1.0, False, self._log_count
             )[0]
@@ -187,6 +187,13 @@ class _Block:
 
     def _fits(self, rows: Tensor, name: str) -> bool:
         return f"w_{name}" in self._laid_out and rows.shape[:2].numel() == self._rows
+
+
+def _has_flash_with_lse(rows: Tensor) -> bool:
+    """Whether PyTorch's fused attention for this device hands out lse at no cost; where it does not
+    run, the op of `pae_kernels` takes the key with its log multiplicity.
+    """
+    return rows.device.type == "cpu"
 
 
 def _mkl_can_pack(weight: Tensor) -> bool:
