@@ -64,7 +64,6 @@ SHAPES = [
     (11, 20, 768, 256),
     (12, 50, 768, 256),
     (11, 100, 768, 256),
-    (11, 10, 384, 100),
     (23, 50, 1024, 1024),
     (3, 7, 33, 17),
 ]
@@ -80,16 +79,16 @@ def test_at_real_sizes(blocks, prompts, width, k):
 @FORMULATIONS
 @GAUGES
 def test_every_switch(runs, mode, formulation, gauge):
-    inputs = on_gpu(mode, 5, 20, 96, runs=runs, width=200)
+    inputs = on_gpu(mode, 5, 20, 96, runs=runs, width=208)
     assert_twice_at_most(inputs, formulation, gauge, 1e-6)
 
 
-@pytest.mark.parametrize("tile", tiles.TILES)
-@pytest.mark.parametrize("k", [1, 2, 16, 40, 64, 200])
+@pytest.mark.parametrize(("tile", "k"), [(16, 64), (32, 1), (64, 40)])
 def test_every_tile(monkeypatch, tile, k):
+    """One size each: Triton compiles all kernels again for every tile and alignment."""
     for name in ("product", "gradient", "square"):
         monkeypatch.setattr(tiles, name, lambda *_: tile)
-    assert_twice_at_most(on_gpu("layerwise", 4, 9, k, width=k + 3), "code", "layernorm", 1e-3)
+    assert_twice_at_most(on_gpu("layerwise", 4, 9, k, width=2 * k), "code", "layernorm", 1e-3)
 
 
 def triple(version, L):

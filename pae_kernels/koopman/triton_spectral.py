@@ -51,7 +51,7 @@ def store(base, o_row, o_column, rows, columns, stride, x):
     tl.store(base + o_row[:, None] * stride + o_column[None, :], x, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("groups", "stack"))
 def koopman_scale_kernel(L, scales, k, groups, stack, BLOCK: tl.constexpr):
     """A part of max |L|, of trace L, and whether L is finite; grid (SCALE_PARTS, R G)."""
     run, group = tl.program_id(1) // groups, tl.program_id(1) % groups
@@ -123,7 +123,7 @@ def _read_sums(sums, side, TILES: tl.constexpr):
     return tl.sum(first, 0), tl.sum(tl.load(sums + 2 * at + 1, mask=mask, other=0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("groups", "stack"))
 def koopman_split_kernel(
     L, scales, M, sums, settled, k, groups, stack,
     STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -224,7 +224,7 @@ def koopman_square_kernel(
     _store_sums(sums + q * 2 * side * side, i_t, side, acc * acc, moved * moved)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("groups", "stack"))
 def koopman_vector_kernel(
     L, scales, even, odd, settled, right, image, k, groups, stack,
     STEPS: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
