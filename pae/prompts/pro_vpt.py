@@ -201,7 +201,8 @@ class ProVPT(VPTDeep):
         """Score, reward the last move, move one prompt; see `PromptFamily.start_of_epoch`.
 
         Raises:
-            ValueError: `losses` gave no batch; `last_loss` is None where sweep is "reuse".
+            ValueError: `losses` gave no batch; `last_loss` is None where sweep is "reuse"; `head`
+                is empty where faithful is True.
             RuntimeError: sweep is "reuse" and `end_of_step` was not called since the last epoch.
         """
         if self._epoch > 0:  # the first epoch only trains
@@ -246,6 +247,11 @@ class ProVPT(VPTDeep):
         last_loss: float | None,
     ) -> tuple[Tensor, float]:
         """Idleness (S,) in fp64 on the CPU, and the loss to compare with the epoch before's."""
+        if self.faithful and not head:
+            raise ValueError(
+                "head must hold the head's trained parameters where faithful is True: they are "
+                "clipped together with the gates; got none"
+            )
         if self.sweep == "reuse" and last_loss is None:
             raise ValueError(
                 "last_loss must be the mean training loss of the epoch before, because sweep "
