@@ -79,8 +79,8 @@ def cells(families, seeds):
 
 def run(arguments) -> None:
     """Train every cell that has no result yet."""
-    sizes = {name: getattr(arguments, name) for name in ("dataset", "train_size", "val_size")}
-    sizes["epochs"] = arguments.epochs
+    names = ("dataset", "train_size", "val_size", "epochs", "mpa_images")
+    sizes = {name: getattr(arguments, name) for name in names}
     todo = list(cells(arguments.families, arguments.seeds))
     for number, (family, variant, seed) in enumerate(todo, 1):
         folder = RunFolder(Path(arguments.output) / f"{family}-{variant}-{seed}")
@@ -334,6 +334,7 @@ def main() -> None:
             command.add_argument("--train-size", type=int, default=800)
             command.add_argument("--val-size", type=int, default=200)
             command.add_argument("--epochs", type=int, default=10)
+            command.add_argument("--mpa-images", type=int, default=8)
         else:
             command.add_argument("--model", default="vit_base_patch16_224", help="timm name")
             command.add_argument("--num-tokens", type=int, default=50)
