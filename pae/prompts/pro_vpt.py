@@ -60,15 +60,16 @@ class ProVPT(VPTDeep):
     out: dL/dg_k = eps / (var_k + eps) <dL/dy_k, y_k> with y_k the normalised row. At eps 1e-6 and
     VPT's initial variance 1.3e-3 that is a thousandth of <dL/dy_k, y_k>, while a prompt that has
     just moved has variance 1e-9 and counts in full. So the released criterion looks first at
-    prompts that moved lately: in the runs below, a row that had moved in the epoch before was often
-    the next one to move. This follows from the definition and is kept.
+    prompts that moved lately: in the runs below the prompt that had moved last was the next to move
+    7 times of 32. This follows from the definition and is kept.
 
-    The two sweeps, measured: ViT-S/14 at 56 pixels, 96 images in 3 steps per epoch, 96 prompts,
-    Adam. A batch of the extra pass costs as much as a step of training (0.99); the gates of "reuse"
-    cost nothing (a step is 1.00 to 1.01 of VPT-deep's, up to 1.06 with unequal counts, also at
-    ViT-B with 50 prompts). They chose the same prompt in 4 of 8 epochs at lr 2e-4 (median rank
-    correlation of all scores 0.82), and in 4 of 18 at lr 2e-3 (-0.04 and -0.40): when prompts
-    change much within an epoch, "reuse" is another criterion, not an approximation.
+    The two sweeps, measured by `bench/prompt_scores.py`: a ViT-S/14 at 56 pixels, 96 prompts, 96
+    images in 3 steps per epoch, Adam, two learning rates, two seeds. The extra pass takes as long
+    as an epoch of training (1.01 to 1.04); the gates of "reuse" take no time (a step 1.01 times
+    VPT-deep's; 1.00 at ViT-B with 50 prompts, 1.06 with unequal counts). In each of the four runs
+    both chose the same prompt in 4 of 9 epochs; the rank correlation of all scores was 0.87 and
+    0.06 at lr 2e-4, -0.35 and -0.51 at lr 2e-3. When prompts change much within an epoch, "reuse"
+    is another criterion, not an approximation.
 
     Args:
         num_tokens: prompts per block at first: one integer, or one per block (0 allowed, not all).
