@@ -29,7 +29,7 @@ from pae.checkpoint import write_atomically
 from pae.train import loop, methods
 from pae.train.report import Reporter
 from pae.train.runfolder import RunFolder
-from pae.train.settings import Settings
+from . import runs
 
 # what a family needs beyond the number of prompts
 FAMILIES = {
@@ -61,42 +61,24 @@ VARIANTS = ("plain", "pae")
 SHARE = 0.95  # "converged" is this share of the final validation accuracy
 
 
-def settings(family: str, variant: str, seed: int, **changes) -> Settings:
-    """The run of one cell of the table."""
+def changes(family: str, variant: str) -> dict:
+    """What the run of one cell of the table changes in the default settings."""
     on_top = dict.fromkeys(PAE[family] if variant == "pae" else (), True)
-    values = {"method": family, "family": FAMILIES[family], "seed": seed, **on_top, **changes}
-    return Settings(**values).resolved()
+    return {"method": family, "family": FAMILIES[family], **on_top}
 
 
-def cells(families, seeds):
-    """(family, variant, seed) of every run, seeds outermost: an early stop leaves whole seeds."""
+def cells(dataset, families, seeds):
+    """Every run, seeds outermost: an early stop leaves whole seeds."""
     for seed in seeds:
         for family in families:
             for variant in VARIANTS:
                 if variant == "plain" or PAE[family]:
-                    yield family, variant, seed
+                    yield runs.Cell(f"{family}-{variant}", dataset, seed, changes(family, variant))
 
 
 def run(arguments) -> None:
-    """Train every cell that has no result yet."""
-    names = ("dataset", "train_size", "val_size", "epochs", "mpa_images")
-    sizes = {name: getattr(arguments, name) for name in names}
-    todo = list(cells(arguments.families, arguments.seeds))
-    for number, (family, variant, seed) in enumerate(todo, 1):
-        folder = RunFolder(Path(arguments.output) / f"{family}-{variant}-{seed}")
-        if folder.result() is not None:
-            continue
-        chosen = settings(family, variant, seed, **sizes)
-        accelerator = loop.make_accelerator(chosen)
-        resume = "last" if folder.state.is_file() else None
-        result = loop.train(
-            chosen, loop.load_task(chosen), folder, accelerator, Reporter(quiet=True), resume=resume
-        )
-        print(
-            f"{number}/{len(todo)} {family} {variant} seed {seed}: test "
-            f"{result['test_accuracy']:.3f}, {result['seconds']:.0f} s",
-            flush=True,
-        )
+    chosen = cells(arguments.dataset, arguments.families, arguments.seeds)
+    runs.run(chosen, Path(arguments.output), arguments.test_size, **runs.sizes(arguments))
 
 
 def time(arguments) -> None:
@@ -330,11 +312,7 @@ def main() -> None:
         if name == "run":
             command.add_argument("--dataset", default="pneumonia")
             command.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
-            command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-            command.add_argument("--train-size", type=int, default=800)
-            command.add_argument("--val-size", type=int, default=200)
-            command.add_argument("--epochs", type=int, default=10)
-            command.add_argument("--mpa-images", type=int, default=8)
+            runs.add_arguments(command)
         else:
             command.add_argument("--model", default="vit_base_patch16_224", help="timm name")
             command.add_argument("--num-tokens", type=int, default=50)

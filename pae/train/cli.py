@@ -230,6 +230,12 @@ def _add_train_options(parser):
         "as in the released code (default) or as in the paper",
         choices=("code", "paper"),
     )
+    add(
+        method,
+        "--kld-gauge",
+        "none (default), or layernorm: see prompts as the network does",
+        choices=("none", "layernorm"),
+    )
     weight = {"type": float, "metavar": "W"}
     add(method, "--kld-consistency", "weight of its consistency term (default: 0.5)", **weight)
     add(method, "--kld-lyapunov", "weight of its stability term (default: 0.2)", **weight)

@@ -45,7 +45,9 @@ def make_accelerator(settings):
     return Accelerator(cpu=settings.device == "cpu", mixed_precision=settings.amp)
 
 
-def train(settings, task, folder, accelerator, reporter, *, name=None, resume=None):
+def train(
+    settings, task, folder, accelerator, reporter, *, name=None, resume=None, on_backward=None
+):
     """Trains one method and tests the checkpoint with the best validation accuracy.
 
     Args:
@@ -56,6 +58,8 @@ def train(settings, task, folder, accelerator, reporter, *, name=None, resume=No
         reporter: a `Reporter`.
         name: what to call the run in tables; the method by default.
         resume: None for a new run, "last" or "previous" for the state to go on from.
+        on_backward: called as `on_backward(module, update)` after every backward pass, before
+            gradients are clipped and used; updates count from 0.
     Returns:
         dict with "name", "trained_parameters", "val_accuracy", "best_epoch", "test_accuracy" (None
         without a test split), "seconds".
@@ -66,19 +70,21 @@ def train(settings, task, folder, accelerator, reporter, *, name=None, resume=No
     """
     if resume is not None and folder.result() is not None:
         return folder.result()
-    return _Run(settings, task, folder, accelerator, reporter, name, resume).train()
+    return _Run(settings, task, folder, accelerator, reporter, name, resume, on_backward).train()
 
 
 class _Run:
     """The state of one run between steps; every method keeps it consistent."""
 
-    def __init__(self, settings, task, folder, accelerator, reporter, name, resume):
+    def __init__(
+        self, settings, task, folder, accelerator, reporter, name, resume, on_backward=None
+    ):
         from accelerate.utils import set_seed
         from timm.optim import create_optimizer_v2
 
         self.began = time.perf_counter()
         self.settings, self.folder, self.reporter = settings, folder, reporter
-        self.accelerator = accelerator
+        self.accelerator, self.on_backward = accelerator, on_backward
         self.name = name or settings.method
         self.main = accelerator.is_main_process
 
@@ -236,6 +242,8 @@ class _Run:
             logits = self.wrapped(inputs, engine=settings.engine)
             loss = F.cross_entropy(logits, labels)
             accelerator.backward(loss * weight + self.module.penalty())
+            if self.on_backward is not None:
+                self.on_backward(self.module, self.updates)
             self._clip()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

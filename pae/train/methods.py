@@ -84,6 +84,7 @@ def build_method(settings, num_classes):
             consistency_weight=settings.kld_consistency,
             lyapunov_weight=settings.kld_lyapunov,
             formulation=settings.kld_formulation,
+            gauge=settings.kld_gauge,
         )
     return pae.PromptedViT(backbone, build_prompts(settings, num_classes), kld, new_head)
 

@@ -110,6 +110,7 @@ class Settings:
     kld_formulation: str = "code"
     kld_consistency: float = 0.5
     kld_lyapunov: float = 0.2
+    kld_gauge: str = "none"
     mpa: bool = False
     mpa_images: int | None = None
     mpa_window: int = 16
