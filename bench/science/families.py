@@ -26,9 +26,10 @@ import torch.nn.functional as F
 import pae
 from bench.timing import CLOCKS, measure
 from pae.checkpoint import write_atomically
-from pae.train import loop, methods
-from pae.train.report import Reporter
+from pae.train import methods
 from pae.train.runfolder import RunFolder
+from pae.train.settings import Settings
+
 from . import runs
 
 # what a family needs beyond the number of prompts
@@ -86,14 +87,12 @@ def time(arguments) -> None:
     steps, clock = {}, arguments.clock
     for family in FAMILIES:
         torch.manual_seed(0)
-        chosen = settings(
-            family,
-            "plain",
-            0,
+        chosen = Settings(
             model=arguments.model,
             pretrained=False,
             num_tokens=arguments.num_tokens,
-        )
+            **changes(family, "plain"),
+        ).resolved()
         module = methods.build_method(chosen, 2)
         module = module.to(chosen.device).train()
         steps[family] = _step(module, chosen, arguments.batch)
