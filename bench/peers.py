@@ -39,21 +39,22 @@ class ExplicitBlock(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.norm1, self.norm2 = block.norm1, block.norm2
+        self.ls1, self.ls2 = block.ls1, block.ls2  # nn.Identity where there is no LayerScale
         self.attn = ExplicitAttention(block.attn)
         self.fc1 = linear_of(block.mlp.fc1.weight, block.mlp.fc1.bias)
         self.fc2 = linear_of(block.mlp.fc2.weight, block.mlp.fc2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
 
 class OfficialStyleVPT(nn.Module):
     """VPT-deep, eager: prompts are concatenated behind the class token and replaced in every block.
 
     Args:
-        vit: plain timm VisionTransformer (class token, no LayerScale, no qk-norm), whose weights
-            are shared, not copied.
+        vit: plain timm VisionTransformer (class token, no qk-norm), whose weights are shared, not
+            copied.
         prompts: (depth, P, D). head: linear layer. Both are copied.
     """
 

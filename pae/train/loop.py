@@ -88,6 +88,7 @@ class _Run:
         self.name = name or settings.method
         self.main = accelerator.is_main_process
 
+        self.alignment = None  # the MPAResult, where this process made the first prompts
         saved = None
         if resume is not None:
             saved = folder.read_state(previous=resume == "previous")
@@ -203,7 +204,7 @@ class _Run:
         settings = self.settings
         order = torch.cat(self._epoch_batches(0))[: settings.mpa_images]
         ((images, labels),) = self.train_data.batches([order])
-        found = pae.mpa_init(
+        found = self.alignment = pae.mpa_init(
             self.module,
             images,
             labels,
