@@ -2,12 +2,12 @@
 
     python -m bench.science.families run --output runs/families [--seeds 0 1 2] [--families ...]
     python -m bench.science.families time --output runs/families
-    python -m bench.science.families report --output runs/families --to bench/results/families
+    python -m bench.science.families report --output runs/families
 
 `run` trains one model after the other and can be interrupted: what is finished is not repeated, the
 rest is resumed. One recipe for all, the default of `pae train` for prompts: no family is tuned, so
 that no family is tuned more than another. `time` races one training step of every family against
-VPT-deep. `report` writes a Markdown table, the numbers as JSON, and figures.
+VPT-deep. `report` writes bench/results/science/families.json; `python -m bench.report` draws it.
 
 Accuracy intervals are percentile bootstraps over seeds: with three seeds they say how far the seeds
 lie apart, no more.
@@ -24,10 +24,9 @@ import torch
 import torch.nn.functional as F
 
 import pae
+from bench import figures as style
 from bench.timing import CLOCKS, measure
-from pae.checkpoint import write_atomically
 from pae.train import methods
-from pae.train.runfolder import RunFolder
 from pae.train.settings import Settings
 
 from . import runs
@@ -59,7 +58,8 @@ PAE = {
     "apt": (),
 }
 VARIANTS = ("plain", "pae")
-SHARE = 0.95  # "converged" is this share of the final validation accuracy
+COLOURS = {variant: style.COLOURS[variant] for variant in VARIANTS}
+JSON = "families.json"
 
 
 def changes(family: str, variant: str) -> dict:
@@ -108,7 +108,7 @@ def time(arguments) -> None:
     }
     keep = ("model", "num_tokens", "batch", "rounds", "clock")
     record = {**{name: getattr(arguments, name) for name in keep}, "ratio": ratios}
-    _write_json(Path(arguments.output) / "step_time.json", record)
+    runs.write_json(Path(arguments.output) / "step_time.json", record)
     for family, ratio in ratios.items():
         print(f"{family:10} {ratio:.3f}")
 
@@ -127,174 +127,181 @@ def _step(module, chosen, batch):
     return step
 
 
-# ---- the table
-
-
-def collect(output: Path) -> dict[tuple[str, str], list[dict]]:
-    """Finished runs: (family, variant) -> one record per seed."""
-    found: dict[tuple[str, str], list[dict]] = {}
-    for family in FAMILIES:
-        for variant in VARIANTS:
-            for path in sorted(output.glob(f"{family}-{variant}-*")):
-                folder = RunFolder(path)
-                result = folder.result()
-                if result is None:
-                    continue
-                rows = folder.rows()
-                found.setdefault((family, variant), []).append(
-                    {
-                        "seed": int(path.name.rpartition("-")[2]),
-                        "test": result["test_accuracy"],
-                        "val": [row["val_accuracy"] for row in rows],
-                        "loss": [row["train_loss"] for row in rows],
-                        "converged": epochs_to_share([row["val_accuracy"] for row in rows]),
-                        "parameters": result["trained_parameters"],
-                    }
-                )
-    return found
-
-
-def epochs_to_share(accuracies: list[float], share: float = SHARE) -> int:
-    """First epoch (from 1) whose validation accuracy reaches `share` of the last one's."""
-    return next(i for i, a in enumerate(accuracies, 1) if a >= share * accuracies[-1])
-
-
-def bootstrap(values: list[float], draws: int = 10000) -> tuple[float, float]:
-    """95 % percentile interval of the mean, resampling seeds."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.tensor(values, dtype=torch.float64)
-    index = torch.randint(len(values), (draws, len(values)), generator=generator)
-    means = values[index].mean(dim=1)
-    return tuple(torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist())
+# ---- from runs to numbers, text and figures
 
 
 def report(arguments) -> None:
-    """Write the table, the numbers and the figures."""
-    output, to = Path(arguments.output), Path(arguments.to)
-    found = collect(output)
+    """Write the numbers of all finished runs and of the step times."""
+    output = Path(arguments.output)
+    chosen = list(cells(arguments.dataset, list(FAMILIES), arguments.seeds))
+    found = runs.collect(chosen, output)
     if not found:
         raise SystemExit(f"--output {output}: no finished run there")
     timing = output / "step_time.json"
-    ratios = json.loads(timing.read_text())["ratio"] if timing.is_file() else {}
-    to.mkdir(parents=True, exist_ok=True)
-    write_atomically(to / "table.md", lambda p: p.write_text(table(found, ratios, _facts(output))))
-    _write_json(
-        to / "numbers.json",
-        {
-            "facts": _facts(output),
-            "step_time": ratios,
-            "runs": {f"{f} {v}": records for (f, v), records in found.items()},
-        },
+    baseline = {v: found.get((arguments.dataset, f"vpt-deep-{v}"), []) for v in VARIANTS}
+    rows = {}
+    for family in FAMILIES:
+        for variant in VARIANTS:
+            records = found.get((arguments.dataset, f"{family}-{variant}"))
+            if records:
+                own = found.get((arguments.dataset, f"{family}-plain"), [])
+                rows.setdefault(family, {})[variant] = _row(records, own, baseline[variant])
+    numbers = {
+        "facts": runs.facts(chosen, output),
+        "dataset": arguments.dataset,
+        "step_time": json.loads(timing.read_text()) if timing.is_file() else None,
+        "rows": rows,
+    }
+    path = Path(arguments.to) / JSON
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_json(path, numbers)
+    print(blocks(numbers)["families table"])
+
+
+def _row(records, own, deep) -> dict:
+    low, high = runs.bootstrap([r["test"] for r in records])
+    return {
+        "seeds": [r["seed"] for r in records],
+        "tests": [r["test"] for r in records],
+        "test": {"mean": statistics.mean(r["test"] for r in records), "low": low, "high": high},
+        "gain over plain": runs.paired(records, own),
+        "gain over vpt-deep": runs.paired(records, deep),
+        "converged": statistics.mean(r["converged"] for r in records),
+        "val": [statistics.mean(v) for v in zip(*(r["val"] for r in records))],
+        "parameters": records[0]["parameters"],
+    }
+
+
+def blocks(numbers: dict) -> dict[str, str]:
+    return {
+        "families setting": _setting(numbers),
+        "families table": _table(numbers),
+        "families verdict": _verdict(numbers["rows"]),
+    }
+
+
+def _setting(numbers) -> str:
+    facts, timed = numbers["facts"], numbers["step_time"]
+    task = facts["tasks"][numbers["dataset"]]
+    text = (
+        f"{numbers['dataset']}, {task['train']} training, {task['val']} validation and "
+        f"{task['test']} test images; {facts['model']} at {facts['img_size']} px, "
+        f"{facts['num_tokens']} prompts per block, {facts['epochs']} epochs, one recipe for all "
+        f"({facts['optimizer']}, lr {facts['lr']:g}, batch {facts['batch_size']}): no family is "
+        "tuned."
     )
-    for name, draw in (("accuracy", draw_accuracy), ("curves", draw_curves)):
-        for kind in ("svg", "png"):
-            figure = draw(found)
-            write_atomically(
-                to / f"{name}.{kind}", lambda p, f=figure, k=kind: f.savefig(p, format=k, dpi=130)
-            )
-    print((to / "table.md").read_text())
-
-
-def table(found, ratios, facts) -> str:
-    """Markdown: one row per family and variant."""
-    seeds = max(len(records) for records in found.values())
-    lines = [
-        f"{facts['task']}, {facts['train']} training images, {facts['test']} test images, "
-        f"{facts['epochs']} epochs, {facts['num_tokens']} prompts per block, one recipe for all "
-        f"({facts['optimizer']}, lr {facts['lr']:g}), up to {seeds} seeds; backbone "
-        f"{facts['model']}. Test accuracy of the best validation epoch: mean, bootstrap interval, "
-        "every seed.",
-        "",
-        "| family | variant | test accuracy | interval | seeds | epochs to 95 % | step time | "
-        "trained |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (family, variant), records in found.items():
-        tests = [r["test"] for r in records]
-        low, high = bootstrap(tests)
-        ratio = f"{ratios[family]:.2f}x" if variant == "plain" and family in ratios else ""
-        name = "plain" if variant == "plain" else "+ " + " + ".join(PAE[family]).upper()
-        lines.append(
-            f"| {family} | {name} | {statistics.mean(tests):.3f} | {low:.3f} to {high:.3f} | "
-            f"{', '.join(f'{t:.3f}' for t in tests)} | "
-            f"{statistics.mean(r['converged'] for r in records):.1f} | {ratio} | "
-            f"{records[0]['parameters']:,} |"
+    if timed:
+        text += (
+            f" Step time: one training step of {timed['model']} with {timed['num_tokens']} prompts,"
+            f" batch {timed['batch']}, over that of VPT-deep, {timed['clock']} time, median of "
+            f"{timed['rounds']} interleaved rounds."
         )
-    return "\n".join(lines) + "\n"
+    return text
 
 
-def _facts(output: Path) -> dict:
-    config = next(output.glob("*/config.json"))
-    read = json.loads(config.read_text())
-    chosen, task = read["settings"], read["task"]
-    keep = ("model", "epochs", "num_tokens", "optimizer", "lr", "batch_size")
-    sizes = {k: task[k] for k in ("train", "val", "test") if k in task}
-    return {"task": task["name"], **sizes, **{k: chosen[k] for k in keep}}
+def _table(numbers) -> str:
+    lines = [
+        "| family | variant | test accuracy (95 % interval) | every seed | epochs to 95 % of own "
+        "end | step time | trained |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ratios = (numbers["step_time"] or {}).get("ratio", {})
+    for family, variants in numbers["rows"].items():
+        for variant, row in variants.items():
+            ratio = f"{ratios[family]:.2f}x" if variant == "plain" and family in ratios else ""
+            test = row["test"]
+            lines.append(
+                f"| {family if variant == 'plain' else ''} | {_variant(family, variant)} | "
+                f"{test['mean']:.3f} ({test['low']:.3f} to {test['high']:.3f}) | "
+                f"{', '.join(f'{t:.3f}' for t in row['tests'])} | {row['converged']:.1f} | "
+                f"{ratio} | {row['parameters']:,} |"
+            )
+    return "\n".join(lines)
 
 
-# Okabe and Ito: told apart by every eye
-COLOURS = {"plain": "#0072B2", "pae": "#D55E00"}
+def _variant(family, variant) -> str:
+    return "plain" if variant == "plain" else "+ " + " + ".join(PAE[family]).upper()
+
+
+def _verdict(rows) -> str:
+    """Who gained and who lost, counted by code."""
+    gains = {f: v["pae"]["gain over plain"] for f, v in rows.items() if "pae" in v}
+    gains = {family: gain for family, gain in gains.items() if gain}
+    if not gains:
+        return "No family has been run with and without PAE."
+    better = [f for f, g in gains.items() if g["mean"] > 0]
+    worse = [f for f, g in gains.items() if g["mean"] < 0]
+    mean = statistics.mean(g["mean"] for g in gains.values())
+    text = (
+        f"What PAE adds: {mean:+.3f} test accuracy on average over {len(gains)} families; "
+        f"higher in {len(better)} ({', '.join(better) or 'none'}), "
+        f"lower in {len(worse)} ({', '.join(worse) or 'none'}). "
+    )
+    clear = [f for f, v in rows.items() if "pae" in v and _same_sign(v)]
+    seeds = max(g["seeds"] for g in gains.values())
+    return text + (
+        f"All {seeds} seeds agree in sign for {', '.join(clear) or 'none'}; of {len(gains)} "
+        f"families, {len(gains) * 2 ** (1 - seeds):.1f} would by chance."
+    )
+
+
+def _same_sign(variants) -> bool:
+    plain = dict(zip(variants["plain"]["seeds"], variants["plain"]["tests"]))
+    pairs = zip(variants["pae"]["seeds"], variants["pae"]["tests"])
+    gains = [test - plain[seed] for seed, test in pairs if seed in plain]
+    return all(g > 0 for g in gains) or all(g < 0 for g in gains)
+
+
 LABELS = {"plain": "plain", "pae": "+ PAE, as far as it applies"}
 
 
-def draw_accuracy(found):
+def figures(numbers: dict) -> dict:
+    rows = numbers["rows"]
+    return {
+        "families_accuracy": lambda: draw_accuracy(rows),
+        "families_curves": lambda: draw_curves(rows),
+    }
+
+
+def draw_accuracy(rows):
     """Test accuracy by family: a dot per seed, a bar at the mean."""
-    figure, axes = _figure(8, 3.4)
+    figure, axes = style.figure(8, 3.4)
     for offset, variant in ((-0.13, "plain"), (0.13, "pae")):
-        for place, family in enumerate(FAMILIES):
-            tests = [r["test"] for r in found.get((family, variant), [])]
-            if not tests:
-                continue
-            x = place + offset
-            axes.plot([x] * len(tests), tests, "o", ms=4, alpha=0.6, color=COLOURS[variant])
-            mean = statistics.mean(tests)
-            axes.plot([x - 0.1, x + 0.1], [mean, mean], lw=2, color=COLOURS[variant])
-    axes.set_xticks(range(len(FAMILIES)), list(FAMILIES), rotation=30, ha="right")
-    axes.set_ylabel("test accuracy")
-    for variant, colour in COLOURS.items():
+        colour = COLOURS[variant]
+        for place, variants in enumerate(rows.values()):
+            if variant in variants:
+                row, x = variants[variant], place + offset
+                axes.plot([x] * len(row["tests"]), row["tests"], "o", ms=4, alpha=0.6, color=colour)
+                axes.plot([x - 0.1, x + 0.1], [row["test"]["mean"]] * 2, lw=2, color=colour)
         axes.plot([], [], "o", color=colour, label=LABELS[variant])
-    axes.legend(frameon=False, loc="lower right")
+    axes.set_xticks(range(len(rows)), list(rows), rotation=30, ha="right")
+    axes.set_ylabel("test accuracy")
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
-def draw_curves(found):
+def draw_curves(rows):
     """Validation accuracy by epoch, mean over seeds, one small panel per family."""
-    columns = 5
-    rows = -(-len(FAMILIES) // columns)
-    figure, panels = _figure(9, 1.9 * rows, rows, columns)
-    for panel, family in zip(panels.flat, FAMILIES):
-        for variant, colour in COLOURS.items():
-            records = found.get((family, variant), [])
-            if records:
-                mean = [statistics.mean(values) for values in zip(*(r["val"] for r in records))]
-                panel.plot(range(1, len(mean) + 1), mean, ".-", color=colour)
-        panel.set_title(family, fontsize=9)
-    for panel in panels[-1]:
-        panel.set_xlabel("epoch")
-    for panel in panels[:, 0]:
-        panel.set_ylabel("val accuracy")
+    columns = min(5, len(rows))
+    lines = -(-len(rows) // columns)
+    figure, panels = style.figure(1.9 * columns, 1.9 * lines, lines, columns)
+    panels = list(getattr(panels, "flat", [panels]))
+    for place, (panel, (family, variants)) in enumerate(zip(panels, rows.items())):
+        for variant, row in variants.items():
+            epochs = range(1, len(row["val"]) + 1)
+            panel.plot(epochs, row["val"], ".-", color=COLOURS[variant])
+        panel.set_title(family)
+        if place % columns == 0:
+            panel.set_ylabel("val accuracy")
+        if place >= len(rows) - columns:
+            panel.set_xlabel("epoch")
+    low = min(min(row["val"]) for variants in rows.values() for row in variants.values())
+    for panel in panels:
+        panel.set_ylim(low - 0.02, 1)
     for variant, colour in COLOURS.items():
-        panels[0, 0].plot([], [], ".-", color=colour, label=LABELS[variant].split(",")[0])
-    panels[0, 0].legend(frameon=False, fontsize=8)
+        panels[0].plot([], [], ".-", color=colour, label=LABELS[variant].split(",")[0])
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
-
-
-def _figure(width, height, rows=1, columns=1):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    made = figure.subplots(rows, columns, sharex=rows * columns > 1, sharey=rows * columns > 1)
-    for axes in made.flat if rows * columns > 1 else [made]:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, made
-
-
-def _write_json(path: Path, value) -> None:
-    text = json.dumps(value, indent=1)
-    write_atomically(path, lambda p: p.write_text(text + "\n"))
 
 
 def main() -> None:
@@ -306,7 +313,9 @@ def main() -> None:
         command.set_defaults(work=work)
         command.add_argument("--output", required=True, help="folder of the runs")
         if name == "report":
-            command.add_argument("--to", default="bench/results/families")
+            command.add_argument("--to", default="bench/results/science")
+            command.add_argument("--dataset", default="pneumonia")
+            command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
             continue
         if name == "run":
             command.add_argument("--dataset", default="pneumonia")
