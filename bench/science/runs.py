@@ -75,10 +75,7 @@ def run(cells: Iterable[Cell], output: Path, test_size: int | None, **common) ->
         settings = Settings(
             dataset=cell.dataset, seed=cell.seed, workers=0, **{**common, **cell.changes}
         ).resolved()
-        task = loop.load_task(settings)
-        if test_size is not None and test_size < len(task.test):
-            (kept,) = stratified_cut(task.test.labels, [test_size], seed=0)
-            task = dataclasses.replace(task, test=task.test.subset(kept))
+        task = load_task(settings, test_size)
         trace = Trace()
         accelerator = loop.make_accelerator(settings)
         result = loop.train(
@@ -92,6 +89,15 @@ def run(cells: Iterable[Cell], output: Path, test_size: int | None, **common) ->
             f"{result['test_accuracy']:.3f}, {trace.seconds[-1]:.0f} s",
             flush=True,
         )
+
+
+def load_task(settings: Settings, test_size: int | None = None):
+    """The task of the settings, with at most `test_size` test images, the same for every seed."""
+    task = loop.load_task(settings)
+    if test_size is None or test_size >= len(task.test):
+        return task
+    (kept,) = stratified_cut(task.test.labels, [test_size], seed=0)
+    return dataclasses.replace(task, test=task.test.subset(kept))
 
 
 def clear_unfinished(output: Path) -> None:
