@@ -335,7 +335,7 @@ def draw_gradients(results):
         high = max(v.quantile(0.98).item() for v in logs.values())
         for panel, (name, values) in zip(line, logs.items()):
             image = panel.imshow(
-                values.T, aspect="auto", origin="lower", cmap="viridis", vmin=low, vmax=high
+                values.T.numpy(), aspect="auto", origin="lower", cmap="viridis", vmin=low, vmax=high
             )
             panel.grid(False)
             panel.set_title(f"{dataset}, {TITLES[name]}")
