@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # the studies are not installed
 
 from bench.science import convergence, families, runs  # noqa: E402
-
 from pae.train import loop  # noqa: E402
 from pae.train.data import read_folder  # noqa: E402
 
