@@ -162,14 +162,15 @@ def first_screen(run: Run | None, dtypes: Sequence[str], step: str = STEP) -> st
     for dtype, found in by_dtype.items():
         for prompts, rows in found.items():
             lines.append([f"{_TYPES[dtype]}, {prompts} prompts: time", *_ratios(rows, names)])
-    for prompts, rows in by_dtype.get(dtypes[0], {}).items():
+    counts = list(by_dtype.get(dtypes[0], ()))
+    for prompts in dict.fromkeys(counts[:1] + counts[-1:]):
+        rows = by_dtype[dtypes[0]][prompts]
         here = suite.measured(rows)
         cells = [_saved(here[n]) if n in here else "" for n in names]
         lines.append([f"{_TYPES[dtypes[0]]}, {prompts} prompts: kept, MB/image", *cells])
     if not lines:
         return UNMEASURED
-    batch = everything[0][0].group.rsplit("/B", 1)[1]
-    title = f"training step, {label(step)}, batch {batch}"
+    title = f"training step, {label(step)}, batch {batch_of(everything[0])}"
     return f"{markdown([[title, *(headings[n] for n in names)], *lines])}\n\n{machine(run)}"
 
 
@@ -193,6 +194,30 @@ CLAIMS = {
     "step 50": (STEP + "P50/fp32/", OFFICIAL, EXACT),
     "step 100": (STEP + "P100/fp32/", OFFICIAL, EXACT),
 }
+
+
+def several_prompts(chosen: list[Run]) -> Run | None:
+    """The run whose steps show what prompts cost."""
+    return next((run for run in chosen if len(cases(run, STEP, "fp32")) > 1), None)
+
+
+def hero_caption(chosen: list[Run]) -> str:
+    """What the first figure shows, and where it was measured."""
+    run = several_prompts(chosen)
+    if run is None:
+        return UNMEASURED
+    rows = next(iter(cases(run, STEP, "fp32").values()))
+    others = (suite.first_with(chosen, group) for group, _, _ in CLAIMS.values())
+    devices = dict.fromkeys(r.device for r in others if r is not None and r.device != run.device)
+    on = f" (right: {', '.join(devices)})" if devices else ""
+    return (
+        f"A training step of VPT-deep on {label(STEP)}, fp32, batch {batch_of(rows)}; right, KLD "
+        f"and MPA against the released formulation. {machine(run)[:-1]}{on}."
+    )
+
+
+def batch_of(rows: Sequence[Row]) -> int:
+    return int(rows[0].group.rsplit("/B", 1)[1])
 
 
 def speed(chosen: list[Run], claim: str) -> float | None:
@@ -262,6 +287,27 @@ def other(chosen: list[Run]) -> str:
     return "\n\n".join(parts) or "None."
 
 
+def axes_of(run: Run | None) -> dict[str, dict[str, list[Row]]]:
+    """What is scaled -> value -> rows: groups `scaling/AXIS/VALUE` in the order measured."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for group, rows in (run.matching("scaling/") if run else {}).items():
+        _, axis, value = group.split("/", 2)
+        found.setdefault(axis, {})[value] = rows
+    return found
+
+
+def scaling(run: Run | None) -> str:
+    """A figure and a table for everything that is scaled."""
+    parts = []
+    for axis in axes_of(run):
+        parts += [
+            f"### By {axis.replace('_', ' ')}",
+            f"![Step time and kept memory by {axis}](figures/scaling_{axis}.svg)",
+            race(run, (f"scaling/{axis}/",), drop=("scaling", axis)),
+        ]
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def losses(chosen: list[Run]) -> str:
     """Every row of ours that a peer beats, worst first."""
     pairs = sum(1 for run in chosen for _ in suite.duels(run))
@@ -313,6 +359,8 @@ def blocks(everything: list[Run]) -> dict[str, str]:
     first = {name: shown(cpu, name) for name in SECTIONS}
     made = {
         "suite step": first_screen(suite.first_with(cpu, STEP), ("fp32", "bf16")),
+        "suite hero": hero_caption(cpu),
+        "suite scaling": scaling(suite.first_with(cpu, "scaling/")),
         "suite losses": losses(list({id(r): r for r in first.values() if r}.values())),
         "suite other": other(cpu),
         "suite gpu": gpu_page(gpu),
