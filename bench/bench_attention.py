@@ -15,10 +15,11 @@ from pae_kernels.attention import reference, tiles
 
 from . import peers_attention, roofline
 from .contest import Contestant, Group, Provider, Settings, Unavailable, relative
-from .memory import peak_bytes
+from .memory import SavedBytes
 
 KINDS = ("forward", "backward", "both")
 FLASH, CUDNN, SDPA = "SDPA flash", "SDPA cuDNN", "SDPA"
+NEEDS_GPU = "needs a GPU"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FACTOR = 2.0  # a row's error, in multiples of what the written-out softmax makes in its dtype
 
@@ -92,7 +93,7 @@ def contestant(shared: Inputs, attend: peers_attention.Attend, routed=nullcontex
     """`attend` inside the context `routed`, which may choose how it runs."""
 
     def check() -> dict[str, float]:
-        with routed():
+        with routed(), SavedBytes((shared.qkv, shared.kv, shared.d_out)) as saved:
             found = errors(shared.run(attend), shared.expected)
         for what, value, limit in zip(("out", "d_qkv", "d_prompts"), found, shared.limits):
             assert value <= limit, f"{what} is off by {value:.1e}, more than {limit:.1e}"
@@ -105,13 +106,13 @@ def contestant(shared: Inputs, attend: peers_attention.Attend, routed=nullcontex
             "live_gflop": roofline.attention_flops(shared.kind, *sizes) / 1e9,
             "floor_mb": moved / 1e6,
         }
-        if shared.qkv.is_cuda:
-            work()  # a timed backward keeps its forward
-            columns["peak_mb"] = peak_bytes(work, shared.qkv.device) / 1e6
+        if shared.kind != "forward":  # which is timed without autograd
+            columns["saved_mb_per_image"] = saved.activations / s.batch / 1e6
+        work()  # a timed backward keeps its forward, which is then no part of its peak
         return columns
 
     work = work_of(shared, attend, routed)
-    return Contestant(work, check, capture=True)
+    return Contestant(work, check, capture=True, dtype=shared.shape.dtype)
 
 
 def work_of(shared: Inputs, attend, routed) -> Callable[[], object]:
@@ -165,17 +166,18 @@ def providers(kind: str, settings: Settings, compile_too: bool) -> list[Provider
         return Provider(name, lambda shared: start_peer(shared, make), left_out)
 
     on_gpu = settings.device.type == "cuda"
+    slow, no_gpu = settings.why_not_compile(compile_too), "" if on_gpu else NEEDS_GPU
     rows = [peer("eager", lambda: peers_attention.eager)]
     if on_gpu:
-        slow = settings.why_not_compile(compile_too)
-        rows += [
-            peer(FLASH, lambda: peers_attention.sdpa("flash")),
-            peer(CUDNN, lambda: peers_attention.sdpa("cuDNN")),
-            peer("FlexAttention, compiled", peers_attention.flex, slow),
-        ]
+        rows.append(peer(FLASH, lambda: peers_attention.sdpa("flash")))
     else:
         rows.append(peer(SDPA, peers_attention.sdpa))
-    rows.append(Provider("pae", lambda shared: contestant(shared, ours)))
+    rows += [
+        peer(CUDNN, lambda: peers_attention.sdpa("cuDNN"), no_gpu),
+        peer("flash-attn", peers_attention.flash_attn, no_gpu),
+        peer("FlexAttention, compiled", peers_attention.flex, slow),
+        Provider("pae", lambda shared: contestant(shared, ours)),
+    ]
     if on_gpu and kind != "forward":
         rows.append(Provider("pae, two passes", start_split))
     return rows

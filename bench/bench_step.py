@@ -131,12 +131,11 @@ def contestant(
             "saved_mb_per_image": saved.activations / len(step.images) / 1e6,
             "weight_copies_mb": saved.weight_copies / 1e6,
         }
-        if step.images.is_cuda:
-            peak = peak_bytes(lambda: step.run(forward, trained), step.images.device)
-            columns["peak_mb"] = (peak + own_bytes(folded, weights)) / 1e6
+        peak = peak_bytes(lambda: step.run(forward, trained), step.images.device)
+        columns["peak_mb"] = (peak + own_bytes(folded, weights)) / 1e6
         return columns
 
-    return Contestant(lambda: step.run(forward, trained), check)
+    return Contestant(lambda: step.run(forward, trained), check, dtype=step.dtype)
 
 
 def verdict(step: Step, logits: Tensor, gradients: Tensor, memory: str) -> dict[str, float]:
@@ -145,15 +144,13 @@ def verdict(step: Step, logits: Tensor, gradients: Tensor, memory: str) -> dict[
     fp32_limits = FP32_LOW_LIMITS if memory == "low" else FP32_LIMITS
     for what, limit in (step.limits or fp32_limits).items():
         assert errors[what] <= limit, f"{what} are off by {errors[what]:.1e} > {limit:.1e}"
-    columns = {
+    return {
         "value_error": errors["logits"],
         "gradient_error": errors["gradients"],
         "live_gflop": step.live_flops / 1e9,
+        "floor_mb": step.live_bytes / 1e6,
         "images": float(len(step.images)),
     }
-    if step.images.is_cuda:
-        columns["floor_mb"] = step.live_bytes / 1e6
-    return columns
 
 
 def start_cudnn(step: Step) -> Contestant:
@@ -197,7 +194,7 @@ def start_graphed(step: Step) -> Contestant:
         columns = verdict(step, logits, tokens.grad, "exact")
         return columns | {"peak_mb": (peak + own) / 1e6}
 
-    return Contestant(lambda: steps[0](step.images, step.labels), check)
+    return Contestant(lambda: steps[0](step.images, step.labels), check, dtype=step.dtype)
 
 
 def providers(compile_too: bool, settings: Settings) -> list[Provider]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import timm
 import torch
 
-from . import roofline, table
+from . import roofline, self_test, table
 from .contest import Group, Outcome, Settings, hold
 from .timing import CLOCKS, Replay, default_clock
 
@@ -21,6 +23,9 @@ GROUPS = pytest.StashKey[dict[str, Group]]()
 OUTCOMES = pytest.StashKey[dict[str, dict[str, Outcome]]]()
 SETTINGS = pytest.StashKey[Settings]()
 STARTED = pytest.StashKey[float]()
+CLOCK_TEST = pytest.StashKey[dict[str, float]]()  # what the clock's self-test found
+
+CLOCK_FAILED = 6  # exit code of a session whose clock is wrong; pytest's own end at 5
 
 
 def pytest_addoption(parser):
@@ -62,6 +67,11 @@ def pytest_sessionstart(session):
     cache = Path(tempfile.gettempdir()) / f"pae_bench_inductor_{option('threads')}_threads"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     config._benchmarksession.quiet = True  # the table below says more in less
+    if size != "smoke" and not option("collectonly"):
+        try:
+            config.stash[CLOCK_TEST] = self_test.prove(device, clock)
+        except self_test.BadClock as error:
+            pytest.exit(f"no time can be trusted here: {error}", CLOCK_FAILED)
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -119,31 +129,52 @@ def replay(request, group, provider):
     return into
 
 
-def _machine(settings: Settings) -> dict:
+def _machine(config) -> dict:
     """What a reader needs to judge the times; nothing that names the machine."""
-    if settings.device.type == "cuda":
+    settings = config.stash[SETTINGS]
+    on_gpu = settings.device.type == "cuda"
+    if on_gpu:
         processor = torch.cuda.get_device_name(settings.device)
+        device = {
+            "driver": _driver(),
+            "CUDA": torch.version.cuda,
+            "cuDNN": torch.backends.cudnn.version(),
+        }
     else:
         processor = f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
-    ceilings = {}
-    if settings.device.type == "cuda" and settings.size != "smoke":
-        seen = roofline.ceilings(settings.device)
-        ceilings = {
-            "product TFLOP/s": round(seen["peak_tflops"]),
-            "copy GB/s": round(seen["peak_gbps"]),
-            "triton": _version("triton"),
-            "CUDA": torch.version.cuda,
-        }
+        device = {}
+    clock = {"clock": settings.clock}
+    if CLOCK_TEST in config.stash:
+        clock["clock test"] = self_test.verdict(config.stash[CLOCK_TEST])
     return {
         "device": processor,
-        **ceilings,
+        **device,
         "cores": os.cpu_count(),
         "threads": settings.threads,
+        "system": f"{platform.system()} {platform.machine()}",
+        "shapes": "real" if on_gpu else "small",
+        **clock,
+        "fp32 products": torch.get_float32_matmul_precision(),
+        **roofline.seen(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "timm": timm.__version__,
+        "numpy": _version("numpy"),
         "python": platform.python_version(),
         "commit": _commit(),
     }
+
+
+def _driver() -> str:
+    """Version of the GPU's driver, as its own tool gives it."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return "unknown"
+    ask = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return answer[0] if answer else "unknown"
 
 
 def _cpu_model() -> str:
@@ -172,7 +203,8 @@ def _commit() -> str:
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.clear()
-    machine_info["summary"] = _machine(config.stash[SETTINGS])
+    machine_info["summary"] = _machine(config)
+    machine_info["clock_test"] = config.stash.get(CLOCK_TEST, None)
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
@@ -222,4 +254,4 @@ def pytest_terminal_summary(terminalreporter, config):
             )
     terminalreporter.section("pae benchmarks")
     left_out = _left_out(config)["groups"]
-    terminalreporter.write_line(table.render(rows, left_out, _machine(settings)))
+    terminalreporter.write_line(table.render(rows, left_out, _machine(config)))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import roofline
+from .memory import peak_bytes
 from .timing import Sample, captured, one_stream, race
 
 
@@ -64,12 +65,14 @@ class Contestant:
             `table.COLUMNS`).
         units: pieces of work in one `work()` (windows of MPA); times are divided by it.
         capture: on a GPU, time the replay of a CUDA graph of `work`, which returns its results.
+        dtype: of its products, "fp32" or "bf16": which measured product its rate is a share of.
     """
 
     work: Callable[[], object]
     check: Callable[[], dict[str, float]]
     units: int = 1
     capture: bool = False
+    dtype: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,12 @@ def _hold(group: Group, names: set[str], settings: Settings) -> dict[str, Outcom
     on_device = settings.device.type == "cuda"
     outcomes = {p.name: Outcome() for p in group.providers if p.name in names}
     works = {}
-    shared = group.open()
+    try:
+        shared = group.open()
+    except Exception as error:  # every row fails with it, once; the other groups still run
+        for outcome in outcomes.values():
+            outcome.error = error
+        return outcomes
     for provider in group.providers:
         if provider.name not in names:
             continue
@@ -142,11 +150,11 @@ def _hold(group: Group, names: set[str], settings: Settings) -> dict[str, Outcom
         try:
             contestant = provider.start(shared)
             outcome.columns = contestant.check()
+            if settings.size != "smoke":
+                outcome.columns |= _measured(contestant, outcome.columns, settings)
             work = contestant.work
             if on_device and contestant.capture:
                 work = captured(work, settings.device)
-            if on_device:
-                outcome.columns |= roofline.ceilings(settings.device)
         except Unavailable as reason:
             outcome.reason = str(reason)
         except torch.OutOfMemoryError:
@@ -157,6 +165,26 @@ def _hold(group: Group, names: set[str], settings: Settings) -> dict[str, Outcom
             outcome.units = contestant.units
             works[provider.name] = work
     rounds = 1 if settings.size == "smoke" else settings.rounds or group.rounds
-    for name, samples in race(works, rounds, settings.device).items():
-        outcomes[name].samples = samples
+    try:
+        samples = race(works, rounds, settings.device)
+    except Exception as error:  # no round is whole without it: nobody gets a time
+        for name in works:
+            outcomes[name].error = error
+        return outcomes
+    for name in works:
+        outcomes[name].samples = samples[name]
     return outcomes
+
+
+def _measured(
+    contestant: Contestant, columns: dict[str, float], settings: Settings
+) -> dict[str, float]:
+    """Columns that the suite measures for every row, outside of its times."""
+    device, found = settings.device, {}
+    if "peak_mb" not in columns:
+        found["peak_mb"] = peak_bytes(contestant.work, device) / 1e6
+    if "live_gflop" in columns:
+        found["peak_tflops"] = roofline.product_tflops(contestant.dtype, device, settings.clock)
+    if "floor_mb" in columns:
+        found["peak_gbps"] = roofline.copy_gbps(device, settings.clock)
+    return found

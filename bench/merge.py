@@ -28,7 +28,7 @@ def merge(runs: list[dict], gates: dict[str, str]) -> dict:
         whole["benchmarks"] += run["benchmarks"]
         whole["left_out"]["groups"] |= run["left_out"]["groups"]
         whole["left_out"]["providers"] += run["left_out"]["providers"]
-    whole["machine_info"] = {"summary": summary | gates}
+    whole["machine_info"] = runs[0]["machine_info"] | {"summary": summary | gates}
     return whole
 
 

@@ -51,6 +51,17 @@ def sdpa(backend: str | None = None) -> Attend:
     return attend
 
 
+def flash_attn() -> Attend:
+    """The package of that name, where it is installed; it takes 16 bit alone."""
+    from flash_attn import flash_attn_func
+
+    def attend(qkv: Tensor, kv_prompt: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in concatenated(qkv, kv_prompt))
+        return flash_attn_func(q, k, v).flatten(2)
+
+    return attend
+
+
 def flex() -> Attend:
     """FlexAttention without a mask, compiled as it is meant to be used."""
     from torch.nn.attention.flex_attention import flex_attention

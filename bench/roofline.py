@@ -1,4 +1,4 @@
-"""What the work needs at least, in operations and bytes, and what the device was seen to do.
+"""What the work needs at least, in operations and bytes, and what the machine was seen to do.
 
 Counts are the same for every row of a group: of the work that no exact version can avoid, each
 input read once and each output written once. Products are counted, 2 per multiply-add.
@@ -6,7 +6,8 @@ input read once and each output written once. Products are counted, 2 per multip
 
 from __future__ import annotations
 
-from functools import lru_cache
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -31,24 +32,56 @@ def attention_bytes(
     return float(itemsize * (PASSES[kind] * batch * tokens * width + prompt_rows))
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
-    """Columns `peak_tflops` and `peak_gbps`: an 8192^3 bf16 product on random data, and a copy."""
-    return dict(_ceilings(device))
+# ---- ceilings: what is measured in the session itself, once, when a row first needs it
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIDE = {"cuda": 8192, "cpu": 1024}  # of a square product
+COPIED = {"cuda": 2**31, "cpu": 2**27}  # bytes: more than any cache; 128 MB on a CPU
+RUNS, SECONDS = 10, 0.4  # of each, whichever ends first, but three at least
+
+_measured: dict[tuple[str, torch.device, str], float] = {}
 
 
-@lru_cache
-def _ceilings(device: torch.device) -> tuple[tuple[str, float], ...]:
-    side = 8192
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    source = torch.randn(2**29, device=device)  # 2 GB, far more than any cache
-    target = torch.empty_like(source)
+def product_tflops(dtype: str, device: torch.device, clock: str) -> float:
+    """TFLOP/s of a large product of random matrices in `dtype`, a key of `DTYPES`."""
+    return _once(f"{dtype} product TFLOP/s", device, clock, lambda: _product(dtype, device))
+
+
+def copy_gbps(device: torch.device, clock: str) -> float:
+    """GB/s, read and written, of a copy that no cache holds."""
+    return _once("copy GB/s", device, clock, lambda: _copy(device))
+
+
+def seen() -> dict[str, float]:
+    """All ceilings measured so far, to three digits, by name."""
+    return {name: float(f"{value:.3g}") for (name, _, _), value in sorted(_measured.items())}
+
+
+Work = tuple[Callable[[], object], float]  # and the amount that one call does
+
+
+def _product(dtype: str, device: torch.device) -> Work:
+    side = SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
     out = torch.empty_like(a)
-    works = {
-        "peak_tflops": (lambda: torch.mm(a, b, out=out), 2.0 * side**3 / 1e12),
-        "peak_gbps": (lambda: target.copy_(source), 2.0 * source.nbytes / 1e9),
-    }
-    found = []
-    for name, (work, amount) in works.items():
-        times = [timing.measure(work, device).device for _ in range(13)][3:]
-        found.append((name, amount / sorted(times)[len(times) // 2]))
-    return tuple(found)
+    return lambda: torch.mm(a, b, out=out), 2.0 * side**3 / 1e12
+
+
+def _copy(device: torch.device) -> Work:
+    source = torch.ones(COPIED[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2.0 * source.nbytes / 1e9
+
+
+def _once(name: str, device: torch.device, clock: str, prepare: Callable[[], Work]) -> float:
+    key = name, device, clock
+    if key not in _measured:
+        work, amount = prepare()
+        for _ in range(3 if device.type == "cuda" else 1):  # pages, plans and clocks come up
+            work()
+        seconds: list[float] = []
+        end = time.monotonic() + SECONDS
+        while len(seconds) < 3 or (len(seconds) < RUNS and time.monotonic() < end):
+            seconds.append(timing.measure(work, device).seconds(clock))
+        _measured[key] = amount / sorted(seconds)[len(seconds) // 2]
+    return _measured[key]

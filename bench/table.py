@@ -34,18 +34,17 @@ def _milliseconds(value: float) -> str:
 
 # heading -> cell of a row, or None where it has none
 COLUMNS: dict[str, Callable[[Row], str | None]] = {
+    "saved MB": lambda r: _column(r, "saved_mb", "{:.1f}"),
     "saved MB/image": lambda r: _column(r, "saved_mb_per_image", "{:.1f}"),
     "weight copies MB": lambda r: _column(r, "weight_copies_mb", "{:.0f}"),
-    "peak MB": lambda r: _column(r, "peak_mb", "{:.0f}"),
+    "peak MB": lambda r: _column(r, "peak_mb"),
     "images/s": lambda r: _rate(r, "images", "{:.1f}"),
-    "live GFLOP/s": lambda r: (
-        None if "peak_tflops" in r.columns else _rate(r, "live_gflop", "{:.0f}")
-    ),
+    "live GFLOP/s": lambda r: None if r.clock == "device" else _rate(r, "live_gflop", "{:.0f}"),
     "live TFLOP/s": lambda r: (
-        _rate(r, "live_gflop", "{:.0f}", 1e3) if "peak_tflops" in r.columns else None
+        _rate(r, "live_gflop", "{:.0f}", 1e3) if r.clock == "device" else None
     ),
     "of product": lambda r: _share(r, "live_gflop", "peak_tflops", 1e3),
-    "floor GB/s": lambda r: _rate(r, "floor_mb", "{:.0f}", 1e3),
+    "floor GB/s": lambda r: _rate(r, "floor_mb", "", 1e3),
     "of copy": lambda r: _share(r, "floor_mb", "peak_gbps", 1e3),
     "value error": lambda r: _column(r, "value_error", "{:.0e}"),
     "gradient error": lambda r: _column(r, "gradient_error", "{:.0e}"),
@@ -55,15 +54,20 @@ COLUMNS: dict[str, Callable[[Row], str | None]] = {
 SHORT = ("images/s", "of product", "of copy", "peak MB")
 
 
-def _column(row: Row, name: str, form: str) -> str | None:
-    return form.format(row.columns[name]) if name in row.columns else None
+def _column(row: Row, name: str, form: str = "") -> str | None:
+    return _formed(form, row.columns[name]) if name in row.columns else None
+
+
+def _formed(form: str, value: float) -> str:
+    """In `form`, or in three digits, all those before the point at least."""
+    return (form or ("{:.0f}" if value >= 100 else "{:.3g}")).format(value)
 
 
 def _rate(row: Row, name: str, form: str, unit: float = 1.0) -> str | None:
     """Column `name` per second, in multiples of `unit`."""
     if name not in row.columns:
         return None
-    return form.format(row.columns[name] / unit / statistics.median(row.seconds))
+    return _formed(form, row.columns[name] / unit / statistics.median(row.seconds))
 
 
 def _share(row: Row, name: str, ceiling: str, unit: float) -> str | None:

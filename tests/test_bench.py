@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import pae
+from pae_kernels.pointwise import activation
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are not installed
@@ -265,6 +267,26 @@ def test_a_gpu_has_groups_of_its_own(module, size):
     assert smaller is None or running(smaller) < running(size) or module is bench_pointwise
 
 
+def test_peak_on_a_cpu_is_the_most_at_one_time():
+    """Also inside of an operator, and beyond what was there before."""
+    size = 2**20
+    kept = torch.ones(size)
+
+    def run():
+        a = kept + 1
+        b = a * 2  # two of them
+        del a
+        c = b.sin()  # two again
+        del b
+        return c
+
+    assert memory.peak_bytes(run, CPU) == pytest.approx(2 * 4 * size, abs=100)  # and a scalar
+    u = torch.randn(size)
+    results = []
+    inside = memory.peak_bytes(lambda: results.extend(activation(u, "gelu", code=True)), CPU)
+    assert inside > sum(t.nbytes for t in results)
+
+
 def test_own_bytes_are_those_that_nobody_shares():
     weight = torch.zeros(10)
     assert memory.own_bytes([weight[:5], torch.zeros(3), weight], [weight]) == 12
@@ -361,12 +383,84 @@ def test_wrong_and_missing_providers_get_no_time():
         contest.Provider("not asked for", contestant(lambda: timed.append("other"))),
     )
     outcomes = contest.hold(group, {"plain", "wrong", "missing", "slow"}, SETTINGS)
-    assert timed == ["plain"] * 3
+    assert timed == ["plain"] * 4  # once for its memory, then three rounds
     assert len(outcomes["plain"].samples) == 3
     assert "gradients are off" in str(outcomes["wrong"].error)
     assert outcomes["missing"].reason == "needs a machine from next year"
     assert outcomes["slow"].reason == "too slow"
     assert set(outcomes) == {"plain", "wrong", "missing", "slow"}
+
+
+def test_a_group_that_cannot_open_fails_row_by_row():
+    def no_weights():
+        raise OSError("no weights here")
+
+    group = contest.Group("g", no_weights, [contest.Provider("a", contestant())], (), 3, "step")
+    outcome = contest.hold(group, {"a"}, SETTINGS)["a"]
+    assert "no weights here" in str(outcome.error) and not outcome.samples
+
+
+def test_a_race_that_breaks_gives_nobody_a_time():
+    calls = []
+
+    def breaks():
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("full")
+
+    group = a_group(
+        contest.Provider("plain", contestant()), contest.Provider("breaks", contestant(breaks))
+    )
+    outcomes = contest.hold(group, {"plain", "breaks"}, SETTINGS)
+    for outcome in outcomes.values():
+        assert "full" in str(outcome.error) and not outcome.samples
+
+
+def test_every_row_gets_its_memory_and_the_ceilings_of_its_dtype(monkeypatch):
+    monkeypatch.setattr(roofline, "_measured", {})
+    monkeypatch.setattr(roofline, "SIDE", {"cpu": 64})
+    monkeypatch.setattr(roofline, "COPIED", {"cpu": 2**16})
+    needs = {"live_gflop": 1.0, "floor_mb": 1.0}
+
+    def start(dtype, columns):
+        work = lambda: torch.empty(2**18)
+        return lambda shared: contest.Contestant(work, lambda: columns, dtype=dtype)
+
+    group = a_group(
+        contest.Provider("plain", start("fp32", needs)),
+        contest.Provider("narrow", start("bf16", needs)),
+        contest.Provider("no counts", start("fp32", {})),
+    )
+    outcomes = contest.hold(group, {"plain", "narrow", "no counts"}, SETTINGS)
+    plain, narrow, rest = (outcomes[name].columns for name in ("plain", "narrow", "no counts"))
+    assert rest == {"peak_mb": 2**20 / 1e6}
+    ceilings = roofline.seen()
+    assert list(ceilings) == ["bf16 product TFLOP/s", "copy GB/s", "fp32 product TFLOP/s"]
+    for row, dtype in ((plain, "fp32"), (narrow, "bf16")):
+        assert row["peak_tflops"] == pytest.approx(ceilings[f"{dtype} product TFLOP/s"], rel=0.01)
+        assert row["peak_gbps"] == pytest.approx(ceilings["copy GB/s"], rel=0.01)
+    smoke = contest.hold(group, {"plain"}, replace(SETTINGS, size="smoke"))["plain"].columns
+    assert smoke == needs
+
+
+def test_a_ceiling_is_its_amount_over_the_median_of_its_clock(monkeypatch):
+    """Runs of 1, 9, 2, 2 ... seconds: one interruption changes nothing."""
+    monkeypatch.setattr(roofline, "_measured", {})
+    monkeypatch.setattr(roofline, "SIDE", {"cpu": 100})
+    lengths = iter([1.0, 9.0, *[2.0] * 20])
+    measured = []
+
+    def measure(work, device):
+        measured.append(next(lengths))
+        return timing.Sample(measured[-1], 0.5 * measured[-1])
+
+    monkeypatch.setattr(timing, "measure", measure)
+    assert roofline.product_tflops("fp32", CPU, "wall") == pytest.approx(2e6 / 2.0 / 1e12)
+    count = len(measured)
+    assert 3 <= count <= roofline.RUNS
+    roofline.product_tflops("fp32", CPU, "wall")
+    assert len(measured) == count
+    assert roofline.product_tflops("fp32", CPU, "process") == pytest.approx(2e6 / 1.0 / 1e12)
 
 
 def test_speedup_is_the_median_of_ratios_within_rounds():
