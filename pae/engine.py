@@ -481,15 +481,21 @@ def _second_half(
         y, xhat, rstd = pointwise.add_layer_norm(x, rows, block.eps2, block.w_fc1.dtype)
     else:
         y = x + block.b_proj
-        y.view(-1, y.shape[-1]).addmm_(out.flatten(0, -2), block.w_proj.t())
+        _add_product_(y, out, block.w_proj)
         xhat, rstd = pointwise.layer_norm(y, block.eps2, block.w_fc1.dtype)
     hidden = F.linear(xhat, block.w_fc1, block.b_fc1)
     rows, code = pointwise.activation(hidden, block.activation, code=memory == "low")
     kept = {"exact": hidden, "low": code, "lowest": None}[memory]
     if apart:
         return y, F.linear(rows, block.w_fc2, block.b_fc2), (xhat, rstd, kept)
-    y.add_(block.b_fc2).view(-1, y.shape[-1]).addmm_(rows.flatten(0, -2), block.w_fc2.t())
+    _add_product_(y.add_(block.b_fc2), rows, block.w_fc2)
     return y, None, (xhat, rstd, kept)
+
+
+def _add_product_(y: Tensor, rows: Tensor, weight: Tensor) -> None:
+    """y += rows weight^T in place. By `out=`: PyTorch's FLOP counter does not know `addmm_`."""
+    flat = y.view(-1, y.shape[-1])
+    torch.addmm(flat, rows.flatten(0, -2), weight.t(), out=flat)
 
 
 def _second_half_backward(
