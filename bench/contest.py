@@ -151,7 +151,8 @@ def _hold(group: Group, names: set[str], settings: Settings) -> dict[str, Outcom
             contestant = provider.start(shared)
             outcome.columns = contestant.check()
             if settings.size != "smoke":
-                outcome.columns |= _measured(contestant, outcome.columns, settings)
+                measured = _measured(contestant, outcome.columns, settings)
+                outcome.columns = outcome.columns | measured
             work = contestant.work
             if on_device and contestant.capture:
                 work = captured(work, settings.device)
