@@ -1,0 +1,467 @@
+"""Time from image files to an accuracy: `pae train` with PAE against an official-style loop.
+
+    python -m bench.science.end_to_end run --output runs/end_to_end [--tokens 10 50] [--seeds 0 1]
+    python -m bench.science.end_to_end report --output runs/end_to_end
+
+Three loops train the same thing (VPT-deep + KLD + MPA in fp32) from the same seed, with the same
+data cut, order, first head and recipe:
+
+- "official": `bench.peers_loop`, whose docstring says what of it are facts of the released code;
+- "textbook": our loop with our data pipeline, MPA and regulariser, but the network as timm blocks
+  on concatenated rows, with fused attention (`--engine textbook`);
+- "pae": our loop as it is.
+
+What is timed begins with building the model and ends with the last test, imports apart. Seconds are
+of the process and its data workers together (`process`), and of the clock on the wall (`wall`).
+Time to accuracy leaves out the test split, which the official loop evaluates after every epoch and
+ours once; the total has it. Our loop decodes the test images before it starts, which counts as
+loading.
+
+`report` refuses numbers whose curves do not agree: the loops must select the same windows and must
+have the same losses in the first epoch, up to `LOSS_TOLERANCE`. It writes
+bench/results/science/end_to_end.json, which `bench.report` draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+
+import pae
+from bench import figures as style
+from pae.train.settings import Settings
+
+from . import loops, runs
+from .loops import PHASES
+
+ARMS = ("official", "textbook", "pae")
+LABELS = {
+    "official": "official-style loop",
+    "textbook": "our loop, textbook engine",
+    "pae": "pae",
+}
+PHASE_LABELS = {
+    "loading": "loading",
+    "alignment": "MPA",
+    "steps": "training steps",
+    "validation": "validation",
+    "test": "test",
+    "rest": "rest",
+}
+RESULT = Path("bench/results/science/end_to_end.json")
+
+# Relative, of the mean training loss of the first epoch. fp32 rounds at 6e-8, Adam divides small
+# gradients by themselves, and while all singular values of L are equal (as at the start) each
+# loop takes another one of the equally valid subgradients of its norm.
+LOSS_TOLERANCE = 1e-4
+
+
+# ---- the study
+
+
+@dataclass(frozen=True)
+class Race:
+    """All loops on one task with so many prompts per block, from one seed."""
+
+    dataset: str
+    tokens: int
+    seed: int
+
+    def folder(self, output: Path, arm: str) -> Path:
+        return Path(output) / self.dataset / f"{arm}-{self.tokens}-{self.seed}"
+
+    def order(self) -> tuple[str, ...]:
+        """Every seed another loop comes first."""
+        shift = self.seed % len(ARMS)
+        return ARMS[shift:] + ARMS[:shift]
+
+
+def race_settings(race: Race, arm: str, **common) -> Settings:
+    """fp32 everywhere: the released code knows nothing else, and the curves must agree."""
+    return Settings(
+        dataset=race.dataset,
+        num_tokens=race.tokens,
+        seed=race.seed,
+        kld=True,
+        mpa=True,
+        amp="no",
+        engine="textbook" if arm == "textbook" else "fast",
+        **common,
+    ).resolved()
+
+
+def run_arm(arm: str, settings: Settings, task, folder: Path) -> dict:
+    """Runs one loop and writes what it did to `folder`; returns that."""
+    runner = loops.run_official if arm == "official" else loops.run_ours
+    folder.mkdir(parents=True, exist_ok=True)
+    trace = runner(settings, task, folder)
+    torch.save(trace.prompts, folder / "first_prompts.pt")
+    record = {
+        "settings": dataclasses.asdict(settings),
+        "task": {"name": task.name, "classes": len(task.classes), **task.sizes()},
+        "machine": machine(settings.device),
+        "epochs": trace.epochs,
+        "picks": trace.picks,
+        "test": trace.test,
+        "total": trace.total,
+    }
+    runs.write_json(folder / "race.json", record)
+    return record
+
+
+def machine(device: str) -> dict:
+    """What the times belong to."""
+    import cpuinfo  # comes with pytest-benchmark
+
+    cpu = cpuinfo.get_cpu_info()["brand_raw"]
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "pae": pae.__version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def races(dataset: str, tokens: list[int], seeds: list[int]) -> Iterator[Race]:
+    """Seeds outermost: an early stop leaves whole seeds."""
+    for seed in seeds:
+        for count in tokens:
+            yield Race(dataset, count, seed)
+
+
+def run(arguments) -> None:
+    torch.backends.cudnn.allow_tf32 = False  # the patch embedding of an fp32 network
+    for race in races(arguments.dataset, arguments.tokens, arguments.seeds):
+        for arm in race.order():
+            folder = race.folder(arguments.output, arm)
+            if (folder / "race.json").is_file():
+                continue
+            settings = race_settings(race, arm, **runs.sizes(arguments))
+            task = runs.load_task(settings, arguments.test_size)
+            record = run_arm(arm, settings, task, folder)
+            process, wall = (seconds(record["total"], clock) for clock in ("process", "wall"))
+            print(f"{folder}: {process:.0f} s of process time, {wall:.0f} s", flush=True)
+
+
+# ---- the numbers
+
+
+class Disagreement(ValueError):
+    """The loops did not compute the same thing, so their times say nothing."""
+
+
+def collect(dataset: str, tokens: list[int], seeds: list[int], output: Path) -> dict:
+    """The parsed JSON of all finished races.
+
+    Raises:
+        Disagreement: loops of one race differ; or the races are of several machines or settings.
+        FileNotFoundError: no race is finished.
+    """
+    found, facts = [], None
+    for race in races(dataset, tokens, seeds):
+        files = {arm: race.folder(output, arm) / "race.json" for arm in ARMS}
+        if not all(file.is_file() for file in files.values()):
+            continue
+        records = {arm: json.loads(file.read_text()) for arm, file in files.items()}
+        prompts = {
+            arm: torch.load(file.with_name("first_prompts.pt"), weights_only=True)
+            for arm, file in files.items()
+        }
+        for arm, record in records.items():
+            if facts is None:
+                facts = facts_of(record)
+            if facts_of(record) != facts:
+                raise Disagreement(f"{files[arm]}: {facts_of(record)}, others have {facts}")
+        agreement = {
+            arm: agree(records["pae"], records[arm], prompts["pae"], prompts[arm])
+            for arm in ARMS
+            if arm != "pae"
+        }
+        # the lowest final accuracy, so that all reach the target; and the latest epoch that does,
+        # so that all have done the same work by then
+        target = runs.SHARE * min(r["epochs"][-1]["val_accuracy"] for r in records.values())
+        found.append(
+            {
+                "tokens": race.tokens,
+                "seed": race.seed,
+                "target": target,
+                "epoch": max(reached(record, target) for record in records.values()),
+                "agreement": agreement,
+                "arms": {
+                    arm: {key: record[key] for key in ("epochs", "test", "total")}
+                    for arm, record in records.items()
+                },
+            }
+        )
+    if facts is None:
+        raise FileNotFoundError(f"--output {output}: no finished race there")
+    return {"facts": facts, "share": runs.SHARE, "races": found}
+
+
+def facts_of(record: dict) -> dict:
+    """What all races of a study share."""
+    recipe = ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "scheduler")
+    method = ("method", "kld_dim", "kld_mode", "mpa_images", "mpa_window", "mpa_stride")
+    keep = ("model", "img_size", "workers", "device", *recipe, *method)
+    chosen = {key: record["settings"][key] for key in keep}
+    return {**chosen, "task": record["task"], "machine": record["machine"]}
+
+
+def agree(ours: dict, other: dict, prompts: torch.Tensor, other_prompts: torch.Tensor) -> dict:
+    """How far two loops are apart.
+
+    Returns:
+        "prompts" and per epoch "train_loss", relative; per epoch "val_accuracy", absolute.
+    Raises:
+        Disagreement: other windows, or other losses in the first epoch.
+    """
+    name = f"{other['settings']['num_tokens']} prompts, seed {other['settings']['seed']}"
+    if ours["picks"] != other["picks"]:
+        raise Disagreement(f"{name}: windows {other['picks']}, pae selects {ours['picks']}")
+    pairs = list(zip(ours["epochs"], other["epochs"], strict=True))
+    losses = [abs(b["train_loss"] / a["train_loss"] - 1) for a, b in pairs]
+    if losses[0] > LOSS_TOLERANCE:
+        raise Disagreement(
+            f"{name}: first training loss {pairs[0][1]['train_loss']}, pae has "
+            f"{pairs[0][0]['train_loss']}"
+        )
+    return {
+        "prompts": ((other_prompts - prompts).norm() / prompts.norm()).item(),
+        "train_loss": losses,
+        "val_accuracy": [abs(b["val_accuracy"] - a["val_accuracy"]) for a, b in pairs],
+    }
+
+
+CLOCKS = ("process", "wall")
+
+
+def seconds(spent: dict[str, list[float]], clock: str, phases=PHASES) -> float:
+    """Sum over phases."""
+    return sum(spent[name][CLOCKS.index(clock)] for name in phases)
+
+
+TO_TARGET = tuple(name for name in PHASES if name != "test")
+
+
+def reached(record: dict, target: float) -> int:
+    """First epoch (from 1) whose validation accuracy is at least `target`."""
+    return next(i for i, row in enumerate(record["epochs"], 1) if row["val_accuracy"] >= target)
+
+
+def to_target(race: dict, arm: str) -> dict[str, list[float]]:
+    """What was spent when the target was reached by all."""
+    return race["arms"][arm]["epochs"][race["epoch"] - 1]["clock"]
+
+
+def report(arguments) -> None:
+    numbers = collect(arguments.dataset, arguments.tokens, arguments.seeds, arguments.output)
+    Path(arguments.to).parent.mkdir(parents=True, exist_ok=True)
+    runs.write_json(arguments.to, numbers)
+    for text in blocks(numbers).values():
+        print(text, end="\n\n")
+
+
+# ---- what pages and README show
+
+
+def blocks(numbers: dict) -> dict[str, str]:
+    """Markdown by name: setting, agreement, table, and per number of prompts the gains in words."""
+    found = {
+        "end-to-end-setting": _setting(numbers),
+        "end-to-end-agreement": _agreement(numbers),
+        "end-to-end-table": _table(numbers),
+    }
+    for tokens, group in _by_tokens(numbers).items():
+        for other in ("official", "textbook"):
+            found[f"end-to-end-gain-{other}-{tokens}"] = _spread(gains(numbers, group, other))
+    return found
+
+
+def figures(numbers: dict) -> dict:
+    """Drawing functions by name."""
+    return {
+        "end-to-end-curves": lambda: draw_curves(numbers),
+        "end-to-end-phases": lambda: draw_phases(numbers),
+    }
+
+
+def gains(numbers: dict, group: list[dict], other: str) -> list[float]:
+    """Per seed: how many times the seconds of "pae" another loop takes to the target."""
+    clock = _clock(numbers)
+    return [
+        seconds(to_target(race, other), clock, TO_TARGET)
+        / seconds(to_target(race, "pae"), clock, TO_TARGET)
+        for race in group
+    ]
+
+
+def _by_tokens(numbers: dict) -> dict[int, list[dict]]:
+    groups: dict[int, list[dict]] = {}
+    for race in numbers["races"]:
+        groups.setdefault(race["tokens"], []).append(race)
+    return dict(sorted(groups.items()))
+
+
+def _clock(numbers: dict) -> str:
+    """Other programs on the machine do not change process time; of a GPU's work it knows little."""
+    return "wall" if numbers["facts"]["device"] == "cuda" else "process"
+
+
+def _spread(values: list[float]) -> str:
+    low, high = (f"{end(values):.1f}" for end in (min, max))
+    return f"{low}x" if low == high else f"{low}x to {high}x"
+
+
+def _setting(numbers: dict) -> str:
+    facts = numbers["facts"]
+    task, where = facts["task"], facts["machine"]
+    size = f" at {facts['img_size']} px" if facts["img_size"] else ""
+    threads = f"{where['threads']} thread" + "s" * (where["threads"] > 1)
+    seeds = sorted({race["seed"] for race in numbers["races"]})
+    return (
+        f"{task['name']}, {task['train']} training, {task['val']} validation and {task['test']} "
+        f"test images; {facts['model']}{size}, {facts['method']} with KLD (dimension "
+        f"{facts['kld_dim']}, {facts['kld_mode']}) and MPA on {facts['mpa_images']} images; "
+        f"{facts['epochs']} epochs, batch {facts['batch_size']}, {facts['optimizer']}, lr "
+        f"{facts['lr']:g}, fp32; seeds {', '.join(map(str, seeds))}. {where['device']}, {threads} "
+        f"and {facts['workers']} data workers, torch {where['versions']['torch']}."
+    )
+
+
+def _agreement(numbers: dict) -> str:
+    """The largest differences, in one sentence."""
+    found = [apart for race in numbers["races"] for apart in race["agreement"].values()]
+    task = numbers["facts"]["task"]
+    prompts = max(apart["prompts"] for apart in found)
+    first = max(apart["train_loss"][0] for apart in found)
+    later = max(max(apart["train_loss"]) for apart in found)
+    images = round(max(max(apart["val_accuracy"]) for apart in found) * task["val"])
+    return (
+        f"All loops selected the same windows in every race; first prompts differ by at most "
+        f"{prompts:.0e} (relative norm), the training loss by {first:.0e} in the first epoch and "
+        f"{later:.0e} in any, the validation accuracy by {images} of {task['val']} images."
+    )
+
+
+def _table(numbers: dict) -> str:
+    clock, share = _clock(numbers), numbers["share"]
+    parts = [PHASE_LABELS[name] for name in TO_TARGET]
+    unit = "s, process time" if clock == "process" else "s"
+    lines = [
+        f"| prompts | loop | to {share:.0%} of the final accuracy, {unit} | "
+        f"of it {' / '.join(parts)} | times pae's | wall clock | whole run with tests, {unit} |",
+        "|---" * 7 + "|",
+    ]
+    for tokens, group in _by_tokens(numbers).items():
+        for arm in ARMS:
+            spent = [to_target(race, arm) for race in group]
+            mean = statistics.mean(seconds(s, clock, TO_TARGET) for s in spent)
+            of_it = (
+                f"{statistics.mean(seconds(s, clock, [name]) for s in spent):.1f}"
+                for name in TO_TARGET
+            )
+            wall = statistics.mean(seconds(s, "wall", TO_TARGET) for s in spent)
+            total = statistics.mean(seconds(race["arms"][arm]["total"], clock) for race in group)
+            times = _spread(gains(numbers, group, arm)) if arm != "pae" else "1"
+            lines.append(
+                f"| {tokens} | {LABELS[arm]} | {mean:.1f} | {' / '.join(of_it)} | {times} | "
+                f"{wall:.0f} s | {total:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def draw_curves(numbers: dict):
+    """Validation accuracy against seconds since the start: a panel per number of prompts."""
+    groups, clock = _by_tokens(numbers), _clock(numbers)
+    width = 1.2 + 3.2 * len(groups)
+    figure, axes = style.figure(width, 3.0, 1, len(groups), sharey=True, squeeze=False)
+    for panel, (tokens, group) in zip(axes[0], groups.items()):
+        for arm in ARMS:
+            for number, race in enumerate(group):
+                rows = race["arms"][arm]["epochs"]
+                panel.plot(
+                    [seconds(row["clock"], clock, TO_TARGET) for row in rows],
+                    [row["val_accuracy"] for row in rows],
+                    "o-",
+                    color=style.COLOURS[COLOURS[arm]],
+                    alpha=0.85,
+                    label=LABELS[arm] if number == 0 else None,
+                )
+        for target in sorted({race["target"] for race in group}):
+            panel.axhline(target, color=style.COLOURS["model"], linewidth=0.8, linestyle=":")
+        panel.set_xscale("log")
+        panel.set_title(f"{tokens} prompts per block")
+        panel.set_xlabel(_unit(clock))
+    axes[0, 0].set_ylabel("validation accuracy")
+    axes[0, -1].legend(loc="lower right")
+    return figure
+
+
+COLOURS = {"official": "official", "textbook": "sdpa", "pae": "pae"}
+PHASE_COLOURS = dict(zip(PHASES, ("plain", "mpa", "pae", "pae low", "kld", "model")))
+
+
+def draw_phases(numbers: dict):
+    """Where the seconds of a whole run go, mean over seeds: one bar per loop."""
+    groups, clock = _by_tokens(numbers), _clock(numbers)
+    figure, axes = style.figure(7.2, 0.9 + 1.1 * len(groups))
+    places, names = [], []
+    for row, (tokens, group) in enumerate(groups.items()):
+        for line, arm in enumerate(ARMS):
+            place, left = row * (len(ARMS) + 0.7) + line, 0.0
+            places.append(place)
+            names.append(f"{LABELS[arm]}, {tokens} prompts")
+            for name in PHASES:
+                totals = (race["arms"][arm]["total"] for race in group)
+                width = statistics.mean(seconds(total, clock, [name]) for total in totals)
+                colour = style.COLOURS[PHASE_COLOURS[name]]
+                axes.barh(place, width, left=left, color=colour, height=0.8)
+                left += width
+    for name in PHASES:
+        axes.barh(0, 0, color=style.COLOURS[PHASE_COLOURS[name]], label=PHASE_LABELS[name])
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.set_xlabel(_unit(clock))
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _unit(clock: str) -> str:
+    return "process time, s" if clock == "process" else "wall clock, s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.science.end_to_end")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, work in (("run", run), ("report", report)):
+        command = commands.add_parser(name)
+        command.set_defaults(work=work)
+        command.add_argument("--output", required=True, type=Path, help="folder of the runs")
+        command.add_argument("--dataset", default="pneumonia", help="an image set made of files")
+        command.add_argument("--tokens", nargs="+", type=int, default=[10, 50], help="per block")
+        if name == "run":
+            runs.add_arguments(command)
+        else:
+            command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+            command.add_argument("--to", default=RESULT)
+    arguments = parser.parse_args()
+    arguments.work(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""The loops that `bench.science.end_to_end` compares, each under a clock that knows its phases.
+
+Both give a `Trace` of the same task and settings: `run_ours` is `pae train`, `run_official` is
+`bench.peers_loop` from the same start.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from matplotlib.backends import backend_agg  # noqa: F401  what the first plotted run would import
+from timm.data import resolve_data_config
+from timm.optim import create_optimizer_v2
+
+from bench import peers_loop
+from pae.train import loop, methods, pixels
+from pae.train.report import Reporter
+from pae.train.runfolder import RunFolder
+from pae.train.settings import Settings
+
+PHASES = (*peers_loop.PHASES, "rest")  # rest: building the model, checkpoints
+
+
+class Clock:
+    """Seconds by phase, (process, wall); phases nest, and only the innermost one counts.
+
+    Args:
+        device: where the work runs; a GPU is waited for wherever a phase begins or ends.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._spent = {name: [0.0, 0.0] for name in PHASES}
+        self._stack = ["rest"]
+        self._since = self._now()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._book()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._book()
+            self._stack.pop()
+
+    def read(self) -> dict[str, list[float]]:
+        """Spent so far: phase -> [process, wall]."""
+        self._book()
+        return {name: [round(s, 4) for s in spent] for name, spent in self._spent.items()}
+
+    def _book(self) -> None:
+        now = self._now()
+        spent = self._spent[self._stack[-1]]
+        for i in range(2):
+            spent[i] += now[i] - self._since[i]
+        self._since = now
+
+    def _now(self) -> tuple[float, float]:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        # a worker's time is known once it has ended and was waited for
+        own, workers = (
+            resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
+        process = own.ru_utime + own.ru_stime + workers.ru_utime + workers.ru_stime
+        return process, time.perf_counter()
+
+
+@dataclass
+class Trace:
+    """What a loop leaves behind.
+
+    Attributes:
+        epochs: per epoch "train_loss", "val_loss", "val_accuracy", and "clock", what was spent when
+            it was validated. test: accuracy of the best epoch.
+        picks: windows behind the prompts, best first. prompts: (depth, P, D) that they gave.
+        total: what was spent in all.
+    """
+
+    epochs: list[dict]
+    picks: list[int]
+    prompts: torch.Tensor
+    test: float
+    total: dict[str, list[float]]
+
+
+class _Clocked(loop._Run):
+    """`pae train`'s run with a clock around its parts."""
+
+    def __init__(self, clock: Clock, *arguments) -> None:
+        self.clock, self.stamps, self.prompts = clock, [], None
+        super().__init__(*arguments)
+
+    def _data(self, task):
+        with self.clock.phase("loading"):
+            train, val, test = super()._data(task)
+        return [_ClockedData(train, self.clock), _ClockedData(val, self.clock), test]
+
+    def _align(self):
+        with self.clock.phase("alignment"):
+            super()._align()
+        self.prompts = self.module.prompts.tokens.detach().cpu().clone()
+
+    def _train_epoch(self, *arguments):
+        with self.clock.phase("steps"):
+            super()._train_epoch(*arguments)
+
+    def _evaluate(self, data):
+        with self.clock.phase("test" if data is self.test_data else "validation"):
+            return super()._evaluate(data)
+
+    def _finish_epoch(self):
+        super()._finish_epoch()
+        self.stamps.append(self.clock.read())
+
+
+class _ClockedData:
+    """A pipeline whose waiting is "loading"."""
+
+    def __init__(self, data: pixels.Pipeline, clock: Clock) -> None:
+        self._data, self._clock = data, clock
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def batches(self, *arguments):
+        with self._clock.phase("loading"):
+            iterator = iter(self._data.batches(*arguments))
+        while True:
+            with self._clock.phase("loading"):
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+
+def run_ours(settings: Settings, task, folder: Path) -> Trace:
+    """`pae train` with these settings."""
+    clock = Clock(settings.device)
+    kept = RunFolder(folder)
+    accelerator = loop.make_accelerator(settings)
+    run = _Clocked(clock, settings, task, kept, accelerator, Reporter(quiet=True), None, None)
+    result = run.train()
+    total = clock.read()
+    for heavy in (kept.state, kept.previous_state):
+        heavy.unlink(missing_ok=True)
+    keys = ("train_loss", "val_loss", "val_accuracy")
+    epochs = [
+        {**{k: row[k] for k in keys}, "clock": stamp} for row, stamp in zip(run.rows, run.stamps)
+    ]
+    picks = run.alignment.selected.tolist()
+    return Trace(epochs, picks, run.prompts, result["test_accuracy"], total)
+
+
+def run_official(settings: Settings, task, folder: Path) -> Trace:
+    """The loop of `bench.peers_loop` from the same start; nothing is written to `folder`."""
+    clock = Clock(settings.device)
+    set_seed(settings.seed)
+    start = methods.build_method(settings, len(task.classes)).to(settings.device)
+    vit, kld = start.backbone, start.kld
+    model = peers_loop.OfficialStylePAE(
+        vit,
+        start.prompts.tokens,
+        start.head,
+        kld.lift.weight,
+        kld.K,
+        kld.L,
+        (settings.kld_consistency, settings.kld_lyapunov),
+    )
+    config = resolve_data_config({}, model=vit)
+    mean, std = pixels.normalisation(settings.norm, config)
+    size = vit.patch_embed.img_size[0]
+    train, val, test = (
+        peers_loop.ImageFiles(split.items, split.labels, size, config["interpolation"], mean, std)
+        for split in (task.train, task.val, task.test)
+    )
+
+    def batches(data, index_lists, phase=clock.phase):
+        return peers_loop.load(data, index_lists, settings.workers, settings.device, phase)
+
+    def order(epoch):
+        return pixels.epoch_batches(len(train), settings.batch_size, settings.seed, epoch)
+
+    def evaluated(data, phase=clock.phase):
+        index_lists = pixels.sequential_batches(len(data), settings.batch_size)
+        return peers_loop.evaluate(model, batches(data, index_lists, phase))
+
+    with clock.phase("alignment"):
+        first = torch.cat(order(0))[: settings.mpa_images]
+        ((images, labels),) = batches(train, [first])
+        picks = peers_loop.align(
+            model, vit, images, labels, settings.mpa_window, settings.mpa_stride
+        )
+    prompts = model.vpt.prompts.detach().cpu().clone()
+
+    optimizer, after_step = _optimizer(model, settings, math.ceil(len(train) / settings.batch_size))
+    epochs, best = [], (-1.0, 0.0, 0.0)
+    for epoch in range(settings.epochs):
+        with clock.phase("steps"):
+            loss = peers_loop.train_epoch(
+                model, batches(train, order(epoch)), optimizer, after_step
+            )
+        with clock.phase("validation"):
+            val_loss, accuracy = evaluated(val)
+        stamp = clock.read()
+        with clock.phase("test"):  # its loading too: time to accuracy has no part in it
+            test_accuracy = evaluated(test, lambda name: clock.phase("test"))[1]
+        row = {"train_loss": loss, "val_loss": val_loss, "val_accuracy": accuracy}
+        epochs.append({**row, "clock": stamp})
+        best = max(best, (accuracy, -val_loss, test_accuracy), key=lambda found: found[:2])
+    return Trace(epochs, picks, prompts, best[2], clock.read())
+
+
+def _optimizer(model: peers_loop.OfficialStylePAE, settings: Settings, batches: int):
+    """The recipe of `pae train`: its optimiser, decay on all but the head's bias, its schedule."""
+    head = model.vpt.head
+    decayed = [model.vpt.prompts, *model.koopman_parameters(), head.weight]
+    optimizer = create_optimizer_v2(
+        [
+            {"params": decayed, "lr": settings.lr, "weight_decay": settings.weight_decay},
+            {"params": [head.bias], "lr": settings.lr, "weight_decay": 0.0},
+        ],
+        opt=settings.optimizer,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=0.9,
+    )
+    scheduler, updates = loop._make_scheduler(settings, optimizer, batches), iter(range(1, 1 << 60))
+
+    def after_step() -> None:
+        if scheduler is not None:
+            scheduler.step_update(next(updates))
+
+    return optimizer, after_step
