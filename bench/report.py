@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, FIGURES = Path("bench/results"), Path("docs/figures")
 UNMEASURED = "*Not measured yet.*"
 
-_BLOCK = re.compile(
+BLOCK = re.compile(
     r"(?P<begin><!-- generated: (?P<name>[^>]+?) -->)(?P<text>.*?)(?P<end><!-- end: (?P=name) -->)",
     re.DOTALL,
 )
@@ -130,7 +130,7 @@ class Report:
                 text = f"\n\n{text.strip()}\n\n"
             return found["begin"] + text + found["end"]
 
-        return _BLOCK.sub(put, page)
+        return BLOCK.sub(put, page)
 
     def write(self) -> list[Path]:
         """Rewrite blocks and figures; the files that changed."""
@@ -165,7 +165,7 @@ class Report:
 
     def _wrong_in(self, path: Path) -> Iterator[str]:
         page = path.read_text()
-        for found in _BLOCK.finditer(page):
+        for found in BLOCK.finditer(page):
             name, text = found["name"], self.text_of(found["name"])
             inline = not found["text"].startswith("\n")
             if text is None:
@@ -176,7 +176,7 @@ class Report:
                 yield f"block '{name}' stands at the beginning of a line"
             elif self._rewritten(found[0]) != found[0]:
                 yield f"block '{name}' is not what the numbers say"
-        for marker in _MARKER.findall(_BLOCK.sub("", page)):
+        for marker in _MARKER.findall(BLOCK.sub("", page)):
             yield f"{marker} has no partner"
 
     def _stem(self, name: str) -> Path:

@@ -1,0 +1,352 @@
+"""What README.md and docs/ say of the measurements is what the committed JSON says."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # the benchmarks are not installed
+
+from bench import figures, report, suite, suite_figures, suite_tables  # noqa: E402
+
+# ---- this tree
+
+
+def test_every_block_and_figure_is_as_the_committed_json_says():
+    assert report.Report().problems() == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/numbers.md"])
+def test_measured_numbers_stand_in_generated_blocks_alone(page):
+    by_hand = report.BLOCK.sub("", (ROOT / page).read_text())
+    assert not re.findall(r"\d+\.\d+x|\d[\d.]* ?(?:MB|ms|GB/s|TFLOP/s)\b", by_hand)
+
+
+def test_the_first_screen_shows_a_figure_and_a_table():
+    page = (ROOT / "README.md").read_text()
+    assert page.index("figures/hero.svg") < page.index("## Use") < page.index("suite step")
+
+
+def test_figures_are_small_enough_for_a_page():
+    written = list((ROOT / report.FIGURES).glob("*.*"))
+    assert written and all(path.stat().st_size < 150e3 for path in written)
+
+
+# ---- blocks and figures, with a source of one number
+
+
+def draw_line(value):
+    drawn, axes = figures.figure(2, 1)
+    axes.plot([0, value])
+    return drawn
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A report of a small tree, whose one source says n and draws it; `write_page` adds pages."""
+    source = SimpleNamespace(
+        blocks=lambda numbers: {"toy number": f"{numbers['n']}x", "toy table": "| a |\n| - |"},
+        figures=lambda numbers: {"toy_line": lambda: draw_line(numbers["n"])},
+    )
+    monkeypatch.setitem(sys.modules, "toy_source", source)
+    sources = (
+        report.Source("toy", "toy_source", "science/toy.json"),
+        report.Source("later", "no_such_module", "science/later.json"),
+    )
+    numbers = tmp_path / report.RESULTS / "science" / "toy.json"
+    numbers.parent.mkdir(parents=True)
+    (tmp_path / "docs" / "deep").mkdir(parents=True)
+
+    def write_page(text, name="README.md"):
+        (tmp_path / name).write_text(text)
+
+    def measure(n):
+        numbers.write_text(json.dumps({"n": n}))
+
+    measure(3)
+    write_page("no block")
+    made = report.Report
+    return SimpleNamespace(
+        root=tmp_path,
+        measure=measure,
+        write_page=write_page,
+        report=lambda: made(tmp_path, sources),
+        read=lambda name="README.md": (tmp_path / name).read_text(),
+    )
+
+
+def block(name, text):
+    return f"<!-- generated: {name} -->{text}<!-- end: {name} -->"
+
+
+def test_blocks_are_rewritten_and_nothing_else(tree):
+    tree.write_page(f"It is {block('toy number', '9x')} so.\n\n{block('toy table', chr(10))}\n")
+    tree.write_page(f"a {block('toy number', '')}", "docs/deep/page.md")
+    assert len(tree.report().write()) == 4  # two pages, a figure in two formats
+    assert tree.read() == (
+        f"It is {block('toy number', '3x')} so.\n\n"
+        f"{block('toy table', chr(10) * 2 + '| a |' + chr(10) + '| - |' + chr(10) * 2)}\n"
+    )
+    assert tree.read("docs/deep/page.md") == f"a {block('toy number', '3x')}"
+    assert tree.report().write() == [] == tree.report().problems()
+
+
+def test_a_stale_block_and_a_stale_figure_are_found(tree):
+    tree.write_page(f"a {block('toy number', '3x')}")
+    tree.report().write()
+    tree.measure(4)
+    assert tree.report().problems() == [
+        "README.md: block 'toy number' is not what the numbers say",
+        "docs/figures/toy_line.svg: drawn from other numbers",
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_a_missing_figure_is_found(tree, suffix):
+    tree.report().write()
+    (tree.root / "docs" / "figures" / f"toy_line.{suffix}").unlink()
+    assert tree.report().problems() == [f"docs/figures/toy_line.{suffix}: missing"]
+
+
+@pytest.mark.parametrize(
+    "page, problem",
+    [
+        (f"a {block('nobody', '1x')}", "no source knows block 'nobody'"),
+        ("<!-- generated: toy table -->\ntext", "<!-- generated: toy table --> has no partner"),
+        ("text <!-- end: toy table -->", "<!-- end: toy table --> has no partner"),
+        (f"a {block('toy table', '')}", "has several lines, its markers stand in one"),
+        (f"a\n{block('toy number', '3x')}", "stands at the beginning of a line"),
+    ],
+)
+def test_a_block_that_cannot_be_written_is_found(tree, page, problem):
+    tree.write_page(page)
+    tree.report().write()
+    problems = tree.report().problems()
+    assert len(problems) == 1 and problem in problems[0]
+    assert tree.read() == page or "toy" in page
+
+
+def test_a_source_without_json_says_so(tree):
+    tree.write_page(f"a {block('later table', '')}\n\n{block('later-figure', chr(10))}")
+    tree.report().write()
+    assert tree.read().count(report.UNMEASURED) == 2
+    assert tree.report().problems() == []
+
+
+def test_check_writes_nothing_and_fails(tree, monkeypatch, capsys):
+    page = f"a {block('toy number', '9x')}"
+    tree.write_page(page)
+    monkeypatch.setattr(report, "Report", tree.report)
+    assert report.main(["--check"]) == 1
+    assert "toy number" in capsys.readouterr().err and tree.read() == page
+    assert not (tree.root / "docs" / "figures").exists()
+    assert report.main([]) == 0 == report.main(["--check"])
+
+
+# ---- how figures are written
+
+
+def test_a_figure_has_the_same_bytes_whatever_the_reader_has_set(tmp_path):
+    def written(name):
+        with figures.style():
+            drawn = draw_line(1)
+        return [path.read_bytes() for path in figures.save(drawn, tmp_path / name, "of 1")]
+
+    first = written("a")
+    with matplotlib.rc_context({"font.size": 20, "lines.linewidth": 9, "svg.fonttype": "none"}):
+        assert written("b") == first
+    assert b"of 1" in first[0] and first[1].startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg", "b.png", "b.svg"]
+
+
+def test_colours_of_one_comparison_differ():
+    lines = [figures.COLOURS[role] for _, role in suite_figures.LINES.values()]
+    assert len(set(lines)) == len(lines)
+
+
+# ---- the benchmark suite
+
+
+def bench(group, provider, seconds, baselines=("official-style",), clock="process", **columns):
+    return {
+        "group": group,
+        "stats": {"data": seconds},
+        "extra_info": {
+            "provider": provider,
+            "clock": clock,
+            "unit": "step",
+            "baselines": list(baselines),
+            "columns": columns,
+        },
+    }
+
+
+def run_of(*benchmarks, date="2026-01-01", left_out=(), **machine):
+    machine = {"device": "Processor", "threads": 1, "torch": "2", "commit": "abc"} | machine
+    return {
+        "machine_info": {"summary": machine},
+        "datetime": date,
+        "benchmarks": list(benchmarks),
+        "left_out": {"groups": {}, "providers": list(left_out)},
+    }
+
+
+STEP = "step/vit_base_patch16_224/"
+
+
+def step(prompts=50, times=(2.0, 1.0, 1.5), dtype="fp32", batch=4, **options):
+    """A group of the step: official-style, pae exact, pae low; times in multiples of a round's."""
+    group = f"{STEP}P{prompts}/{dtype}/B{batch}"
+    return [
+        bench(group, name, [t, 1.1 * t, 0.9 * t], saved_mb_per_image=100 * t, **options)
+        for name, t in zip(("official-style", "pae exact", "pae low"), times)
+    ]
+
+
+def test_readme_table():
+    text = suite.blocks({"cpu.json": run_of(*step(50), *step(100, (3.0, 1.0, 0.5)))})["suite step"]
+    assert text == (
+        '| training step, ViT-B/16 224, batch 4 | official-style | pae | pae, `memory="low"` |\n'
+        "| --- | --- | --- | --- |\n"
+        "| fp32, 50 prompts: time | 2.00x | **1x** | 1.50x |\n"
+        "| fp32, 100 prompts: time | 3.00x | **1x** | 0.50x |\n"
+        "| fp32, 50 prompts: kept, MB/image | 200.0 | **100.0** | **150.0** |\n"
+        "| fp32, 100 prompts: kept, MB/image | 300.0 | **100.0** | **50.0** |\n\n"
+        "Processor, 1 thread, process time, medians over interleaved rounds; torch 2, commit abc."
+    )
+
+
+def test_ratios_are_taken_within_rounds():
+    """Round 2 is ten times slower for both: no ratio shows it."""
+    slow = [
+        bench(f"{STEP}P50/fp32/B4", "official-style", [2.0, 20.0, 4.0]),
+        bench(f"{STEP}P50/fp32/B4", "pae exact", [1.0, 10.0, 1.0]),
+    ]
+    assert suite.blocks({"cpu.json": run_of(*slow)})["suite claim step 50"] == "2.00x"
+
+
+def test_the_canonical_file_is_shown_then_the_newest():
+    numbers = {
+        "cpu.json": run_of(*step(50), date="2026-01-01"),
+        "cpu_new.json": run_of(*step(50, (7.0, 1.0, 1.0)), date="2026-03-01", device="Other"),
+        "cpu_old.json": run_of(*step(50, (8.0, 1.0, 1.0)), *step(200), date="2026-02-01"),
+    }
+    names = [run.name for run in suite.runs(numbers)]
+    assert names == ["cpu.json", "cpu_new.json", "cpu_old.json"]
+    assert "2.00x" in suite.blocks(numbers)["suite section step"]
+    other = suite.blocks(numbers)["suite other"]
+    assert "7.00x" in other and "Other" in other  # another processor
+    assert "200 prompts" in other and "8.00x" not in other  # a new case, not an old time
+    del numbers["cpu.json"]
+    assert "7.00x" in suite.blocks(numbers)["suite section step"]
+
+
+def test_other_json_in_the_folder_is_no_run():
+    assert suite.runs({"guard.json": {"flops": 1}}) == []
+
+
+def test_where_we_lose():
+    rows = [
+        bench("kld/a", "official-style", [1.0] * 5),
+        bench("kld/a", "pae", [0.5] * 5),
+        bench("kld/a", "pae slow", [4.0] * 5),
+        bench("kld/b", "official-style", [1.0, 1.0, 1.0, 2.0, 2.0]),
+        bench("kld/b", "pae", [1.1, 1.1, 1.1, 1.0, 1.0]),
+    ]
+    text = suite.blocks({"cpu.json": run_of(*rows)})["suite losses"]
+    assert text.startswith("In 2 of 3 pairs of ours and a peer the peer is faster:")
+    lines = text.splitlines()[-2:]
+    assert "pae slow" in lines[0] and "0.25x |" in lines[0]
+    assert "0.91x, within the spread" in lines[1]
+    won = suite.blocks({"cpu.json": run_of(*rows[:2])})["suite losses"]
+    assert won.startswith("Nowhere: in none of 1 pairs")
+
+
+def test_what_counts_as_ours():
+    def rows(*names):
+        raw = [bench("g", name, [1.0], baselines=("eager", "pae images, conv")) for name in names]
+        return suite.runs({"cpu.json": run_of(*raw)})[0].groups["g"]
+
+    mine = rows("pae", "pae exact", "pae, Triton graph", "reference", "Triton", "CUDA")
+    assert all(map(suite.is_ours, mine))
+    assert not any(map(suite.is_ours, rows("eager", "pae images, conv", "SDPA", "timm + SDPA")))
+
+
+def test_memory_of_a_lost_duel_is_beside_it():
+    text = suite.blocks({"cpu.json": run_of(*step(50, (1.0, 2.0, 0.5)))})["suite losses"]
+    assert "200.0 and 100.0 MB/image" in text
+
+
+def test_a_row_without_times_leaves_its_cell_empty():
+    missing = [{"group": f"{STEP}P50/fp32/B4", "provider": "timm + SDPA", "reason": "no such"}]
+    text = suite.blocks({"cpu.json": run_of(*step(50), left_out=missing)})["suite section step"]
+    assert "timm" not in text
+    both = run_of(*step(50), bench(f"{STEP}P9/fp32/B4", "timm + SDPA", [1.0]), left_out=missing)
+    assert "| timm + SDPA |" in suite.blocks({"cpu.json": both})["suite section step"]
+
+
+def test_gpu_section_waits_for_a_gpu():
+    blocks = suite.blocks({"cpu.json": run_of(*step(50))})
+    assert blocks["suite gpu"] == suite_tables.UNMEASURED == report.UNMEASURED
+    assert blocks["suite gpu first screen"] == "No GPU figure is published yet."
+
+
+def test_gpu_section_fills_itself():
+    gpu = {"device": "GPU 9000", "CUDA": "13.2", "build": "passed", "tests-engine": "passed"}
+    old = run_of(*step(50, (9.0, 1.0, 1.0), dtype="bf16"), date="2025", **gpu)
+    new = run_of(*step(50, dtype="bf16", clock="device", peak_mb=7.0), **gpu)
+    numbers = {"cpu.json": run_of(*step(50)), "gpu-a.json": old, "gpu-b.json": new}
+    blocks = suite.blocks(numbers)
+    page = blocks["suite gpu"]
+    assert page.startswith("### GPU 9000") and "9.00x" not in page and "2.00x" in page
+    assert "passed: build, tests-engine" in page and "#### Where we lose" in page
+    assert "Peak beyond weights" in page and "device time" in page
+    assert "bf16 autocast, 50 prompts: time | 2.00x" in blocks["suite gpu first screen"]
+    assert "GPU 9000" not in blocks["suite section step"] + blocks["suite other"]
+
+
+@pytest.mark.parametrize(
+    "group, words",
+    [
+        ("step/vit_base_patch16_224/P50/fp32/B4", "ViT-B/16 224, 50 prompts, fp32, batch 4"),
+        ("kld/global/k256/P50", "global, k = 256, 50 prompts"),
+        ("attention/both/H6d64/N197/P0", "attention, both, 6 heads of 64, 197 tokens, 0 prompts"),
+        ("coded gelu/forward/788x3072", "coded gelu, forward, 788x3072"),
+    ],
+)  # fmt: skip
+def test_labels(group, words):
+    assert suite_tables.label(group) == words
+
+
+def test_hero_draws_what_was_measured():
+    numbers = {"cpu.json": run_of(*step(50), *step(100, (3.0, 1.2, 1.6)))}
+    with figures.style():
+        drawn = suite.figures(numbers)["hero"]()
+    time, memory, _ = drawn.axes
+    assert [line.get_ydata().tolist() for line in time.lines] == [[2, 3], [1.5, 1.6], [1, 1.2]]
+    assert [line.get_ydata().tolist() for line in memory.lines] == [
+        [200, 300],
+        [150, 160],
+        [100, 120],
+    ]
+    assert {text.get_text() for text in time.texts} == {
+        "official-style  2.50x",
+        "pae low  1.33x",
+        "pae",
+    }
+
+
+def test_names_at_the_ends_of_lines_do_not_overlap():
+    axes = figures.figure(4, 3)[1]
+    axes.set_ylim(0, 10)
+    suite_figures.place_names(axes, [(1, y, str(y), "k") for y in (5.0, 5.1, 5.2, 1.0)])
+    heights = sorted(text.xy[1] for text in axes.texts)
+    assert min(b - a for a, b in pairwise(heights)) > 0.7
