@@ -275,17 +275,17 @@ def numbers(tokens=(10, 50), seeds=(0, 1)):
 def test_blocks_say_what_the_numbers_say():
     blocks = end_to_end.blocks(numbers())
     # three epochs: 4 + 6 + 3 times the scale, and 1 s
-    assert blocks["end-to-end-gain-official-10"] == f"{40 / 14:.1f}x"
-    assert blocks["end-to-end-gain-official-50"] == f"{66 / 14:.1f}x"
-    assert blocks["end-to-end-gain-textbook-50"] == f"{27 / 14:.1f}x"
-    rows = blocks["end-to-end-table"].splitlines()
+    assert blocks["end to end gain official 10"] == f"{40 / 14:.1f}x"
+    assert blocks["end to end gain official 50"] == f"{66 / 14:.1f}x"
+    assert blocks["end to end gain textbook 50"] == f"{27 / 14:.1f}x"
+    rows = blocks["end to end table"].splitlines()
     assert len({row.count("|") for row in rows}) == 1 and len(rows) == 2 + 6
     assert rows[2].startswith("| 10 | official-style loop | 40.0 | 0.5 / 12.0 / 18.0 / 9.0 / 0.5 |")
     assert rows[4].endswith("| 14.0 | 0.5 / 4.0 / 6.0 / 3.0 / 0.5 | 1 | 28 s | 27 |")
-    assert "4e-05" in blocks["end-to-end-agreement"]
-    assert "1 of 100 images" in blocks["end-to-end-agreement"]
-    assert "seeds 0, 1." in blocks["end-to-end-setting"]
-    assert "at 84 px" in blocks["end-to-end-setting"]
+    assert "4e-05" in blocks["end to end agreement"]
+    assert "1 of 100 images" in blocks["end to end agreement"]
+    assert "seeds 0, 1." in blocks["end to end setting"]
+    assert "at 84 px" in blocks["end to end setting"]
 
 
 def test_a_gain_that_differs_between_seeds_is_a_range():
@@ -293,7 +293,7 @@ def test_a_gain_that_differs_between_seeds_is_a_range():
     for row in changed["races"][1]["arms"]["official"]["epochs"]:
         row["clock"]["steps"][0] *= 2
     # 40 s; the second seed takes 18 s more
-    gain = end_to_end.blocks(changed)["end-to-end-gain-official-10"]
+    gain = end_to_end.blocks(changed)["end to end gain official 10"]
     assert gain == f"{40 / 14:.1f}x to {58 / 14:.1f}x"
 
 
@@ -303,19 +303,19 @@ def test_gpu_runs_are_compared_by_the_wall_clock():
     for race in changed["races"]:
         for row in race["arms"]["pae"]["epochs"]:
             row["clock"]["steps"][1] = 0.0
-    assert end_to_end.blocks(changed)["end-to-end-gain-official-10"] == f"{80 / 16:.1f}x"
+    assert end_to_end.blocks(changed)["end to end gain official 10"] == f"{80 / 16:.1f}x"
 
 
 @pytest.mark.parametrize("tokens", [(10,), (10, 50)])
 def test_figures_draw_every_loop_and_phase(tokens):
     made = numbers(tokens)
-    curves = end_to_end.figures(made)["end-to-end-curves"]()
+    curves = end_to_end.figures(made)["end_to_end_curves"]()
     assert len(curves.axes) == len(tokens)
     for panel in curves.axes:
         solid = [line for line in panel.lines if line.get_linestyle() == "-"]
         assert len(solid) == 3 * 2  # loops, seeds
         assert list(solid[0].get_xdata()) == sorted(solid[0].get_xdata())
-    phases = end_to_end.figures(made)["end-to-end-phases"]()
+    phases = end_to_end.figures(made)["end_to_end_phases"]()
     bars = [bar for bar in phases.axes[0].patches if bar.get_width() > 0]
     assert len(bars) == len(tokens) * 3 * len(loops.PHASES)
     widest = max(bar.get_x() + bar.get_width() for bar in bars)
@@ -337,7 +337,7 @@ def test_collect_reads_what_the_loops_wrote(race, tmp_path):
     last = [record["epochs"][-1]["val_accuracy"] for record, _ in race.values()]
     assert only["target"] == 0.95 * min(last)
     assert found["facts"]["task"]["train"] == 29
-    assert set(end_to_end.blocks(found)) >= {"end-to-end-table", "end-to-end-gain-official-3"}
+    assert set(end_to_end.blocks(found)) >= {"end to end table", "end to end gain official 3"}
     changed = dict(race["textbook"][0], machine={"device": "another"})
     end_to_end.runs.write_json(chosen.folder(tmp_path, "textbook") / "race.json", changed)
     with pytest.raises(end_to_end.Disagreement, match="another"):

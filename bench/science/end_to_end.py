@@ -282,21 +282,21 @@ def report(arguments) -> None:
 def blocks(numbers: dict) -> dict[str, str]:
     """Markdown by name: setting, agreement, table, and per number of prompts the gains in words."""
     found = {
-        "end-to-end-setting": _setting(numbers),
-        "end-to-end-agreement": _agreement(numbers),
-        "end-to-end-table": _table(numbers),
+        "end to end setting": _setting(numbers),
+        "end to end agreement": _agreement(numbers),
+        "end to end table": _table(numbers),
     }
     for tokens, group in _by_tokens(numbers).items():
         for other in ("official", "textbook"):
-            found[f"end-to-end-gain-{other}-{tokens}"] = _spread(gains(numbers, group, other))
+            found[f"end to end gain {other} {tokens}"] = _spread(gains(numbers, group, other))
     return found
 
 
 def figures(numbers: dict) -> dict:
     """Drawing functions by name."""
     return {
-        "end-to-end-curves": lambda: draw_curves(numbers),
-        "end-to-end-phases": lambda: draw_phases(numbers),
+        "end_to_end_curves": lambda: draw_curves(numbers),
+        "end_to_end_phases": lambda: draw_phases(numbers),
     }
 
 
@@ -387,9 +387,11 @@ def _table(numbers: dict) -> str:
 
 def draw_curves(numbers: dict):
     """Validation accuracy against seconds since the start: a panel per number of prompts."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     groups, clock = _by_tokens(numbers), _clock(numbers)
     width = 1.2 + 3.2 * len(groups)
-    figure, axes = style.figure(width, 3.0, 1, len(groups), sharey=True, squeeze=False)
+    figure, axes = style.figure(width, 3.2, 1, len(groups), sharey=True, squeeze=False)
     for panel, (tokens, group) in zip(axes[0], groups.items()):
         for arm in ARMS:
             for number, race in enumerate(group):
@@ -405,10 +407,14 @@ def draw_curves(numbers: dict):
         for target in sorted({race["target"] for race in group}):
             panel.axhline(target, color=style.COLOURS["model"], linewidth=0.8, linestyle=":")
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_title(f"{tokens} prompts per block")
         panel.set_xlabel(_unit(clock))
     axes[0, 0].set_ylabel("validation accuracy")
-    axes[0, -1].legend(loc="lower right")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(ARMS))
     return figure
 
 
@@ -437,7 +443,7 @@ def draw_phases(numbers: dict):
     axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.set_xlabel(_unit(clock))
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=len(PHASES))
     return figure
 
 
