@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pae
 
-from . import peers, shapes
+from . import cost, peers, shapes
 from .contest import Contestant, Group, Provider, Settings, Unavailable, relative
 from .memory import SavedBytes, own_bytes, peak_bytes, tensors_in
 
@@ -47,8 +47,7 @@ class Step:
     images: Tensor
     labels: Tensor
     dtype: str
-    live_flops: float
-    live_bytes: float
+    shape: cost.Shape
     expected: dict[str, Tensor] = field(default_factory=dict)
     limits: dict[str, float] | None = None
 
@@ -79,6 +78,23 @@ class Step:
         got = {"logits": logits, "gradients": gradients}
         return {what: relative(got[what], expected) for what, expected in self.expected.items()}
 
+    @property
+    def count(self) -> int:
+        return self.model.prompts.num_tokens
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.dtype == "bf16" else 4
+
+    def modelled(self, method: str, memory: str) -> dict[str, float]:
+        """Columns that `bench.cost` predicts of a row."""
+        at = self.shape, self.count, len(self.images), method, memory
+        saved = cost.saved_bytes(*at, self.itemsize, self.images.device.type)
+        return {
+            "model_gflop": cost.flops(*at).step / 1e9,
+            "model_saved_mb_per_image": saved / len(self.images) / 1e6,
+        }
+
     def folded(self) -> list[Tensor]:
         """The frozen weights as the engine multiplies with them: copies, where they are folded."""
         return list(tensors_in(self.model.plan(torch.bfloat16 if self.dtype == "bf16" else None)))
@@ -89,8 +105,11 @@ class Step:
         return torch.autocast(self.images.device.type, torch.bfloat16)
 
 
-def open_step(name: str, prompts: int, batch: int, dtype: str, device: torch.device) -> Step:
-    vit = shapes.random_backbone(name, device)
+def open_step(
+    name: str, prompts: int, batch: int, dtype: str, device: torch.device, **changes
+) -> Step:
+    """`changes`: options of the backbone that differ from its name's."""
+    vit = shapes.random_backbone(name, device, **changes)
     model = pae.PromptedViT(vit, pae.prompts.VPTDeep(prompts)).train()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -99,11 +118,7 @@ def open_step(name: str, prompts: int, batch: int, dtype: str, device: torch.dev
     images = torch.randn(batch, 3, *size, generator=generator).to(device)
     labels = torch.randint(model.num_classes, (batch,), generator=generator).to(device)
     official = peers.OfficialStyleVPT(vit, model.prompts.tokens, model.head)
-    live = (
-        shapes.live_step_flops(vit, prompts, batch),
-        shapes.live_step_bytes(vit, prompts, batch, 2 if dtype == "bf16" else 4),
-    )
-    step = Step(model, official, images, labels, "fp32", *live)
+    step = Step(model, official, images, labels, "fp32", cost.Shape.of(vit, model.num_classes))
     step.expected = step.reference()
     if dtype == "bf16":
         step.dtype = dtype
@@ -117,8 +132,12 @@ def contestant(
     forward: Callable[[Tensor], Tensor],
     official: bool = False,
     memory: str | None = None,
+    compiled: bool = False,
 ) -> Contestant:
-    """`memory`: the mode of a row that runs on the folded plan, None for the others."""
+    """`memory`: the mode of a row that runs on the folded plan, None for the others. `compiled`: a
+    compiler chooses what is kept, so no model of that is shown.
+    """
+    method = "official" if official else "pae" if memory else "sdpa"
     trained = step.official if official else step.model
     prompts = trained.prompts if official else trained.prompts.tokens
     folded = step.folded() if memory else []
@@ -130,7 +149,10 @@ def contestant(
         columns = verdict(step, logits, prompts.grad, memory or "exact") | {
             "saved_mb_per_image": saved.activations / len(step.images) / 1e6,
             "weight_copies_mb": saved.weight_copies / 1e6,
+            **step.modelled(method, memory or "exact"),
         }
+        if compiled:
+            del columns["model_saved_mb_per_image"]
         peak = peak_bytes(lambda: step.run(forward, trained), step.images.device)
         columns["peak_mb"] = (peak + own_bytes(folded, weights)) / 1e6
         return columns
@@ -147,8 +169,9 @@ def verdict(step: Step, logits: Tensor, gradients: Tensor, memory: str) -> dict[
     return {
         "value_error": errors["logits"],
         "gradient_error": errors["gradients"],
-        "live_gflop": step.live_flops / 1e9,
-        "floor_mb": step.live_bytes / 1e6,
+        "live_gflop": cost.live_step_flops(step.shape, step.count, len(step.images)) / 1e9,
+        "floor_mb": cost.live_step_bytes(step.shape, step.count, len(step.images), step.itemsize)
+        / 1e6,
         "images": float(len(step.images)),
     }
 
@@ -174,7 +197,7 @@ def start_compiled(step: Step, mode: str | None = None) -> Contestant:
         step.run(compiled, step.model)
     except Exception as error:  # whatever stops the compiler is no fault of the step
         raise Unavailable.because("torch.compile", error) from error
-    return contestant(step, compiled)
+    return contestant(step, compiled, compiled=True)
 
 
 def start_graphed(step: Step) -> Contestant:
@@ -192,7 +215,8 @@ def start_graphed(step: Step) -> Contestant:
     def check() -> dict[str, float]:
         _, logits = steps[0](step.images, step.labels)
         columns = verdict(step, logits, tokens.grad, "exact")
-        return columns | {"peak_mb": (peak + own) / 1e6}
+        gflop = step.modelled("pae", "exact")["model_gflop"]
+        return columns | {"peak_mb": (peak + own) / 1e6, "model_gflop": gflop}
 
     return Contestant(lambda: steps[0](step.images, step.labels), check, dtype=step.dtype)
 

@@ -1,0 +1,250 @@
+"""The cost model of a VPT-deep step: floating-point operations, bytes kept, bytes moved.
+
+Three ways to run the same step on a frozen ViT with a class-token head (B images of N rows, T = N +
+P, D wide, F hidden, L blocks, H heads; s = 2 D^2 is one row through a D x D matrix):
+
+"official"  prompts concatenated, attention written out: T rows through everything.
+"sdpa"      the same with fused attention, whose backward forms the scores again.
+"pae"       `pae.fast_forward` in one of its memory modes.
+
+Products are counted, 2 per multiply-add, whatever runs them; norms, softmax and activations are
+not: the rule of `torch.utils.flop_counter`, whose counts `tests/test_costs.py` compares.
+
+    python -m bench.cost vit_base_patch16_224 50 128
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import nn
+
+METHODS = ("official", "sdpa", "pae")
+MEMORY = ("exact", "low", "lowest")
+STREAM = 4  # bytes of an entry of the residual stream and of every statistic: fp32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a frozen ViT: L `depth`, D `width`, F `hidden`, H `heads`, N `rows` (class token
+    included), of which `patches` come from `patch_inputs` numbers each, and the head's `classes`.
+    """
+
+    depth: int
+    width: int
+    hidden: int
+    heads: int
+    rows: int
+    patches: int
+    patch_inputs: int
+    classes: int
+
+    def __post_init__(self) -> None:
+        if self.depth < 2:  # the first block and the last one have formulas of their own
+            raise ValueError(f"depth must be at least 2, got {self.depth}")
+
+    @classmethod
+    def of(cls, vit: nn.Module, classes: int | None = None) -> Shape:
+        """Sizes of a timm VisionTransformer; `classes` where its head was taken away."""
+        block, embed = vit.blocks[0], vit.patch_embed
+        return cls(
+            depth=len(vit.blocks),
+            width=vit.embed_dim,
+            hidden=block.mlp.fc1.out_features,
+            heads=block.attn.num_heads,
+            rows=embed.num_patches + vit.num_prefix_tokens,
+            patches=embed.num_patches,
+            patch_inputs=embed.proj.weight[0].numel(),
+            classes=vit.num_classes if classes is None else classes,
+        )
+
+    @classmethod
+    def named(cls, name: str, **options) -> Shape:
+        """Sizes of `timm.create_model(name, **options)`, of which no weight is allocated."""
+        with torch.device("meta"):
+            return cls.of(timm.create_model(name, **options))
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one step on a whole batch."""
+
+    forward: float
+    backward: float
+
+    @property
+    def step(self) -> float:
+        """Both directions."""
+        return self.forward + self.backward
+
+
+def flops(
+    shape: Shape, prompts: int, batch: int, method: str = "pae", memory: str = "exact"
+) -> Flops:
+    """What `method` executes, recomputation included.
+
+    Per image, forward and backward (gradients of activations only: weights are frozen):
+
+                   official                         sdpa                  pae
+    middle block   T (4 s + 4 D F) + 4 T^2 D        as official           N (4 s + 4 D F) + 4 N T D
+      backward     T (4 s + 4 D F) + 8 T^2 D        10 T^2 D              the same + 10 N T D
+    first block    as a middle one                  as a middle one       as a middle one
+      backward     as a middle one                  as a middle one       N (s + 4 D F) + 8 N P D
+    last block     as a middle one                  as a middle one       4 s + 4 D F + 4 H T D
+      backward     as a middle one                  as a middle one       4 s + 4 D F + 8 H T D
+
+    Patch embedding 2 (N - 1) c D forward; head 2 D classes forward and twice that backward. Once a
+    batch, pae's prompt keys and values: 2 P s (L - 1) each way. Memory "low" forms q, k and v of
+    the L - 2 middle blocks again, 3 N s each; "lowest" also the hidden rows of L - 1 blocks, 2 N D
+    F each. The 10 and the 8 of attention's backward hold the scores, formed again (2).
+
+    Raises:
+        ValueError: unknown method or memory mode.
+    """
+    _check(method, memory)
+    L, D, N, T = shape.depth, shape.width, shape.rows, shape.rows + prompts
+    square, mlp = 2 * D * D, 4 * D * shape.hidden
+    embed = 2 * shape.patches * shape.patch_inputs * D
+    head = 2 * D * shape.classes
+    if method != "pae":
+        linear, attention = T * (4 * square + mlp), T * T * D
+        products_back = 8 if method == "official" else 10
+        forward = embed + L * (linear + 4 * attention) + head
+        backward = L * (linear + products_back * attention) + 2 * head
+        return Flops(batch * forward, batch * backward)
+
+    row = 4 * square + mlp  # one row through a block, and through its last one's absorbed products
+    class_keys = shape.heads * T * D  # one query a head, of full width
+    forward = embed + (L - 1) * (N * row + 4 * N * T * D) + row + 4 * class_keys + head
+    backward = (
+        2 * head
+        + (row + square + 8 * class_keys)
+        + (L - 2) * (N * row + 10 * N * T * D)
+        + (N * (square + mlp) + 8 * N * prompts * D)
+    )
+    if memory != "exact":
+        backward += (L - 2) * N * 3 * square
+    if memory == "lowest":
+        backward += (L - 1) * N * mlp / 2
+    keys_values = (L - 1) * prompts * 2 * square
+    return Flops(batch * forward + keys_values, batch * backward + keys_values)
+
+
+def saved_bytes(
+    shape: Shape,
+    prompts: int,
+    batch: int,
+    method: str = "pae",
+    memory: str = "exact",
+    itemsize: int = 4,
+    device: str = "cpu",
+) -> float:
+    """Bytes that one step keeps from forward to backward, for the whole batch.
+
+    Each storage once, without parameters, folded weights and autocast's copies of weights: what
+    `bench.memory.SavedBytes` measures. With e = `itemsize`, per image and block, statistics (fp32:
+    two numbers a normalised row, one in pae; a log-sum-exp a head and row) left out here:
+
+    official   8 T D of the residual stream, e (3 T D + H T^2 + T F); on a GPU in 16 bits softmax
+               runs in fp32 and keeps its own copy, 4 H T^2 more
+    sdpa       8 T D of the residual stream, e (4 T D + T F)
+    pae        middle, first, last block: e (6 N D + N F), e (3 N D + N F), e N D + 4 H T
+               "low" has one byte for every hidden entry and keeps no q, k, v: e 3 N D + N F in
+               middle and first blocks; "lowest" keeps neither: e 3 N D
+
+    All keep the rows of the final norm and what the head and the loss read.
+
+    Raises:
+        ValueError: unknown method or memory mode.
+    """
+    _check(method, memory)
+    L, D, F, H = shape.depth, shape.width, shape.hidden, shape.heads
+    e, N, T, narrow = itemsize, shape.rows, shape.rows + prompts, itemsize < STREAM
+    loss = STREAM * shape.classes + 8  # log-probabilities and an int64 label
+    if method != "pae":
+        norms = 2 * (STREAM * T * D + 2 * STREAM * T)
+        if method == "official":
+            attention = e * (3 * T * D + H * T * T)
+            attention += STREAM * H * T * T if narrow and device == "cuda" else 0
+        else:
+            attention = e * 4 * T * D + STREAM * H * T
+        last = T if method == "official" else N  # rows of the final norm
+        readout = STREAM * last * (D + 2) + (e * D if narrow else STREAM * last * D)
+        return float(batch * (L * (norms + attention + e * T * F) + readout + loss) + STREAM)
+
+    kept = {"exact": e * N * F, "low": N * F, "lowest": 0}[memory]
+    statistics = STREAM * N * (1 + H)  # of the second norm; log-sum-exp
+    first = e * 3 * N * D + kept + statistics
+    middle = first + STREAM * N + (e * 3 * N * D if memory == "exact" else 0)
+    last = e * N * D + STREAM * (N + H * T + H * D) + e * (D + F) + STREAM
+    readout = STREAM * (D + 2) + e * D
+    # once a batch: rows and statistics of the prompts' norm, keys and values, the last block's rows
+    shared = (L - 1) * prompts * D * (STREAM + 2 * e) + e * prompts * D + 2 * STREAM * L * prompts
+    return float(batch * (first + (L - 2) * middle + last + readout + loss) + STREAM + shared)
+
+
+def live_step_flops(shape: Shape, prompts: int, batch: int) -> float:
+    """Floating-point operations that reach the logits or a trained gradient, the same for every
+    row of a table: those of `flops` for pae without the scores that a backward forms again.
+    """
+    N, T, D = shape.rows, shape.rows + prompts, shape.width
+    again = (shape.depth - 2) * 2 * N * T * D + 2 * N * prompts * D
+    return flops(shape, prompts, batch).step - batch * again
+
+
+def live_step_bytes(shape: Shape, prompts: int, batch: int, itemsize: int) -> float:
+    """Bytes of the same step where every product, attention, norm and activation is one pass that
+    reads its inputs once and writes its output once.
+
+    The residual stream is fp32, all else `itemsize` bytes; a norm also adds what the product before
+    it leaves for the stream. Epilogues that swallow a pass would go below this.
+    """
+    depth, D, F = shape.depth, shape.width, shape.hidden
+    e, narrow = itemsize, itemsize if itemsize < STREAM else 0
+    norm = 2 * (STREAM + e) * D
+    norm_back = (2 * e + 2 * STREAM + narrow) * D
+    mlp = 2 * e * (D + F)  # both products; 2 e F more for the activation, 3 e F for its gradient
+    forward = 2 * norm + e * (4 * D + 4 * D + 2 * D) + mlp + 2 * e * F
+    half_back = mlp + 3 * e * F + norm_back + 2 * e * D
+    backward = half_back + e * (8 * D + 4 * D) + norm_back
+    first_back = half_back + 3 * e * D  # attention: q, out and the gradient of out
+    last = norm + 2 * e * D + 3 * e * D + norm_back  # scores, mixture; their gradients
+    rows = (depth - 1) * forward + (depth - 2) * backward + first_back + last
+    weights = e * (4 * D * D + 2 * D * F) * 2 * depth
+    prompt_rows = e * 2 * prompts * D * 3 * depth
+    image = 4 * shape.patches * shape.patch_inputs + 4 * shape.patches * D
+    return float(batch * (shape.rows * rows + image) + weights + prompt_rows)
+
+
+def _check(method: str, memory: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if memory not in MEMORY:
+        raise ValueError(f"memory must be one of {MEMORY}, got {memory!r}")
+
+
+def main(arguments: list[str]) -> None:
+    """Print the model's figures for one backbone, number of prompts and batch size."""
+    if len(arguments) != 3:
+        raise SystemExit("usage: python -m bench.cost TIMM_NAME PROMPTS BATCH")
+    name, prompts, batch = arguments[0], int(arguments[1]), int(arguments[2])
+    shape = Shape.named(name)
+    ways = [("official", "exact"), ("sdpa", "exact"), *(("pae", memory) for memory in MEMORY)]
+    print("method      forward GFLOP  backward GFLOP  saved MB/image fp32  bf16")
+    for method, memory in ways:
+        work = flops(shape, prompts, batch, method, memory)
+        saved = [
+            saved_bytes(shape, prompts, batch, method, memory, e) / batch / 1e6 for e in (4, 2)
+        ]
+        label = f"pae {memory}" if method == "pae" else method
+        print(
+            f"{label:11} {work.forward / 1e9:13.1f}  {work.backward / 1e9:14.1f}  "
+            f"{saved[0]:19.1f}  {saved[1]:4.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
