@@ -158,10 +158,11 @@ def _group_table(name: str, rows: Sequence[Row]) -> str:
                 *(cell(row) or "" for cell in extra.values()),
             ]
         )
-    return "\n".join([title, "", *_aligned(table)])
+    return "\n".join([title, "", *aligned(table)])
 
 
-def _aligned(table: list[list[str]]) -> list[str]:
+def aligned(table: list[list[str]]) -> list[str]:
+    """Lines of Markdown: the heading `table[0]`, a rule, and the rows."""
     # a reason may run long; it must not widen its column
     reasons = {i for i, line in enumerate(table) if line[2:] and not any(line[2:])}
     widths = [

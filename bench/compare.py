@@ -1,0 +1,265 @@
+"""Did it get faster? Two files of --benchmark-json, row by row.
+
+python -m bench.compare A.json B.json [--threshold 0.05] [--force-ratios]
+
+B / A below 1 is faster. A row is judged by its ratio to a baseline of its group, round by round
+inside each run, where both runs have one: a machine that was slower on that day slowed both. Only
+the baselines themselves, and rows without one, are judged by their times; those of baselines tell
+of the machine and are no regression. Intervals are bootstraps over rounds, 95 %.
+
+Exit code 0: no regression. 1: a row is slower by more than the threshold and its interval is above
+1, or gives wrong values. 2: not comparable, or nothing in common.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .table import Row, aligned, rows_from_json
+
+# what must be the same for two times to mean the same
+IDENTITY = ("device", "cores", "threads", "fp32 products", "clocks")
+# what may differ, as that may be the question; said in the head
+CIRCUMSTANCES = ("commit", "torch", "triton", "timm", "numpy", "python", "driver", "CUDA", "cuDNN")
+THRESHOLD = 0.05
+DRAWS, INTERVAL = 4000, (2.5, 97.5)
+FEWEST = 3  # rounds; an interval over fewer says nothing
+
+FASTER, SLOWER, SAME = "faster", "slower", "same within noise"
+FEW = "too few rounds"
+
+
+class NotComparable(Exception):
+    """Why two runs are not compared, one line per reason."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """B over A with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f}-{self.high:.3f})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of both runs.
+
+    Attributes:
+        raw: of the times; None where there are none to compare.
+        against: the baseline whose ratio judges, "" if the times do.
+        relative: of the ratios to it.
+        verdict: `FASTER`, `SLOWER`, `SAME`, `FEW`, or why there is none.
+        regression: counts for the exit code.
+    """
+
+    group: str
+    provider: str
+    verdict: str
+    raw: Ratio | None = None
+    against: str = ""
+    relative: Ratio | None = None
+    regression: bool = False
+
+
+def bootstrap(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Ratio:
+    """Ratio B over A of medians, over rounds drawn with replacement, the same for each part.
+
+    Args:
+        a, b: of run A and B the seconds of a row, alone or with those of its baseline, round by
+            round: what is compared is the first over the second.
+    """
+    random = np.random.default_rng(0)
+
+    def medians(parts: Sequence[Sequence[float]]) -> tuple[float, np.ndarray]:
+        ratios = np.asarray(parts[0], dtype=float)
+        if len(parts) == 2:
+            ratios = ratios / np.asarray(parts[1], dtype=float)
+        drawn = random.integers(len(ratios), size=(DRAWS, len(ratios)))
+        return float(np.median(ratios)), np.median(ratios[drawn], axis=1)
+
+    (a_value, a_drawn), (b_value, b_drawn) = medians(a), medians(b)
+    low, high = np.percentile(b_drawn / a_drawn, INTERVAL)
+    return Ratio(b_value / a_value, float(low), float(high))
+
+
+def differences(a: dict, b: dict, names: Sequence[str]) -> list[str]:
+    """Lines "name: of A, of B" of the entries that are not the same; a missing one is unknown."""
+    lines = []
+    for name in names:
+        of_a, of_b = (machine.get(name, "unknown") for machine in (a, b))
+        if of_a != of_b:
+            lines.append(f"{name}: {of_a} in A, {of_b} in B")
+    return lines
+
+
+def identity(run: dict) -> dict:
+    """The machine of a run, and the clocks of its rows."""
+    clocks = sorted({bench["extra_info"]["clock"] for bench in run["benchmarks"]})
+    return {**run["machine_info"]["summary"], "clocks": ", ".join(clocks)}
+
+
+def compare(
+    a: dict, b: dict, threshold: float = THRESHOLD, force_ratios: bool = False
+) -> list[Comparison]:
+    """All rows of either run, in A's order, then B's own.
+
+    Args:
+        threshold: a row is a regression when it is slower by more than this share.
+        force_ratios: compare runs of different machines by ratios to a baseline; their times never.
+
+    Raises:
+        NotComparable: the machines differ and `force_ratios` is not set, or no row is in both.
+    """
+    differ = differences(identity(a), identity(b), IDENTITY)
+    if differ and not force_ratios:
+        raise NotComparable("\n".join(differ))
+    of_a, of_b = ({(r.group, r.provider): r for r in rows_from_json(run)[0]} for run in (a, b))
+    found = [
+        _compare(key, of_a, of_b, threshold, absolute=not differ)
+        for key in dict.fromkeys([*of_a, *of_b])
+        if any(key in rows and (rows[key].seconds or _failed(rows[key])) for rows in (of_a, of_b))
+    ]
+    if not any(c.raw or c.relative or c.regression for c in found):
+        raise NotComparable("no row has a time in both runs")
+    return found
+
+
+def _failed(row: Row) -> bool:
+    return row.reason.startswith("failed")
+
+
+def _compare(
+    key: tuple[str, str],
+    of_a: dict[tuple[str, str], Row],
+    of_b: dict[tuple[str, str], Row],
+    threshold: float,
+    absolute: bool,
+) -> Comparison:
+    a, b = of_a.get(key), of_b.get(key)
+    if b is not None and _failed(b):
+        newly = a is not None and not _failed(a)
+        return Comparison(*key, f"{b.reason} in B", regression=newly)
+    if b is None or not b.seconds:
+        reason = f" ({b.reason})" if b is not None else ""
+        return Comparison(*key, f"only in A{reason}")
+    if a is None or not a.seconds:
+        reason = f" ({a.reason})" if a is not None else ""
+        return Comparison(*key, f"only in B{reason}")
+
+    shared = [n for n in b.baselines if all(_timed(rows, key[0], n) for rows in (of_a, of_b))]
+    is_baseline = key[1] in a.baselines or key[1] in b.baselines
+    others = [] if is_baseline else shared
+    raw = bootstrap([a.seconds], [b.seconds]) if absolute else None
+    relative = None
+    if others:
+        bases = (rows[key[0], others[0]].seconds for rows in (of_a, of_b))
+        relative = bootstrap(*zip((a.seconds, b.seconds), bases))
+    judged = relative or raw
+    if judged is None:
+        return Comparison(*key, "not compared: its time means nothing on another machine")
+    against = others[0] if others else ""
+    verdict = _verdict(judged, min(len(a.seconds), len(b.seconds)))
+    regression = verdict == SLOWER and judged.value > 1 + threshold and not is_baseline
+    return Comparison(*key, verdict, raw, against, relative, regression)
+
+
+def _timed(rows: dict[tuple[str, str], Row], group: str, name: str) -> bool:
+    return (group, name) in rows and bool(rows[group, name].seconds)
+
+
+def _verdict(ratio: Ratio, rounds: int) -> str:
+    if rounds < FEWEST:
+        return FEW
+    return FASTER if ratio.high < 1 else SLOWER if ratio.low > 1 else SAME
+
+
+def overall(found: Sequence[Comparison], threshold: float = THRESHOLD) -> str:
+    """One line: what the exit code says, and how many rows became what."""
+    regressions = [c for c in found if c.regression]
+    judged = [c for c in found if c.raw or c.relative]
+    counts = {word: sum(c.verdict == word for c in judged) for word in (FASTER, SLOWER, SAME, FEW)}
+    rest = len(found) - len(judged)
+    text = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    text += f", {rest} not in both" if rest else ""
+    if not regressions:
+        return f"No regression beyond {threshold:.0%}: {text}."
+    names = "; ".join(f"{c.group} {c.provider}" for c in regressions)
+    return f"REGRESSION beyond {threshold:.0%} in {len(regressions)} rows: {names}. All: {text}."
+
+
+def render(found: Sequence[Comparison]) -> str:
+    """Markdown: one table per group."""
+    by_group: dict[str, list[Comparison]] = {}
+    for comparison in found:
+        by_group.setdefault(comparison.group, []).append(comparison)
+    parts = []
+    for name, members in by_group.items():
+        table = [["provider", "verdict", "B / A to baseline", "baseline", "B / A of times"]]
+        table += [
+            [
+                c.provider,
+                c.verdict + (" (!)" if c.regression else ""),
+                str(c.relative or ""),
+                c.against,
+                str(c.raw or ""),
+            ]
+            for c in members
+        ]
+        parts.append("\n".join([f"**{name}**", "", *aligned(table)]))
+    return "\n\n".join(parts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code; the comparison goes to stdout, a refusal to stderr."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("a", type=Path, metavar="A.json")
+    parser.add_argument("b", type=Path, metavar="B.json")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="share, default 0.05")
+    parser.add_argument(
+        "--force-ratios",
+        action="store_true",
+        help="compare different machines by ratios to a baseline inside each run",
+    )
+    options = parser.parse_args(arguments)
+    if not options.threshold >= 0:
+        parser.error(f"--threshold must be 0 or more, got {options.threshold}")
+    try:
+        runs = [_read(path) for path in (options.a, options.b)]
+        found = compare(*runs, options.threshold, options.force_ratios)
+    except NotComparable as reasons:
+        print(f"not comparable:\n{reasons}", file=sys.stderr)
+        return 2
+    machines = [identity(run) for run in runs]
+    for line in differences(*machines, IDENTITY):
+        print(f"NOT THE SAME MACHINE, ratios only: {line}")
+    for line in differences(*machines, CIRCUMSTANCES):
+        print(line)
+    print(f"\n{render(found)}\n\n{overall(found, options.threshold)}")
+    return int(any(c.regression for c in found))
+
+
+def _read(path: Path) -> dict:
+    try:
+        run = json.loads(path.read_text())
+        rows_from_json(run)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NotComparable(f"{path}: no file of --benchmark-json: {error!r}") from error
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())
