@@ -7,7 +7,7 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 
-from . import suite
+from . import suite, table
 from .suite import Run
 from .table import Row
 
@@ -75,6 +75,13 @@ def machine(run: Run) -> str:
     )
 
 
+def details(run: Run | None) -> str:
+    """All that the file says of machine and versions."""
+    if run is None:
+        return UNMEASURED
+    return markdown([["", ""], *([key, str(value)] for key, value in run.machine.items())])
+
+
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     head, *rest = lines
     rows = [head, ["---"] * len(head), *rest]
@@ -98,7 +105,9 @@ def race(run: Run, prefixes: Sequence[str], drop: Iterable[str] = ()) -> str:
     first = {base.provider for rows in groups.values() if (base := suite.our_first(rows))}
     lines = [["", *(f"**{n}**" if n in first else n for n in names), "ms"]]
     for group, rows in groups.items():
-        lines.append([label(group, drop), *_ratios(rows, names), _milliseconds(rows)])
+        base = suite.our_first(rows)
+        ours = "" if base is None else milliseconds(suite.median(base))
+        lines.append([label(group, drop), *_ratios(rows, names), ours])
     return f"{markdown(lines)}\n\nms: of the row that is 1x. {machine(run)}"
 
 
@@ -115,27 +124,56 @@ def _ratios(rows: Sequence[Row], names: Iterable[str]) -> list[str]:
     return cells
 
 
-def _milliseconds(rows: Sequence[Row]) -> str:
-    base = suite.our_first(rows)
-    if base is None:
-        return ""
-    value = suite.median(base) * 1e3
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+def milliseconds(seconds: float) -> str:
+    """In three digits, all those before the point at least."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def column(run: Run, prefixes: Sequence[str], name: str, form: str) -> str:
-    """One line per group: a column of every provider that has it; nothing where none has."""
-    groups = {
-        group: {row.provider: row for row in rows if row.seconds and name in row.columns}
-        for group, rows in run.matching(*prefixes).items()
-    }
-    names = providers_of(rows.values() for rows in groups.values())
-    lines = [
-        [label(group), *(form.format(rows[n].columns[name]) if n in rows else "" for n in names)]
-        for group, rows in groups.items()
-        if rows
-    ]
-    return markdown([["", *names], *lines]) if lines else ""
+# headings of `table.COLUMNS` that a page shows
+_SHOWN = (
+    "saved MB/image", "saved MB", "weight copies MB", "peak MB", "of product", "of copy",
+    "value error", "gradient error",
+)  # fmt: skip
+
+
+def rows_table(run: Run, prefixes: Sequence[str]) -> str:
+    """One line per row: time, its ratio to our first row's, memory, shares, errors; what is not
+    there and why.
+    """
+    groups = run.matching(*prefixes)
+    cell = {heading: table.COLUMNS[heading] for heading in _SHOWN}
+    everything = [row for rows in groups.values() for row in rows if row.seconds]
+    extra = [h for h in _SHOWN if any(cell[h](row) not in (None, "0") for row in everything)]
+    lines = [["case", "version", "time", "ms", "p20-p80", *extra]]
+    for group, rows in groups.items():
+        first = label(group)
+        here = suite.measured(rows)
+        for (name, row), ratio_to_ours in zip(here.items(), _ratios(rows, here)):
+            low, high = table.spread(row.seconds)
+            lines.append(
+                [
+                    first,
+                    f"**{name}**" if suite.is_ours(row) else name,
+                    ratio_to_ours,
+                    milliseconds(suite.median(row)),
+                    f"{milliseconds(low)}-{milliseconds(high)}",
+                    *(cell[h](row) or "" for h in extra),
+                ]
+            )
+            first = ""
+    return markdown(lines) + _left_out(groups)
+
+
+def _left_out(groups: dict[str, list[Row]]) -> str:
+    """A line per reason: who could not run."""
+    reasons: dict[str, dict[str, None]] = {}
+    for rows in groups.values():
+        for row in rows:
+            if not row.seconds:
+                reasons.setdefault(row.reason, {})[row.provider] = None
+    said = (f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+    return f"\n\nLeft out: {'; '.join(said)}." if reasons else ""
 
 
 # ---- README
@@ -249,22 +287,13 @@ HEADINGS = {
     "attention": "Attention",
     "pointwise": "Pointwise passes",
 }
-# columns with tables of their own: heading and form
-MEMORY = {
-    "saved_mb_per_image": ("Saved for backward, MB/image", "{:.1f}"),
-    "peak_mb": ("Peak beyond weights and inputs, MB", "{:.0f}"),
-}
 
 
 def section(run: Run | None, name: str) -> str:
-    """Times and memory of one section, from one run."""
+    """Everything measured in one section, from one run."""
     if run is None:
         return UNMEASURED
-    parts = [race(run, SECTIONS[name])]
-    for key, (heading, form) in MEMORY.items():
-        if text := column(run, SECTIONS[name], key, form):
-            parts += [f"{heading}:", text]
-    return "\n\n".join(parts)
+    return f"{rows_table(run, SECTIONS[name])}\n\n{machine(run)}"
 
 
 def shown(chosen: list[Run], name: str) -> Run | None:
@@ -335,10 +364,10 @@ def losses(chosen: list[Run]) -> str:
 
 
 def _memory(loss: suite.Loss) -> str:
-    for key, (heading, form) in MEMORY.items():
-        values = [row.columns.get(key) for row in (loss.ours, loss.peer)]
+    for heading in ("saved MB/image", "saved MB", "peak MB"):
+        values = [table.COLUMNS[heading](row) for row in (loss.ours, loss.peer)]
         if None not in values:
-            return " and ".join(map(form.format, values)) + heading[heading.index(",") + 1 :]
+            return f"{values[0]} and {values[1]} {heading}"
     return ""
 
 
@@ -359,6 +388,7 @@ def blocks(everything: list[Run]) -> dict[str, str]:
     first = {name: shown(cpu, name) for name in SECTIONS}
     made = {
         "suite step": first_screen(suite.first_with(cpu, STEP), ("fp32", "bf16")),
+        "suite machine": details(cpu[0] if cpu else None),
         "suite hero": hero_caption(cpu),
         "suite scaling": scaling(suite.first_with(cpu, "scaling/")),
         "suite losses": losses(list({id(r): r for r in first.values() if r}.values())),

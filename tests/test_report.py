@@ -282,15 +282,28 @@ def test_what_counts_as_ours():
 
 def test_memory_of_a_lost_duel_is_beside_it():
     text = suite.blocks({"cpu.json": run_of(*step(50, (1.0, 2.0, 0.5)))})["suite losses"]
-    assert "200.0 and 100.0 MB/image" in text
+    assert "200.0 and 100.0 saved MB/image" in text
 
 
-def test_a_row_without_times_leaves_its_cell_empty():
+def test_a_row_without_times_is_left_out_with_its_reason():
     missing = [{"group": f"{STEP}P50/fp32/B4", "provider": "timm + SDPA", "reason": "no such"}]
     text = suite.blocks({"cpu.json": run_of(*step(50), left_out=missing)})["suite section step"]
-    assert "timm" not in text
-    both = run_of(*step(50), bench(f"{STEP}P9/fp32/B4", "timm + SDPA", [1.0]), left_out=missing)
-    assert "| timm + SDPA |" in suite.blocks({"cpu.json": both})["suite section step"]
+    assert "| timm + SDPA |" not in text
+    assert "Left out: timm + SDPA (no such)." in text
+
+
+def test_section_has_time_memory_and_errors_of_every_row():
+    rows = step(50, peak_mb=12.34, value_error=1e-6, weight_copies_mb=0.0)
+    text = suite.blocks({"cpu.json": run_of(*rows)})["suite section step"]
+    head, _, first, second, *_ = text.splitlines()
+    assert head == (
+        "| case | version | time | ms | p20-p80 | saved MB/image | peak MB | value error |"
+    )
+    assert first == (
+        "| ViT-B/16 224, 50 prompts, fp32, batch 4 | official-style | 2.00x | 2000 | 1880-2120 "
+        "| 200.0 | 12.3 | 1e-06 |"
+    )
+    assert second.startswith("|  | **pae exact** | **1x** | 1000 |")
 
 
 def test_gpu_section_waits_for_a_gpu():
@@ -308,7 +321,7 @@ def test_gpu_section_fills_itself():
     page = blocks["suite gpu"]
     assert page.startswith("### GPU 9000") and "9.00x" not in page and "2.00x" in page
     assert "passed: build, tests-engine" in page and "#### Where we lose" in page
-    assert "Peak beyond weights" in page and "device time" in page
+    assert "| peak MB |" in page and "device time" in page
     assert "bf16 autocast, 50 prompts: time | 2.00x" in blocks["suite gpu first screen"]
     assert "GPU 9000" not in blocks["suite section step"] + blocks["suite other"]
 
