@@ -247,6 +247,7 @@ def numbers(tokens=(10, 50), seeds=(0, 1)):
     facts = {
         "model": "some-vit",
         "img_size": 84,
+        "rows": 37,
         "workers": 2,
         "device": "cpu",
         "epochs": 4,
@@ -285,7 +286,7 @@ def test_blocks_say_what_the_numbers_say():
     assert "4e-05" in blocks["end to end agreement"]
     assert "1 of 100 images" in blocks["end to end agreement"]
     assert "seeds 0, 1." in blocks["end to end setting"]
-    assert "at 84 px" in blocks["end to end setting"]
+    assert "at 84 px (37 rows per image)" in blocks["end to end setting"]
 
 
 def test_a_gain_that_differs_between_seeds_is_a_range():
@@ -337,6 +338,7 @@ def test_collect_reads_what_the_loops_wrote(race, tmp_path):
     last = [record["epochs"][-1]["val_accuracy"] for record, _ in race.values()]
     assert only["target"] == 0.95 * min(last)
     assert found["facts"]["task"]["train"] == 29
+    assert found["facts"]["rows"] == 1 + 4  # 32 px in patches of 16
     assert set(end_to_end.blocks(found)) >= {"end to end table", "end to end gain official 3"}
     changed = dict(race["textbook"][0], machine={"device": "another"})
     end_to_end.runs.write_json(chosen.folder(tmp_path, "textbook") / "race.json", changed)

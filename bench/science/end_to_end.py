@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -109,6 +110,7 @@ def run_arm(arm: str, settings: Settings, task, folder: Path) -> dict:
     record = {
         "settings": dataclasses.asdict(settings),
         "task": {"name": task.name, "classes": len(task.classes), **task.sizes()},
+        "rows": trace.rows,
         "machine": machine(settings.device),
         "epochs": trace.epochs,
         "picks": trace.picks,
@@ -119,6 +121,7 @@ def run_arm(arm: str, settings: Settings, task, folder: Path) -> dict:
     return record
 
 
+@functools.cache  # asking the processor for its name takes a second
 def machine(device: str) -> dict:
     """What the times belong to."""
     import cpuinfo  # comes with pytest-benchmark
@@ -219,7 +222,7 @@ def facts_of(record: dict) -> dict:
     method = ("method", "kld_dim", "kld_mode", "mpa_images", "mpa_window", "mpa_stride")
     keep = ("model", "img_size", "workers", "device", *recipe, *method)
     chosen = {key: record["settings"][key] for key in keep}
-    return {**chosen, "task": record["task"], "machine": record["machine"]}
+    return {**chosen, **{key: record[key] for key in ("rows", "task", "machine")}}
 
 
 def agree(ours: dict, other: dict, prompts: torch.Tensor, other_prompts: torch.Tensor) -> dict:
@@ -335,9 +338,9 @@ def _setting(numbers: dict) -> str:
     seeds = sorted({race["seed"] for race in numbers["races"]})
     return (
         f"{task['name']}, {task['train']} training, {task['val']} validation and {task['test']} "
-        f"test images; {facts['model']}{size}, {facts['method']} with KLD (dimension "
-        f"{facts['kld_dim']}, {facts['kld_mode']}) and MPA on {facts['mpa_images']} images; "
-        f"{facts['epochs']} epochs, batch {facts['batch_size']}, {facts['optimizer']}, lr "
+        f"test images; {facts['model']}{size} ({facts['rows']} rows per image), {facts['method']} "
+        f"with KLD (dimension {facts['kld_dim']}, {facts['kld_mode']}) and MPA on "
+        f"{facts['mpa_images']} images; {facts['epochs']} epochs, batch {facts['batch_size']}, {facts['optimizer']}, lr "
         f"{facts['lr']:g}, fp32; seeds {', '.join(map(str, seeds))}. {where['device']}, {threads} "
         f"and {facts['workers']} data workers, torch {where['versions']['torch']}."
     )

@@ -83,7 +83,7 @@ class Trace:
         epochs: per epoch "train_loss", "val_loss", "val_accuracy", and "clock", what was spent when
             it was validated. test: accuracy of the best epoch.
         picks: windows behind the prompts, best first. prompts: (depth, P, D) that they gave.
-        total: what was spent in all.
+        total: what was spent in all. rows: of an image, class token included, that enter block 0.
     """
 
     epochs: list[dict]
@@ -91,6 +91,7 @@ class Trace:
     prompts: torch.Tensor
     test: float
     total: dict[str, list[float]]
+    rows: int
 
 
 class _Clocked(loop._Run):
@@ -158,7 +159,8 @@ def run_ours(settings: Settings, task, folder: Path) -> Trace:
         {**{k: row[k] for k in keys}, "clock": stamp} for row, stamp in zip(run.rows, run.stamps)
     ]
     picks = run.alignment.selected.tolist()
-    return Trace(epochs, picks, run.prompts, result["test_accuracy"], total)
+    rows = run.module.view.shape.num_tokens
+    return Trace(epochs, picks, run.prompts, result["test_accuracy"], total, rows)
 
 
 def run_official(settings: Settings, task, folder: Path) -> Trace:
@@ -217,7 +219,7 @@ def run_official(settings: Settings, task, folder: Path) -> Trace:
         row = {"train_loss": loss, "val_loss": val_loss, "val_accuracy": accuracy}
         epochs.append({**row, "clock": stamp})
         best = max(best, (accuracy, -val_loss, test_accuracy), key=lambda found: found[:2])
-    return Trace(epochs, picks, prompts, best[2], clock.read())
+    return Trace(epochs, picks, prompts, best[2], clock.read(), vit.pos_embed.shape[1])
 
 
 def _optimizer(model: peers_loop.OfficialStylePAE, settings: Settings, batches: int):
