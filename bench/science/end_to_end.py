@@ -336,14 +336,24 @@ def _setting(numbers: dict) -> str:
     size = f" at {facts['img_size']} px" if facts["img_size"] else ""
     threads = f"{where['threads']} thread" + "s" * (where["threads"] > 1)
     seeds = sorted({race["seed"] for race in numbers["races"]})
-    return (
+    data = (
         f"{task['name']}, {task['train']} training, {task['val']} validation and {task['test']} "
-        f"test images; {facts['model']}{size} ({facts['rows']} rows per image), {facts['method']} "
-        f"with KLD (dimension {facts['kld_dim']}, {facts['kld_mode']}) and MPA on "
-        f"{facts['mpa_images']} images; {facts['epochs']} epochs, batch {facts['batch_size']}, {facts['optimizer']}, lr "
-        f"{facts['lr']:g}, fp32; seeds {', '.join(map(str, seeds))}. {where['device']}, {threads} "
-        f"and {facts['workers']} data workers, torch {where['versions']['torch']}."
+        f"test images"
     )
+    model = (
+        f"{facts['model']}{size} ({facts['rows']} rows per image), {facts['method']} with KLD "
+        f"(dimension {facts['kld_dim']}, {facts['kld_mode']}) and MPA on {facts['mpa_images']} "
+        f"images"
+    )
+    recipe = (
+        f"{facts['epochs']} epochs, batch {facts['batch_size']}, {facts['optimizer']}, lr "
+        f"{facts['lr']:g}, fp32; seeds {', '.join(map(str, seeds))}"
+    )
+    place = (
+        f"{where['device']}, {threads} and {facts['workers']} data workers, torch "
+        f"{where['versions']['torch']}"
+    )
+    return f"{data}; {model}; {recipe}. {place}."
 
 
 def _agreement(numbers: dict) -> str:
