@@ -31,6 +31,7 @@ COLOURS = {
     "mpa": "#009E73",
     "mpa probe": "#56B4E9",
     "pae gauge": "#CC79A7",
+    "control": "#D55E00",
     # beside a measurement
     "model": "#333333",
 }

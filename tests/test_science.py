@@ -42,7 +42,7 @@ def shades(tmp_path, monkeypatch):
 
 
 def test_a_study_from_runs_to_figures(shades, capsys):
-    output, arms = shades / "runs", ("vpt-deep-plain", "vpt-deep-pae")
+    output, arms = shades / "runs", ("vpt-deep-plain", "vpt-deep-norms")
     cells = list(convergence.cells(["shades"], [0, 1], arms))
     runs.run(cells, output, 6, **SMALL)
     assert capsys.readouterr().out.count(": test ") == len(cells) == 4
@@ -50,8 +50,8 @@ def test_a_study_from_runs_to_figures(shades, capsys):
     assert capsys.readouterr().out == ""
 
     found = runs.collect(cells, output)
-    assert [r["seed"] for r in found["shades", "vpt-deep-pae"]] == [0, 1]
-    trace = found["shades", "vpt-deep-pae"][0]["trace"]
+    assert [r["seed"] for r in found["shades", "vpt-deep-norms"]] == [0, 1]
+    trace = found["shades", "vpt-deep-norms"][0]["trace"]
     steps = 2 * -(-30 // 6)  # 36 training images, 7 of them validate
     assert len(trace["process_seconds"]) == len(trace["gradient_norm"]) == steps
     assert len(trace["cosine_with_last"]) == steps - 1
@@ -92,6 +92,19 @@ def test_trace_sees_a_turn():
         {"gradient_norm": trace.norms, "cosine_with_last": trace.cosines}
     )
     assert counted["flips"] == [1, 0]
+
+
+def test_control_keeps_lengths_alone():
+    module = torch.nn.Module()
+    module.prompts = torch.nn.Module()
+    module.prompts.tokens = torch.nn.Parameter(
+        torch.randn(3, 4, 64) * torch.arange(1.0, 5)[:, None]
+    )
+    before = module.prompts.tokens.detach().clone()
+    convergence.random_directions(module)
+    after = module.prompts.tokens.detach()
+    torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1))
+    assert torch.cosine_similarity(after, before, dim=-1).abs().max() < 0.6
 
 
 def test_epochs_to_share():

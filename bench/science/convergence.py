@@ -5,8 +5,10 @@
 
 Arms: VPT-deep; with the Koopman-Lyapunov regulariser; with Modal Pre-Alignment under the fresh
 head, and under a linear probe's head; with regulariser and pre-alignment, which is PAE; and PAE
-whose regulariser sees normalised prompts, as the network does ("gauge"). All share data cut, order
-and first head per seed, so differences are taken seed by seed. One recipe for all arms.
+whose regulariser sees normalised prompts, as the network does ("gauge"). A control keeps of
+Modal Pre-Alignment nothing but the length of every prompt: deep prompts are seen through a
+LayerNorm, so a longer prompt is one that learns more slowly, whatever its direction. All share data
+cut, order and first head per seed, so differences are taken seed by seed. One recipe for all arms.
 
 `report` writes bench/results/science/convergence.json; `python -m bench.report` draws it.
 """
@@ -31,8 +33,9 @@ ARMS = {
     "vpt-deep-pae": {"kld": True, "mpa": True},
     "vpt-deep-pae-gauge": {"kld": True, "mpa": True, "kld_gauge": "layernorm"},
     "vpt-deep-mpa-probe": {"mpa": True, "mpa_head": "linear_probe"},
+    "vpt-deep-norms": {"mpa": True},
 }
-BASELINE, PAE = "vpt-deep-plain", "vpt-deep-pae"
+BASELINE, PAE, CONTROL = "vpt-deep-plain", "vpt-deep-pae", "vpt-deep-norms"
 TITLES = {
     "vpt-deep-plain": "VPT-deep",
     "vpt-deep-kld": "+ KLD",
@@ -40,13 +43,25 @@ TITLES = {
     "vpt-deep-pae": "+ PAE (both)",
     "vpt-deep-pae-gauge": "+ PAE, gauge fixed",
     "vpt-deep-mpa-probe": "+ MPA, probe head",
+    "vpt-deep-norms": "+ lengths of MPA alone",
 }
 COLOURS = {
     arm: style.COLOURS[key]
-    for arm, key in zip(ARMS, ("plain", "kld", "mpa", "pae", "pae gauge", "mpa probe"))
+    for arm, key in zip(ARMS, ("plain", "kld", "mpa", "pae", "pae gauge", "mpa probe", "control"))
 }
 DATASETS = ("pneumonia", "elpv-defect", "fashion-mnist")
 JSON = "convergence.json"
+
+
+@torch.no_grad()
+def random_directions(module) -> None:
+    """Prompts of the same lengths, row by row, that point anywhere."""
+    tokens = module.prompts.tokens
+    noise = torch.randn_like(tokens)
+    tokens.copy_(noise * (tokens.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)))
+
+
+ON_START = {"vpt-deep-norms": random_directions}
 
 
 def cells(datasets=DATASETS, seeds=range(5), arms=tuple(ARMS)):
@@ -54,7 +69,7 @@ def cells(datasets=DATASETS, seeds=range(5), arms=tuple(ARMS)):
     for seed in seeds:
         for dataset in datasets:
             for name in arms:
-                yield runs.Cell(name, dataset, seed, ARMS[name])
+                yield runs.Cell(name, dataset, seed, ARMS[name], ON_START.get(name))
 
 
 def run(arguments) -> None:
@@ -213,8 +228,10 @@ ENOUGH = 4  # seeds; of three, all fall on one side by chance in one case of fou
 CLAIMS = {
     "The regulariser raises accuracy": ("vpt-deep-kld", "gain", 1),
     "Modal Pre-Alignment raises accuracy": ("vpt-deep-mpa", "gain", 1),
+    "The lengths of MPA's prompts alone, in random directions, raise it": (CONTROL, "gain", 1),
     "PAE raises accuracy": (PAE, "gain", 1),
     "PAE learns faster (validation accuracy averaged over epochs)": (PAE, "gain mean val", 1),
+    "The lengths alone do the same": (CONTROL, "gain mean val", 1),
     "PAE needs fewer epochs to 95 % of VPT-deep's accuracy": (PAE, "gain reached", -1),
 }
 

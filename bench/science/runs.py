@@ -14,7 +14,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +32,15 @@ SHARE = 0.95  # "converged" is this share of the final validation accuracy
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: `changes` to the default settings, on image set `dataset`, from `seed`."""
+    """One run: `changes` to the default settings, on image set `dataset`, from `seed`; `on_start`
+    is called with the module before training.
+    """
 
     name: str
     dataset: str
     seed: int
     changes: dict
+    on_start: Callable | None = None
 
     def folder(self, output: Path) -> RunFolder:
         return RunFolder(Path(output) / self.dataset / f"{self.name}-{self.seed}")
@@ -77,9 +80,14 @@ def run(cells: Iterable[Cell], output: Path, test_size: int | None, **common) ->
         ).resolved()
         task = load_task(settings, test_size)
         trace = Trace()
-        accelerator = loop.make_accelerator(settings)
         result = loop.train(
-            settings, task, folder, accelerator, Reporter(quiet=True), on_backward=trace
+            settings,
+            task,
+            folder,
+            loop.make_accelerator(settings),
+            Reporter(quiet=True),
+            on_start=cell.on_start,
+            on_backward=trace,
         )
         trace.write(folder.path / "trace.json")
         for heavy in (folder.state, folder.previous_state):

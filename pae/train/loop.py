@@ -46,7 +46,16 @@ def make_accelerator(settings):
 
 
 def train(
-    settings, task, folder, accelerator, reporter, *, name=None, resume=None, on_backward=None
+    settings,
+    task,
+    folder,
+    accelerator,
+    reporter,
+    *,
+    name=None,
+    resume=None,
+    on_start=None,
+    on_backward=None,
 ):
     """Trains one method and tests the checkpoint with the best validation accuracy.
 
@@ -58,6 +67,8 @@ def train(
         reporter: a `Reporter`.
         name: what to call the run in tables; the method by default.
         resume: None for a new run, "last" or "previous" for the state to go on from.
+        on_start: called as `on_start(module)` in a new run, once the prompts have their first
+            values and before anything is made of them.
         on_backward: called as `on_backward(module, update)` after every backward pass, before
             gradients are clipped and used; updates count from 0.
     Returns:
@@ -70,14 +81,15 @@ def train(
     """
     if resume is not None and folder.result() is not None:
         return folder.result()
-    return _Run(settings, task, folder, accelerator, reporter, name, resume, on_backward).train()
+    hooks = on_start, on_backward
+    return _Run(settings, task, folder, accelerator, reporter, name, resume, *hooks).train()
 
 
 class _Run:
     """The state of one run between steps; every method keeps it consistent."""
 
     def __init__(
-        self, settings, task, folder, accelerator, reporter, name, resume, on_backward=None
+        self, settings, task, folder, accelerator, reporter, name, resume, on_start, on_backward
     ):
         from accelerate.utils import set_seed
         from timm.optim import create_optimizer_v2
@@ -102,6 +114,8 @@ class _Run:
                 self._align()
             if settings.spt:
                 self._take_tokens()
+            if on_start is not None:
+                on_start(self.module)
         # DDP copies the parameters of process 0 to all; from here on each draws its own dropout
         torch.manual_seed(settings.seed + accelerator.process_index)
 
@@ -127,7 +141,7 @@ class _Run:
         self.sums = self._no_sums()
         if saved is not None:
             self._restore(saved)
-        elif settings.mpa or settings.spt:
+        elif settings.mpa or settings.spt or on_start is not None:
             self._save()  # the first prompts are worth keeping
 
     def train(self):
