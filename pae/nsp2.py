@@ -48,9 +48,11 @@ class NullSpace(nn.Module):
         official: as the released code: W = W_k without g, and B divided by its Frobenius norm, so
             that what lies in the null space shrinks too, to eta / sqrt(nullity) + 1 - eta.
 
-    Attributes (buffers, so that `state_dict` resumes a sequence of tasks):
-        C1 (depth, D, D), C2 (depth, P, P), tasks: how many were observed; means, deviations
-        (depth, P) of the prompts at the end of the last.
+    Attributes:
+        C1, C2: (depth, D, D) and (depth, P, P); like all of these buffers, so that `state_dict`
+            resumes a sequence of tasks.
+        tasks: how many were observed.
+        means, deviations: (depth, P) of the prompt rows at the end of the last.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what was expected.

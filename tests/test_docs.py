@@ -1,16 +1,31 @@
-"""What the documentation claims in tables is what the library does."""
+"""The documentation builds, its examples run, and its tables say what the library does."""
 
+import ast
+import io
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import snippets
 import tiny
 import torch
 
 import pae
+import pae_kernels
 from pae.train.settings import FAMILIES
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # docs/ and bench/ are no part of the package
+
+from bench import report  # noqa: E402
+from docs import docstrings, drawings, hooks  # noqa: E402
+
 ARGUMENTS = {"BPTDeep": (4, 4), "BPTShallow": (4, 4), "DAVPT": (4, 4, 5)}
 
 
@@ -98,9 +113,11 @@ def test_column_of_who_shares_prompts(name):
     assert shared == (rows()[name][2] == "batch")
 
 
-def test_links_point_somewhere():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+def test_links_of_pages_outside_the_site():
+    """Those inside are mkdocs' business, see `site`."""
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"]:
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
@@ -111,3 +128,129 @@ def test_names_exist(name):
     thing = pae
     for part in name.split("."):
         thing = getattr(thing, part)
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLES = [page for page in PAGES if "```python" in page.read_text()]
+# its kernel runs on a CPU in Triton's interpreter, which is chosen when Triton is imported
+INTERPRETED = ROOT / "docs" / "add-an-op.md"
+
+
+@pytest.mark.parametrize("page", EXAMPLES, ids=name_of)
+def test_every_example_runs(page, tmp_path):
+    found = snippets.snippets(page)
+    assert len(found) == page.read_text().count("```python")
+    if page != INTERPRETED:
+        assert snippets.run(page, tmp_path) == len(found)
+        return
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, ROOT / "tests" / "snippets.py", page],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout == f"{len(found)} blocks\n", run.stderr
+
+
+def test_a_broken_example_is_found_where_it_stands(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("text\n\n    ```python\n    a = images.shape\n    assert a == 1\n    ```\n")
+    with pytest.raises(AssertionError) as caught:
+        snippets.run(page, tmp_path)
+    assert (caught.traceback[-1].path, caught.traceback[-1].lineno) == (page, 4)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site; mkdocs is strict about links and anchors, and finds no network."""
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    folder = tmp_path_factory.mktemp("site")
+    with mock.patch.object(socket.socket, "connect", side_effect=OSError("no network here")):
+        build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.html")}
+
+
+def test_a_figure_may_only_be_missing_where_nothing_is_measured():
+    assert hooks.UNMEASURED == report.UNMEASURED
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="api/page.md"))
+    files = SimpleNamespace(get_file_from_path={"figures/a.svg": "a file"}.get)
+    text = "words\n\n![a](../figures/a.svg)\n\n![b](../figures/b.svg)\n"
+    assert hooks.on_page_markdown(text, page, None, files) == text
+    text += hooks.UNMEASURED
+    left = hooks.on_page_markdown(text, page, None, files)
+    assert left == text.replace("![b](../figures/b.svg)", "")
+
+
+def test_site_loads_nothing_from_elsewhere(site):
+    for name, page in site.items():
+        tags = re.findall(r"<(?:script|link|img|iframe)[^>]*>", page)
+        assert not [tag for tag in tags if re.search(r"""(src|href)=["']?(https?:)?//""", tag)], (
+            name
+        )
+
+
+def test_every_public_name_is_in_the_api(site):
+    pages = "".join(page for name, page in site.items() if name.startswith("api/"))
+    for module in (pae, pae.prompts, pae.analysis, pae_kernels):
+        for name in module.__all__:
+            full = f"{module.__name__}.{name}"
+            if isinstance(getattr(module, name), type(pae)) or name == "__version__":
+                assert f"<code>{full}</code>" in pages
+            else:
+                assert f'id="{full}"' in pages, full
+
+
+def test_docstrings_become_markdown():
+    got = docstrings.as_markdown(
+        "Numerics: a first line stays.\n\n"
+        "Args:\n    a: (B,). b, c: as `a<b`.\n\n"
+        "Attributes:\n    d, e: both.\n\n"
+        "Returns:\n    (B,), as a <- b. Note: <x, y>.\n\n"
+        "Raises:\n    ValueError: naming what it\n    was.\n\n"
+        "Numerics: sums in\n    fp32.\nSource: us.\n\n    code <x>",
+        "Tensor",
+    )
+    assert got == (
+        "Numerics: a first line stays.\n\n"
+        "Args:\n    a: (B,).\n    b, c: as `a<b`.\n\n"
+        "Attributes:\n    d,\N{NO-BREAK SPACE}e: both.\n\n"
+        "Returns:\n    Tensor: (B,), as a <- b. Note: &lt;x, y>.\n\n"
+        "Raises:\n    ValueError: naming what it\n        was.\n\n"
+        "\n**Numerics:** sums in\nfp32.\n\n**Source:** us.\n\n    code <x>"
+    )
+
+
+def test_drawings(tmp_path):
+    shown = re.findall(r"\]\(figures/([\w-]+)\.svg\)", (ROOT / "docs/how-it-works.md").read_text())
+    assert sorted(shown) == sorted(drawings.DRAWINGS)
+    for name, draw in drawings.DRAWINGS.items():
+        for suffix in ("svg", "png"):
+            committed = ROOT / "docs" / "figures" / f"{name}.{suffix}"
+            assert 5_000 < committed.stat().st_size < 150_000, committed
+        drawn = io.StringIO()
+        draw().savefig(drawn, format="svg")
+        assert "</svg>" in drawn.getvalue()
+
+
+def words_of(path):
+    """Every constant part of a string in a Python file."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+
+
+def test_messages_in_troubleshooting_exist():
+    sources = [*(ROOT / "pae").rglob("*.py"), *(ROOT / "pae_kernels").rglob("*.py")]
+    words = [w for path in (*sources, ROOT / "csrc/native_build.py") for w in words_of(path)]
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = "".join(re.findall(r"```text\n(.*?)```", text, re.DOTALL)).splitlines()
+    assert len(messages) > 30
+    for message in messages:
+        for part in filter(None, (p.strip() for p in message.split("…"))):
+            assert any(part in w for w in words), f"{message}: {part!r}"
