@@ -8,6 +8,7 @@ every GPU the newest is shown.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class Run:
     @property
     def on_gpu(self) -> bool:
         return "CUDA" in self.machine
+
+    def figure(self, name: str) -> str:
+        """What a figure of this run is called: a GPU has figures of its own."""
+        device = re.sub(r"\W+", "-", self.device.lower()).strip("-")
+        return f"{name}_{device}" if self.on_gpu else name
 
     def matching(self, *prefixes: str) -> dict[str, list[Row]]:
         """Groups with a measured row whose name begins with one of `prefixes`."""
@@ -139,9 +145,9 @@ def lost(run: Run) -> Iterator[Loss]:
 
 
 def blocks(numbers: dict[str, dict]) -> dict[str, str]:
-    from . import suite_tables
+    from . import suite_pages
 
-    return suite_tables.blocks(runs(numbers))
+    return suite_pages.blocks(runs(numbers))
 
 
 def figures(numbers: dict[str, dict]) -> dict:

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are not installed
 
-from bench import figures, report, suite, suite_figures, suite_tables  # noqa: E402
+from bench import figures, report, suite, suite_figures, suite_pages, suite_tables  # noqa: E402
 
 # ---- this tree
 
@@ -218,8 +218,8 @@ def test_readme_table():
         "| --- | --- | --- | --- |\n"
         "| fp32, 50 prompts: time | 2.00x | **1x** | 1.50x |\n"
         "| fp32, 100 prompts: time | 3.00x | **1x** | 0.50x |\n"
-        "| fp32, 50 prompts: kept, MB/image | 200.0 | **100.0** | **150.0** |\n"
-        "| fp32, 100 prompts: kept, MB/image | 300.0 | **100.0** | **50.0** |\n\n"
+        "| fp32, 50 prompts: saved, MB/image | 200.0 | **100.0** | **150.0** |\n"
+        "| fp32, 100 prompts: saved, MB/image | 300.0 | **100.0** | **50.0** |\n\n"
         "Processor, 1 thread, process time, medians over interleaved rounds; torch 2, commit abc."
     )
 
@@ -308,7 +308,7 @@ def test_section_has_time_memory_and_errors_of_every_row():
 
 def test_gpu_section_waits_for_a_gpu():
     blocks = suite.blocks({"cpu.json": run_of(*step(50))})
-    assert blocks["suite gpu"] == suite_tables.UNMEASURED == report.UNMEASURED
+    assert blocks["suite gpu"] == suite_pages.UNMEASURED == report.UNMEASURED
     assert blocks["suite gpu first screen"] == "No GPU figure is published yet."
 
 
@@ -320,7 +320,7 @@ def test_gpu_section_fills_itself():
     blocks = suite.blocks(numbers)
     page = blocks["suite gpu"]
     assert page.startswith("### GPU 9000") and "9.00x" not in page and "2.00x" in page
-    assert "passed: build, tests-engine" in page and "#### Where we lose" in page
+    assert "| tests-engine | passed |" in page and "#### Where we lose" in page
     assert "| peak MB |" in page and "device time" in page
     assert "bf16 autocast, 50 prompts: time | 2.00x" in blocks["suite gpu first screen"]
     assert "GPU 9000" not in blocks["suite section step"] + blocks["suite other"]
@@ -357,9 +357,83 @@ def test_hero_draws_what_was_measured():
     }
 
 
+def scale(axis, value, times, **columns):
+    """A group of the suite that scales; the model is right but for pae's memory."""
+    names = ("official-style", "timm + SDPA", "pae exact", "pae low")
+    return [
+        bench(
+            f"scaling/{axis}/{value}",
+            name,
+            [t] * 3,
+            saved_mb_per_image=10 * t,
+            model_saved_mb_per_image=10 * t * (0.9 if name == "pae exact" else 1),
+            model_gflop=400 * t,
+            peak_tflops=0.5,
+            images=2.0,
+            depth=12.0,
+            **columns,
+        )
+        for name, t in zip(names, times)
+    ]
+
+
+SCALED = run_of(
+    *scale("prompts", "P10", (1.2, 1.1, 1.0, 1.3), prompts=10.0),
+    *scale("prompts", "P2", (1.1, 1.0, 0.9, 1.2), prompts=2.0),
+    *scale("model", "vit_tiny_patch16_224", (0.5, 0.4, 0.3, 0.35)),
+    *scale("model", "vit_base_patch16_224", (5.0, 4.0, 3.0, 3.5)),
+)
+
+
+def test_scaling_tables():
+    text = suite.blocks({"cpu.json": SCALED})["suite scaling"]
+    assert "**By prompts per block** (12 blocks, batch 2)" in text
+    assert "![Step time and saved memory by prompts per block" in text
+    assert "](figures/scaling_prompts.svg)" in text
+    assert (
+        "| 10 prompts | 1.20x (1.20x) | 1.10x (1.10x) | **1x** | 1.30x (1.30x) "
+        "| 12.0 | 11.0 | 10.0 | 13.0 |"
+    ) in text
+    assert "in 16 rows the cost model is off by at most 10.0% of what was measured" in text
+
+
+def test_scaling_figures_draw_measurement_and_model():
+    drawn = suite.figures({"cpu.json": SCALED})
+    assert set(drawn) == {"scaling_prompts", "scaling_model"}
+    with figures.style():
+        time, memory = drawn["scaling_prompts"]().axes
+        names = drawn["scaling_model"]().axes[0]
+    official, predicted = time.lines[:2]
+    assert official.get_xdata().tolist() == [2, 10]
+    assert official.get_ydata().tolist() == pytest.approx([550, 600])  # ms an image
+    assert predicted.get_ydata().tolist() == pytest.approx([440, 480])  # 440 GFLOP at 0.5 TFLOP/s
+    assert memory.lines[-1].get_ydata().tolist() == pytest.approx([8.1, 9])
+    assert names.get_yscale() == "log"
+    assert [label.get_text() for label in names.get_xticklabels()] == [
+        "ViT-Ti/16 224",
+        "ViT-B/16 224",
+    ]
+
+
+def test_every_gpu_has_figures_of_its_own():
+    rows = [*step(50, dtype="bf16"), *step(100, dtype="bf16")]
+    numbers = {
+        "cpu.json": SCALED,
+        "a.json": run_of(*rows, *SCALED["benchmarks"], device="GPU A", CUDA="13"),
+        "b.json": run_of(*rows, device="GPU B", CUDA="13"),
+    }
+    drawn = suite.figures(numbers)
+    assert {"step_gpu-a", "step_gpu-b", "scaling_prompts_gpu-a", "scaling_prompts"} < set(drawn)
+    page = suite.blocks(numbers)["suite gpu"]
+    assert {f"{name}.svg" for name in drawn if "gpu" in name} == {
+        link.removeprefix("figures/") for link in re.findall(r"figures/[\w-]+\.svg", page)
+    }
+
+
 def test_names_at_the_ends_of_lines_do_not_overlap():
     axes = figures.figure(4, 3)[1]
     axes.set_ylim(0, 10)
     suite_figures.place_names(axes, [(1, y, str(y), "k") for y in (5.0, 5.1, 5.2, 1.0)])
     heights = sorted(text.xy[1] for text in axes.texts)
-    assert min(b - a for a, b in pairwise(heights)) > 0.7
+    assert heights[0] == pytest.approx(0.1) and heights[1] == pytest.approx(0.5)
+    assert min(b - a for a, b in pairwise(heights)) > 0.99 * suite_figures.LINE
