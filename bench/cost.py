@@ -121,7 +121,7 @@ def flops(
     forward = embed + (L - 1) * (N * row + 4 * N * T * D) + row + 4 * class_keys + head
     backward = (
         2 * head
-        + (row + square + 8 * class_keys)
+        + (row + 8 * class_keys)
         + (L - 2) * (N * row + 10 * N * T * D)
         + (N * (square + mlp) + 8 * N * prompts * D)
     )

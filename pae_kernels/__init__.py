@@ -2,6 +2,7 @@
 training.
 """
 
+from . import flops
 from .adaptive import prompt_bottleneck, token_mix
 from .attention import class_attention, prompt_attention
 from .koopman import koopman_losses, koopman_rollout
@@ -18,3 +19,5 @@ __all__ = [
     "shortcut_tokens",
     "token_mix",
 ]
+
+flops.register_when_imported()

@@ -1,0 +1,165 @@
+"""What the ops cost, for PyTorch's counter: `torch.utils.flop_counter.FlopCounterMode` sees an op
+from outside, whichever version runs inside it, so every op with products has a formula here.
+
+The counter's own rules: products alone, 2 per multiply-add, what a backward forms again included.
+A complex multiply-add is 8. Decompositions are left out, as PyTorch leaves out `eigh`; so are the
+pointwise ops, which have no product.
+
+Formulas get shapes, in the order of the op's schema. They are registered when the counter is first
+imported and not before, since its module imports Triton: a fifth of a second that nobody who counts
+nothing should pay.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from math import prod
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+_FORMULAS: dict[str, Callable[..., int]] = {}
+
+
+def _of(op: str) -> Callable:
+    def keep(formula: Callable[..., int]) -> Callable[..., int]:
+        _FORMULAS[op] = formula
+        return formula
+
+    return keep
+
+
+def formulas() -> dict[str, Callable[..., int]]:
+    """Op name in `torch.ops.pae` -> formula."""
+    return dict(_FORMULAS)
+
+
+@_of("prompt_attention_fwd")
+def _attention(qkv, kv_prompt, group, scale, class_only, *_, **__) -> int:
+    """Scores and mixture: 2 products of image queries and all keys."""
+    return 2 * _attention_product(qkv, kv_prompt[1], class_only)
+
+
+@_of("prompt_attention_bwd")
+def _attention_backward(
+    d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, out, lse, need_qkv, **_
+) -> int:
+    """Scores again, dV, dP, dQ, dK; without a gradient of qkv the prompt columns of all but dQ."""
+    if need_qkv:
+        return 5 * _attention_product(qkv, kv_prompt[1], class_only)
+    batch, tokens, _, heads, width = qkv
+    return 4 * 2 * batch * (1 if class_only else tokens) * kv_prompt[1] * heads * width
+
+
+def _attention_product(qkv, prompts: int, class_only: bool) -> int:
+    batch, tokens, _, heads, width = qkv
+    return 2 * batch * (1 if class_only else tokens) * (prompts + tokens) * heads * width
+
+
+@_of("token_mix_fwd")
+def _mix(x, weight, *_, **__) -> int:
+    return 2 * prod(x) * weight[0]
+
+
+@_of("token_mix_bwd")
+def _mix_backward(d_u, x, weight, mean, rstd, need_x, **_) -> int:
+    """dW; and dx, whose two means come out of the same product."""
+    return (2 if need_x else 1) * 2 * prod(x) * weight[0]
+
+
+@_of("prompt_bottleneck_fwd")
+def _bottleneck(u, gain, shift, bias, down, *_, **__) -> int:
+    return 2 * 2 * prod(u) * down[0]
+
+
+@_of("prompt_bottleneck_bwd")
+def _bottleneck_backward(d_out, u, gain, shift, bias, down, *_, **__) -> int:
+    """The hidden rows again and their gradient; those of down, up and g."""
+    return 5 * 2 * prod(u) * down[0]
+
+
+@_of("koopman_losses_fwd")
+def _koopman(prompts, lift, K, L, formulation, *_, **__) -> int:
+    """States, their prediction, V of both states of a pair; L^T L of every distinct L."""
+    runs, blocks, pairs, count, width, k = _koopman_sizes(prompts, lift)
+    distinct = pairs if len(L) == len(prompts) else min(pairs, 1)
+    gram = 2 * k**3 * distinct if formulation == "code" else 0
+    rows = 2 * blocks * count * width * k + 3 * 2 * pairs * count * k * k
+    return runs * (rows + gram)
+
+
+@_of("koopman_losses_bwd")
+def _koopman_backward(d_consistency, d_lyapunov, prompts, lift, *_, **__) -> int:
+    """Twice the forward's products: of V's rows and L, of the states and K, of prompts and lift."""
+    runs, blocks, pairs, count, width, k = _koopman_sizes(prompts, lift)
+    return runs * (2 * 2 * blocks * count * width * k + 2 * 3 * 2 * pairs * count * k * k)
+
+
+def _koopman_sizes(prompts, lift) -> tuple[int, int, int, int, int, int]:
+    *runs, blocks, count, width = prompts
+    return prod(runs), blocks, max(blocks - 1, 0), count, width, lift[-2]
+
+
+@_of("shortcut_images_fwd")
+def _images(spectrum, origins, window, **_) -> int:
+    """Rows of a box by complex waves, columns by real and imaginary parts apart."""
+    batch, channels, height, width = spectrum
+    planes = origins[0] * batch * channels * height * window
+    return 8 * planes * window + 2 * planes * 2 * width
+
+
+@_of("shortcut_tokens_fwd")
+def _tokens(spectrum, origins, window, weight, *_, **__) -> int:
+    """Strips, taps, their product, and the turn from patch to patch; see the reference."""
+    batch, channels, height, width = spectrum
+    dim, _, ph, pw = weight
+    lines, inner = batch * (height // ph), channels * ph
+    strips = 8 * height * window * window * batch * channels
+    taps = 2 * 2 * window * pw * inner * dim
+    products = 2 * window * (2 * lines) * (2 * inner) * dim
+    turns = 2 * lines * (width // pw) * 2 * window * dim
+    return origins[0] * (strips + taps + products + turns)
+
+
+@_of("shortcut_pool_fwd")
+def _pool(tokens, *_, **__) -> int:
+    return 2 * prod(tokens)
+
+
+def register() -> None:
+    """Tell `torch.utils.flop_counter` all formulas; imports it. More than once does no harm."""
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for name, formula in _FORMULAS.items():
+        op = getattr(torch.ops.pae, name)
+        if op not in flop_registry:
+            register_flop_formula(op)(formula)
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds the counter's module as all others would, and registers once it has run."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def run_and_register(module) -> None:
+            run(module)
+            register()
+
+        spec.loader.exec_module = run_and_register
+        return spec
+
+
+def register_when_imported() -> None:
+    """`register`, now if the counter is there already, else right after its import."""
+    if _COUNTER in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _WhenImported())
