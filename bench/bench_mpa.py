@@ -1,10 +1,10 @@
 """Modal Pre-Alignment: ranking windows, and both phases at once; times are per window.
 
-The ranking groups measure 16 of the 729 windows that the method has at 224 pixels, spread over the
-spectrum. The time of a window hardly depends on which it is, so 729 times theirs is the time of
-the ranking (an extrapolation); what is done once (transform, laid out weights) is in the 16 and
-weighs more there. A bf16 row is the ranking alone: `mpa_init` then measures the best P windows and
-near-ties again in full.
+The ranking groups measure 16 (on a CPU 8) of the 729 windows that the method has at 224 pixels,
+spread over the spectrum. The time of a window hardly depends on which it is, so 729 times theirs is
+the time of the ranking (an extrapolation); what is done once (transform, laid out weights) is in
+the few and weighs more there. A bf16 row is the ranking alone: `mpa_init` then measures the best P
+windows and near-ties again in full.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pae.mpa.losses import WindowLosses
 from pae.mpa.ranks import Ranks
 from pae.mpa.search import rank_all
 
-from . import peers_mpa, shapes
+from . import cost, peers_mpa, shapes
 from .contest import Contestant, Group, Provider, Settings, relative
 from .peers import OfficialStyleVPT
 
@@ -28,7 +28,7 @@ OFFICIAL, TIMM = "official-style", "timm blocks"
 LOSS_LIMIT, PROMPT_LIMIT = 1e-5, 1e-4  # norm-relative to the official-style values
 BF16_LIMIT = 2e-2  # of a loss, which is some units
 METHOD = {"window": 16, "stride": 8}
-RANKED = 16
+RANKED = {"cuda": 16, "cpu": 8}
 
 
 @dataclass
@@ -50,6 +50,15 @@ class Batch:
     @property
     def count(self) -> int:
         return self.model.prompts.num_tokens
+
+    def columns(self, error: float) -> dict[str, float]:
+        """Of a row whose losses are off by `error`. Live: the forward without its patch embedding,
+        which the few bins of a window can do without.
+        """
+        shape = cost.Shape.of(self.vit)
+        embed = 2 * shape.patches * shape.patch_inputs * shape.width * len(self.images)
+        forward = cost.flops(shape, self.count, len(self.images)).forward
+        return {"value_error": error, "live_gflop": (forward - embed) / 1e9}
 
     def zeros(self) -> Tensor:
         return self.images.new_zeros(len(self.vit.blocks), self.count, self.vit.embed_dim)
@@ -131,7 +140,7 @@ def start_ranking(logits: Callable[[Batch], Callable[[Tensor], Tensor]]):
         forward = logits(shared)
 
         def check() -> dict[str, float]:
-            return {"value_error": _checked(shared.rank(forward), shared.losses, LOSS_LIMIT)}
+            return shared.columns(_checked(shared.rank(forward), shared.losses, LOSS_LIMIT))
 
         return Contestant(lambda: shared.rank(forward), check, units=len(shared.origins))
 
@@ -141,9 +150,14 @@ def start_ranking(logits: Callable[[Batch], Callable[[Tensor], Tensor]]):
 def start_our_ranking(dtype: torch.dtype, limit: float):
     def start(shared: Batch) -> Contestant:
         def check() -> dict[str, float]:
-            return {"value_error": _checked(shared.rank_ours(dtype), shared.losses, limit)}
+            return shared.columns(_checked(shared.rank_ours(dtype), shared.losses, limit))
 
-        return Contestant(lambda: shared.rank_ours(dtype), check, units=len(shared.origins))
+        return Contestant(
+            lambda: shared.rank_ours(dtype),
+            check,
+            units=len(shared.origins),
+            dtype="bf16" if dtype == torch.bfloat16 else "fp32",
+        )
 
     return start
 
@@ -162,7 +176,7 @@ def start_official(logits: Callable[[Batch], Callable[[Tensor], Tensor]]):
         forward = logits(shared)
 
         def check() -> dict[str, float]:
-            return {"value_error": _checked(shared.rank(forward), shared.losses, LOSS_LIMIT)}
+            return shared.columns(_checked(shared.rank(forward), shared.losses, LOSS_LIMIT))
 
         return Contestant(lambda: shared.align(forward), check, units=len(shared.origins))
 
@@ -177,7 +191,7 @@ def start_ours(shared: Batch) -> Contestant:
         prompts = shared.prompts([shared.origins[i] for i in found.selected.tolist()])
         prompt = relative(shared.model.prompts.tokens, prompts)
         assert prompt <= PROMPT_LIMIT, f"prompts are off by {prompt:.1e}, more than {PROMPT_LIMIT}"
-        return {"value_error": max(_checked(found.losses, shared.losses, LOSS_LIMIT), prompt)}
+        return shared.columns(max(_checked(found.losses, shared.losses, LOSS_LIMIT), prompt))
 
     return Contestant(shared.align_ours, check, units=len(shared.origins))
 
@@ -188,14 +202,15 @@ def groups(settings: Settings) -> list[Group]:
         return [whole(*tiny, 2, settings), ranking(*tiny, 2, settings, ranked=4)]
     full_only = "" if settings.size == "full" else "runs with --full"
     on_gpu = settings.device.type == "cuda"
-    batch = settings.batch or (128 if on_gpu else 4)
+    batch = settings.batch or (128 if on_gpu else 2)
     default = "" if settings.size in ("default", "full") else "runs without --quick"
     method = (METHOD["window"], METHOD["stride"], 50)
+    few = (16, 32, 49) if on_gpu else (16, 64, 16)  # all windows of a coarse grid
     return [
         ranking(shapes.SMALL, *method, batch, settings, left_out=default),
         ranking(shapes.BASE, *method, batch, settings, left_out="" if on_gpu else full_only),
-        whole(shapes.SMALL, 16, 32, 49, settings.batch or 1, settings, left_out=default),
-        whole(shapes.BASE, 16, 32, 49, batch, settings, left_out=full_only),
+        whole(shapes.SMALL, *few, settings.batch or 1, settings, left_out=default),
+        whole(shapes.BASE, *few, batch, settings, left_out=full_only),
     ]
 
 
@@ -206,9 +221,10 @@ def ranking(
     prompts: int,
     batch: int,
     settings: Settings,
-    ranked: int = RANKED,
+    ranked: int | None = None,
     left_out: str = "",
 ) -> Group:
+    ranked = ranked or RANKED[settings.device.type]
     return Group(
         name=f"mpa_ranking/{name}/window{window}/P{prompts}/B{batch}",
         open=lambda: open_batch(name, window, stride, prompts, batch, settings.device, ranked),
@@ -219,7 +235,7 @@ def ranking(
             Provider("pae bf16", start_our_ranking(torch.bfloat16, BF16_LIMIT)),
         ],
         baselines=(OFFICIAL, TIMM),
-        rounds=5,
+        rounds=3,
         unit="window",
         left_out=left_out,
     )
@@ -243,7 +259,7 @@ def whole(
             Provider("pae", start_ours),
         ],
         baselines=(OFFICIAL, TIMM),
-        rounds=2,
+        rounds=3,
         unit="window",
         left_out=left_out,
     )

@@ -55,6 +55,11 @@ class Case:
         return count * self.dim * DTYPES[self.dtype].itemsize
 
     @property
+    def image_bytes(self) -> int:
+        """Of the whole batch."""
+        return self.batch * 3 * self.size**2 * 4
+
+    @property
     def stem_bytes(self) -> float:
         """Beside the tokens: the window's bins, and its share of the weights."""
         weights = self.dim * 3 * self.patch**2 * DTYPES[self.dtype].itemsize
@@ -135,7 +140,8 @@ def pictures(images: Tensor, origins: Tensor, window: int) -> Tensor:
 
 def start_filter(case: Case, filtered: Filter, shared: Batch) -> Contestant:
     work = partial(filtered, shared.images, shared.origins, shared.window)
-    return contestant(work, shared.filtered, case)
+    moved = case.image_bytes * (1 + 1 / case.windows)  # written for each window, read once
+    return contestant(work, shared.filtered, case, moved)
 
 
 # ---- filter and patch embedding
@@ -159,7 +165,12 @@ def start_convolution(case: Case, filtered: Filter, shared: Batch) -> Contestant
         images = filtered(shared.images, shared.origins, shared.window)
         return torch.stack([embed(x, shared.weight, shared.bias) for x in images])
 
-    return contestant(work, expected_tokens(shared), case)
+    return contestant(work, expected_tokens(shared), case, embedded_bytes(case))
+
+
+def embedded_bytes(case: Case) -> float:
+    """A window's tokens, and its share of the images and of the weights."""
+    return case.token_bytes + case.stem_bytes + case.image_bytes / case.windows
 
 
 def tokens(shared: Batch, spectrum: Tensor) -> Tensor:
@@ -170,7 +181,7 @@ def tokens(shared: Batch, spectrum: Tensor) -> Tensor:
 
 def start_tokens(case: Case, shared: Batch) -> Contestant:
     work = lambda: tokens(shared, torch.fft.fft2(shared.images))
-    return contestant(work, expected_tokens(shared), case)
+    return contestant(work, expected_tokens(shared), case, embedded_bytes(case))
 
 
 def start_token_kernels(case: Case, version: str, shared: Batch) -> Contestant:
@@ -231,7 +242,8 @@ def groups(settings: Settings) -> list[Group]:
     base = Case(224, 16, 4 if on_gpu else 16, batch)
     small = Case(224, 16, base.windows, batch, patch=14, dim=384)
     found = [filters(Case(112, 16, 16, settings.batch or 16), settings), filters(base, settings)]
-    found += [embeddings(case, settings) for case in (base, small)]
+    slow = "" if on_gpu or settings.size == "full" else "runs with --full"
+    found += [embeddings(base, settings), embeddings(small, settings, slow)]
     if on_gpu:
         for case in (replace(base, dtype="bf16"), replace(small, dtype="bf16"), base, small):
             found += [kernels(case, settings), pooling(case, settings)]
@@ -241,15 +253,21 @@ def groups(settings: Settings) -> list[Group]:
 
 
 def group(
-    kind: str, case: Case, settings: Settings, starts: dict[str, Callable], baselines: tuple
+    kind: str,
+    case: Case,
+    settings: Settings,
+    starts: dict[str, Callable],
+    baselines: tuple,
+    left_out: str = "",
 ) -> Group:
     return Group(
         name=f"{kind}/{case.name}",
         open=lambda: open_batch(case, settings.device),
         providers=[Provider(name, start) for name, start in starts.items()],
         baselines=baselines,
-        rounds=20 if settings.device.type == "cuda" else 7,
+        rounds=20 if settings.device.type == "cuda" else 5,
         unit="window",
+        left_out=left_out,
     )
 
 
@@ -259,11 +277,11 @@ def filters(case: Case, settings: Settings) -> Group:
     return group("filter", case, settings, starts, (OFFICIAL, HOISTED))
 
 
-def embeddings(case: Case, settings: Settings) -> Group:
+def embeddings(case: Case, settings: Settings, left_out: str = "") -> Group:
     rows = {OFFICIAL: official, HOISTED: one_transform, PICTURES: pictures}
     starts = {name: partial(start_convolution, case, filtered) for name, filtered in rows.items()}
     starts["pae"] = partial(start_tokens, case)
-    return group("tokens", case, settings, starts, (OFFICIAL, HOISTED, PICTURES))
+    return group("tokens", case, settings, starts, (OFFICIAL, HOISTED, PICTURES), left_out)
 
 
 def kernels(case: Case, settings: Settings) -> Group:

@@ -32,6 +32,15 @@ def attention_bytes(
     return float(itemsize * (PASSES[kind] * batch * tokens * width + prompt_rows))
 
 
+def koopman_flops(depth: int, prompts: int, width: int, dim: int) -> float:
+    """Of both terms of the regulariser and their gradients: the lift of all blocks but the first,
+    K of all blocks in a pair, L of those and of what K makes of them; each thrice, as both factors
+    have a gradient. Spectral norms are not in it: how many products they take is a choice.
+    """
+    lifted, pairs = (depth - 1) * prompts, (depth - 2) * prompts
+    return 3 * 2.0 * (lifted * width * dim + 3 * pairs * dim * dim)
+
+
 # ---- ceilings: what is measured in the session itself, once, when a row first needs it
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -29,6 +29,7 @@ sys.path.append(str(ROOT))  # the benchmarks are not installed
 
 from bench import (  # noqa: E402
     bench_attention,
+    bench_mpa,
     bench_pointwise,
     bench_step,
     contest,
@@ -37,6 +38,7 @@ from bench import (  # noqa: E402
     merge,
     peers,
     peers_attention,
+    peers_kld,
     roofline,
     shapes,
     table,
@@ -209,6 +211,28 @@ def test_attention_flops_against_counted_ones(kind, share):
         peers_attention.eager(qkv, kv)
     live = roofline.attention_flops(kind, batch=2, tokens=7, prompts=5, width=32)
     assert live == share * counter.get_total_flops()
+
+
+def test_koopman_flops_against_counted_ones():
+    """The forward with one decomposition for all pairs, without what that takes; three times it."""
+    depth, prompts, width, dim = 5, 3, 16, 8
+    lift, K, L = torch.randn(dim, width), torch.randn(dim, dim), torch.randn(dim, dim)
+    with FlopCounterMode(display=False) as counter:
+        peers_kld.batched_eigh_terms(torch.randn(depth, prompts, width), lift, K, L)
+    norm = 2 * dim**3 + 2 * dim**2  # L^T L, and L times its first vector
+    counted = 3 * (counter.get_total_flops() - norm)
+    assert roofline.koopman_flops(depth, prompts, width, dim) == counted
+
+
+def test_flops_of_a_window_of_mpa_against_counted_ones():
+    """Those of our forward, but for its patch embedding."""
+    shared = bench_mpa.open_batch(shapes.TINY, 8, 8, 5, 2, CPU, ranked=2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pae.fast_forward(shared.model, shared.images)
+    with FlopCounterMode(display=False) as embedding:
+        shared.vit.patch_embed(shared.images)
+    counted = counter.get_total_flops() - embedding.get_total_flops()
+    assert shared.columns(0.0)["live_gflop"] * 1e9 == pytest.approx(counted, rel=0.01)
 
 
 def test_attention_bytes_are_those_of_inputs_and_outputs():
