@@ -98,6 +98,16 @@ def note(ax: Axes, x, y, text, **options) -> None:
     ax.text(x, y, text, **look).set_in_layout(False)
 
 
+def bound(difference: float) -> str:
+    """A power of ten above it, by a factor of 10 to 100: rounding is not the same everywhere."""
+    return f"1e{math.ceil(math.log10(difference)) + 1}"
+
+
+def rounded(value: float) -> float:
+    """To three digits: the last ones are not the same everywhere."""
+    return float(f"{value:.3g}")
+
+
 def caption(ax: Axes, text: str) -> None:
     ax.set_title(text, fontweight="normal", fontsize=9)
 
@@ -281,7 +291,7 @@ def equal_prompts() -> Figure:
     right.set_xlabel(f"prompt weight: {single[0]:.4f}")
     for ax in (left, right):
         ax.set_xticks([])
-    made.suptitle(f"Largest difference of the outputs: {difference:.0e} (fp64)", fontsize=9)
+    made.suptitle(f"The outputs differ by less than {bound(difference)}, in fp64", fontsize=9)
     return made
 
 
@@ -359,8 +369,8 @@ def window_spectrum() -> Figure:
     axes[3].set_title("Re A S B")
     full, thin = 2 * side**3 * 2, 2 * (side * w * w + side * w * side)
     made.supxlabel(
-        f"{thin / full:.1%} of the work of two full products. Largest difference to the library's "
-        f"result: {difference:.0e}, relative (fp64)",
+        f"{thin / full:.1%} of the work of two full products. The library's result differs by less "
+        f"than {bound(difference.item())}, relative, in fp64",
         fontsize=8.5,
     )
     return made
@@ -385,9 +395,9 @@ def gauge() -> Figure:
     logits, consistency = at(1.0)
     factors = torch.logspace(-6, 3, 72).tolist()
     walked = [at(s) for s in factors]
-    moved = [((out - logits).norm() / logits.norm()).item() for out, _ in walked]
+    moved = [rounded(((out - logits).norm() / logits.norm()).item()) for out, _ in walked]
     made, ax = figure(8.2, 2.9)
-    ax.loglog(factors, [c / consistency for _, c in walked], color=PROMPT,
+    ax.loglog(factors, [rounded(c / consistency) for _, c in walked], color=PROMPT,
               label="KLD's consistency term, relative to s = 1")  # fmt: skip
     ax.loglog(factors, moved, color=LIVE, label="change of the logits")
     eps = vit.blocks[0].norm1.eps
