@@ -86,18 +86,20 @@ def scaled(axis: suite_scaling.Axis):
     cases = {places[group]: axis.groups[group] for group in sorted(places, key=places.get)}
     ends = {
         time: draw_lines(time, cases, per_image, time_of, at_product_rate),
-        memory: draw_lines(memory, cases, saved, saved_of, modelled_saved),
+        memory: draw_lines(memory, cases, saved, saved_of, modelled_saved, "o"),
     }
     time.set(title="Time of a training step", ylabel="ms per image")
     memory.set(title="Saved for backward", ylabel="MB per image")
-    for axes in ends:
+    for axes, model in ((time, "FLOPs at the rate of one product"), (memory, "cost model")):
+        axes.plot([], [], "--", color=style.COLOURS["model"], linewidth=1.2, label=model)
+        axes.legend()
         axes.set_xlabel(axis.title)
         if axis.name == "model":
             labels = [label(g, ("scaling", axis.name)) for g in axis.groups]
             axes.set_xticks(list(cases), labels, fontsize=7.5)
             axes.set_yscale("log")
         else:
-            axes.set_xticks(list(cases))
+            axes.set_xticks(apart(list(cases)))
             axes.set_ylim(0)
         place_names(axes, ends[axes])
     return made
@@ -136,6 +138,7 @@ def draw_lines(
     value: Callable[[Row], float],
     compare: Callable[[Row, Row], float],
     model: Callable[[Row], float | None] = lambda row: None,
+    line: str = "o-",
 ) -> list[tuple[float, float, str, str]]:
     """A line per provider over the keys of `cases`. Returns the ends: x, y, the provider's name
     and how it compares there, colour.
@@ -147,10 +150,10 @@ def draw_lines(
         if len(rows) < 2:
             continue
         colour = style.COLOURS[role]
-        axes.plot(list(rows), [value(row) for row in rows.values()], "o-", color=colour)
+        axes.plot(list(rows), [value(row) for row in rows.values()], line, color=colour)
         predicted = [model(row) for row in rows.values()]
         if None not in predicted:
-            axes.plot(list(rows), predicted, "--", color=colour, linewidth=1)
+            axes.plot(list(rows), predicted, "--", color=colour, linewidth=1.2)
         if last in rows and provider != EXACT:
             against = compare(rows[last], suite.measured(cases[last])[EXACT])
             name += f"  {ratio(against)}"
@@ -163,15 +166,28 @@ def place_names(axes, ends: list[tuple[float, float, str, str]]) -> None:
     limits of `axes` must be what they will be.
     """
     to_share = axes.transScale + axes.transLimits  # data -> share of the axes' height
-    before = None
-    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        height = to_share.transform((x, y))[1]
-        before = height if before is None else max(height, before + LINE)
+    ends = sorted(ends, key=lambda end: end[1])
+    heights: list[float] = []
+    for x, y, *_ in ends:
+        lowest = heights[-1] + LINE if heights else 0.0
+        heights.append(max(to_share.transform((x, y))[1], lowest))
+    for i in range(len(heights)):  # and none above the axes
+        heights[i] = min(heights[i], 1 - LINE * (len(heights) - 1 - i))
+    for height, (x, _, name, colour) in zip(heights, ends):
         axes.annotate(
-            name, (x, before), (6, 0), xycoords=("data", "axes fraction"),
+            name, (x, height), (6, 0), xycoords=("data", "axes fraction"),
             textcoords="offset points", color=colour, va="center", fontsize=8.5,
             fontweight="bold" if name.startswith("pae") else None, annotation_clip=False,
         )  # fmt: skip
+
+
+def apart(values: Sequence[float]) -> list[float]:
+    """Those of `values`, from the greatest down, whose numbers have room at an axis."""
+    kept: list[float] = []
+    for value in sorted(values, reverse=True):
+        if not kept or kept[-1] - value > 0.05 * (max(values) - min(values)):
+            kept.append(value)
+    return kept[::-1]
 
 
 def draw_parts(axes, chosen: list[Run]) -> None:

@@ -158,30 +158,52 @@ def other(chosen: list[Run]) -> str:
     return "\n\n".join(parts) or "None."
 
 
+def compared(chosen: list[Run]) -> list[Run]:
+    """Every table that is shown, as a run of its groups alone."""
+    prefixes = [*SECTIONS.values(), (suite_scaling.PREFIX,)]
+    runs = [(suite.first_with(chosen, *p), p) for p in prefixes]
+    return [dataclasses.replace(run, groups=run.matching(*p)) for run, p in runs if run]
+
+
 def losses(chosen: list[Run]) -> str:
-    """Every row of ours that a peer beats, worst first."""
-    pairs = sum(1 for run in chosen for _ in suite.duels(run))
-    if not pairs:
-        return UNMEASURED
-    found = [(run, loss) for run in chosen for loss in suite.lost(run)]
-    if not found:
-        return f"Nowhere: in none of {pairs} pairs of ours and a peer is the peer faster."
-    found.sort(key=lambda pair: pair[1].ratio)
+    """Every row of ours that a peer beats, worst first: what runs by itself, then the rest."""
+    duels = [(run, *duel) for run in chosen for duel in suite.duels(run)]
+    lost = [(run, loss) for run in chosen for loss in suite.lost(run)]
+    devices = {run.device for run in chosen}
+
+    def itself(run: Run, group: str, ours: Row) -> bool:
+        return ours is suite.our_first(run.groups[group])
+
+    parts = []
+    for first, title in ((True, "What pae runs by itself"), (False, "Other versions of pae's")):
+        pairs = [d for d in duels if itself(*d[:3]) == first]
+        found = [(r, loss) for r, loss in lost if itself(r, loss.group, loss.ours) == first]
+        if pairs:
+            said = f"**{title}**: the peer is faster in {len(found)} of {len(pairs)} pairs."
+            parts += [said, _lost(found, len(devices) > 1)] if found else [said]
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def _lost(found: list[tuple[Run, suite.Loss]], name_device: bool) -> str:
     lines = [["case", "ours", "faster peer", "its time / ours", "memory, ours and its"]]
-    devices = list(dict.fromkeys(run.device for run in chosen))
-    if len(devices) > 1:
-        lines[0].append("on")
-    for run, loss in found:
-        cells = [
-            ("step, " if loss.group.startswith("step/") else "") + label(loss.group),
-            loss.ours.provider,
-            loss.peer.provider,
-            ratio(loss.ratio) + ("" if loss.clear else ", within the spread"),
-            _memory(loss),
-        ]
-        lines.append([*cells, run.device] if len(devices) > 1 else cells)
-    said = f"In {len(found)} of {pairs} pairs of ours and a peer the peer is faster:"
-    return f"{said}\n\n{markdown(lines)}"
+    lines[0] += ["on"] if name_device else []
+    for run, loss in sorted(found, key=lambda pair: pair[1].ratio):
+        lines.append(
+            [
+                _case(loss.group),
+                loss.ours.provider,
+                loss.peer.provider,
+                ratio(loss.ratio) + ("" if loss.clear else ", within the spread"),
+                _memory(loss),
+                *([run.device] if name_device else []),
+            ]
+        )
+    return markdown(lines)
+
+
+def _case(group: str) -> str:
+    kind = {"step": "step, ", "kld": "regulariser, "}.get(group.split("/")[0], "")
+    return kind + label(group)
 
 
 def _memory(loss: suite.Loss) -> str:
@@ -204,7 +226,7 @@ def blocks(everything: list[Run]) -> dict[str, str]:
         "suite machine": details(cpu[0]) if cpu else UNMEASURED,
         "suite hero": hero_caption(cpu),
         "suite scaling": suite_scaling.section(scaled) if scaled else UNMEASURED,
-        "suite losses": losses(list({id(r): r for r in first.values() if r}.values())),
+        "suite losses": losses(compared(cpu)),
         "suite other": other(cpu),
         "suite gpu": gpu_page(gpu),
         "suite gpu first screen": gpu_first_screen(gpu),

@@ -45,8 +45,8 @@ class Axis:
 _AXES = {
     "prompts": "prompts per block",
     "batch": "images per step",
-    "image": "image size, pixels",
-    "depth": "blocks",
+    "image": "image size in pixels",
+    "depth": "number of blocks",
     "model": "model",
 }
 _SIZES = {
@@ -107,6 +107,6 @@ def model_error(run: Run) -> list[str]:
         return []
     worst = max(abs(model / seen - 1) for model, seen in pairs)
     return [
-        f"Bytes saved for backward: in {len(pairs)} rows the cost model is off by at most "
-        f"{worst:.1%} of what was measured."
+        f"Bytes saved for backward, in {len(pairs)} rows: the cost model is off by "
+        f"{'less than 0.1%' if worst < 1e-3 else f'at most {worst:.1%}'} of what was measured."
     ]

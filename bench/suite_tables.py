@@ -47,6 +47,7 @@ def label(group: str, drop: Iterable[str] = ()) -> str:
         for pattern, form in _PARTS.items():
             if found := re.fullmatch(pattern, part):
                 word = form.format(*found.groups())
+                word = word.removesuffix("s") if found[1] == "1" else word
         if word:
             words.append(word)
     return ", ".join(words)
