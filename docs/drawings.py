@@ -348,24 +348,24 @@ def window_spectrum() -> Figure:
     S = spectrum[rows % side][:, columns % side]
     difference = (seen - (A @ S @ B).real).abs().max() / seen.abs().max()
     made, axes = blank(8.2, 2.5, 4, width_ratios=[1, 1, 1.3, 1])
-    axes[0].imshow(image, cmap="gray", interpolation="nearest")
+    axes[0].imshow(image.numpy(), cmap="gray", interpolation="nearest")
     axes[0].set_title("x")
     power = torch.fft.fftshift(spectrum).abs().add(1e-3).log()
-    axes[1].imshow(power, cmap="gray", interpolation="nearest")
+    axes[1].imshow(power.numpy(), cmap="gray", interpolation="nearest")
     corner = (origin[1] - 0.5, origin[0] - 0.5)
     axes[1].add_patch(Rectangle(corner, w, w, fill=False, edgecolor=PROMPT, linewidth=1.6))
     axes[1].set_title(f"F x, window of {w} x {w}")
     parts, ax = axes[2], axes[2]
-    parts.imshow(A.real, extent=(0, w, 0, side), cmap="gray", interpolation="nearest")
+    parts.imshow(A.real.numpy(), extent=(0, w, 0, side), cmap="gray", interpolation="nearest")
     middle = (side - w) / 2
     box(ax, 2 * w, middle, w, w, PROMPT, "S", size=6.5)
-    parts.imshow(B.real, extent=(4 * w, 4 * w + side, middle, middle + w), cmap="gray",
+    parts.imshow(B.real.numpy(), extent=(4 * w, 4 * w + side, middle, middle + w), cmap="gray",
                  interpolation="nearest")  # fmt: skip
     note(ax, -6, -16, f"A  {side} x {w}", fontsize=7.5)
     note(ax, 4 * w + side / 2, middle - 16, f"B  {w} x {side}", ha="center", fontsize=7.5)
     parts.set(xlim=(-8, 4 * w + side + 4), ylim=(-28, side + 4), aspect="equal")
     parts.set_title("two thin products")
-    axes[3].imshow(seen, cmap="gray", interpolation="nearest")
+    axes[3].imshow(seen.numpy(), cmap="gray", interpolation="nearest")
     axes[3].set_title("Re A S B")
     full, thin = 2 * side**3 * 2, 2 * (side * w * w + side * w * side)
     made.supxlabel(
@@ -446,7 +446,9 @@ def dropout_scope() -> Figure:
             own = len(masks) > 1 or b == 0
             x, y = (b % 2) * (D + 4), -(b // 2) * (P + 4)
             if own:
-                ax.imshow(masks[b], extent=(x, x + D, y, y + P), cmap="Blues", vmin=0, vmax=1.3)
+                ax.imshow(
+                    masks[b].numpy(), extent=(x, x + D, y, y + P), cmap="Blues", vmin=0, vmax=1.3
+                )
             look = {"fill": not own, "facecolor": "#F4F4F4", "edgecolor": "#999999"}
             ax.add_patch(Rectangle((x, y), D, P, linewidth=0.7, **look))
             if not own:
