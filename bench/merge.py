@@ -28,6 +28,9 @@ def merge(runs: list[dict], gates: dict[str, str]) -> dict:
         whole["benchmarks"] += run["benchmarks"]
         whole["left_out"]["groups"] |= run["left_out"]["groups"]
         whole["left_out"]["providers"] += run["left_out"]["providers"]
+    measured = {bench["group"] for bench in whole["benchmarks"]}
+    left_out = whole["left_out"]["groups"].items()
+    whole["left_out"]["groups"] = {g: reason for g, reason in left_out if g not in measured}
     whole["machine_info"] = runs[0]["machine_info"] | {"summary": summary | gates}
     return whole
 

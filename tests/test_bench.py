@@ -555,9 +555,9 @@ def a_run(device="H200", rows=1, **left_out):
 
 
 def test_merged_runs_keep_all_rows_and_say_what_became_of_the_tests():
-    whole = merge.merge([a_run(rows=2, a="x"), a_run(b="y")], {"tests": "failed"})
+    whole = merge.merge([a_run(rows=2, a="x"), a_run(b="y", g="z")], {"tests": "failed"})
     assert len(whole["benchmarks"]) == 3
-    assert whole["left_out"]["groups"] == {"a": "x", "b": "y"}
+    assert whole["left_out"]["groups"] == {"a": "x", "b": "y"}  # g was measured in the other run
     assert whole["machine_info"]["summary"]["tests"] == "failed"
     with pytest.raises(ValueError, match="runs differ in device: H200 and H100"):
         merge.merge([a_run(), a_run("H100")], {})
