@@ -113,14 +113,6 @@ def test_column_of_who_shares_prompts(name):
     assert shared == (rows()[name][2] == "batch")
 
 
-def test_links_of_pages_outside_the_site():
-    """Those inside are mkdocs' business, see `site`."""
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"]:
-        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
-
-
 @pytest.mark.parametrize(
     "name", re.findall(r"`pae\.([\w.]+)`", (ROOT / "docs" / "families.md").read_text())
 )
@@ -194,6 +186,18 @@ def test_site_loads_nothing_from_elsewhere(site):
         assert not [tag for tag in tags if re.search(r"""(src|href)=["']?(https?:)?//""", tag)], (
             name
         )
+
+
+def test_links_of_pages_outside_the_site(site):
+    """Inside, mkdocs has looked: a site with a broken link or anchor is not built."""
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"]:
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", prose):
+            path = (page.parent / target).resolve()
+            assert path.exists(), f"{page.name}: {target}"
+            if anchor:
+                built = path.relative_to(ROOT / "docs").with_suffix(".html").as_posix()
+                assert f'id="{anchor}"' in site[built], f"{page.name}: {target}#{anchor}"
 
 
 def test_every_public_name_is_in_the_api(site):
