@@ -226,6 +226,7 @@ def blocks(everything: list[Run]) -> dict[str, str]:
         "suite machine": details(cpu[0]) if cpu else UNMEASURED,
         "suite hero": hero_caption(cpu),
         "suite scaling": suite_scaling.section(scaled) if scaled else UNMEASURED,
+        "suite cost model": suite_scaling.modelled(),
         "suite losses": losses(compared(cpu)),
         "suite other": other(cpu),
         "suite gpu": gpu_page(gpu),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
-from . import suite, table
+from . import cost, shapes, suite, table
 from .suite import Run
 from .suite_tables import label, machine, markdown, providers_of, ratio, ratios
 from .table import Row
@@ -110,3 +111,30 @@ def model_error(run: Run) -> list[str]:
         f"Bytes saved for backward, in {len(pairs)} rows: the cost model is off by "
         f"{'less than 0.1%' if worst < 1e-3 else f'at most {worst:.1%}'} of what was measured."
     ]
+
+
+@lru_cache
+def modelled(
+    models: tuple[str, ...] = (shapes.SMALL, shapes.BASE, shapes.LARGE),
+    prompts: tuple[int, ...] = (10, 50, 100, 200),
+    batch: int = 64,
+) -> str:
+    """The cost model's step: FLOPs of ours as a share of official-style's, and MB saved."""
+    ways = {"official": ("official", "exact"), "sdpa": ("sdpa", "exact")}
+    ways |= {f"pae {memory}": ("pae", memory) for memory in cost.MEMORY}
+    head = ["", "FLOPs forward", "FLOPs of a step", *(f"saved: {way}" for way in ways)]
+    lines = [head]
+    for model in models:
+        shape = cost.Shape.named(model, num_classes=shapes.CLASSES)
+        for count in prompts:
+            ours, theirs = (cost.flops(shape, count, batch, m) for m in ("pae", "official"))
+            saved = (cost.saved_bytes(shape, count, batch, *way) / batch for way in ways.values())
+            lines.append(
+                [
+                    f"{label(model)}, {count} prompts",
+                    ratio(ours.forward / theirs.forward),
+                    ratio(ours.step / theirs.step),
+                    *(f"{each / 1e6:.1f}" for each in saved),
+                ]
+            )
+    return markdown(lines)

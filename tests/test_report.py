@@ -15,7 +15,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are not installed
 
-from bench import figures, report, suite, suite_figures, suite_pages, suite_tables  # noqa: E402
+from bench import (  # noqa: E402
+    cost,
+    figures,
+    report,
+    suite,
+    suite_figures,
+    suite_pages,
+    suite_scaling,
+    suite_tables,
+)
 
 # ---- this tree
 
@@ -416,6 +425,20 @@ def test_scaling_figures_draw_measurement_and_model():
         "ViT-Ti/16 224",
         "ViT-B/16 224",
     ]
+
+
+def test_cost_model_table():
+    text = suite_scaling.modelled(("vit_base_patch16_224",), (50, 100), batch=8)
+    head, _, fifty, hundred = (line.split(" | ") for line in text.splitlines())
+    assert head[1:4] == ["FLOPs forward", "FLOPs of a step", "saved: official"]
+    assert fifty[0] == "| ViT-B/16 224, 50 prompts"
+    shape = cost.Shape.named("vit_base_patch16_224", num_classes=200)
+    work = {m: cost.flops(shape, 100, 8, m).forward for m in ("pae", "official")}
+    assert hundred[1] == f"{work['pae'] / work['official']:.2f}x"
+    assert float(fifty[1][:-1]) <= 0.76 and float(hundred[1][:-1]) <= 0.63
+    saved = [float(cell.strip(" |")) for cell in fifty[3:]]
+    assert saved == sorted(saved, reverse=True)
+    assert saved[0] == round(cost.saved_bytes(shape, 50, 8, "official") / 8e6, 1)
 
 
 def test_every_gpu_has_figures_of_its_own():
