@@ -19,7 +19,6 @@ from .memory import SavedBytes
 
 KINDS = ("forward", "backward", "both")
 FLASH, CUDNN, SDPA = "SDPA flash", "SDPA cuDNN", "SDPA"
-NEEDS_GPU = "needs a GPU"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FACTOR = 2.0  # a row's error, in multiples of what the written-out softmax makes in its dtype
 
@@ -166,7 +165,7 @@ def providers(kind: str, settings: Settings, compile_too: bool) -> list[Provider
         return Provider(name, lambda shared: start_peer(shared, make), left_out)
 
     on_gpu = settings.device.type == "cuda"
-    slow, no_gpu = settings.why_not_compile(compile_too), "" if on_gpu else NEEDS_GPU
+    slow, no_gpu = settings.why_not_compile(compile_too), settings.why_not_cuda()
     rows = [peer("eager", lambda: peers_attention.eager)]
     if on_gpu:
         rows.append(peer(FLASH, lambda: peers_attention.sdpa("flash")))

@@ -205,7 +205,7 @@ def groups(settings: Settings) -> list[Group]:
     batch = settings.batch or (128 if on_gpu else 2)
     default = "" if settings.size in ("default", "full") else "runs without --quick"
     method = (METHOD["window"], METHOD["stride"], 50)
-    few = (16, 32, 49) if on_gpu else (16, 64, 16)  # all windows of a coarse grid
+    few = (16, 32, 49) if on_gpu else (16, 104, 9)  # all windows of a coarse grid
     return [
         ranking(shapes.SMALL, *method, batch, settings, left_out=default),
         ranking(shapes.BASE, *method, batch, settings, left_out="" if on_gpu else full_only),
@@ -225,6 +225,8 @@ def ranking(
     left_out: str = "",
 ) -> Group:
     ranked = ranked or RANKED[settings.device.type]
+    narrow = settings.device.type == "cuda" or settings.size in ("full", "smoke")
+    slow = "" if narrow else "slow without bf16 arithmetic; runs with --full"
     return Group(
         name=f"mpa_ranking/{name}/window{window}/P{prompts}/B{batch}",
         open=lambda: open_batch(name, window, stride, prompts, batch, settings.device, ranked),
@@ -232,7 +234,7 @@ def ranking(
             Provider(OFFICIAL, start_ranking(Batch.released)),
             Provider(TIMM, start_ranking(Batch.timm)),
             Provider("pae fp32", start_our_ranking(torch.float32, LOSS_LIMIT)),
-            Provider("pae bf16", start_our_ranking(torch.bfloat16, BF16_LIMIT)),
+            Provider("pae bf16", start_our_ranking(torch.bfloat16, BF16_LIMIT), left_out=slow),
         ],
         baselines=(OFFICIAL, TIMM),
         rounds=3,

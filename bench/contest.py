@@ -39,6 +39,10 @@ class Settings:
         """Why a row of torch.compile is left out; nothing if it runs, in `chosen` groups always."""
         return "" if chosen or self.size == "full" else "compiles for a minute; runs with --full"
 
+    def why_not_cuda(self) -> str:
+        """Why a row of CUDA kernels is left out; nothing if it runs."""
+        return "" if self.device.type == "cuda" else "needs a GPU"
+
 
 class Unavailable(Exception):
     """A provider cannot run here; the message says why and becomes its row in the table."""
