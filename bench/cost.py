@@ -182,7 +182,9 @@ def saved_bytes(
     last = e * N * D + STREAM * (N + H * T + H * D) + e * (D + F) + STREAM
     readout = STREAM * (D + 2) + e * D
     # once a batch: rows and statistics of the prompts' norm, keys and values, the last block's rows
-    shared = (L - 1) * prompts * D * (STREAM + 2 * e) + e * prompts * D + 2 * STREAM * L * prompts
+    shared = (L - 1) * prompts * D * 2 * e + e * prompts * D + 2 * STREAM * L * prompts
+    if L > 2:  # the rows of several blocks are normalised as one copy
+        shared += (L - 1) * prompts * D * STREAM
     return float(batch * (first + (L - 2) * middle + last + readout + loss) + STREAM + shared)
 
 

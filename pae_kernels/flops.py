@@ -85,7 +85,7 @@ def _bottleneck_backward(d_out, u, gain, shift, bias, down, *_, **__) -> int:
 def _koopman(prompts, lift, K, L, formulation, *_, **__) -> int:
     """States, their prediction, V of both states of a pair; L^T L of every distinct L."""
     runs, blocks, pairs, count, width, k = _koopman_sizes(prompts, lift)
-    distinct = pairs if len(L) == len(prompts) else min(pairs, 1)
+    distinct = pairs if len(L) == len(prompts) else 1
     gram = 2 * k**3 * distinct if formulation == "code" else 0
     rows = 2 * blocks * count * width * k + 3 * 2 * pairs * count * k * k
     return runs * (rows + gram)
