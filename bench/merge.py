@@ -9,12 +9,14 @@ import argparse
 import json
 from pathlib import Path
 
+SAME = ("device", "threads", "clock", "fp32 products", "torch", "commit")
+
 
 def merge(runs: list[dict], gates: dict[str, str]) -> dict:
     """The first run with the rows of all, and what became of every step (`gates`).
 
     Raises:
-        ValueError: no run, or runs of different machines or commits.
+        ValueError: no run, or runs of different machines, settings or commits.
     """
     if not runs:
         raise ValueError("runs must be at least one, got none")
@@ -22,9 +24,11 @@ def merge(runs: list[dict], gates: dict[str, str]) -> dict:
     summary = dict(runs[0]["machine_info"]["summary"])
     for run in runs:
         other = run["machine_info"]["summary"]
-        for name in ("device", "torch", "commit"):
-            if other[name] != summary[name]:
-                raise ValueError(f"runs differ in {name}: {summary[name]} and {other[name]}")
+        for name in SAME:
+            of_this, of_other = (s.get(name, "unknown") for s in (summary, other))
+            if of_this != of_other:
+                raise ValueError(f"runs differ in {name}: {of_this} and {of_other}")
+        summary = other | summary  # ceilings that only a later run needed
         whole["benchmarks"] += run["benchmarks"]
         whole["left_out"]["groups"] |= run["left_out"]["groups"]
         whole["left_out"]["providers"] += run["left_out"]["providers"]

@@ -546,9 +546,10 @@ def test_rates_and_shares_of_the_ceilings():
     )
 
 
-def a_run(device="H200", rows=1, **left_out):
+def a_run(device="H200", rows=1, summary=None, **left_out):
+    summary = {"device": device, "torch": "2.11", "commit": "abc"} | (summary or {})
     return {
-        "machine_info": {"summary": {"device": device, "torch": "2.11", "commit": "abc"}},
+        "machine_info": {"summary": summary},
         "benchmarks": [{"group": "g"}] * rows,
         "left_out": {"groups": left_out, "providers": []},
     }
@@ -561,6 +562,11 @@ def test_merged_runs_keep_all_rows_and_say_what_became_of_the_tests():
     assert whole["machine_info"]["summary"]["tests"] == "failed"
     with pytest.raises(ValueError, match="runs differ in device: H200 and H100"):
         merge.merge([a_run(), a_run("H100")], {})
+    for name, other in (("threads", 2), ("clock", "wall")):
+        with pytest.raises(ValueError, match=f"runs differ in {name}: unknown and {other}"):
+            merge.merge([a_run(), a_run(summary={name: other})], {})
+    later = a_run(summary={"bf16 product TFLOP/s": 0.1})
+    assert "bf16 product TFLOP/s" in merge.merge([a_run(), later], {})["machine_info"]["summary"]
     with pytest.raises(ValueError, match="runs must be at least one"):
         merge.merge([], {})
 
