@@ -30,7 +30,7 @@ CLOCK_FAILED = 6  # exit code of a session whose clock is wrong; pytest's own en
 
 def pytest_addoption(parser):
     group = parser.getgroup("pae benchmarks")
-    group.addoption("--quick", action="store_true", help="few groups: about four minutes on 2 cores")
+    group.addoption("--quick", action="store_true", help="few groups: four minutes on 2 cores")
     group.addoption("--full", action="store_true", help="all groups, torch.compile too: an hour")
     group.addoption("--threads", type=int, default=1, help="CPU threads (default 1: steadiest)")
     group.addoption("--rounds", type=int, help="rounds of every race (default: the group's own)")

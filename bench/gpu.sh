@@ -26,7 +26,7 @@ done
 case $size in
   quick) limits=(180 60 40 35 80) ;;
   default) limits=(180 85 50 45 120) ;;
-  full) limits=(600 900 300 600 5400) ;;
+  full) limits=(600 900 300 600 5400 1800 900 600) ;;
   tune) limits=(180 0 0 0 0) ;;
 esac
 build_limit=60 versions_limit=30 tune_limit=300
@@ -129,7 +129,7 @@ tests() {
   for file in tests/test_gpu_*.py; do [ -e "$file" ] && others+=("$file"); done
   side tests-attention "$seconds" "${pytest[@]}" tests/test_gpu.py -k attention
   side tests-pointwise "$seconds" "${pytest[@]}" tests/test_gpu.py tests/test_bench.py \
-    -k "pointwise or device_clock"
+    tests/test_bench_clock.py -k "pointwise or device_clock"
   side tests-engine "$seconds" "${pytest[@]}" tests/test_gpu.py tests/test_graphs.py \
     -k "engine or replays_follow"
   side tests-native "$seconds" "${pytest[@]}" tests/test_native.py -k gpu
@@ -189,6 +189,11 @@ else
   benchmark pointwise "${limits[2]}"
   benchmark kld "${limits[3]}"
   benchmark step "${limits[4]}"
+  if [ "$size" = full ]; then
+    benchmark scaling "${limits[5]}"
+    benchmark mpa "${limits[6]}"
+    benchmark spectrum "${limits[7]}"
+  fi
 fi
 [ -n "$dry" ] && exit
 
@@ -197,7 +202,7 @@ if [ "$size" = tune ]; then
   tee "$stem-tiles.md" <"$work/tune.log"
 else
   parts=()
-  for part in attention pointwise kld step; do
+  for part in attention pointwise kld step scaling mpa spectrum; do
     [ -s "$work/$part.json" ] && parts+=("$work/$part.json")
   done
   if [ ${#parts[@]} -gt 0 ] && "$python" -m bench.merge "$stem.json" "${parts[@]}" "${gates[@]}"; then

@@ -31,6 +31,7 @@ from bench import (  # noqa: E402
     bench_attention,
     bench_mpa,
     bench_pointwise,
+    bench_scaling,
     bench_step,
     contest,
     cost,
@@ -277,7 +278,7 @@ def test_a_wrong_attention_is_noticed():
 
 
 @pytest.mark.parametrize("size", ["smoke", "quick", "default", "full"])
-@pytest.mark.parametrize("module", [bench_step, bench_attention, bench_pointwise])
+@pytest.mark.parametrize("module", [bench_step, bench_scaling, bench_attention, bench_pointwise])
 def test_a_gpu_has_groups_of_its_own(module, size):
     """What would run there, without running it: sizes nest, and names are unique."""
 
@@ -310,6 +311,19 @@ def test_peak_on_a_cpu_is_the_most_at_one_time():
     results = []
     inside = memory.peak_bytes(lambda: results.extend(activation(u, "gelu", code=True)), CPU)
     assert inside > sum(t.nbytes for t in results)
+
+
+def test_a_cpu_lists_what_only_a_gpu_can_run():
+    def rows(module, device):
+        settings = contest.Settings("default", 1, None, None, torch.device(device), "process")
+        return {p.name: p.left_out for p in module.groups(settings)[0].providers}
+
+    for module in (bench_step, bench_attention):
+        cpu, gpu = rows(module, "cpu"), rows(module, "cuda")
+        alone = set(gpu) - set(cpu)
+        assert alone <= {bench_attention.FLASH, "pae, two passes"}  # a CPU's SDPA chooses by itself
+        needing = {name for name, reason in cpu.items() if reason == "needs a GPU"}
+        assert len(needing) >= 2 and not any(gpu[name] == "needs a GPU" for name in needing)
 
 
 def test_own_bytes_are_those_that_nobody_shares():
@@ -584,6 +598,7 @@ def test_gpu_gate_lists_its_steps(size):
     )
     steps = {line.split(" ")[0]: line for line in run.stdout.splitlines()}
     benchmarks = ["tune"] if size == "tune" else ["attention", "pointwise", "kld", "step"]
+    benchmarks += ["scaling", "mpa", "spectrum"] if size == "full" else []
     others = [file.stem for file in sorted((ROOT / "tests").glob("test_gpu_*.py"))]
     parts = ["attention", "pointwise", "engine", "native"]
     tests = [f"tests-{part.removeprefix('test_gpu_')}" for part in [*parts, *others]]
@@ -659,6 +674,12 @@ def test_a_race_reaches_table_and_json_without_naming_the_machine(tmp_path):
         assert len(seconds) == 2 and row["stats"]["data"] == pytest.approx(seconds)
     for private in (platform.node(), str(ROOT), str(Path.home()), f'"{getpass.getuser()}"'):
         assert len(private) < 3 or private not in text
+
+    machine = run["machine_info"]
+    assert machine["clock_test"]["work_x2"] == pytest.approx(2, rel=0.1)
+    assert machine["summary"]["clock test"].startswith("passed")
+    assert {"fp32 product TFLOP/s", "copy GB/s"} <= set(machine["summary"])
+    assert {"saved_mb", "peak_mb", "peak_tflops"} <= set(rows["pae"]["extra_info"]["columns"])
 
     printed = table.render(*table.rows_from_json(run))
     assert "kld/global/k256" in printed

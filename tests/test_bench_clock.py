@@ -81,7 +81,7 @@ def test_one_disturbed_attempt_is_tried_again():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_clock_of_the_device_passes():
+def test_device_clock_proves_itself():
     found = self_test.prove(torch.device("cuda"), "device")
     assert found["work_x2"] == pytest.approx(2, rel=0.1)
 
