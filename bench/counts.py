@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import pae
 from pae.backbones.timm_vit import BackboneView
@@ -29,6 +29,21 @@ IDLE = {
     *("view", "_unsafe_view", "detach", "alias", "lift_fresh", "reshape", "promote_types"),
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
 }
+
+# PyTorch's own fused attention on a CPU, which its counter does not know in 2.11
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda d_out, q, k, v, *_, **__: sdpa_backward_flop_count(d_out, q, k, v)
+    ),
+}
+
+
+def flop_counter(formulas: dict[object, Callable] | None = None) -> FlopCounterMode:
+    """PyTorch's counter, silent, with further `formulas`."""
+    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION | (formulas or {}))
 
 
 class Work(TorchDispatchMode):
@@ -143,8 +158,8 @@ def counted_flops(
         forward = lambda x: pae.fast_forward(model, x, memory=memory)
     # images are looked at before they are used: these have no values
     with mode, patch.object(BackboneView, "check_images"):
-        with FlopCounterMode(display=False) as ahead:
+        with flop_counter() as ahead:
             logits = forward(images)
-        with FlopCounterMode(display=False) as back:
+        with flop_counter() as back:
             logits.sum().backward()
     return cost.Flops(ahead.get_total_flops(), back.get_total_flops())

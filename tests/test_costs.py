@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import pae
 from pae_kernels import flops as formulas
@@ -100,7 +99,7 @@ def test_saved_bytes_are_those_of_the_model(step, method, memory):
 def test_flops_of_a_step_that_runs(step, method, memory):
     """On tensors with values, under autocast too."""
     trained, forward = run_of(step, method, memory)
-    with FlopCounterMode(display=False) as counter:
+    with counts.flop_counter() as counter:
         step.run(forward, trained)
     assert counter.get_total_flops() == cost.flops(step.shape, 5, 3, method, memory).step
 
@@ -166,7 +165,7 @@ def counted(function, *args) -> int:
     product._get_raw = added._get_raw = True
     aten = torch.ops.aten
     known = {aten.bmm: product, aten.mm: product, aten.baddbmm_: added}
-    with FlopCounterMode(display=False, custom_mapping=known) as seen:
+    with counts.flop_counter(known) as seen:
         function(*args)
     return seen.get_total_flops()
 
