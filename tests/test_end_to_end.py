@@ -13,6 +13,8 @@ from tiny import backbone, images
 from train_helpers import BACKBONE, save_shades
 
 from pae.train import loop, pixels
+from pae.train.report import Reporter
+from pae.train.runfolder import RunFolder
 from pae.train.settings import Settings
 
 sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are not installed
@@ -137,18 +139,10 @@ def test_every_phase_is_clocked_and_epochs_add_up(race, arm):
 
 def test_clocking_changes_nothing(race, shades, tmp_path):
     chosen = settings(shades)
-    plain = loop._Run(
-        chosen,
-        loop.load_task(chosen),
-        loops.RunFolder(tmp_path),
-        loop.make_accelerator(chosen),
-        loops.Reporter(quiet=True),
-        None,
-        None,
-    )
-    plain.train()
+    task, folder = loop.load_task(chosen), RunFolder(tmp_path)
+    loop.train(chosen, task, folder, loop.make_accelerator(chosen), Reporter(quiet=True))
     clocked = race["pae"][0]["epochs"]
-    assert [row["train_loss"] for row in plain.rows] == [row["train_loss"] for row in clocked]
+    assert [row["train_loss"] for row in folder.rows()] == [row["train_loss"] for row in clocked]
 
 
 def test_the_official_loop_computes_the_regulariser_wherever_the_network_runs(shades, monkeypatch):

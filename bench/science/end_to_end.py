@@ -61,10 +61,13 @@ PHASE_LABELS = {
 }
 RESULT = Path("bench/results/science/end_to_end.json")
 
-# Relative, of the mean training loss of the first epoch. fp32 rounds at 6e-8, Adam divides small
-# gradients by themselves, and while all singular values of L are equal (as at the start) each
-# loop takes another one of the equally valid subgradients of its norm.
-LOSS_TOLERANCE = 1e-4
+# Relative, of the mean training loss of the first epoch. Engines differ by 1e-7 there, the official
+# loop by some 1e-4, for two reasons that were found by removing them. At the start, K = L = I, the
+# gradient of L is zero: exactly so in the official formula, up to rounding in ours, and Adam
+# divides what rounding leaves by itself. Then, while all singular values of L are still equal, each
+# takes another one of the equally valid subgradients of the spectral norm. With L's gradient at
+# zero in the first two steps and one subgradient for both, 1e-7 is left.
+LOSS_TOLERANCE = 1e-3
 
 
 # ---- the study
@@ -347,7 +350,8 @@ def _setting(numbers: dict) -> str:
     )
     recipe = (
         f"{facts['epochs']} epochs, batch {facts['batch_size']}, {facts['optimizer']}, lr "
-        f"{facts['lr']:g}, fp32; seeds {', '.join(map(str, seeds))}"
+        f"{facts['lr']:g}, fp32; {'seeds' if len(seeds) > 1 else 'seed'} "
+        f"{', '.join(map(str, seeds))}"
     )
     place = (
         f"{where['device']}, {threads} and {facts['workers']} data workers, torch "

@@ -97,9 +97,11 @@ class Trace:
 class _Clocked(loop._Run):
     """`pae train`'s run with a clock around its parts."""
 
-    def __init__(self, clock: Clock, *arguments) -> None:
+    def __init__(self, clock: Clock, settings: Settings, task, folder: RunFolder) -> None:
         self.clock, self.stamps, self.prompts = clock, [], None
-        super().__init__(*arguments)
+        nothing = dict.fromkeys(("name", "resume", "on_start", "on_backward"))
+        accelerator, reporter = loop.make_accelerator(settings), Reporter(quiet=True)
+        super().__init__(settings, task, folder, accelerator, reporter, **nothing)
 
     def _data(self, task):
         with self.clock.phase("loading"):
@@ -148,8 +150,7 @@ def run_ours(settings: Settings, task, folder: Path) -> Trace:
     """`pae train` with these settings."""
     clock = Clock(settings.device)
     kept = RunFolder(folder)
-    accelerator = loop.make_accelerator(settings)
-    run = _Clocked(clock, settings, task, kept, accelerator, Reporter(quiet=True), None, None)
+    run = _Clocked(clock, settings, task, kept)
     result = run.train()
     total = clock.read()
     for heavy in (kept.state, kept.previous_state):
