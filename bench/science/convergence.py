@@ -341,7 +341,7 @@ def draw_gradients(results):
     """Norm of the prompts' gradient, block by block over the steps, and how often it turns."""
     names = (BASELINE, "vpt-deep-kld", PAE)
     rows = list(results)
-    figure, panels = style.figure(11, 2.3 * len(rows), len(rows), len(names) + 1)
+    figure, panels = style.figure(11, 2.1 * len(rows), len(rows), len(names) + 1)
     for row, dataset in enumerate(rows):
         line = _flat(panels)[row * (len(names) + 1) : (row + 1) * (len(names) + 1)]
         shown = [(n, results[dataset][n]["gradient"]) for n in names if n in results[dataset]]
@@ -351,8 +351,13 @@ def draw_gradients(results):
         low = min(v.quantile(0.02).item() for v in logs.values())
         high = max(v.quantile(0.98).item() for v in logs.values())
         for panel, (name, values) in zip(line, logs.items()):
-            image = panel.imshow(
-                values.T.numpy(), aspect="auto", origin="lower", cmap="viridis", vmin=low, vmax=high
+            image = panel.imshow(  # one pixel a step and block, not smoothed
+                values.T.numpy(),
+                aspect="auto",
+                origin="lower",
+                interpolation="none",
+                vmin=low,
+                vmax=high,
             )
             panel.grid(False)
             panel.set_title(f"{dataset}, {TITLES[name]}")
