@@ -46,7 +46,7 @@ def test_the_first_screen_shows_a_figure_and_a_table():
 
 def test_figures_are_small_enough_for_a_page():
     written = list((ROOT / report.FIGURES).glob("*.*"))
-    assert written and all(path.stat().st_size < 300e3 for path in written)
+    assert written and all(path.stat().st_size < 150e3 for path in written)
 
 
 # ---- blocks and figures, with a source of one number

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -291,7 +292,10 @@ def figures(numbers: dict) -> dict:
     return {
         "convergence_curves": lambda: draw_curves(results),
         "convergence_gains": lambda: draw_gains(results),
-        "convergence_gradients": lambda: draw_gradients(results),
+        **{
+            f"convergence_gradients_{dataset}": partial(draw_gradients, dataset, arms)
+            for dataset, arms in results.items()
+        },
     }
 
 
@@ -337,42 +341,35 @@ def draw_gains(results):
     return figure
 
 
-def draw_gradients(results):
+def draw_gradients(dataset, arms):
     """Norm of the prompts' gradient, block by block over the steps, and how often it turns."""
-    names = (BASELINE, "vpt-deep-kld", PAE)
-    rows = list(results)
-    figure, panels = style.figure(11, 2.1 * len(rows), len(rows), len(names) + 1)
-    for row, dataset in enumerate(rows):
-        line = _flat(panels)[row * (len(names) + 1) : (row + 1) * (len(names) + 1)]
-        shown = [(n, results[dataset][n]["gradient"]) for n in names if n in results[dataset]]
-        logs = {n: torch.tensor(g["norm"]).clamp_min(1e-12).log10() for n, g in shown if g}
-        if not logs:
-            continue
-        low = min(v.quantile(0.02).item() for v in logs.values())
-        high = max(v.quantile(0.98).item() for v in logs.values())
-        for panel, (name, values) in zip(line, logs.items()):
-            image = panel.imshow(  # one pixel a step and block, not smoothed
-                values.T.numpy(),
-                aspect="auto",
-                origin="lower",
-                interpolation="none",
-                vmin=low,
-                vmax=high,
-            )
-            panel.grid(False)
-            panel.set_title(f"{dataset}, {TITLES[name]}")
-            panel.set_xlabel("step")
-        line[0].set_ylabel("block")
-        figure.colorbar(image, ax=line[: len(names)], label="log10 |gradient|", pad=0.01)
-        for name, s in results[dataset].items():
-            if s["gradient"]:
-                flips = [100 * v for v in s["gradient"]["flips"]]
-                line[-1].plot(range(len(flips)), flips, color=COLOURS[name], label=TITLES[name])
-        line[-1].set_title("steps that turn back")
-        line[-1].set_xlabel("block")
-        line[-1].set_ylabel("%")
-    handles = _flat(panels)[len(names)].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(ARMS))
+    shown = [name for name in (BASELINE, "vpt-deep-kld", PAE) if name in arms]
+    logs = {n: torch.tensor(arms[n]["gradient"]["norm"]).clamp_min(1e-12).log10() for n in shown}
+    low = min(v.quantile(0.02).item() for v in logs.values())
+    high = max(v.quantile(0.98).item() for v in logs.values())
+    figure, panels = style.figure(11, 2.4, 1, len(logs) + 1)
+    *maps, turns = _flat(panels)
+    for panel, (name, values) in zip(maps, logs.items()):
+        image = panel.imshow(  # one pixel a step and block, not smoothed
+            values.T.numpy(),
+            aspect="auto",
+            origin="lower",
+            interpolation="none",
+            vmin=low,
+            vmax=high,
+        )
+        panel.grid(False)
+        panel.set_title(f"{dataset}, {TITLES[name]}")
+        panel.set_xlabel("step")
+    maps[0].set_ylabel("block")
+    figure.colorbar(image, ax=maps, label="log10 |gradient|", pad=0.01)
+    for name, s in arms.items():
+        flips = [100 * v for v in s["gradient"]["flips"]]
+        turns.plot(range(len(flips)), flips, color=COLOURS[name], label=TITLES[name])
+    turns.set_title("steps that turn back")
+    turns.set_xlabel("block")
+    turns.set_ylabel("%")
+    figure.legend(loc="outside upper center", ncols=len(ARMS))
     return figure
 
 
