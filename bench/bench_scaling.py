@@ -16,7 +16,7 @@ import torch
 from . import bench_step, shapes
 from .contest import Contestant, Group, Provider, Settings
 
-PROVIDERS = (bench_step.OFFICIAL, bench_step.TEXTBOOK, "pae exact", "pae low")
+PROVIDERS = (bench_step.OFFICIAL, bench_step.REFERENCE, "pae keep", "pae recompute8")
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from . import cost, peers, shapes
 from .contest import Contestant, Group, Provider, Settings, Unavailable, relative
 from .memory import SavedBytes, own_bytes, peak_bytes, tensors_in
 
-OFFICIAL, TEXTBOOK = "official-style", "timm + SDPA"
-TEXTBOOK_CUDNN = "timm + SDPA cuDNN"
-COMPILED_TEXTBOOK = "timm + SDPA, compiled"
+OFFICIAL, REFERENCE = "official-style", "timm + SDPA"
+REFERENCE_CUDNN = "timm + SDPA cuDNN"
+COMPILED_REFERENCE = "timm + SDPA, compiled"
 
 # Norm-relative errors against the official-style fp32 step that a row may show: in fp32 the promise
-# of `fast_forward` ("low" keeps the activation's derivative in 8 bits), in bf16 so many times what
+# of `fast_forward` ("recompute8" keeps the activation's derivative in 8 bits), in bf16 so many times what
 # the official-style step itself loses under autocast (rounding alone scatters that by a third).
 FP32_LIMITS = {"logits": 1e-5, "gradients": 1e-4}
 FP32_LOW_LIMITS = {"logits": 1e-5, "gradients": 5e-3}
@@ -146,10 +146,10 @@ def contestant(
     def check() -> dict[str, float]:
         with SavedBytes([*weights, *folded, step.images]) as saved:
             logits = step.run(forward, trained)
-        columns = verdict(step, logits, prompts.grad, memory or "exact") | {
+        columns = verdict(step, logits, prompts.grad, memory or "keep") | {
             "saved_mb_per_image": saved.activations / len(step.images) / 1e6,
             "weight_copies_mb": saved.weight_copies / 1e6,
-            **step.modelled(method, memory or "exact"),
+            **step.modelled(method, memory or "keep"),
         }
         if compiled:
             del columns["model_saved_mb_per_image"]
@@ -163,7 +163,7 @@ def contestant(
 def verdict(step: Step, logits: Tensor, gradients: Tensor, memory: str) -> dict[str, float]:
     """Columns of a row whose values are right; an AssertionError otherwise."""
     errors = step.errors(logits, gradients)
-    fp32_limits = FP32_LOW_LIMITS if memory == "low" else FP32_LIMITS
+    fp32_limits = FP32_LOW_LIMITS if memory == "recompute8" else FP32_LIMITS
     for what, limit in (step.limits or fp32_limits).items():
         assert errors[what] <= limit, f"{what} are off by {errors[what]:.1e} > {limit:.1e}"
     return {
@@ -177,7 +177,7 @@ def verdict(step: Step, logits: Tensor, gradients: Tensor, memory: str) -> dict[
 
 
 def start_cudnn(step: Step) -> Contestant:
-    """The textbook with the attention kernels that are the fastest of PyTorch's on new GPUs."""
+    """The reference with the attention kernels that are the fastest of PyTorch's on new GPUs."""
 
     def forward(images: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -214,8 +214,8 @@ def start_graphed(step: Step) -> Contestant:
 
     def check() -> dict[str, float]:
         _, logits = steps[0](step.images, step.labels)
-        columns = verdict(step, logits, tokens.grad, "exact")
-        gflop = step.modelled("pae", "exact")["model_gflop"]
+        columns = verdict(step, logits, tokens.grad, "keep")
+        gflop = step.modelled("pae", "keep")["model_gflop"]
         return columns | {"peak_mb": (peak + own) / 1e6, "model_gflop": gflop}
 
     return Contestant(lambda: steps[0](step.images, step.labels), check, dtype=step.dtype)
@@ -234,19 +234,19 @@ def providers(compile_too: bool, settings: Settings) -> list[Provider]:
     no_gpu = settings.why_not_cuda()
     rows = [
         Provider(OFFICIAL, lambda step: contestant(step, step.official, official=True)),
-        Provider(TEXTBOOK, lambda step: contestant(step, step.model)),
-        Provider(TEXTBOOK_CUDNN, start_cudnn, left_out=no_gpu),
-        Provider(COMPILED_TEXTBOOK, start_compiled, left_out=slow),
+        Provider(REFERENCE, lambda step: contestant(step, step.model)),
+        Provider(REFERENCE_CUDNN, start_cudnn, left_out=no_gpu),
+        Provider(COMPILED_REFERENCE, start_compiled, left_out=slow),
         Provider(
             "timm + SDPA, compiled max-autotune",
             lambda step: start_compiled(step, "max-autotune"),
             left_out=no_gpu or slowest,
         ),
-        ours("exact"),
-        ours("low"),
+        ours("keep"),
+        ours("recompute8"),
     ]
     if settings.size in ("full", "smoke"):
-        rows.append(ours("lowest"))
+        rows.append(ours("recompute"))
     rows.append(Provider("pae graphed", start_graphed, left_out=no_gpu))
     return rows
 
@@ -319,7 +319,7 @@ def group(
         name=f"step/{name}/P{count}/{dtype}/B{batch}",
         open=lambda: open_step(name, count, batch, dtype, settings.device),
         providers=providers(compile_too, settings),
-        baselines=(OFFICIAL, TEXTBOOK, COMPILED_TEXTBOOK),
+        baselines=(OFFICIAL, REFERENCE, COMPILED_REFERENCE),
         rounds=20 if on_gpu else 7 if settings.size == "full" else 4,
         unit="step",
         left_out=left_out,

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 METHODS = ("official", "sdpa", "pae")
-MEMORY = ("exact", "low", "lowest")
+MEMORY = ("keep", "recompute8", "recompute")
 STREAM = 4  # bytes of an entry of the residual stream and of every statistic: fp32
 
 
@@ -82,7 +82,7 @@ class Flops:
 
 
 def flops(
-    shape: Shape, prompts: int, batch: int, method: str = "pae", memory: str = "exact"
+    shape: Shape, prompts: int, batch: int, method: str = "pae", memory: str = "keep"
 ) -> Flops:
     """What `method` executes, recomputation included.
 
@@ -97,8 +97,8 @@ def flops(
       backward     as a middle one                  as a middle one       4 s + 4 D F + 8 H T D
 
     Patch embedding 2 (N - 1) c D forward; head 2 D classes forward and twice that backward. Once a
-    batch, pae's prompt keys and values: 2 P s (L - 1) each way. Memory "low" forms q, k and v of
-    the L - 2 middle blocks again, 3 N s each; "lowest" also the hidden rows of L - 1 blocks, 2 N D
+    batch, pae's prompt keys and values: 2 P s (L - 1) each way. Memory "recompute8" forms q, k and v of
+    the L - 2 middle blocks again, 3 N s each; "recompute" also the hidden rows of L - 1 blocks, 2 N D
     F each. The 10 and the 8 of attention's backward hold the scores, formed again (2).
 
     Raises:
@@ -125,9 +125,9 @@ def flops(
         + (L - 2) * (N * row + 10 * N * T * D)
         + (N * (square + mlp) + 8 * N * prompts * D)
     )
-    if memory != "exact":
+    if memory != "keep":
         backward += (L - 2) * N * 3 * square
-    if memory == "lowest":
+    if memory == "recompute":
         backward += (L - 1) * N * mlp / 2
     keys_values = (L - 1) * prompts * 2 * square
     return Flops(batch * forward + keys_values, batch * backward + keys_values)
@@ -138,7 +138,7 @@ def saved_bytes(
     prompts: int,
     batch: int,
     method: str = "pae",
-    memory: str = "exact",
+    memory: str = "keep",
     itemsize: int = 4,
     device: str = "cpu",
 ) -> float:
@@ -152,8 +152,8 @@ def saved_bytes(
                runs in fp32 and keeps its own copy, 4 H T^2 more
     sdpa       8 T D of the residual stream, e (4 T D + T F)
     pae        middle, first, last block: e (6 N D + N F), e (3 N D + N F), e N D + 4 H T
-               "low" has one byte for every hidden entry and keeps no q, k, v: e 3 N D + N F in
-               middle and first blocks; "lowest" keeps neither: e 3 N D
+               "recompute8" has one byte for every hidden entry and keeps no q, k, v: e 3 N D + N F in
+               middle and first blocks; "recompute" keeps neither: e 3 N D
 
     All keep the rows of the final norm and what the head and the loss read.
 
@@ -175,10 +175,10 @@ def saved_bytes(
         readout = STREAM * last * (D + 2) + (e * D if narrow else STREAM * last * D)
         return float(batch * (L * (norms + attention + e * T * F) + readout + loss) + STREAM)
 
-    kept = {"exact": e * N * F, "low": N * F, "lowest": 0}[memory]
+    kept = {"keep": e * N * F, "recompute8": N * F, "recompute": 0}[memory]
     statistics = STREAM * N * (1 + H)  # of the second norm; log-sum-exp
     first = e * 3 * N * D + kept + statistics
-    middle = first + STREAM * N + (e * 3 * N * D if memory == "exact" else 0)
+    middle = first + STREAM * N + (e * 3 * N * D if memory == "keep" else 0)
     last = e * N * D + STREAM * (N + H * T + H * D) + e * (D + F) + STREAM
     readout = STREAM * (D + 2) + e * D
     # once a batch: rows and statistics of the prompts' norm, keys and values, the last block's rows
@@ -234,7 +234,7 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("usage: python -m bench.cost TIMM_NAME PROMPTS BATCH")
     name, prompts, batch = arguments[0], int(arguments[1]), int(arguments[2])
     shape = Shape.named(name)
-    ways = [("official", "exact"), ("sdpa", "exact"), *(("pae", memory) for memory in MEMORY)]
+    ways = [("official", "keep"), ("sdpa", "keep"), *(("pae", memory) for memory in MEMORY)]
     print("method      forward GFLOP  backward GFLOP  saved MB/image fp32  bf16")
     for method, memory in ways:
         work = flops(shape, prompts, batch, method, memory)

@@ -129,7 +129,7 @@ def triton_launches() -> Iterator[Counter[str]]:
 
 
 def counted_flops(
-    name: str, prompts: int, batch: int, method: str = "pae", memory: str = "exact", **options
+    name: str, prompts: int, batch: int, method: str = "pae", memory: str = "keep", **options
 ) -> cost.Flops:
     """`bench.cost.flops` as PyTorch's counter sees it, on tensors without values: no product is
     computed and no weight allocated, whatever the size.

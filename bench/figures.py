@@ -23,8 +23,8 @@ COLOURS = {
     "sdpa": "#E69F00",
     "compile": "#CC79A7",
     "pae": "#0072B2",
-    "pae low": "#56B4E9",
-    "pae lowest": "#009E73",
+    "pae recompute8": "#56B4E9",
+    "pae recompute": "#009E73",
     # arms of a study
     "plain": "#8A8A8A",
     "kld": "#E69F00",

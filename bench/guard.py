@@ -76,7 +76,7 @@ class Step:
         self.dtype = DTYPES[dtype]
         self.plan = list(tensors_in(self.model.plan(self.dtype)))  # folded once, not in a step
 
-    def forward(self, batch: int = BATCH, memory: str = "exact") -> Tensor:
+    def forward(self, batch: int = BATCH, memory: str = "keep") -> Tensor:
         """The loss of the first `batch` images, gradients of earlier steps forgotten."""
         self.model.zero_grad()
         labels = self.labels[:batch]
@@ -85,7 +85,7 @@ class Step:
             logits = pae.fast_forward(self.model, self.images[:batch], memory)
         return F.cross_entropy(logits.float(), labels) + self.model.penalty()
 
-    def saved(self, batch: int = BATCH, memory: str = "exact") -> int:
+    def saved(self, batch: int = BATCH, memory: str = "keep") -> int:
         """Bytes of activations that the forward keeps for the backward."""
         model = self.model
         constants = [*model.parameters(), *model.buffers(), *self.plan, self.images, self.labels]
@@ -93,7 +93,7 @@ class Step:
             self.forward(batch, memory)
         return kept.activations
 
-    def saved_by_image(self, memory: str = "exact") -> int:
+    def saved_by_image(self, memory: str = "keep") -> int:
         """What one more image in the batch adds to that."""
         return self.saved(BATCH + 1, memory) - self.saved(BATCH, memory)
 

@@ -1,4 +1,4 @@
-"""Modal Pre-Alignment as others would write it: a window, an FFT, a textbook forward at a time.
+"""Modal Pre-Alignment as others would write it: a window, an FFT, a reference forward at a time.
 
 Nothing here uses the packages of this repository, so the benchmarks time against it and the tests
 check against it.

@@ -17,7 +17,7 @@ LINES = {
     OFFICIAL: ("official-style", "official"),
     SDPA: ("timm + SDPA", "sdpa"),
     COMPILED: ("torch.compile", "compile"),
-    LOW: ("pae low", "pae low"),
+    LOW: ("pae recompute8", "pae recompute8"),
     EXACT: ("pae", "pae"),
 }
 # what PAE adds to a step: claim's name -> a reader's words

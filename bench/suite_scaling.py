@@ -120,7 +120,7 @@ def modelled(
     batch: int = 64,
 ) -> str:
     """The cost model's step: FLOPs of ours as a share of official-style's, and MB saved."""
-    ways = {"official": ("official", "exact"), "sdpa": ("sdpa", "exact")}
+    ways = {"official": ("official", "keep"), "sdpa": ("sdpa", "keep")}
     ways |= {f"pae {memory}": ("pae", memory) for memory in cost.MEMORY}
     head = ["", "FLOPs forward", "FLOPs of a step", *(f"saved: {way}" for way in ways)]
     lines = [head]

@@ -140,7 +140,7 @@ def dead_rows() -> Figure:
     caption(
         ax,
         f"A middle block of ViT-B/16 with {s.P} prompts. Area is work. Hatched is cut off before "
-        f"anyone reads it:\n{share:.0%} of the textbook's products. Keys and values of prompts "
+        f"anyone reads it:\n{share:.0%} of the reference's products. Keys and values of prompts "
         "(orange) are made once for the whole batch.",
     )
     return made
@@ -158,7 +158,7 @@ def shared_prompts() -> Figure:
                 box(ax, 0, y, s.P, 0.9, PROMPT, "P")
             box(ax, s.P, y, s.N, 0.9, LIVE, f"image {b + 1}: N rows")
         rows = s.P + batch * s.N if shared else batch * (s.P + s.N)
-        ax.set_title(f"{'pae' if shared else 'textbook'}: {rows} rows of keys and values")
+        ax.set_title(f"{'pae' if shared else 'reference'}: {rows} rows of keys and values")
         ax.set(xlim=(-70 if shared else 0, s.P + s.N + 2), ylim=(-0.75, batch * 1.2))
     middle = (batch - 1) * 0.6
     box(right, -68, middle, s.P, 0.9, PROMPT, "P")
@@ -193,7 +193,7 @@ def class_query() -> Figure:
     s, N, P = VIT_B, 17, 5
     made, (left, middle, right) = blank(8.2, 3.3, 3)
     panels = {
-        left: ("textbook, every block", lambda i, j: True, s.N + s.P),
+        left: ("reference, every block", lambda i, j: True, s.N + s.P),
         middle: ("pae, middle blocks", lambda i, j: i >= P, s.N),
         right: ("pae, last block", lambda i, j: i == P, 1),
     }
@@ -238,7 +238,7 @@ def gradient_flow() -> Figure:
 @drawing
 def folding() -> Figure:
     """Fact 5: the steps of one block as timm runs them, and what is left of them."""
-    textbook = [
+    reference = [
         ("(x-μ)/σ", True), ("·γ", False), ("+β", False), ("W_qkv", True), ("+b", True),
         ("·d^-½", False), ("attend", True), ("W_proj", True), ("+b", False), ("·ls1", False),
         ("+x", True),
@@ -246,21 +246,21 @@ def folding() -> Figure:
         ("GELU", True), ("W_2", True), ("+b", False), ("·ls2", False), ("+x", True),
     ]  # fmt: skip
     folded = {"W_qkv": "W'_qkv", "W_proj": "W'_proj", "W_1": "W'_1", "W_2": "W'_2", "+b": "+b'"}
-    ours = [(folded.get(text, text), live) for text, live in textbook]
+    ours = [(folded.get(text, text), live) for text, live in reference]
     made, ax = blank(8.2, 2.9)
-    half = textbook.index(("+x", True)) + 1
-    for row, (chain, who) in enumerate(((textbook, "timm"), (ours, "the plan"))):
+    half = reference.index(("+x", True)) + 1
+    for row, (chain, who) in enumerate(((reference, "timm"), (ours, "the plan"))):
         for i, (text, live) in enumerate(chain):
             line, column = divmod(i, half)
             y = -(2 * row * 0.95 + line * 0.8 + row * 0.35)
             step(ax, 1.3 + column * 1.02, y, 0.9, text, live or row == 0,
                  COLOURS["plain"] if row == 0 else LIVE)  # fmt: skip
         note(ax, 0, -(2 * row * 0.95 + row * 0.35) - 0.1, who, fontweight="bold")
-    left = sum(live for _, live in textbook)
+    left = sum(live for _, live in reference)
     ax.set(xlim=(-0.1, 1.3 + half * 1.02), ylim=(-3.2, 0.75))
     caption(
         ax,
-        f"One block: {left} of {len(textbook)} steps remain. \u03b3, \u03b2, the logit scale and "
+        f"One block: {left} of {len(reference)} steps remain. \u03b3, \u03b2, the logit scale and "
         "LayerScale move into the weights;\nthe biases of the two last products ride in the sum "
         "behind them.",
     )

@@ -39,7 +39,7 @@ def condense(
     - "taylor": |sum_d g_kd p_kd|, the first-order change of the loss when p_k becomes 0.
     - "elementwise": sum_d |g_kd p_kd|.
 
-    "taylor" is the textbook form, but deep prompts are read through a LayerNorm, which takes their
+    "taylor" is the usual form, but deep prompts are read through a LayerNorm, which takes their
     length out: along p_k itself the loss hardly changes, by eps / (var + eps) of what one would
     expect, and the sum cancels to far less than a thousandth of its terms. It ranks well all the
     same. Measured by `bench/prompt_scores.py` on a ViT-S with 96 trained prompts, three seeds: rank

@@ -1,6 +1,6 @@
 """fast_forward: walks a FrozenPlan block by block and skips what prompt tuning throws away.
 
-What the textbook computes and this does not:
+What the reference computes and this does not:
 
 - prompt queries, prompt outputs and their MLP: deep prompts are cut off before the next block;
 - prompt keys and values per image: shared prompts get theirs once, all blocks in one product;
@@ -32,10 +32,10 @@ from .plan import BlockPlan, FrozenPlan, HeadNorm
 from .prompts import PromptFamily
 from .sequence import between_blocks, cut_rows, insert_rows, touches_rows
 
-MEMORY_MODES = ("exact", "low", "lowest")
+MEMORY_MODES = ("keep", "recompute8", "recompute")
 
 
-def fast_forward(model: nn.Module, images: Tensor, memory: str = "exact") -> Tensor:
+def fast_forward(model: nn.Module, images: Tensor, memory: str = "keep") -> Tensor:
     """model(images), in value and in every gradient, without the work that is thrown away.
 
     Args:
@@ -43,11 +43,11 @@ def fast_forward(model: nn.Module, images: Tensor, memory: str = "exact") -> Ten
             (DistributedDataParallel, torch.compile).
         images: (B, C, H, W) float, normalised as the backbone wants it.
         memory: what a middle block keeps for the backward, per image, with S = N D elements:
-            "exact": 10 S. No extra work.
-            "low": 3 S and 8-bit derivatives of the activation (4 S bytes). q, k, v are computed
+            "keep": 10 S. No extra work.
+            "recompute8": 3 S and 8-bit derivatives of the activation (4 S bytes). q, k, v are computed
             again, one eighth more product work; prompt gradients are off by about 3e-3 in fp32
             and by nothing visible in bf16.
-            "lowest": 3 S. q, k, v and the MLP's hidden rows are computed again, a third more
+            "recompute": 3 S. q, k, v and the MLP's hidden rows are computed again, a third more
             product work; exact.
 
     Returns:
@@ -90,7 +90,7 @@ def run(model, images: Tensor, memory: str) -> Tensor:
             group = family.group_index(x)
             if type(family).head_keys_values is PromptFamily.head_keys_values:
                 prompts = [_block_prompts(p, group, None) for p in family.all_prompts(x)]
-            else:  # block by block like the textbook, so that dropout draws in the same order
+            else:  # block by block like the reference, so that dropout draws in the same order
                 prompts = [
                     _block_prompts(family.block_prompts(i, x), group, family.head_keys_values(i, x))
                     for i in range(len(plan.blocks))
@@ -303,7 +303,7 @@ class _FrozenBlock(torch.autograd.Function):
             xhat1 = rstd1 = None
             qkv = qkv[:, :, :1].contiguous()  # the prompt columns' gradient reads queries only
             head_stats = None
-        elif memory != "exact":
+        elif memory != "keep":
             qkv = head_stats = None
         ctx.save_for_backward(
             xhat1, rstd1, qkv, kv, group, log_multiplicity, out, lse, *mlp, *(head_stats or ())
@@ -367,7 +367,7 @@ class _ClassBlock(torch.autograd.Function):
         probs = scores.softmax(dim=-1)  # (B, H, P + N)
         mixed = probs[..., :count] @ prompts + probs[..., count:] @ xhat.to(wide)  # (B, H, D)
         out = _per_head(mixed.to(dtype), w_v.transpose(1, 2)).flatten(1) + b_v
-        y, rows, mlp = _second_half(x[:, :1], out[:, None], block, "exact")
+        y, rows, mlp = _second_half(x[:, :1], out[:, None], block, "keep")
         ctx.save_for_backward(xhat, rstd, normed, group, probs, qk, *mlp)
         ctx.block = block
         return _sum(y, rows)
@@ -381,7 +381,7 @@ class _ClassBlock(torch.autograd.Function):
         w_q, w_k, w_v = block.w_qkv.view(3, heads, d, -1).unbind(0)
         dtype, wide, count = w_q.dtype, rstd.dtype, normed.shape[1]
         with torch.autocast(dy.device.type, enabled=False):
-            dy, d_out = _second_half_backward(dy, dy.to(dtype), mlp, block, "exact")
+            dy, d_out = _second_half_backward(dy, dy.to(dtype), mlp, block, "keep")
             d_out = d_out.view(batch, heads, d)
             d_mixed = _per_head(d_out, w_v).to(wide)  # (B, H, D)
             prompts, rows = take_groups(normed, group, batch).to(wide), xhat.to(wide)
@@ -484,8 +484,8 @@ def _second_half(
         _add_product_(y, out, block.w_proj)
         xhat, rstd = pointwise.layer_norm(y, block.eps2, block.w_fc1.dtype)
     hidden = F.linear(xhat, block.w_fc1, block.b_fc1)
-    rows, code = pointwise.activation(hidden, block.activation, code=memory == "low")
-    kept = {"exact": hidden, "low": code, "lowest": None}[memory]
+    rows, code = pointwise.activation(hidden, block.activation, code=memory == "recompute8")
+    kept = {"keep": hidden, "recompute8": code, "recompute": None}[memory]
     if apart:
         return y, F.linear(rows, block.w_fc2, block.b_fc2), (xhat, rstd, kept)
     _add_product_(y.add_(block.b_fc2), rows, block.w_fc2)
@@ -506,7 +506,7 @@ def _second_half_backward(
     d_rows is the gradient of fc2's rows, which is dy in the product's dtype; None when it is dy.
     """
     xhat, rstd, kept = saved
-    if memory == "lowest":
+    if memory == "recompute":
         kept = F.linear(xhat, block.w_fc1, block.b_fc1)
     d = (dy if d_rows is None else d_rows) @ block.w_fc2
     d = pointwise.activation_backward(d, kept, block.activation) @ block.w_fc1

@@ -20,7 +20,7 @@ def graphed_step(
     images: Tensor,
     labels: Tensor,
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-    memory: str = "exact",
+    memory: str = "keep",
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Capture forward, loss and backward of `model` on batches like this one.
 

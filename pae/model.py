@@ -1,4 +1,4 @@
-"""PromptedViT: a frozen backbone, a prompt family and a head. Its forward is the textbook
+"""PromptedViT: a frozen backbone, a prompt family and a head. Its forward is the reference
 definition.
 """
 
@@ -109,11 +109,11 @@ class PromptedViT(nn.Module):
         self.backbone.eval()
         return self
 
-    def forward(self, images: Tensor, engine: str = "textbook", memory: str = "exact") -> Tensor:
+    def forward(self, images: Tensor, engine: str = "reference", memory: str = "keep") -> Tensor:
         """Logits (B, classes) of images (B, C, H, W).
 
         Args:
-            engine: "textbook" runs the backbone's own blocks on concatenated sequences; "fast" is
+            engine: "reference" runs the backbone's own blocks on concatenated sequences; "fast" is
                 `pae.fast_forward`.
             memory: for "fast", see `pae.fast_forward`.
 
@@ -123,8 +123,8 @@ class PromptedViT(nn.Module):
         self.view.check_images(images)
         if engine == "fast":
             return _run_fast(self, images, memory)
-        if engine != "textbook":
-            raise ValueError(f"engine must be 'textbook' or 'fast', got {engine!r}")
+        if engine != "reference":
+            raise ValueError(f"engine must be 'reference' or 'fast', got {engine!r}")
         view, family, at = self.view, self.prompts, self.view.num_prefix_tokens
         x, entered, attention = view.embed(images), 0, None
         for i, block in enumerate(view.blocks):

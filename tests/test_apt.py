@@ -35,7 +35,7 @@ def test_attention_by_hand():
     x = x + attn.proj(torch.cat(heads, -1))
     x = x + block.mlp(block.norm2(x))
     expected = made.head(vit.norm(x)[:, 0])
-    for engine in ("textbook", "fast"):
+    for engine in ("reference", "fast"):
         assert error(made(tiny.images(vit), engine=engine), expected) < 1e-9
 
 

@@ -159,7 +159,7 @@ def test_tensors_of_a_plan_are_all_found():
 
 
 def test_official_style_peer_is_vpt_deep():
-    """fp64: logits and prompt gradients of the peer and of the textbook definition."""
+    """fp64: logits and prompt gradients of the peer and of the reference definition."""
     vit = shapes.random_backbone(shapes.TINY, CPU).double()
     model = pae.PromptedViT(vit, pae.prompts.VPTDeep(5))
     peer = peers.OfficialStyleVPT(vit, model.prompts.tokens, model.head)

@@ -20,7 +20,7 @@ def task(model, size=6):
 
 
 def ranked(model, data, score):
-    """By hand, through the textbook engine: [(score, block, place), ...], best first."""
+    """By hand, through the reference engine: [(score, block, place), ...], best first."""
     model.eval()
     totals = {}
     for x, y in data:

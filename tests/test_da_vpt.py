@@ -31,7 +31,7 @@ def anchor_by_hand(features, proxies, owner, kappa=5.0, alpha=32.0, delta=0.1):
 
 
 @pytest.mark.parametrize("norm", ["none", "l2", "layer"])
-@pytest.mark.parametrize("engine", ["textbook", "fast"])
+@pytest.mark.parametrize("engine", ["reference", "fast"])
 @pytest.mark.parametrize("feature, prefix", [("plain", 1), ("registers", 3), ("qk_norm", 1)])
 def test_penalty_by_hand(feature, prefix, engine, norm):
     made = prompted(feature=feature, norm=norm, patch_weight=0.7, class_weight=0.3)

@@ -97,14 +97,14 @@ def race(shades, tmp_path_factory):
     """Arm -> record and first prompts, of all loops on one tiny problem."""
     output, found = tmp_path_factory.mktemp("race"), {}
     for arm in end_to_end.ARMS:
-        chosen = settings(shades, engine="textbook" if arm == "textbook" else "fast")
+        chosen = settings(shades, engine="reference" if arm == "reference" else "fast")
         task = loop.load_task(chosen)
         record = end_to_end.run_arm(arm, chosen, task, output / arm)
         found[arm] = record, torch.load(output / arm / "first_prompts.pt", weights_only=True)
     return found
 
 
-@pytest.mark.parametrize("arm", ["official", "textbook"])
+@pytest.mark.parametrize("arm", ["official", "reference"])
 def test_the_loops_draw_the_same_curve(race, arm):
     (ours, prompts), (other, other_prompts) = race["pae"], race[arm]
     apart = end_to_end.agree(ours, other, prompts, other_prompts)
@@ -212,7 +212,7 @@ def numbers(tokens=(10, 50), seeds=(0, 1)):
     races = []
     for seed in seeds:
         for count in tokens:
-            scales = {"official": 3 if count == 10 else 5, "textbook": 2, "pae": 1}
+            scales = {"official": 3 if count == 10 else 5, "reference": 2, "pae": 1}
             arms = {}
             for arm, scale in scales.items():
                 accuracies = [0.5, 0.8, 0.9, 0.91]
@@ -234,7 +234,7 @@ def numbers(tokens=(10, 50), seeds=(0, 1)):
                     "seed": seed,
                     "target": 0.8645,
                     "epoch": 3,
-                    "agreement": {"official": apart, "textbook": apart},
+                    "agreement": {"official": apart, "reference": apart},
                     "arms": arms,
                 }
             )
@@ -272,7 +272,7 @@ def test_blocks_say_what_the_numbers_say():
     # three epochs: 4 + 6 + 3 times the scale, and 1 s
     assert blocks["end to end gain official 10"] == f"{40 / 14:.1f}x"
     assert blocks["end to end gain official 50"] == f"{66 / 14:.1f}x"
-    assert blocks["end to end gain textbook 50"] == f"{27 / 14:.1f}x"
+    assert blocks["end to end gain reference 50"] == f"{27 / 14:.1f}x"
     rows = blocks["end to end table"].splitlines()
     assert len({row.count("|") for row in rows}) == 1 and len(rows) == 2 + 6
     assert rows[2].startswith("| 10 | official-style loop | 40.0 | 0.5 / 12.0 / 18.0 / 9.0 / 0.5 |")
@@ -334,7 +334,7 @@ def test_collect_reads_what_the_loops_wrote(race, tmp_path):
     assert found["facts"]["task"]["train"] == 29
     assert found["facts"]["rows"] == 1 + 4  # 32 px in patches of 16
     assert set(end_to_end.blocks(found)) >= {"end to end table", "end to end gain official 3"}
-    changed = dict(race["textbook"][0], machine={"device": "another"})
-    end_to_end.runs.write_json(chosen.folder(tmp_path, "textbook") / "race.json", changed)
+    changed = dict(race["reference"][0], machine={"device": "another"})
+    end_to_end.runs.write_json(chosen.folder(tmp_path, "reference") / "race.json", changed)
     with pytest.raises(end_to_end.Disagreement, match="another"):
         end_to_end.collect("shades", [3], [0], tmp_path)

@@ -15,7 +15,7 @@ import pae
 PRECISIONS = {"f32": torch.float32, "f64": torch.float64}
 
 pytestmark = [
-    pytest.mark.parametrize("engine", ["textbook", "fast"]),
+    pytest.mark.parametrize("engine", ["reference", "fast"]),
     pytest.mark.parametrize("precision", PRECISIONS),
 ]
 

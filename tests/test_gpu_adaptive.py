@@ -163,11 +163,11 @@ def step(model, images, engine, autocast=False):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_vapt_loses_no_more_than_the_textbook(autocast):
+def test_vapt_loses_no_more_than_the_reference(autocast):
     model = vapt()
     images = randn(8, 3, 224, 224).to(GPU, FP32)
-    truth = step(copy.deepcopy(model).double(), images.double(), "textbook")
-    plain = step(model, images, "textbook", autocast)
+    truth = step(copy.deepcopy(model).double(), images.double(), "reference")
+    plain = step(model, images, "reference", autocast)
     got = step(model, images, "fast", autocast)
     for a, b, true in zip(got, plain, truth, strict=True):
         assert error(a, true) <= max(1.2 * error(b, true), 1e-5)

@@ -91,7 +91,7 @@ STEMS = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stem", STEMS, ids=str)
-def test_tokens_within_twice_the_textbook_error(stem, dtype):
+def test_tokens_within_twice_the_reference_error(stem, dtype):
     size, patch, window, dim = stem
     height, width = size
     last = (height - window, width - window)

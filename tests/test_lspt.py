@@ -40,7 +40,7 @@ def test_recurrence_by_hand(feature, prefix, hidden, memory):
         x = torch.cat([both[:, :prefix], both[:, prefix + 4 :]], dim=1)
         rows = both[:, prefix : prefix + 4]
     expected = made.head(made.view.readout(x))
-    for engine in ("textbook", "fast"):
+    for engine in ("reference", "fast"):
         assert error(made(images, engine=engine), expected) < 1e-9
 
 

@@ -1,4 +1,4 @@
-"""PromptedViT: the textbook forward, the parts, the plan's freshness, what is refused and how."""
+"""PromptedViT: the reference forward, the parts, the plan's freshness, what is refused and how."""
 
 import copy
 import math
@@ -26,10 +26,10 @@ def refused(kind, match, call):
     assert "\n" not in str(caught.value)
 
 
-# ---- the textbook forward
+# ---- the reference forward
 
 
-@pytest.mark.parametrize("engine", ["textbook", "fast"])
+@pytest.mark.parametrize("engine", ["reference", "fast"])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_without_prompts_it_is_the_backbone(feature, engine):
     """Anchors both engines in timm's own forward."""
@@ -208,7 +208,7 @@ def test_a_backbone_without_a_head_needs_num_classes():
     assert pae.PromptedViT(vit, VPTDeep(2), num_classes=4).num_classes == 4
 
 
-@pytest.mark.parametrize("engine", ("textbook", "fast"))
+@pytest.mark.parametrize("engine", ("reference", "fast"))
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 def test_images_that_are_not_finite_are_named(engine, value):
     model = prompted("plain")
@@ -619,7 +619,7 @@ def test_unknown_engine():
     x = images(model.backbone)
     refused(
         ValueError,
-        "engine must be 'textbook' or 'fast', got 'turbo'",
+        "engine must be 'reference' or 'fast', got 'turbo'",
         lambda: model(x, engine="turbo"),
     )
 
@@ -628,7 +628,7 @@ def test_images_of_any_float_dtype_under_autocast():
     model = prompted("plain", dtype=torch.float32)
     x = images(model.backbone)
     with torch.autocast("cpu", torch.bfloat16):
-        for kind in ("textbook", "fast"):
+        for kind in ("reference", "fast"):
             assert torch.equal(model(x.bfloat16(), engine=kind), model(x.bfloat16(), engine=kind))
             assert error(model(x.bfloat16(), engine=kind), model(x, engine=kind)) < 3e-2
 

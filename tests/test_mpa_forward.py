@@ -377,7 +377,7 @@ def test_bad_choices_are_named(change, message):
 
 
 def test_the_loss_is_the_cross_entropy_of_the_filtered_batch():
-    """From the definition alone: filter, textbook forward, mean cross-entropy."""
+    """From the definition alone: filter, reference forward, mean cross-entropy."""
     model = zero_prompted("plain", 4)
     images, labels = batch(model, 5)
     result = pae.mpa_init(model, images, labels, **WINDOW)

@@ -244,7 +244,7 @@ def test_faithful_scores_by_hand():
     family, data = model.prompts, batches(model)
     head = list(model.head.parameters())
     torch.manual_seed(7)
-    scores, loss = family._measure(losses_of(model, data, "textbook"), head, None)
+    scores, loss = family._measure(losses_of(model, data, "reference"), head, None)
 
     torch.manual_seed(7)
     expected, total, norms = torch.zeros(5, dtype=torch.float64), 0.0, []
@@ -442,7 +442,7 @@ def test_sizes_of_the_networks():
 
 
 def test_an_update_of_the_policy_by_hand():
-    """The same networks as modules, torch.distributions, the textbook loss."""
+    """The same networks as modules, torch.distributions, the reference loss."""
     depth, policy = 4, PPOPolicy(4, 3)
     hand = {}
     for name, width in (("actor", depth), ("critic", 1)):

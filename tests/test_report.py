@@ -212,18 +212,18 @@ STEP = "step/vit_base_patch16_224/"
 
 
 def step(prompts=50, times=(2.0, 1.0, 1.5), dtype="fp32", batch=4, **options):
-    """A group of the step: official-style, pae exact, pae low; times in multiples of a round's."""
+    """A group of the step: official-style, pae keep, pae recompute8; times in multiples of a round's."""
     group = f"{STEP}P{prompts}/{dtype}/B{batch}"
     return [
         bench(group, name, [t, 1.1 * t, 0.9 * t], saved_mb_per_image=100 * t, **options)
-        for name, t in zip(("official-style", "pae exact", "pae low"), times)
+        for name, t in zip(("official-style", "pae keep", "pae recompute8"), times)
     ]
 
 
 def test_readme_table():
     text = suite.blocks({"cpu.json": run_of(*step(50), *step(100, (3.0, 1.0, 0.5)))})["suite step"]
     assert text == (
-        '| training step, ViT-B/16 224, batch 4 | official-style | pae | pae, `memory="low"` |\n'
+        '| training step, ViT-B/16 224, batch 4 | official-style | pae | pae, `memory="recompute8"` |\n'
         "| --- | --- | --- | --- |\n"
         "| fp32, 50 prompts: time | 2.00x | **1x** | 1.50x |\n"
         "| fp32, 100 prompts: time | 3.00x | **1x** | 0.50x |\n"
@@ -237,7 +237,7 @@ def test_ratios_are_taken_within_rounds():
     """Round 2 is ten times slower for both: no ratio shows it."""
     slow = [
         bench(f"{STEP}P50/fp32/B4", "official-style", [2.0, 20.0, 4.0]),
-        bench(f"{STEP}P50/fp32/B4", "pae exact", [1.0, 10.0, 1.0]),
+        bench(f"{STEP}P50/fp32/B4", "pae keep", [1.0, 10.0, 1.0]),
     ]
     assert suite.blocks({"cpu.json": run_of(*slow)})["suite claim step 50"] == "2.00x"
 
@@ -284,7 +284,7 @@ def test_what_counts_as_ours():
         raw = [bench("g", name, [1.0], baselines=("eager", "pae images, conv")) for name in names]
         return suite.runs({"cpu.json": run_of(*raw)})[0].groups["g"]
 
-    mine = rows("pae", "pae exact", "pae, Triton graph", "reference", "Triton", "CUDA")
+    mine = rows("pae", "pae keep", "pae, Triton graph", "reference", "Triton", "CUDA")
     assert all(map(suite.is_ours, mine))
     assert not any(map(suite.is_ours, rows("eager", "pae images, conv", "SDPA", "timm + SDPA")))
 
@@ -312,7 +312,7 @@ def test_section_has_time_memory_and_errors_of_every_row():
         "| ViT-B/16 224, 50 prompts, fp32, batch 4 | official-style | 2.00x | 2000 | 1880-2120 "
         "| 200.0 | 12.3 | 1e-06 |"
     )
-    assert second.startswith("|  | **pae exact** | **1x** | 1000 |")
+    assert second.startswith("|  | **pae keep** | **1x** | 1000 |")
 
 
 def test_gpu_section_waits_for_a_gpu():
@@ -362,21 +362,21 @@ def test_hero_draws_what_was_measured():
     ]
     assert {text.get_text() for text in time.texts} == {
         "official-style  2.50x",
-        "pae low  1.33x",
+        "pae recompute8  1.33x",
         "pae",
     }
 
 
 def scale(axis, value, times, **columns):
     """A group of the suite that scales; the model is right but for pae's memory."""
-    names = ("official-style", "timm + SDPA", "pae exact", "pae low")
+    names = ("official-style", "timm + SDPA", "pae keep", "pae recompute8")
     return [
         bench(
             f"scaling/{axis}/{value}",
             name,
             [t] * 3,
             saved_mb_per_image=10 * t,
-            model_saved_mb_per_image=10 * t * (0.9 if name == "pae exact" else 1),
+            model_saved_mb_per_image=10 * t * (0.9 if name == "pae keep" else 1),
             model_gflop=400 * t,
             peak_tflops=0.5,
             images=2.0,

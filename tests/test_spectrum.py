@@ -33,7 +33,7 @@ def stem_of(patch, channels=3, dim=5, dtype=torch.float64, seed=1):
 
 
 def embedded(images, weight, bias=None):
-    """The textbook: a convolution whose stride is its patch, patches row by row."""
+    """The reference: a convolution whose stride is its patch, patches row by row."""
     return torch.nn.functional.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).mT
 
 
@@ -86,15 +86,15 @@ def test_images_of_a_chunk_equal_each_window_alone():
 
 
 def test_images_in_float32_are_as_good_as_the_transform():
-    """At most twice the error of the textbook path in the same precision (FFT against FFT)."""
+    """At most twice the error of the reference path in the same precision (FFT against FFT)."""
     images = images_of(4, 3, 112, 112, torch.float32)
     origins = torch.tensor([(0, 0), (48, 48), (96, 13), (50, 0)])
     truth = filtered(images.double(), origins, 16)
     ours = filtered(images, origins, 16)
     assert ours.dtype == torch.float32
     error = (ours - truth).abs().amax(dim=(1, 2, 3, 4))
-    textbook = torch.stack([reference.band_pass(images, tuple(o), 16) for o in origins])
-    allowed = (textbook - truth).abs().amax(dim=(1, 2, 3, 4))
+    plain = torch.stack([reference.band_pass(images, tuple(o), 16) for o in origins])
+    allowed = (plain - truth).abs().amax(dim=(1, 2, 3, 4))
     assert (error <= 2 * allowed + 1e-7).all(), (error, allowed)
 
 
@@ -224,7 +224,7 @@ def test_tokens_in_float32_are_as_good_as_filter_and_convolution(patch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tokens_in_16_bits_are_as_good_as_the_textbook(dtype):
+def test_tokens_in_16_bits_are_as_good_as_the_reference(dtype):
     """Filter in fp32, round the images, convolve in 16 bits, add the positions."""
     images = images_of(2, 3, 32, 32, torch.float32)
     weight, bias = stem_of((8, 8), dim=48, dtype=dtype)

@@ -24,7 +24,7 @@ def _emulated(monkeypatch, poisoned_memory):
 
 
 def near(got, plain, exact):
-    """At most twice as far from fp64 as the textbook in the same precision, and a step of fp32 for
+    """At most twice as far from fp64 as the reference in the same precision, and a step of fp32 for
     every entry, which are of order 1.
     """
     assert got.dtype == plain.dtype and got.shape == exact.shape and got.isfinite().all()
@@ -33,7 +33,7 @@ def near(got, plain, exact):
 
 
 def check(size, patch, window, origins, *, batch=2, channels=3, dim=8, dtype=torch.float32, **has):
-    """Tokens of the kernels beside textbook and definition; returns them."""
+    """Tokens of the kernels beside reference and definition; returns them."""
     images = images_of(batch, channels, *size, torch.float32)
     weight, bias = stem_of(patch, channels, dim, dtype)
     bias = bias if has.get("bias", True) else None

@@ -146,7 +146,7 @@ def test_engines_draw_the_same_curve(shades, tmp_path, monkeypatch):
     curves, used = [], []
     fast = pae.engine.run
     monkeypatch.setattr(pae.engine, "run", lambda *a: (used.append(engine), fast(*a))[1])
-    for engine in ("fast", "textbook"):
+    for engine in ("fast", "reference"):
         run(shades, tmp_path / engine, method="vpt-deep", engine=engine, **PAE)
         rows, _, _ = numbers(tmp_path / engine)
         curves.append([(row["train_loss"], row["val_loss"]) for row in rows])

@@ -141,7 +141,7 @@ def pick(family, path, grad=False):
     return parameter.grad if grad else parameter
 
 
-@pytest.mark.parametrize("engine", ["textbook", "fast"])
+@pytest.mark.parametrize("engine", ["reference", "fast"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("group", ["default", "variant", "init"])
 def test_released_numbers(released, group, precision, engine):
@@ -254,7 +254,7 @@ def test_engines_agree_with_dropout(training):
     chances = {"channel_dropout": 0.3, "hidden_dropout": 0.3, "dropout": 0.3}
     model = prompted(**chances, dropout_scope="sample").train(training)
     x = tiny.images(model.backbone)
-    for memory in ("exact", "lowest"):
+    for memory in ("keep", "recompute"):
         assert_engines_agree(model, x, memory=memory, wrt_images=False)
     first, again = (gradients(model, x, "fast", seed=s)[0] for s in (3, 4))
     assert torch.equal(first, again) != training
@@ -330,7 +330,7 @@ def test_prompts_start_as_exact_zeros(activation):
     zeros = pae.PromptedViT(tiny.backbone(), VPTDeep(4)).train()
     with torch.no_grad():
         zeros.prompts.tokens.zero_()[0].copy_(model.prompts.tokens[0])
-    for engine in ("textbook", "fast"):
+    for engine in ("reference", "fast"):
         logits, grads = gradients(model, x, engine)
         assert error(logits, gradients(zeros, x, engine)[0]) < 1e-13
         moving = {n for n, g in grads.items() if n.startswith("prompts.") and g.any()}
@@ -348,7 +348,7 @@ def test_only_static_blocks_are_vpt_deep():
     with torch.no_grad():
         plain.prompts.tokens.copy_(adaptive.prompts.tokens)
     x = tiny.images(plain.backbone)
-    for engine in ("textbook", "fast"):
+    for engine in ("reference", "fast"):
         got, got_grads = gradients(adaptive, x, engine)
         expected, expected_grads = gradients(plain, x, engine)
         assert error(got, expected) < 1e-13
@@ -386,7 +386,7 @@ def test_initialisation():
 # ---- what a regulariser sees
 
 
-@pytest.mark.parametrize("engine", ["textbook", "fast"])
+@pytest.mark.parametrize("engine", ["reference", "fast"])
 def test_raw_prompts_are_the_last_batchs_means_without_dropout(engine):
     model = prompted(channel_dropout=0.3, hidden_dropout=0.3, dropout=0.3)
     family, seen = model.prompts, {}
@@ -443,7 +443,7 @@ def test_regulariser_reaches_every_parameter():
         (0 * model(x, engine=engine).sum() + model.penalty()).backward()
         return {n: p.grad for n, p in model.prompts.named_parameters()}
 
-    expected, got = grads("textbook"), grads("fast")
+    expected, got = grads("reference"), grads("fast")
     for name, grad in expected.items():
         assert grad.any(), name
         assert error(got[name], grad) < 1e-9, name
@@ -473,7 +473,7 @@ def test_other_image_sizes():
     torch.manual_seed(0)
     model = pae.PromptedViT(tiny.backbone("dynamic_size"), VAPT(4))
     wrong = tiny.images(model.backbone)  # 2 x 5 patches
-    for engine in ("textbook", "fast"):
+    for engine in ("reference", "fast"):
         with pytest.raises(ValueError, match="4 x 4 patches for VAPT's token projection, 17 rows"):
             model(wrong, engine=engine)
 

@@ -7,8 +7,8 @@ Three loops train the same thing (VPT-deep + KLD + MPA in fp32) from the same se
 data cut, order, first head and recipe:
 
 - "official": `bench.peers_loop`, whose docstring says what of it are facts of the released code;
-- "textbook": our loop with our data pipeline, MPA and regulariser, but the network as timm blocks
-  on concatenated rows, with fused attention (`--engine textbook`);
+- "reference": our loop with our data pipeline, MPA and regulariser, but the network as timm blocks
+  on concatenated rows, with fused attention (`--engine reference`);
 - "pae": our loop as it is.
 
 What is timed begins with building the model and ends with the last test, imports apart. Seconds are
@@ -45,10 +45,10 @@ from pae.train.settings import Settings
 from . import loops, runs
 from .loops import PHASES
 
-ARMS = ("official", "textbook", "pae")
+ARMS = ("official", "reference", "pae")
 LABELS = {
     "official": "official-style loop",
-    "textbook": "our loop, textbook engine",
+    "reference": "our loop, reference engine",
     "pae": "pae",
 }
 PHASE_LABELS = {
@@ -99,7 +99,7 @@ def race_settings(race: Race, arm: str, **common) -> Settings:
         kld=True,
         mpa=True,
         amp="no",
-        engine="textbook" if arm == "textbook" else "fast",
+        engine="reference" if arm == "reference" else "fast",
         **common,
     ).resolved()
 
@@ -293,7 +293,7 @@ def blocks(numbers: dict) -> dict[str, str]:
         "end to end table": _table(numbers),
     }
     for tokens, group in _by_tokens(numbers).items():
-        for other in ("official", "textbook"):
+        for other in ("official", "reference"):
             found[f"end to end gain {other} {tokens}"] = _spread(gains(numbers, group, other))
     return found
 
@@ -435,8 +435,8 @@ def draw_curves(numbers: dict):
     return figure
 
 
-COLOURS = {"official": "official", "textbook": "sdpa", "pae": "pae"}
-PHASE_COLOURS = dict(zip(PHASES, ("plain", "mpa", "pae", "pae low", "kld", "model")))
+COLOURS = {"official": "official", "reference": "sdpa", "pae": "pae"}
+PHASE_COLOURS = dict(zip(PHASES, ("plain", "mpa", "pae", "pae recompute8", "kld", "model")))
 
 
 def draw_phases(numbers: dict):

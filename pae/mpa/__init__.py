@@ -4,7 +4,7 @@ Phase I ranks windows of the spectrum by the loss of the batch that keeps only t
 prompts zero. Phase II turns the best P of them into P prompts: the energy-weighted mean of the stem
 tokens of the filtered batch; deep prompts then travel alone through the frozen blocks.
 
-What is not computed, although the textbook does: a transform per window (one for the batch), the
+What is not computed, although the reference does: a transform per window (one for the batch), the
 filtered images (patch tokens come straight from the spectrum), P equal prompts (one key with
 + log P), their queries, the rows nobody reads in the last block, KLD. What need not be computed
 either: losses that cannot change the selection (`search`), or all digits of them (`precision`).

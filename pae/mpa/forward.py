@@ -90,7 +90,7 @@ class ZeroPromptForward:
 
     def _walk(self, block: BlockPlan, x: Tensor, class_only: bool) -> Tensor:
         plan: FrozenPlan = replace(self._plan, blocks=[block])
-        return engine.walk(plan, x, [self._prompts], None, class_only, "exact")
+        return engine.walk(plan, x, [self._prompts], None, class_only, "keep")
 
 
 class _Block:

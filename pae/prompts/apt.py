@@ -17,7 +17,7 @@ class APT(PromptFamily):
     """Attention of block i reads T more keys and values: k_t max(s_t, 1) and v_t max(s'_t, 1).
 
     They pass neither norm nor projection, and all heads share them: 2 T d numbers and 2 T scales
-    per block. No prompt has a query, so no work is thrown away even by the textbook.
+    per block. No prompt has a query, so no work is thrown away even by the reference.
 
     The family was published for VideoMAE (1568 tokens of 8 x 14 x 14 tubes, mean pooling), and
     works on any backbone of `PromptedViT`; a video backbone whose stem makes such tokens needs

@@ -1,4 +1,4 @@
-"""What a prompt family is: the questions that the textbook forward and the engine ask, and nothing
+"""What a prompt family is: the questions that the reference forward and the engine ask, and nothing
 else.
 """
 

@@ -191,7 +191,7 @@ def _add_train_options(parser):
     add(
         method,
         "--engine",
-        "fast: pae.fast_forward (default); textbook: the definition; the curves agree",
+        "fast: pae.fast_forward (default); reference: the definition; the curves agree",
         choices=ENGINES,
     )
     add(method, "--num-tokens", "prompts per block (default: 10)", **size)

@@ -23,7 +23,7 @@ FAMILIES = {
 }
 METHODS = ("linear", "full", *FAMILIES)
 SPT_METHODS = ("random", "mean_pooling", "max_pooling", "kmeans")
-ENGINES = ("fast", "textbook")
+ENGINES = ("fast", "reference")
 SCHEDULERS = ("cosine", "step", "poly", "none")
 AMPS = ("auto", "bf16", "fp16", "no")
 DEVICES = ("auto", "cpu", "cuda")
@@ -71,7 +71,7 @@ class Settings:
         img_size: image side in pixels; None for the model's own.
         norm, augment: see `pae.train.pixels`.
         method: one of `METHODS`.
-        engine: "fast" (`pae.fast_forward`) or "textbook"; the curves agree.
+        engine: "fast" (`pae.fast_forward`) or "reference"; the curves agree.
         num_tokens, dropout: prompts per block, and prompt dropout.
         family: further arguments of the method's prompt family, by name.
         head_init: "default" (the layer's own) or "vpt" (Kaiming fan-out, bias -log 99).

@@ -33,7 +33,7 @@ def narrow_tiles():
 
 
 def check(size, patch, window, origins, *, batch=2, channels=3, dim=8, dtype=torch.float32, **has):
-    """Tokens of the kernels beside textbook and definition; returns them."""
+    """Tokens of the kernels beside reference and definition; returns them."""
     images = images_of(batch, channels, *size, torch.float32)
     weight, bias = stem_of(patch, channels, dim, dtype)
     bias = bias if has.get("bias", True) else None
