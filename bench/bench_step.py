@@ -22,8 +22,8 @@ REFERENCE_CUDNN = "timm + SDPA cuDNN"
 COMPILED_REFERENCE = "timm + SDPA, compiled"
 
 # Norm-relative errors against the official-style fp32 step that a row may show: in fp32 the promise
-# of `fast_forward` ("recompute8" keeps the activation's derivative in 8 bits), in bf16 so many times what
-# the official-style step itself loses under autocast (rounding alone scatters that by a third).
+# of `fast_forward` ("recompute8" keeps the activation's derivative in 8 bits), in bf16 so often
+# what the official-style step loses under autocast (rounding alone scatters that by a third).
 FP32_LIMITS = {"logits": 1e-5, "gradients": 1e-4}
 FP32_LOW_LIMITS = {"logits": 1e-5, "gradients": 5e-3}
 BF16_FACTOR = 1.5

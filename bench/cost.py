@@ -8,7 +8,7 @@ P, D wide, F hidden, L blocks, H heads; s = 2 D^2 is one row through a D x D mat
 "pae"       `pae.fast_forward` in one of its memory modes.
 
 Products are counted, 2 per multiply-add, whatever runs them; norms, softmax and activations are
-not: the rule of `torch.utils.flop_counter`, whose counts `tests/test_costs.py` compares.
+not: the rule of `torch.utils.flop_counter`, whose counts `tests/bench/test_costs.py` compares.
 
     python -m bench.cost vit_base_patch16_224 50 128
 """
@@ -97,9 +97,9 @@ def flops(
       backward     as a middle one                  as a middle one       4 s + 4 D F + 8 H T D
 
     Patch embedding 2 (N - 1) c D forward; head 2 D classes forward and twice that backward. Once a
-    batch, pae's prompt keys and values: 2 P s (L - 1) each way. Memory "recompute8" forms q, k and v of
-    the L - 2 middle blocks again, 3 N s each; "recompute" also the hidden rows of L - 1 blocks, 2 N D
-    F each. The 10 and the 8 of attention's backward hold the scores, formed again (2).
+    batch, pae's prompt keys and values: 2 P s (L - 1) each way. Memory "recompute8" forms q, k and
+    v of the L - 2 middle blocks again, 3 N s each; "recompute" also the hidden rows of L - 1
+    blocks, 2 N D F each. The 10 and the 8 of attention's backward hold the scores again (2).
 
     Raises:
         ValueError: unknown method or memory mode.
@@ -152,8 +152,8 @@ def saved_bytes(
                runs in fp32 and keeps its own copy, 4 H T^2 more
     sdpa       8 T D of the residual stream, e (4 T D + T F)
     pae        middle, first, last block: e (6 N D + N F), e (3 N D + N F), e N D + 4 H T
-               "recompute8" has one byte for every hidden entry and keeps no q, k, v: e 3 N D + N F in
-               middle and first blocks; "recompute" keeps neither: e 3 N D
+               "recompute8" has one byte for every hidden entry and keeps no q, k, v: e 3 N D + N F
+               in middle and first blocks; "recompute" keeps neither: e 3 N D
 
     All keep the rows of the final norm and what the head and the loss read.
 

@@ -126,13 +126,13 @@ gate() {
 tests() {
   local seconds=$1 start=$SECONDS file name tool
   local pytest=("$python" -m pytest -q -p no:cacheprovider) others=()
-  for file in tests/test_gpu_*.py; do [ -e "$file" ] && others+=("$file"); done
-  side tests-attention "$seconds" "${pytest[@]}" tests/test_gpu.py -k attention
-  side tests-pointwise "$seconds" "${pytest[@]}" tests/test_gpu.py tests/test_bench.py \
-    tests/test_bench_clock.py -k "pointwise or device_clock"
-  side tests-engine "$seconds" "${pytest[@]}" tests/test_gpu.py tests/test_graphs.py \
+  for file in tests/*/test_gpu_*.py; do [ -e "$file" ] && others+=("$file"); done
+  side tests-attention "$seconds" "${pytest[@]}" tests/pae/test_gpu.py -k attention
+  side tests-pointwise "$seconds" "${pytest[@]}" tests/pae/test_gpu.py tests/bench/test_bench.py \
+    tests/bench/test_bench_clock.py -k "pointwise or device_clock"
+  side tests-engine "$seconds" "${pytest[@]}" tests/pae/test_gpu.py tests/pae/test_graphs.py \
     -k "engine or replays_follow"
-  side tests-native "$seconds" "${pytest[@]}" tests/test_native.py -k gpu
+  side tests-native "$seconds" "${pytest[@]}" tests/kernels/test_native.py -k gpu
   for file in "${others[@]}"; do
     name=$(basename "$file" .py)
     side "tests-${name#test_gpu_}" "$seconds" "${pytest[@]}" "$file"
@@ -147,7 +147,7 @@ tests() {
     [ "$tool" = racecheck ] && filter=(--kernel-name kns=pae)
     side "sanitizer-$tool" "$seconds" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
       --tool "$tool" "${filter[@]}" --report-api-errors no --error-exitcode 3 \
-      "${pytest[@]}" -m sanitize -k "gpu" tests/test_native.py "${others[@]}"
+      "${pytest[@]}" -m sanitize -k "gpu" tests/kernels/test_native.py "${others[@]}"
   done
   join "$start"
 }

@@ -3,7 +3,7 @@
     python -m bench.guard             which counts differ from tests/costs.json; exit code 1 if any
     python -m bench.guard --update    write them down as they are now
 
-`tests/test_costs.py` runs the same check. Every count is better when smaller: bytes that autograd
+`tests/bench/test_costs.py` runs the same check. Every count is better when smaller: bytes autograd
 keeps, operations that PyTorch dispatches (one of pae's ops is one), memory that they hand out,
 Triton kernels that are launched, floating-point operations. "Block" is what one more block adds to
 a step, counted as the difference of two depths; "image" that of two batches.

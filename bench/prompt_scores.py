@@ -21,7 +21,7 @@ from timm.data import resolve_data_config
 from torch import Tensor
 
 import pae
-from pae import condensation
+from pae.methods import condensation
 from pae.prompts import ProVPT, VPTDeep
 from pae.train import embedded, pixels
 

@@ -1,18 +1,18 @@
 """pae: prompt-tune a frozen vision transformer, fast and exactly."""
 
 from . import analysis, prompts
-from .condensation import condense
 from .engine import fast_forward
 from .errors import CheckpointError, UnsupportedBackbone
 from .graphs import graphed_step
 from .kld import KLD
+from .methods.condensation import condense
+from .methods.nsp2 import NullSpace
+from .methods.official import OfficialParts, load_official
+from .methods.spt import spt_init
+from .methods.whitening import whiten_init
 from .model import PromptedViT
 from .mpa import MPAResult, mpa_init
-from .nsp2 import NullSpace
-from .official import OfficialParts, load_official
-from .spt import spt_init
 from .version import __version__
-from .whitening import whiten_init
 
 __all__ = [
     "KLD",

@@ -44,9 +44,9 @@ def fast_forward(model: nn.Module, images: Tensor, memory: str = "keep") -> Tens
         images: (B, C, H, W) float, normalised as the backbone wants it.
         memory: what a middle block keeps for the backward, per image, with S = N D elements:
             "keep": 10 S. No extra work.
-            "recompute8": 3 S and 8-bit derivatives of the activation (4 S bytes). q, k, v are computed
-            again, one eighth more product work; prompt gradients are off by about 3e-3 in fp32
-            and by nothing visible in bf16.
+            "recompute8": 3 S and 8-bit derivatives of the activation (4 S bytes). q, k, v are
+            computed again, one eighth more product work; approximate: prompt gradients are off by
+            about 3e-3 in fp32 and by nothing visible in bf16.
             "recompute": 3 S. q, k, v and the MLP's hidden rows are computed again, a third more
             product work; exact.
 

@@ -12,16 +12,14 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import snippets
-import tiny
 import torch
 
 import pae
 import pae_kernels
 from pae.train.settings import FAMILIES
+from tests import snippets, tiny
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # docs/ and bench/ are no part of the package
 
 from bench import report  # noqa: E402
 from docs import docstrings, drawings, hooks  # noqa: E402

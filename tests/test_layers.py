@@ -168,7 +168,7 @@ def test_public_names():
 
 SIGNATURES = {
     "PromptedViT": "backbone, prompts, kld=None, num_classes=None",
-    "fast_forward": "model, images, memory='exact'",
+    "fast_forward": "model, images, memory='keep'",
     "mpa_init": "model, images, labels=None, window=16, stride=8, head='as_is'",
     "KLD": (
         "dim=256, mode='global', consistency_weight=0.5, lyapunov_weight=0.2, formulation='code'"

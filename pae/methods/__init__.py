@@ -1,0 +1,1 @@
+"""What is done to prompts once, before or after training; one published method a file."""

@@ -1,0 +1,225 @@
+"""NSP2: prompts that learn a new task only where old tasks do not look.
+
+Source: Lu et al., "Visual Prompt Tuning in Null Space for Continual Learning" (NeurIPS 2024, arXiv
+2406.05658).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..model import PromptedViT
+from ..prompts import VPTDeep
+from ..sequence import cut_rows, insert_rows
+
+SMOOTHED_FROM = 128  # singular values above which their curve is smoothed
+SMOOTHING = 10.0
+ENDS = 0.03
+
+
+class NullSpace(nn.Module):
+    """Projects every update of VPT-deep's prompts: D -> Pi2 D Pi1, per block.
+
+    A change of the prompts, dP (P, D), leaves an old task's attention alone where Q W dP^T = 0 and
+    S dP = 0: Q are the image's queries, W = W_k diag(g) the key weights behind the norm's scale g,
+    S the attention on prompts. After each task, over its images,
+
+        C1 += mean over images, heads, rows of (q W)^T (q W)     (D, D)
+        C2 += the same mean of S^T S                             (P, P)
+
+    and Pi = eta B + (1 - eta) I with B the projection onto the null space of C. How many singular
+    values count as zero is where their curve bends most (largest second difference, 3 % at both
+    ends left out; smoothed with a Gaussian of 10 where there are 128 or more).
+
+    Means and standard deviations of prompt rows should not move either (LayerNorm divides by
+    them): `penalty` is their L1 drift since the last task.
+
+    Use: train task 1; `observe(batches)`; then for each further task wrap the optimiser with
+    `project(optimizer)`, add `penalty()` to the loss, and `observe` again at its end.
+
+    Args:
+        model: a `PromptedViT` over `VPTDeep` with one count in all blocks and no norm per head.
+        eta: 0 leaves updates alone, 1 projects fully; published: 0.94 to 0.98.
+        official: as the released code: W = W_k without g, and B divided by its Frobenius norm, so
+            that what lies in the null space shrinks too, to eta / sqrt(nullity) + 1 - eta.
+
+    Attributes:
+        C1, C2: (depth, D, D) and (depth, P, P); like all of these buffers, so that `state_dict`
+            resumes a sequence of tasks.
+        tasks: how many were observed.
+        means, deviations: (depth, P) of the prompt rows at the end of the last.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what was expected.
+    """
+
+    def __init__(self, model: PromptedViT, eta: float = 0.97, official: bool = False) -> None:
+        super().__init__()
+        if not isinstance(model, PromptedViT):
+            raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
+        family = model.prompts
+        if type(family) is not VPTDeep or family.tokens.dim() != 3 or family.tokens.shape[1] == 0:
+            raise ValueError(
+                "model.prompts must be VPTDeep with one count of at least 1 in all blocks, got "
+                f"{family!r}"
+            )
+        if any(not isinstance(b.attn.k_norm, nn.Identity) for b in model.view.blocks):
+            raise ValueError(
+                "model's keys are normalised per head: a prompt's key is not linear in it"
+            )
+        if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
+            raise ValueError(f"eta must be a number in [0, 1], got {eta!r}")
+        self.eta, self.official = float(eta), bool(official)
+        object.__setattr__(self, "model", model)  # not a submodule: its state is its own
+        depth, count, width = family.tokens.shape
+        like = {"device": family.tokens.device, "dtype": torch.float64}
+        self.register_buffer("C1", torch.zeros(depth, width, width, **like))
+        self.register_buffer("C2", torch.zeros(depth, count, count, **like))
+        self.register_buffer("tasks", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("means", torch.zeros(depth, count, **like))
+        self.register_buffer("deviations", torch.zeros(depth, count, **like))
+        self._projections: tuple[int, Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def observe(self, batches: Iterable[Tensor | tuple]) -> None:
+        """Add a finished task: its images, (B, C, H, W) or (images, ...) per batch; evaluated.
+
+        Raises:
+            ValueError: no batch.
+        """
+        model, view = self.model, self.model.view
+        training = model.training
+        model.eval()
+        c1, c2, rows = torch.zeros_like(self.C1), torch.zeros_like(self.C2), 0
+        try:
+            for batch in batches:
+                images = batch if isinstance(batch, Tensor) else batch[0]
+                x = view.embed(images)
+                for i, block in enumerate(view.blocks):
+                    x = self._observe_block(i, block, x, c1[i], c2[i])
+                rows += x.shape[0] * x.shape[1]
+        finally:
+            model.train(training)
+        if rows == 0:
+            raise ValueError("batches must hold at least one image, got none")
+        share = rows * view.shape.num_heads
+        self.C1 += c1 / share
+        self.C2 += c2 / share
+        means, deviations = _row_statistics(model.prompts.tokens)
+        self.means.copy_(means)
+        self.deviations.copy_(deviations)
+        self.tasks += 1
+        self._projections = None
+
+    def _observe_block(
+        self, index: int, block: nn.Module, x: Tensor, c1: Tensor, c2: Tensor
+    ) -> Tensor:
+        """Add one block's sums to c1 and c2; the rows that enter the next block."""
+        model, at = self.model, self.model.view.num_prefix_tokens
+        prompts = model.prompts.tokens[index]
+        q, k, _ = model.view.heads(block, insert_rows(x, prompts, at))
+        own = torch.ones(q.shape[2], dtype=torch.bool, device=x.device)
+        own[at : at + len(prompts)] = False
+        q = q[:, :, own]
+        w_k = block.attn.qkv.weight.chunk(3)[1].unflatten(0, (q.shape[1], -1))  # (H, d, D)
+        if not self.official and block.norm1.weight is not None:
+            w_k = w_k * block.norm1.weight
+        seen = torch.einsum("bhnd,hde->bhne", q, w_k).flatten(0, 2).double()
+        c1 += seen.T @ seen
+        attention = (block.attn.scale * q @ k.mT).softmax(dim=-1)[..., ~own]
+        attention = attention.flatten(0, 2).double()
+        c2 += attention.T @ attention
+        out = model.view.run_block(block, insert_rows(x, prompts, at))
+        return cut_rows(out, at, len(prompts))
+
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """Pi1 (depth, D, D) and Pi2 (depth, P, P); identities before the first task."""
+        tasks = int(self.tasks)
+        if self._projections is None or self._projections[0] != tasks:
+            self._projections = tasks, self._project(self.C1), self._project(self.C2)
+        return self._projections[1:]
+
+    def _project(self, C: Tensor) -> Tensor:
+        identity = torch.eye(C.shape[1], dtype=C.dtype, device=C.device).expand_as(C)
+        if int(self.tasks) == 0:
+            return identity
+        _, values, rows = torch.linalg.svd(C)
+        out = []
+        for s, v, one in zip(values, rows, identity):
+            null = v[_rank(s) :]
+            B = null.T @ null
+            if self.official:
+                B = B / B.norm().clamp(min=torch.finfo(B.dtype).tiny)
+            out.append(self.eta * B + (1 - self.eta) * one)
+        return torch.stack(out)
+
+    def project(self, optimizer: Optimizer) -> Optimizer:
+        """Hook into `optimizer`: each `step` moves the prompts by the projected update.
+
+        Whatever the optimiser's rule is (momentum, Adam, weight decay), its final update is what is
+        projected. Other parameters are not touched.
+
+        Returns:
+            the optimiser.
+
+        Raises:
+            ValueError: `optimizer` does not hold the prompts.
+        """
+        tokens = self.model.prompts.tokens
+        if not any(p is tokens for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("optimizer must hold model.prompts.tokens")
+        before = {}
+
+        def keep(*_):
+            before["tokens"] = tokens.detach().clone()
+
+        @torch.no_grad()
+        def replace(*_):
+            old = before.pop("tokens")
+            pi1, pi2 = self.projections()
+            update = pi2 @ (tokens - old).to(pi2.dtype) @ pi1
+            tokens.copy_(old + update.to(tokens.dtype))
+
+        optimizer.register_step_pre_hook(keep)
+        optimizer.register_step_post_hook(replace)
+        return optimizer
+
+    def penalty(self) -> Tensor:
+        """Mean absolute drift of the prompt rows' means plus that of their deviations; 0 before the
+        first task.
+        """
+        if int(self.tasks) == 0:
+            return self.model.prompts.tokens.new_zeros(())
+        means, deviations = _row_statistics(self.model.prompts.tokens)
+        return (means - self.means).abs().mean() + (deviations - self.deviations).abs().mean()
+
+
+def _row_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return tokens.mean(dim=-1), tokens.std(dim=-1, correction=0)
+
+
+def _rank(values: Tensor) -> int:
+    """Where descending singular values bend most: what stands before is not the null space."""
+    count = len(values)
+    if count < 3:
+        return int((values > values[0] * count * torch.finfo(values.dtype).eps).sum())
+    if count >= SMOOTHED_FROM:
+        values = _smoothed(values)
+    bend = values[:-2] - 2 * values[1:-1] + values[2:]  # at 1 .. count - 2
+    margin = int(ENDS * count)
+    inner = bend[margin : len(bend) - margin]
+    return margin + 1 + int(inner.argmax())
+
+
+def _smoothed(values: Tensor) -> Tensor:
+    """Gaussian of width `SMOOTHING`, mirrored at the ends."""
+    radius = min(int(4 * SMOOTHING + 0.5), len(values) - 1)
+    offset = torch.arange(-radius, radius + 1, dtype=values.dtype, device=values.device)
+    weights = torch.exp(-0.5 * (offset / SMOOTHING) ** 2)
+    padded = F.pad(values[None, None], (radius, radius), mode="reflect")
+    return F.conv1d(padded, (weights / weights.sum())[None, None])[0, 0]

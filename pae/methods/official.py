@@ -1,0 +1,299 @@
+"""Weights trained with the published code of VPT, PAE, BPT, VFPT and VAPT, into our families."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..kld import KLD
+from ..model import PromptedViT
+from ..prompts import (
+    VAPT,
+    BPTDeep,
+    BPTShallow,
+    PromptFamily,
+    VFPTDeep,
+    VFPTShallow,
+    VPTDeep,
+    VPTShallow,
+)
+
+# what the published code wraps its parameters in
+_WRAPPERS = re.compile(r"^((module|model|enc|transformer)\.)+")
+# a map of PAE back to the width of the prompts, which enters no loss and no logit
+_UNUSED = re.compile(r"^koopman_out\.")
+_KLD = re.compile(r"^(koopman_in\.weight|[kl]_(global|layers(\.\d+)?))$")
+# how far a weight may be from the model's and still be the same one, rounded
+_SAME = 1e-2
+
+
+@dataclass(frozen=True)
+class OfficialParts:
+    """What `load_official` did with every key of the file.
+
+    Attributes:
+        prompts, kld, head: keys whose values the model now has.
+        compared: frozen backbone weights, found equal to the model's.
+        ignored: keys that nothing reads: PAE's unused koopman_out, and its KLD where the model has
+            none; with `check_backbone=False` the backbone.
+    """
+
+    prompts: list[str] = field(default_factory=list)
+    kld: list[str] = field(default_factory=list)
+    head: list[str] = field(default_factory=list)
+    compared: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def load_official(
+    model: PromptedViT, state_dict: Mapping[str, Tensor], check_backbone: bool = True
+) -> OfficialParts:
+    """Copy prompts, KLD and head of a published implementation's state dict into `model`.
+
+    Everything is checked before anything is written: a failed call leaves the model as it was.
+
+    Names, in front of which any of `module.`, `model.`, `enc.` and `transformer.` may stand; upper
+    and lower case are one:
+
+        VPT, VFPT   prompt_embeddings (1, P, D), deep_prompt_embeddings (depth - 1, P, D)
+        PAE         as VPT, and koopman_in.weight, K_global, L_global or K_layers, L_layers (one
+                    tensor, or .0, .1, ...)
+        BPT         random_vectors (sets, P, r), conv.weight or conv.0.weight, conv.1.weight, ...
+                    (D, r, 1, 1)
+        VAPT        prompt_embeddings, deep_prompt_embeddings, deep_prompt_norm.{j},
+                    deep_prompt_downsample.{j}, deep_prompt_embeddings_mlp
+        head        head.last_layer.weight and .bias, or head.weight and .bias
+
+    Names of VPT's prompts, of VAPT and of the backbone are those the golden vectors carry; those of
+    PAE's and BPT's parameters are put together from descriptions of the code, and a file that has
+    others is refused with their list.
+
+    Args:
+        model: has the family, sizes and options the file was trained with: `VPTDeep`, `VPTShallow`,
+            `VFPTDeep`, `VFPTShallow`, `BPTDeep`, `BPTShallow` or `VAPT`.
+        state_dict: names to tensors, or a checkpoint with these under "model" or "state_dict".
+        check_backbone: backbone weights in the file, under their published or timm names, must be
+            the model's own. False leaves them unread.
+
+    Returns:
+        `OfficialParts`: every key of the file, by what became of it.
+
+    Raises:
+        TypeError: `model` is no PromptedViT, or `state_dict` no mapping of names to tensors.
+        ValueError: the model's family has no published names, or counts that differ between blocks,
+            which the published code cannot have; the head is not linear.
+        CheckpointError: keys missing, unknown or of another shape, all of them listed; or a
+            backbone weight that differs.
+    """
+    if not isinstance(model, PromptedViT):
+        raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
+    found = _canonical(state_dict)
+    targets = {
+        "prompts": _prompt_targets(model.prompts, found),
+        "kld": {} if model.kld is None else _kld_targets(model.kld, found),
+        "head": _head_targets(model.head, found),
+    }
+    wanted = {name: part for part, names in targets.items() for name in names}
+    parts, unknown, shapes = OfficialParts(), [], []
+    missing = [name for name in wanted if name not in found]
+    frozen = _backbone_targets(model.backbone)
+    differing = []
+    for name, (key, tensor) in found.items():
+        if name in wanted:
+            target = targets[wanted[name]][name]
+            getattr(parts, wanted[name]).append(key)
+        elif name in frozen and check_backbone:
+            target = frozen[name]
+            parts.compared.append(key)
+        elif name in frozen or _UNUSED.match(name) or (model.kld is None and _KLD.match(name)):
+            parts.ignored.append(key)
+            continue
+        else:
+            unknown.append(key)
+            continue
+        if _squeezed(tensor) != _squeezed(target):
+            shapes.append(f"{key} is {tuple(tensor.shape)} for {tuple(target.shape)}")
+        elif name in frozen and name not in wanted:
+            size = _difference(tensor, target)
+            if not size <= _SAME:
+                differing.append(f"{key} ({size:.1e})")
+
+    problems = [
+        f"{what}: {_listed(names)}"
+        for what, names in (("missing", missing), ("unknown", unknown), ("wrong shape", shapes))
+        if names
+    ]
+    if problems:
+        family = type(model.prompts).__name__
+        raise CheckpointError(f"state_dict does not fit this {family}: {'; '.join(problems)}")
+    if differing:
+        raise CheckpointError(
+            "state_dict was trained on another backbone, relative differences: "
+            f"{_listed(differing)}"
+        )
+    for part in targets.values():
+        for name, target in part.items():
+            target.copy_(found[name][1].reshape(target.shape))
+    return parts
+
+
+def _canonical(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """Names without wrappers, in lower case -> (the key itself, its tensor)."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
+    for outer in ("model", "state_dict"):
+        if isinstance(state_dict.get(outer), Mapping):
+            state_dict = state_dict[outer]
+    found: dict[str, tuple[str, Tensor]] = {}
+    for key, tensor in state_dict.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"state_dict must map names to tensors, got {type(tensor).__name__} at {key!r}"
+            )
+        name = _WRAPPERS.sub("", key).lower()
+        if name in found:
+            raise CheckpointError(f"state_dict holds {name} twice: {found[name][0]} and {key}")
+        found[name] = key, tensor.detach()
+    return found
+
+
+# ---- what each family's parameters are called; values are views of ours, to be written
+
+
+def _prompt_targets(family: PromptFamily, found: Mapping) -> dict[str, Tensor]:
+    for kinds, targets in _FAMILIES.items():
+        if isinstance(family, kinds):
+            return targets(family, found)
+    raise ValueError(
+        f"model.prompts ({type(family).__name__}) has no published names known here, expected one "
+        f"of {[kind.__name__ for kinds in _FAMILIES for kind in kinds]}"
+    )
+
+
+def _deep_tokens(family: VPTDeep, found: Mapping) -> dict[str, Tensor]:
+    if family.tokens.dim() != 3:
+        raise ValueError(
+            "model.prompts must have one count for all blocks to take published weights, got "
+            f"{family.prompt_counts}"
+        )
+    return _nonempty(
+        {"prompt_embeddings": family.tokens[:1], "deep_prompt_embeddings": family.tokens[1:]}
+    )
+
+
+def _shallow_tokens(family: VPTShallow, found: Mapping) -> dict[str, Tensor]:
+    return _nonempty({"prompt_embeddings": family.tokens})
+
+
+def _factors(family: BPTDeep | BPTShallow, found: Mapping) -> dict[str, Tensor]:
+    bases = [b for part in (family.frozen_basis, family.basis) if part is not None for b in part]
+    if len(bases) == 1 and "conv.0.weight" not in found:
+        return {"random_vectors": family.coefficients, "conv.weight": bases[0]}
+    return {
+        "random_vectors": family.coefficients,
+        **{f"conv.{i}.weight": basis for i, basis in enumerate(bases)},
+    }
+
+
+def _adaptive(family: VAPT, found: Mapping) -> dict[str, Tensor]:
+    targets = {
+        "prompt_embeddings": family.tokens[:1],
+        "deep_prompt_embeddings": family.tokens[1:],
+    }
+    for j, mixer in enumerate(family.mixers):
+        targets[f"deep_prompt_norm.{j}.weight"] = mixer.gain
+        targets[f"deep_prompt_norm.{j}.bias"] = mixer.offset
+        if mixer.kernel is not None:
+            targets[f"deep_prompt_downsample.{j}.conv.kernel"] = mixer.kernel
+        targets[f"deep_prompt_downsample.{j}.linear.weight"] = mixer.weight
+        targets[f"deep_prompt_downsample.{j}.linear.bias"] = mixer.bias
+    for j, pair in enumerate(family.bottlenecks):
+        own = "deep_prompt_embeddings_mlp" + ("" if family.share_bottleneck else f".{j}")
+        targets[f"{own}.block.0.weight"] = pair.down
+        targets[f"{own}.block.2.weight"] = pair.up
+        if pair.scale is not None:
+            targets[f"{own}.scale"] = pair.scale
+    return _nonempty(targets)
+
+
+_FAMILIES: dict[tuple[type, ...], Callable[..., dict[str, Tensor]]] = {
+    (VPTDeep, VFPTDeep): _deep_tokens,
+    (VPTShallow, VFPTShallow): _shallow_tokens,
+    (BPTDeep, BPTShallow): _factors,
+    (VAPT,): _adaptive,
+}
+
+
+def _kld_targets(kld: KLD, found: Mapping) -> dict[str, Tensor]:
+    targets = {"koopman_in.weight": kld.lift.weight}
+    for letter, parameter in (("k", kld.K), ("l", kld.L)):
+        if kld.mode == "global":
+            targets[f"{letter}_global"] = parameter
+        elif f"{letter}_layers" in found:
+            targets[f"{letter}_layers"] = parameter
+        else:
+            targets |= {f"{letter}_layers.{j}": p for j, p in enumerate(parameter)}
+    return targets
+
+
+def _head_targets(head: nn.Module, found: Mapping) -> dict[str, Tensor]:
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"model.head must be linear, got {type(head).__name__}")
+    own = "head" if "head.weight" in found else "head.last_layer"
+    return {f"{own}.{name}": parameter for name, parameter in head.named_parameters()}
+
+
+def _backbone_targets(backbone: nn.Module) -> dict[str, Tensor]:
+    """The frozen weights, under timm's names and under those of VPT and its descendants."""
+    own = {k: v for k, v in backbone.state_dict().items() if not k.startswith("head.")}
+    targets = {name.lower(): tensor for name, tensor in own.items()}
+    for pattern, replacement in _PUBLISHED:
+        for name, tensor in own.items():
+            if re.fullmatch(pattern, name):
+                targets[re.sub(pattern, replacement, name)] = tensor
+    for name, tensor in own.items():
+        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name):
+            for part, rows in zip(("query", "key", "value"), tensor.chunk(3)):
+                targets[f"encoder.layer.{match[1]}.attn.{part}.{match[2]}"] = rows
+    return targets
+
+
+_PUBLISHED = (
+    (r"cls_token", "embeddings.cls_token"),
+    (r"pos_embed", "embeddings.position_embeddings"),
+    (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.\1"),
+    (r"blocks\.(\d+)\.norm1\.(\w+)", r"encoder.layer.\1.attention_norm.\2"),
+    (r"blocks\.(\d+)\.norm2\.(\w+)", r"encoder.layer.\1.ffn_norm.\2"),
+    (r"blocks\.(\d+)\.mlp\.(fc\d)\.(\w+)", r"encoder.layer.\1.ffn.\2.\3"),
+    (r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"encoder.layer.\1.attn.out.\2"),
+    (r"norm\.(\w+)", r"encoder.encoder_norm.\1"),
+)
+
+
+# ---- shapes, sizes, lists
+
+
+def _nonempty(targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: target for name, target in targets.items() if target.numel()}
+
+
+def _squeezed(tensor: Tensor) -> list[int]:
+    """Sizes other than 1: a convolution of one pixel is a matrix, a set of one is its member."""
+    return [size for size in tensor.shape if size != 1]
+
+
+def _difference(tensor: Tensor, target: Tensor) -> float:
+    """Norm of the difference, relative to the norm of `target`; tiny ones count as equal."""
+    a, b = tensor.to(target.device).double().flatten(), target.double().flatten()
+    return ((a - b).norm() / (b.norm() + 1e-6)).item()
+
+
+def _listed(names: list[str], most: int = 12) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

@@ -1,0 +1,117 @@
+"""The whole commands: `pytest bench/`, and the GPU gate `bench/gpu.sh`."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+from bench import table  # noqa: E402
+
+GPU_SCRIPT = ROOT / "bench" / "gpu.sh"
+
+
+@pytest.mark.parametrize("size", ["quick", "default", "full", "tune"])
+def test_gpu_gate_lists_its_steps(size):
+    run = subprocess.run(
+        ["bash", GPU_SCRIPT, size, "--dry-run"], capture_output=True, text=True, check=True
+    )
+    steps = {line.split(" ")[0]: line for line in run.stdout.splitlines()}
+    benchmarks = ["tune"] if size == "tune" else ["attention", "pointwise", "kld", "step"]
+    benchmarks += ["scaling", "mpa", "spectrum"] if size == "full" else []
+    others = [file.stem for file in sorted((ROOT / "tests").glob("*/test_gpu_*.py"))]
+    parts = ["attention", "pointwise", "engine", "native"]
+    tests = [f"tests-{part.removeprefix('test_gpu_')}" for part in [*parts, *others]]
+    checks = ["sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-initcheck"]
+    assert list(steps) == ["build", "versions", *tests, *checks, *benchmarks]
+    for line in steps.values():
+        for word in line.split():
+            if word.endswith(".py"):
+                assert (ROOT / word).is_file()
+    if size in ("quick", "default"):
+        seconds = {name: int(line.split("(")[1].split("s)")[0]) for name, line in steps.items()}
+        side_by_side = [seconds[name] for name in (*tests, *checks)]
+        assert sum(seconds.values()) - sum(side_by_side) + max(side_by_side) <= 570
+
+
+def test_every_gpu_test_is_in_a_part():
+    source = (ROOT / "tests" / "pae" / "test_gpu.py").read_text()
+    names = [line[4:].split("(")[0] for line in source.splitlines() if line.startswith("def test_")]
+    assert len(names) > 20
+    for name in names:
+        parts = [part for part in ("attention", "pointwise", "engine") if part in name]
+        assert parts, name
+
+
+def test_gpu_gate_refuses_what_it_does_not_know():
+    run = subprocess.run(["bash", GPU_SCRIPT, "fast"], capture_output=True, text=True)
+    assert run.returncode == 2 and "usage: bench/gpu.sh" in run.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_gpu_gate_is_clean_shell():
+    run = subprocess.run(["shellcheck", GPU_SCRIPT], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+def run_benchmarks(*arguments: str) -> str:
+    pytest.importorskip("pytest_benchmark")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_every_provider_runs_without_timing():
+    """All but the compiler: it needs a C++ toolchain and a minute."""
+    out = run_benchmarks("bench", "--benchmark-disable", "-k", "not compiled")
+    skips = [line for line in out.splitlines() if line.startswith("SKIPPED")]
+    # a GPU's kernels may refuse tiny fp32 inputs; on a CPU every row that can run must
+    assert " passed" in out
+    assert torch.cuda.is_available() or all(line.endswith("needs a GPU") for line in skips)
+
+
+def test_a_race_reaches_table_and_json_without_naming_the_machine(tmp_path):
+    path = tmp_path / "run.json"
+    out = run_benchmarks(
+        "bench/bench_kld.py",
+        "--benchmark-only",
+        "--quick",
+        "--rounds=2",
+        f"--benchmark-json={path}",
+    )
+    text = path.read_text()
+    run = json.loads(text)
+    rows = {bench["extra_info"]["provider"]: bench for bench in run["benchmarks"]}
+    assert {"official-style", "batched, eigh", "pae"} <= set(rows)
+    for row in rows.values():
+        seconds = row["extra_info"]["process_seconds"]
+        assert len(seconds) == 2 and row["stats"]["data"] == pytest.approx(seconds)
+    for private in (platform.node(), str(ROOT), str(Path.home()), f'"{getpass.getuser()}"'):
+        assert len(private) < 3 or private not in text
+
+    machine = run["machine_info"]
+    assert machine["clock_test"]["work_x2"] == pytest.approx(2, rel=0.1)
+    assert machine["summary"]["clock test"].startswith("passed")
+    assert {"fp32 product TFLOP/s", "copy GB/s"} <= set(machine["summary"])
+    assert {"saved_mb", "peak_mb", "peak_tflops"} <= set(rows["pae"]["extra_info"]["columns"])
+
+    printed = table.render(*table.rows_from_json(run))
+    assert "kld/global/k256" in printed
+    for line in printed.splitlines():
+        assert line in out

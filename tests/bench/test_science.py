@@ -1,0 +1,170 @@
+"""The studies: their runs are `pae train`'s, their numbers are counted right, their verdicts are
+cautious, and the committed numbers draw.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.helpers import BACKBONE, save_shades
+
+ROOT = Path(__file__).parents[2]
+
+from bench.science import convergence, families, runs  # noqa: E402
+from pae.train import loop  # noqa: E402
+from pae.train.data import read_folder  # noqa: E402
+
+SMALL = {
+    **BACKBONE,
+    "epochs": 2,
+    "batch_size": 6,
+    "num_tokens": 2,
+    "kld_dim": 8,
+    "mpa_images": 4,
+    "mpa_window": 8,
+    "device": "cpu",
+    "amp": "no",
+}
+STUDIES = {"convergence": convergence, "families": families}
+
+
+@pytest.fixture
+def shades(tmp_path, monkeypatch):
+    folder = save_shades(tmp_path / "shades")
+    monkeypatch.setattr(loop, "load_task", lambda settings: read_folder(folder, seed=settings.seed))
+    return tmp_path
+
+
+def test_a_study_from_runs_to_figures(shades, capsys):
+    output, arms = shades / "runs", ("vpt-deep-plain", "vpt-deep-norms")
+    cells = list(convergence.cells(["shades"], [0, 1], arms))
+    runs.run(cells, output, 6, **SMALL)
+    assert capsys.readouterr().out.count(": test ") == len(cells) == 4
+    runs.run(cells, output, 6, **SMALL)  # nothing is left to do
+    assert capsys.readouterr().out == ""
+
+    found = runs.collect(cells, output)
+    assert [r["seed"] for r in found["shades", "vpt-deep-norms"]] == [0, 1]
+    trace = found["shades", "vpt-deep-norms"][0]["trace"]
+    steps = 2 * -(-30 // 6)  # 36 training images, 7 of them validate
+    assert len(trace["process_seconds"]) == len(trace["gradient_norm"]) == steps
+    assert len(trace["cosine_with_last"]) == steps - 1
+    assert trace["process_seconds"] == sorted(trace["process_seconds"])
+    facts = runs.facts(cells, output)
+    assert facts["tasks"]["shades"]["test"] == 6 and facts["num_tokens"] == 2
+
+    baseline = found["shades", "vpt-deep-plain"]
+    results = {"shades": {n: convergence.summary(found["shades", n], baseline) for n in arms}}
+    numbers = json.loads(json.dumps({"facts": facts, "results": results}))
+    row = convergence.blocks(numbers)["convergence table"].splitlines()[2]
+    mean = statistics.mean(r["test"] for r in baseline)
+    assert row.startswith(f"| shades | VPT-deep | 2 | {mean:.3f} (")
+    for draw in convergence.figures(numbers).values():
+        draw().canvas.draw()
+
+
+def test_an_interrupted_run_is_left_to_its_owner(shades, capsys):
+    cell = runs.Cell("vpt-deep-plain", "shades", 0, {})
+    cell.folder(shades).path.mkdir(parents=True)
+    runs.run([cell], shades, None, **SMALL)
+    assert "left alone" in capsys.readouterr().out
+    runs.clear_unfinished(shades)
+    assert not cell.folder(shades).path.exists()
+
+
+def test_trace_sees_a_turn():
+    module = torch.nn.Module()
+    module.prompts = torch.nn.Module()
+    module.prompts.tokens = torch.nn.Parameter(torch.zeros(2, 1, 3))
+    trace = runs.Trace()
+    for gradient in ([[[3, 4, 0]], [[1, 0, 0]]], [[[-6, -8, 0]], [[0, 2, 0]]]):
+        module.prompts.tokens.grad = torch.tensor(gradient, dtype=torch.float32)
+        trace(module, 0)
+    assert trace.norms == [[5, 1], [10, 2]]
+    assert trace.cosines == [pytest.approx([-1, 0])]
+    counted = convergence.gradients(
+        {"gradient_norm": trace.norms, "cosine_with_last": trace.cosines}
+    )
+    assert counted["flips"] == [1, 0]
+
+
+def test_control_keeps_lengths_alone():
+    module = torch.nn.Module()
+    module.prompts = torch.nn.Module()
+    module.prompts.tokens = torch.nn.Parameter(
+        torch.randn(3, 4, 64) * torch.arange(1.0, 5)[:, None]
+    )
+    before = module.prompts.tokens.detach().clone()
+    convergence.random_directions(module)
+    after = module.prompts.tokens.detach()
+    torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1))
+    assert torch.cosine_similarity(after, before, dim=-1).abs().max() < 0.6
+
+
+def test_epochs_to_share():
+    assert runs.epochs_to_share([0.5, 0.94, 0.96, 1.0]) == 3
+    assert runs.epochs_to_share([1.0, 0.5]) == 1
+
+
+def test_bootstrap_interval():
+    values = [0.1, 0.2, 0.3, 0.4, 0.5]
+    low, high = runs.bootstrap(values)
+    spread = statistics.pstdev(values) / len(values) ** 0.5  # of a mean of resampled values
+    assert low == pytest.approx(0.3 - 1.96 * spread, abs=0.02)
+    assert high == pytest.approx(0.3 + 1.96 * spread, abs=0.02)
+
+
+def test_differences_are_taken_seed_by_seed():
+    records = [{"seed": 1, "test": 0.9}, {"seed": 0, "test": 0.6}, {"seed": 7, "test": 0}]
+    baseline = [{"seed": 0, "test": 0.5}, {"seed": 1, "test": 0.8}]
+    gain = runs.paired(records, baseline)
+    assert gain["mean"] == pytest.approx(0.1) and gain["seeds"] == 2
+    assert gain["low"] == pytest.approx(gain["high"])
+    assert runs.paired(records[2:], baseline) is None
+
+
+@pytest.mark.parametrize(
+    "low, high, seeds, sign, said",
+    [
+        (0.01, 0.02, 5, 1, "yes"),
+        (-0.02, -0.01, 5, 1, "opposite"),
+        (-0.02, -0.01, 5, -1, "yes"),
+        (-0.01, 0.01, 5, 1, "undecided"),
+        (0.01, 0.02, 2, 1, "too few"),
+    ],
+)
+def test_verdicts_are_cautious(low, high, seeds, sign, said):
+    gain = {"mean": (low + high) / 2, "low": low, "high": high, "seeds": seeds}
+    assert said in convergence.verdict(gain, sign)
+
+
+def test_cells_of_both_studies_agree():
+    """Runs are shared by name: the same name must be the same run."""
+    shared = {c.name: c for c in families.cells("pneumonia", ["vpt-deep"], [0])}
+    for cell in convergence.cells(["pneumonia"], [0]):
+        if cell.name in shared:
+            ours = {"method": "vpt-deep", "family": {}, **cell.changes}
+            assert shared[cell.name].changes == ours
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_committed_numbers_draw(name):
+    study = STUDIES[name]
+    numbers = json.loads((ROOT / "bench" / "results" / "science" / study.JSON).read_text())
+    for text in study.blocks(numbers).values():
+        assert text and "nan" not in text
+    for draw in study.figures(numbers).values():
+        draw().canvas.draw()
+    if name == "families":
+        assert set(numbers["rows"]) == set(families.FAMILIES)
+        for family, variants in numbers["rows"].items():
+            assert set(variants) == ({"plain", "pae"} if families.PAE[family] else {"plain"})
+    else:
+        assert len(numbers["results"]) >= 3
+        for arms in numbers["results"].values():
+            assert set(arms) == set(convergence.ARMS)

@@ -1,0 +1,130 @@
+"""The kernels of `csrc/` as a CPU library, on the execution model of `csrc/host/`.
+
+    with host_library.emulated("koopman_fwd.cu"):
+        ...  # pae_kernels.koopman.cuda runs on CPU tensors
+
+Objects are compiled with g++ and kept in `build/host/`, under the hash of what they depend on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from pae_kernels import native
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "csrc"
+CACHE = ROOT / "build" / "host"
+
+FLAGS = (
+    *("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DPAE_EMULATED"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"),
+)
+
+# An access past the end of a tensor, a misaligned vector, an index outside its array or an overflow
+# ends the process. Of a fiber's stack nothing is known.
+SANITIZERS = (
+    *("-O1", "-fsanitize=address,alignment,bounds,signed-integer-overflow"),
+    *("-fno-sanitize-recover=all", "--param=asan-stack=0", "--param=asan-globals=0"),
+)
+if os.environ.get("PAE_HOST_SANITIZERS") == "1":
+    FLAGS += SANITIZERS
+
+# orders in which the threads of a block run: a missing barrier changes some result
+ORDERS = (0, 1, 7)
+
+
+def sanitizing_environment() -> dict[str, str]:
+    """For a Python process whose emulated libraries are built with sanitizers."""
+    runtime = subprocess.run(
+        [_compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(runtime).is_file():
+        pytest.skip("libasan is not installed")
+    # the runtime comes first in the process, and does not mind what the interpreter never frees
+    extra = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PAE_HOST_SANITIZERS": "1"}
+    return {**os.environ, **extra}
+
+
+@lru_cache
+def _compiler() -> str:
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    return compiler
+
+
+def _key(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:20]
+
+
+def _run(command: list[str], target: Path) -> None:
+    """Runs a compiler whose output file appears all at once, or not at all."""
+    unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    command = [*command, "-o", str(unfinished)]
+    done = subprocess.run(command, env=plain, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    unfinished.replace(target)
+
+
+def _object(source: Path, headers: bytes) -> Path:
+    target = CACHE / f"{source.stem}-{_key(source.read_bytes(), headers)}.o"
+    if not target.is_file():
+        language = ["-x", "c++"]
+        _run([_compiler(), *FLAGS, f"-I{SOURCES}", *language, "-c", str(source)], target)
+    return target
+
+
+@lru_cache
+def library(*sources: str | Path) -> native.Library:
+    """The emulated library of these files (all of `csrc/` without any), always with library.cu.
+
+    Args:
+        sources: names in `csrc/`, or paths of other files.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    names = sources or sorted(path.name for path in SOURCES.glob("*.cu"))
+    files = [SOURCES / name for name in dict.fromkeys(("library.cu", *names))]
+    files.append(SOURCES / "host" / "emulation.cpp")
+    headers = sorted(p for p in SOURCES.rglob("*") if p.suffix in (".h", ".cuh"))
+    version = subprocess.run([_compiler(), "--version"], capture_output=True).stdout
+    depends = b"".join((version, repr(FLAGS).encode(), *(p.read_bytes() for p in headers)))
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda file: _object(file, depends), files))
+    exports = SOURCES / "exports.map"
+    target = CACHE / f"pae-{_key(*(o.name.encode() for o in objects), exports.read_bytes())}.so"
+    if not target.is_file():
+        link = ["-shared", f"-Wl,--version-script={exports}", *map(str, objects)]
+        _run([_compiler(), *FLAGS, *link], target)
+    return native.Library(target)
+
+
+@contextlib.contextmanager
+def emulated(*sources: str | Path, order: int = 0) -> Iterator[native.Library]:
+    """The emulated library of `sources` as the one that `native.call` uses, on CPU tensors.
+
+    Args:
+        order: of the threads of a block: 0 ascending, 1 descending (blocks too), else a seed.
+    """
+    found = library(*sources)
+    found.handle.pae_emulation_set_order(order)
+    try:
+        with native.using(found):
+            yield found
+    finally:
+        found.handle.pae_emulation_set_order(0)

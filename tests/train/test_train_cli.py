@@ -1,0 +1,209 @@
+"""The command line: the default comparison, going on, and one line for everything that is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pae
+from pae.train import compare, embedded, loop
+from pae.train.cli import main
+from pae.train.runfolder import RunFolder
+from pae.train.settings import Settings
+from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, save_shades
+
+RECIPE = ["--epochs", "2", "--batch-size", "16", "--num-tokens", "2"]
+RECIPE += ["--kld-dim", "8", "--mpa-window", "8", "--mpa-images", "4"]
+
+
+@pytest.fixture(scope="module")
+def shades(tmp_path_factory):
+    return save_shades(tmp_path_factory.mktemp("shades"))
+
+
+@pytest.fixture
+def flags(shades):
+    return ["train", "--data", str(shades), *BACKBONE_FLAGS, *CPU_FLAGS, *RECIPE]
+
+
+def error_line(capsys, arguments):
+    """The single line that `arguments` print on stderr while exiting with status 2."""
+    try:
+        status = main(arguments)
+    except SystemExit as stop:  # argparse's own way out
+        status = stop.code
+    assert status == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and "Traceback" not in err and not out
+    assert err.splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+def test_default_is_a_comparison_of_three_methods(flags, tmp_path, capsys):
+    assert main([*flags, "--output", str(tmp_path / "run")]) == 0
+    table = capsys.readouterr().out
+    for word in ("linear probe", "VPT-deep", "VPT-deep + PAE", "trained params", "test acc"):
+        assert word in table
+    with open(tmp_path / "run" / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["linear probe", "VPT-deep", "VPT-deep + PAE"]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())[0]["test_accuracy"] > 0.6
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
+    shared = ["dataset", "data", "model", "img_size", "seed", "norm", "engine", "amp", "device"]
+    runs = {n: RunFolder(tmp_path / "run" / n).read_config()[0] for n, _, _ in compare.ENTRIES}
+    first = runs["linear"]
+    for settings in runs.values():
+        assert [getattr(settings, k) for k in shared] == [getattr(first, k) for k in shared]
+    assert runs["vpt-deep-pae"].kld and runs["vpt-deep-pae"].mpa and not runs["vpt-deep"].kld
+    assert runs["vpt-deep"].epochs == 2 and runs["linear"].epochs > 2
+
+
+def test_recipe_options_reach_the_prompt_runs_of_a_comparison_alone():
+    settings = Settings(lr=0.5, optimizer="sgd", device="cpu", amp="no").resolved()
+    (_, _, probe), (_, _, deep), (_, _, both) = compare.entries(settings)
+    assert deep.lr == both.lr == 0.5 and deep.optimizer == "sgd"
+    assert probe == Settings(method="linear", device="cpu", amp="no").resolved()
+
+
+def test_no_argument_means_pneumonia_on_the_embedded_backbone():
+    settings = Settings()
+    assert (settings.dataset, settings.model) == ("pneumonia", "dinov2-s14-derived")
+    assert embedded.WEIGHTS_IMAGE_SIZE == 112
+
+
+def test_interrupted_comparison_says_how_to_go_on_and_does(flags, tmp_path, capsys, monkeypatch):
+    original = loop._Run._after_step
+
+    def hook(self):
+        original(self)
+        if self.name == "VPT-deep" and self.updates == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_after_step", hook)
+        assert main([*flags, "--output", str(folder)]) == 130
+    assert f"pae train --resume {folder}" in capsys.readouterr().err
+    probe = (folder / "linear" / "metrics.json").read_bytes()
+    assert main(["train", "--resume", str(folder), "--quiet"]) == 0
+    assert (folder / "linear" / "metrics.json").read_bytes() == probe  # not run again
+    assert main([*flags, "--output", str(tmp_path / "whole"), "--quiet"]) == 0
+
+    def measured(root):
+        rows = json.loads((root / "results.json").read_text())
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    assert measured(folder) == measured(tmp_path / "whole")
+
+
+def test_runs_without_output_are_numbered(flags, shades, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main([*flags, "--method", "linear", "--quiet"]) == 0
+    assert sorted(os.listdir("runs")) == [f"{shades.name}-001", f"{shades.name}-002"]
+
+
+def test_help_reads_well_and_states_licences(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("--engine", "--resume", "CC-BY-NC-SA-4.0", "CC0", "no clinical warranty", "--kld"):
+        assert word in text
+    assert "%(" not in text and max(map(len, text.splitlines())) < 160
+    assert main([]) == 2  # no command: the overview
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--num-tokens", "-1"], "--num-tokens -1: expected at least 0"),
+        (["--num-tokens", "many"], "invalid int value: 'many'"),
+        (["--epochs", "0"], "--epochs 0: expected at least 1"),
+        (["--lr", "-0.1"], "--lr -0.1: expected a positive number"),
+        (["--lr", "nan"], "--lr nan: expected a positive number"),
+        (["--dropout", "1"], "--dropout 1.0: expected a number in [0, 1)"),
+        (["--engine", "warp"], "invalid choice: 'warp'"),
+        (["--method", "lora"], "invalid choice: 'lora'"),
+        (["--fast"], "unrecognized arguments: --fast"),
+        (["--dataset", "mnist"], "not allowed with argument --data"),
+        (["--method", "linear", "--kld"], "--kld needs a --method with prompts"),
+        (["--method", "vpt-shallow", "--kld"], "block 0 alone"),
+        (["--method", "vpt-deep", "--mpa", "--num-tokens", "0"], "--num-tokens of at least 1"),
+        (["--kld"], "--kld needs a --method"),
+        (["--method", "vpt-deep", "--mpa", "--num-tokens", "99"], "99 prompts"),
+        (["--method", "vpt-deep", "--model", "vit_smal_patch16_224"], "did you mean vit_small"),
+        (["--method", "vpt-deep", "--model", "swin_tiny_patch4_window7_224"], "Swin"),
+        (["--method", "vpt-deep", "--weights", "gone.npz"], "unrecognized"),
+        (["--train-size", "5000"], "at most 36 images"),
+        (["--amp", "fp16"], "--amp fp16: a GPU is needed"),
+        (["--previous-state"], "--previous-state needs --resume"),
+        (["--method", "vpt-deep", "--optimizer", "nosuch"], "--optimizer nosuch"),
+    ],
+)
+def test_bad_arguments_cost_one_line(flags, tmp_path, capsys, extra, message):
+    if "--weights" in extra:
+        flags = [f for f in flags if f != "--no-pretrained"]
+        message = "pretrained weights could not be loaded"
+    arguments = [*flags, "--output", str(tmp_path / "run"), "--quiet", *extra]
+    assert message in error_line(capsys, arguments)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_bad_data_costs_one_line(flags, shades, tmp_path, capsys):
+    where = flags.index("--data") + 1
+    flags[where] = str(tmp_path / "gone")
+    assert "gone: no such folder" in error_line(capsys, [*flags, "--quiet"])
+    broken = save_shades(tmp_path / "broken", train=2)
+    (broken / "train" / "dark" / "00.png").write_text("no image")
+    flags[where] = str(broken)
+    line = error_line(capsys, [*flags, "--output", str(tmp_path / "r"), "--quiet"])
+    assert "unreadable image" in line and "00.png" in line
+
+
+def test_run_folders_are_not_overwritten(flags, tmp_path, capsys):
+    (tmp_path / "note.txt").write_text("mine")
+    line = error_line(capsys, [*flags, "--output", str(tmp_path)])
+    assert f"--output {tmp_path} is not empty; go on with --resume" in line
+
+
+def test_resume_takes_everything_from_the_folder(tmp_path, capsys):
+    assert "no run here" in error_line(capsys, ["train", "--resume", str(tmp_path)])
+    line = error_line(capsys, ["train", "--resume", str(tmp_path), "--lr", "1"])
+    assert f"takes its settings from {tmp_path}; leave out --lr" in line
+    (tmp_path / "config.json").write_text('{"settings": {"lr":')
+    assert "config.json cannot be read" in error_line(capsys, ["train", "--resume", str(tmp_path)])
+
+
+def test_defects_keep_their_traceback_and_debug_shows_all(flags, monkeypatch):
+    def defect(settings):
+        raise KeyError("a defect of ours")
+
+    monkeypatch.setattr(loop, "load_task", defect)
+    with pytest.raises(KeyError):
+        main(flags)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"--num-tokens"):
+        main([*flags, "--num-tokens", "-1", "--debug"])
+
+
+def test_module_and_import_cost():
+    """`python -m pae` works, and `import pae` pulls in nothing that only training needs."""
+    script = (
+        "import sys, pae; heavy = {'matplotlib', 'accelerate', 'rich', 'onnx', 'pae.train'};"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    root = Path(pae.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", script], check=False, cwd=root)
+    assert done.returncode == 0
+    version = [sys.executable, "-m", "pae", "--version"]
+    done = subprocess.run(version, check=False, cwd=root, capture_output=True, text=True)
+    assert done.stdout.strip() == f"pae {pae.__version__}"

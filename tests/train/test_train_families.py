@@ -1,0 +1,207 @@
+"""Every prompt family through the training loop: it learns, resumes bit for bit, and its published
+settings load.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import pae
+from pae.train import cli
+from pae.train.methods import build_prompts
+from pae.train.settings import FAMILIES, Settings
+from tests.train.helpers import save_shades
+from tests.train.test_train_loop import (
+    PAE,
+    Stop,
+    assert_same_run,
+    numbers,
+    run,
+    settings,
+    stop_after,
+)
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+
+RUNS = {
+    "bpt": {"family": {"rank": 4}},
+    "bpt-shallow": {"family": {"rank": 4}},
+    "vapt": {"dropout": 0.1},
+    "ivpt": {"family": {"num_reinforced": 3}},
+    "vfpt": {"family": {"fraction": 0.5}},
+    "vfpt-shallow": {},
+    "pro-vpt": {"dropout": 0.2, "family": {"sweep": "extra"}},
+    "e2vpt": {"family": {"num_kv": 2, "masks": "learned", "pieces": 8}},
+    "da-vpt": {"num_tokens": 3},
+    "lspt": {"family": {"hidden": 8}},
+    "apt": {},
+}
+
+
+@pytest.fixture(scope="module")
+def shades(tmp_path_factory):
+    return save_shades(tmp_path_factory.mktemp("shades"))
+
+
+def test_every_family_is_run_here():
+    assert {"vpt-deep", "vpt-shallow", *RUNS} == set(FAMILIES)
+    assert all(hasattr(pae.prompts, name) for name in FAMILIES.values())
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_learns(shades, tmp_path, method):
+    result = run(shades, tmp_path, method=method, **RUNS[method])
+    assert result["val_accuracy"] > 0.5 and result["test_accuracy"] > 0.5  # a third by chance
+    rows, *_ = numbers(tmp_path)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    model = pae.PromptedViT.from_file(
+        tmp_path / "best.safetensors", backbone(shades, method, tmp_path)
+    )
+    assert type(model.prompts).__name__ == FAMILIES[method]
+
+
+def backbone(shades, method, folder):
+    from pae.train.methods import build_backbone
+
+    torch.manual_seed(json.loads((folder / "config.json").read_text())["settings"]["seed"])
+    return build_backbone(settings(shades, method=method, **RUNS[method]), 3)
+
+
+@pytest.mark.parametrize("method", ["bpt", "vfpt", "ivpt", "e2vpt"])
+def test_with_pae(shades, tmp_path, method):
+    run(shades, tmp_path, method=method, **RUNS[method], **PAE)
+    _, _, tensors = numbers(tmp_path)
+    assert any("kld" in name for name in tensors)
+
+
+@pytest.mark.parametrize(
+    "method, updates", [("pro-vpt", 6), ("pro-vpt", 9), ("da-vpt", 5), ("vapt", 6), ("lspt", 3)]
+)
+def test_stopped_run_goes_on_bit_for_bit(shades, tmp_path, monkeypatch, method, updates):
+    changes = {"method": method, **RUNS[method], "save_every_steps": 1}
+    run(shades, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, updates)
+        run(shades, tmp_path / "cut", **changes)
+    torch.rand(11)
+    run(shades, tmp_path / "cut", resume="last", **changes)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_pro_vpt_moves_prompts_in_training(shades, tmp_path):
+    run(shades, tmp_path, method="pro-vpt", epochs=4, num_tokens=3, lr=0.1)
+    _, _, tensors = numbers(tmp_path)
+    table = [t for name, t in tensors.items() if name.endswith("prompts.table")]
+    assert table and any(not torch.equal(t, torch.arange(len(t))) for t in table)
+
+
+def test_da_vpt_groups_classes_before_the_first_epoch(shades, tmp_path, monkeypatch):
+    calls = []
+    remap = pae.prompts.DAVPT.remap
+    monkeypatch.setattr(
+        pae.prompts.DAVPT, "remap", lambda self, *a: (calls.append(1), remap(self, *a))
+    )
+    run(shades, tmp_path, method="da-vpt", num_tokens=3)
+    assert len(calls) == 3
+    _, _, tensors = numbers(tmp_path)
+    centroids = next(t for name, t in tensors.items() if name.endswith("prompts.centroids"))
+    assert centroids.any()
+
+
+@pytest.mark.parametrize("spt", ["random", "mean_pooling"])
+def test_spt_start(shades, tmp_path, spt):
+    run(shades, tmp_path / "spt", method="vpt-deep", spt=spt, epochs=1)
+    run(shades, tmp_path / "plain", method="vpt-deep", epochs=1)
+    tokens = [
+        numbers(tmp_path / name)[2]["best.safetensors/prompts.tokens".replace(".safetensors", "")]
+        for name in ("spt", "plain")
+    ]
+    assert tokens[0].norm() != tokens[1].norm()
+
+
+# ---- options and configuration files
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_published_settings(path):
+    """They load, are complete, and fit a ViT-B/16."""
+    given = cli._with_config(str(path), {})
+    chosen = Settings(**given).resolved()
+    assert {"method", "optimizer", "lr", "weight_decay", "epochs", "batch_size"} <= given.keys()
+    prompts = build_prompts(chosen, 100)
+    shape = pae.prompts.BackboneShape(12, 768, 12, (16, 16), 3, 197, 1, (14, 14), 64, True)
+    prompts.bind(shape)
+    assert sum(p.numel() for p in prompts.parameters()) > 0
+
+
+def test_every_family_has_published_settings():
+    methods = {cli._with_config(str(path), {})["method"] for path in CONFIGS}
+    assert methods >= set(FAMILIES) - {"vfpt-shallow"}
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text('method = "bpt"\nlr = 0.5\nnum_tokens = 7\n[family]\nrank = 3\n')
+    given = cli._with_config(str(path), {"lr": 0.25, "family": {"trained_bases": 1}})
+    assert given == {
+        "method": "bpt",
+        "lr": 0.25,
+        "num_tokens": 7,
+        "family": {"rank": 3, "trained_bases": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("rank=16", ("rank", 16)),
+        ("dropout_scope=sample", ("dropout_scope", "sample")),
+        ("proxy_blocks=[1, 2]", ("proxy_blocks", [1, 2])),
+        ("share_kv=False", ("share_kv", False)),
+        ("share_kv=true", ("share_kv", True)),
+        ("hidden=None", ("hidden", None)),
+        ("a=b=c", ("a", "b=c")),
+    ],
+)
+def test_option_values(text, expected):
+    assert cli._name_and_value(text) == expected
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--option", "rank"], "expected NAME=VALUE"),
+        (["--method", "bpt", "--option", "rnk=3"], "--option rnk: bpt has num_tokens, rank"),
+        (["--method", "bpt"], "rank"),
+        (["--method", "bpt", "--option", "rank=3", "--dropout", "0.1"], "--dropout: bpt has"),
+        (["--method", "linear", "--option", "rank=3"], "--option needs a --method with prompts"),
+        (["--method", "vpt-deep", "--mpa", "--spt", "random"], "exclude each other"),
+        (["--method", "bpt-shallow", "--kld", "--option", "rank=3"], "block 0 alone"),
+        (["--method", "apt", "--kld"], "kld pairs the prompts"),
+        (["--method", "pro-vpt", "--kld"], "moves prompts"),
+        (["--method", "vapt", "--mpa"], "computes its prompts"),
+        (["--config", "gone.toml"], "gone.toml"),
+    ],
+)
+def test_combinations_that_cannot_be(shades, capsys, flags, message):
+    from train_helpers import BACKBONE_FLAGS, CPU_FLAGS
+
+    assert cli.main(["train", "--data", str(shades), *BACKBONE_FLAGS, *CPU_FLAGS, *flags]) != 0
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("lr = ", "a.toml"),
+        ("learning_rate = 1", "there is no option learning_rate"),
+        ('method = "bpt"', "--method vapt: the configuration is for bpt"),
+    ],
+)
+def test_bad_configuration(tmp_path, capsys, text, message):
+    path = tmp_path / "a.toml"
+    path.write_text(text)
+    assert cli.main(["train", "--config", str(path), "--method", "vapt"]) != 0
+    assert message in capsys.readouterr().err
