@@ -34,25 +34,25 @@ int fail(int status, const char* format, ...);
 }  // namespace pae
 
 // In an entry point: the struct is there and is the one that this library was compiled with.
-#define PAE_CHECK_STRUCT(p)                                                                  \
-  do {                                                                                       \
+#define PAE_CHECK_STRUCT(p)                                                                    \
+  do {                                                                                         \
     if ((p) == nullptr) return pae::fail(PAE_INVALID_PARAMS, "%s: params are null", __func__); \
-    if ((p)->struct_size != sizeof(*(p)))                                                    \
-      return pae::fail(PAE_INVALID_PARAMS, "%s: struct_size is %u, expected %u", __func__,   \
-                       unsigned((p)->struct_size), unsigned(sizeof(*(p))));                  \
+    if ((p)->struct_size != sizeof(*(p)))                                                      \
+      return pae::fail(PAE_INVALID_PARAMS, "%s: struct_size is %u, expected %u", __func__,     \
+                       unsigned((p)->struct_size), unsigned(sizeof(*(p))));                    \
   } while (0)
 
 // In an entry point: PAE_REQUIRE(p->k <= 512, "k is %lld, expected at most 512", (long long)p->k).
-#define PAE_REQUIRE(condition, format, ...)                                                  \
-  do {                                                                                       \
-    if (!(condition))                                                                        \
-      return pae::fail(PAE_INVALID_PARAMS, "%s: " format, __func__, ##__VA_ARGS__);            \
+#define PAE_REQUIRE(condition, format, ...)                                         \
+  do {                                                                              \
+    if (!(condition))                                                               \
+      return pae::fail(PAE_INVALID_PARAMS, "%s: " format, __func__, ##__VA_ARGS__); \
   } while (0)
 
 // At file level, once per struct: PAE_DEFINE_SIZEOF(koopman_fwd).
-#define PAE_DEFINE_SIZEOF(noun)                                                              \
-  extern "C" PAE_API uint32_t pae_sizeof_##noun##_params(void) {                             \
-    return uint32_t(sizeof(pae_##noun##_params));                                            \
+#define PAE_DEFINE_SIZEOF(noun)                                  \
+  extern "C" PAE_API uint32_t pae_sizeof_##noun##_params(void) { \
+    return uint32_t(sizeof(pae_##noun##_params));                \
   }
 
 // ---- launches
@@ -114,30 +114,30 @@ int launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, s
 
 // In an entry point: launches, and returns from it on failure. A kernel with template arguments
 // stands in parentheses. `stream` is the entry point's void*; a grid without blocks is no launch.
-#define PAE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                           \
-  do {                                                                                       \
-    const dim3 pae_grid(grid);                                                               \
-    if (size_t(pae_grid.x) * pae_grid.y * pae_grid.z == 0) break;                            \
-    const int pae_status =                                                                   \
-        pae::launch(#kernel, kernel, pae_grid, dim3(block), size_t(shared_bytes),            \
-                    static_cast<cudaStream_t>(stream), ##__VA_ARGS__);                         \
-    if (pae_status != PAE_OK) return pae_status;                                             \
+#define PAE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                \
+  do {                                                                            \
+    const dim3 pae_grid(grid);                                                    \
+    if (size_t(pae_grid.x) * pae_grid.y * pae_grid.z == 0) break;                 \
+    const int pae_status =                                                        \
+        pae::launch(#kernel, kernel, pae_grid, dim3(block), size_t(shared_bytes), \
+                    static_cast<cudaStream_t>(stream), ##__VA_ARGS__);            \
+    if (pae_status != PAE_OK) return pae_status;                                  \
   } while (0)
 
 // ---- shared memory: PAE_SHARED(float, tile, [32][33]); PAE_SHARED(int, count, );
 //      PAE_DYNAMIC_SHARED(float, buffer) declares a pointer to the bytes named at the launch.
 
 #ifdef PAE_EMULATED
-#define PAE_SHARED(type, name, extent)                                                       \
-  typedef type name##_shared_type extent;                                                    \
-  static const char name##_shared_site = 0;                                                  \
-  name##_shared_type& name = *static_cast<name##_shared_type*>(                              \
+#define PAE_SHARED(type, name, extent)                          \
+  typedef type name##_shared_type extent;                       \
+  static const char name##_shared_site = 0;                     \
+  name##_shared_type& name = *static_cast<name##_shared_type*>( \
       emulation::shared_memory(&name##_shared_site, sizeof(name##_shared_type)))
 #define PAE_DYNAMIC_SHARED(type, name) \
   type* const name = static_cast<type*>(emulation::dynamic_shared_memory())
 #else
 #define PAE_SHARED(type, name, extent) __shared__ type name extent
-#define PAE_DYNAMIC_SHARED(type, name)                       \
+#define PAE_DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char pae_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(pae_dynamic_shared)
 #endif

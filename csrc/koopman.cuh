@@ -50,11 +50,11 @@ typedef long long Index;
 
 template <int TILE>
 struct Tiling {
-  static constexpr int kMicro = TILE == 64 ? 8 : 4;     // a thread's outputs: kMicro x kMicro
-  static constexpr int kSide = TILE / kMicro;           // threads along one side of the tile
+  static constexpr int kMicro = TILE == 64 ? 8 : 4;  // a thread's outputs: kMicro x kMicro
+  static constexpr int kSide = TILE / kMicro;        // threads along one side of the tile
   static constexpr int kGroups = kThreads / (kSide * kSide);
-  static constexpr int kDepth = TILE == 16 ? 64 : 32;   // of one stage
-  static constexpr int kPitch = TILE + 4;               // keeps rows aligned to 16 bytes
+  static constexpr int kDepth = TILE == 16 ? 64 : 32;      // of one stage
+  static constexpr int kPitch = TILE + 4;                  // keeps rows aligned to 16 bytes
   static constexpr int kSlots = TILE == 64 ? 1 : kGroups;  // sums of groups kept apart
   static constexpr int kFetch = TILE * kDepth / kThreads;  // entries a thread fetches per stage
   static constexpr int kEntries = TILE * TILE / kThreads;  // of the output, per thread
@@ -218,7 +218,7 @@ inline int tiles_of(Index rows, Index columns, int tile) {
 
 template <typename Params>
 Sizes sizes_of(const Params* p) {
-  return {int(p->runs), int(p->blocks), int(p->prompts), int(p->width),
+  return {int(p->runs), int(p->blocks),    int(p->prompts), int(p->width),
           int(p->k),    p->layerwise != 0, p->code != 0};
 }
 

@@ -10,7 +10,7 @@ struct Backward {
   const float *prompts, *lift, *K, *L;
   const float *states, *predicted, *images, *pull, *radial, *spin, *left, *right, *statistics;
   float *d_prompts, *d_lift, *d_K, *d_L;
-  float *d_states;  // (R, J, P, k)
+  float* d_states;  // (R, J, P, k)
   // (R, m, 2P, k): of the later half d predicted, all of it ("paper": d of the actual later state,
   // without the error's); of the other half d now, without what passes through K
   float* d_points;
@@ -294,8 +294,8 @@ int launch_states(const Backward& p, void* stream) {
   PAE_LAUNCH((koopman_bwd_points_kernel<TILE>),
              dim3(tiles_of(2 * n.now_rows(), n.k, TILE), n.runs * n.groups()), kThreads, 0, stream,
              p);
-  PAE_LAUNCH((koopman_bwd_states_kernel<TILE>),
-             dim3(tiles_of(rows, n.k, TILE), n.runs * n.stack()), kThreads, 0, stream, p);
+  PAE_LAUNCH((koopman_bwd_states_kernel<TILE>), dim3(tiles_of(rows, n.k, TILE), n.runs * n.stack()),
+             kThreads, 0, stream, p);
   return PAE_OK;
 }
 

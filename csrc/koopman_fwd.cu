@@ -157,8 +157,7 @@ __device__ void image_tile(Scratch<TILE>& scratch, const Forward& p, int run, in
   const Index first = n.first_pair_row(run, group);
   const Points points = {p.states + n.first_state(run, group) * k, p.predicted + first * k, n};
   const float* L = n.matrix(p.L, run, group);
-  const float unit =
-      n.code ? p.spectral.of(Index(run) * n.groups() + group).read().unit : 1.0f;
+  const float unit = n.code ? p.spectral.of(Index(run) * n.groups() + group).read().unit : 1.0f;
   const float inverse = 1.0f / unit;
   multiply<TILE, true, true>(
       scratch, k,
@@ -235,8 +234,9 @@ __global__ void __launch_bounds__(kFinishThreads) koopman_finish_kernel(Forward 
       const Index row = 2 * first + (later ? 0 : P) + t;
       Energy e = {1, 0, 0};
       if (code) {
-        e.norm = sqrtf(sum_chunks(later ? p.predicted_squares + (first + t) * chunks
-                                        : state_squares + Index(t) * chunks, chunks));
+        e.norm = sqrtf(sum_chunks(
+            later ? p.predicted_squares + (first + t) * chunks : state_squares + Index(t) * chunks,
+            chunks));
         e.length = fmaxf(e.norm + kEps, 1.0f);
       }
       e.value = sum_chunks(p.image_squares + row * chunks, chunks) * weight / (e.length * e.length);

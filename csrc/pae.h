@@ -137,16 +137,17 @@ PAE_API uint32_t pae_sizeof_shortcut_tokens_params(void);
 
 typedef struct pae_shortcut_pool_params {
   uint32_t struct_size;
-  int32_t dtype;       /* of tokens and out */
-  int32_t vectors;     /* boolean: every token starts at a multiple of 4 elements, D is one */
+  int32_t dtype;   /* of tokens and out */
+  int32_t vectors; /* boolean: every token starts at a multiple of 4 elements, D is one */
   int32_t reserved;
   int64_t count, batch, tokens_per_image, dim; /* dim <= 2048 */
-  const void* tokens;  /* (S, B, N, D), strides in elements, the innermost one 1 */
+  const void* tokens; /* (S, B, N, D), strides in elements, the innermost one 1 */
   int64_t stride_s, stride_b, stride_n;
-  const void* rows;    /* (N, D) fp32, contiguous, added to every image's tokens; or null */
-  int64_t parts;       /* ceil(B N / 64) */
-  void *exponents, *energies, *sums; /* scratch: (S, parts) int32, (S, parts) and (S, parts, D) fp32 */
-  void* out;           /* (S, D) */
+  const void* rows; /* (N, D) fp32, contiguous, added to every image's tokens; or null */
+  int64_t parts;    /* ceil(B N / 64) */
+  /* scratch: (S, parts) int32, (S, parts) and (S, parts, D) fp32 */
+  void *exponents, *energies, *sums;
+  void* out; /* (S, D) */
 } pae_shortcut_pool_params;
 
 PAE_API int pae_shortcut_pool(const pae_shortcut_pool_params* p, void* stream);

@@ -74,8 +74,8 @@ template <typename T>
 __global__ void __launch_bounds__(kRows) strips_kernel(pae_shortcut_tokens_params p) {
   PAE_DYNAMIC_SHARED(float2, shared);
   const int height = int(p.height), window = int(p.window), ph = int(p.patch_height);
-  float2* const waves = shared;          // (H): one turn
-  float2* const box = shared + height;   // (w, kBins)
+  float2* const waves = shared;         // (H): one turn
+  float2* const box = shared + height;  // (w, kBins)
   const int i_c = blockIdx.x % p.channels;
   const Index i_b = blockIdx.x / p.channels % p.batch;
   const Index i_s = blockIdx.x / (p.channels * p.batch);
@@ -97,8 +97,8 @@ __global__ void __launch_bounds__(kRows) strips_kernel(pae_shortcut_tokens_param
   __syncthreads();
   const float scale = 1.0f / (float(height) * float(p.width));
   const int first_u = bin(int(origin[0]), 0, height);
-  T* const strips = static_cast<T*>(p.strips) + (i_s * window + first_v) * 2 * p.lines_padded *
-                                                    p.depth_padded;
+  T* const strips =
+      static_cast<T*>(p.strips) + (i_s * window + first_v) * 2 * p.lines_padded * p.depth_padded;
   for (int h = threadIdx.x; h < height; h += kRows) {
     float re[kBins] = {}, im[kBins] = {};
     int turns = int(Index(first_u) * h % height);
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kRows) taps_kernel(pae_shortcut_tokens_params 
   __syncthreads();
   // words of `kPack` neighbouring k, then channels
   constexpr int kPack = 4 / sizeof(T);
-  T* const taps = static_cast<T*>(p.taps) +
-                  (i_s * window + first_v) * 2 * p.depth_padded * p.channels_padded;
+  T* const taps =
+      static_cast<T*>(p.taps) + (i_s * window + first_v) * 2 * p.depth_padded * p.channels_padded;
   const float* const weight = static_cast<const float*>(p.weight) + i_k * p.dim;
   for (int d = threadIdx.x; d < p.dim; d += kRows) {
     float re[kBins] = {}, im[kBins] = {};
@@ -252,7 +252,9 @@ __device__ __forceinline__ void copy_16_bytes(uint32_t* to, const uint32_t* from
   const uint32_t address = uint32_t(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -326,9 +328,9 @@ struct Operands {
     for (int i = threadIdx.x; i < 2 * kStageWords * (kChannels / 4); i += kWarps * kWarp) {
       const int column = i % (kChannels / 4) * 4, row = i / (kChannels / 4);
       if (row % kStageWords < words)
-        copy_16_bytes(stage + kStripStage + row * kTapPitch + column,
-                      b + row / kStageWords * tap_plane + Index(row % kStageWords) * row_words +
-                          column);
+        copy_16_bytes(
+            stage + kStripStage + row * kTapPitch + column,
+            b + row / kStageWords * tap_plane + Index(row % kStageWords) * row_words + column);
     }
   }
 };
@@ -337,8 +339,7 @@ template <typename Word>
 __device__ __forceinline__ void multiply(const uint32_t* stage, int words, float (&re)[2][4],
                                          float (&im)[2][4]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const uint32_t* const strips =
-      stage + (warp % 2 * 16 + lane / 4) * kStripPitch + lane % 4;
+  const uint32_t* const strips = stage + (warp % 2 * 16 + lane / 4) * kStripPitch + lane % 4;
   const uint32_t* const taps =
       stage + kStripStage + lane % 4 * kTapPitch + warp / 2 * 16 + lane / 4;
 #pragma unroll
@@ -384,8 +385,7 @@ __device__ __forceinline__ void store_token(const pae_shortcut_tokens_params& p,
   const Index line_of_window = line % p.lines;
   Out* const out = static_cast<Out*>(p.out) + (line * grid + patch) * p.dim + d;
   const float* shift = static_cast<const float*>(p.shift);
-  if (shift != nullptr)
-    shift += (line_of_window % in_image * grid + patch) * p.shift_stride + d;
+  if (shift != nullptr) shift += (line_of_window % in_image * grid + patch) * p.shift_stride + d;
   if (p.dim % 4 == 0) {
     float4 s = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (shift != nullptr) s = *reinterpret_cast<const float4*>(shift);
@@ -395,8 +395,7 @@ __device__ __forceinline__ void store_token(const pae_shortcut_tokens_params& p,
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (d + i < p.dim)
-        out[i] = from_float<Out>(sum[i] + (shift != nullptr ? shift[i] : 0.0f));
+      if (d + i < p.dim) out[i] = from_float<Out>(sum[i] + (shift != nullptr ? shift[i] : 0.0f));
   }
 }
 
@@ -428,8 +427,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) tokens_kernel(pae_shortcut_t
   operands.tap_plane = Index(operands.depth) * operands.row_words;
   operands.strips = static_cast<const uint32_t*>(p.strips) +
                     i_s * window * 2 * operands.strip_plane + Index(first_line) * operands.depth;
-  operands.taps = static_cast<const uint32_t*>(p.taps) + i_s * window * 2 * operands.tap_plane +
-                  first_channel;
+  operands.taps =
+      static_cast<const uint32_t*>(p.taps) + i_s * window * 2 * operands.tap_plane + first_channel;
   const int pieces = ceil_div(operands.depth, kStageWords), stages = window * pieces;
   const auto fetch = [&](int stage) {
     if (stage < stages)
@@ -451,8 +450,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) tokens_kernel(pae_shortcut_t
         wait_for_copies<kStages - 2>();
         __syncthreads();  // the stage is there, and nobody reads the one that is written next
         fetch(stage + kStages - 1);
-        multiply<Word>(shared + stage % kStages * kStage,
-                       operands.depth - piece * kStageWords, re, im);
+        multiply<Word>(shared + stage % kStages * kStage, operands.depth - piece * kStageWords, re,
+                       im);
       }
 #pragma unroll
       for (int j = 0; j < kPatches; ++j) {
@@ -486,7 +485,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) tokens_kernel(pae_shortcut_t
         difference[i] = sign * (e - o);
       }
       store_token<Out>(p, i_s * p.lines + line, first_patch + j, d, sum);
-      if (kHalved) store_token<Out>(p, i_s * p.lines + line, first_patch + j + reach, d, difference);
+      if (kHalved)
+        store_token<Out>(p, i_s * p.lines + line, first_patch + j + reach, d, difference);
     }
   }
 }
@@ -494,7 +494,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) tokens_kernel(pae_shortcut_t
 template <typename Word, typename Out>
 int launch_tokens(const pae_shortcut_tokens_params& p, void* stream) {
   typedef typename Word::Factor Factor;
-  const int64_t planes = p.count * p.batch * p.channels, taps = p.count * p.channels * p.patch_height;
+  const int64_t planes = p.count * p.batch * p.channels,
+                taps = p.count * p.channels * p.patch_height;
   const unsigned bins = unsigned(ceil_div(p.window, int64_t(kBins)));
   const size_t strip_bytes = size_t(p.height + p.window * kBins) * sizeof(float2);
   const size_t token_bytes = size_t(kStages * kStage) * 4 + size_t(p.window * kPatches) * 8;
@@ -584,8 +585,7 @@ __global__ void __launch_bounds__(kPoolThreads) pool_kernel(pae_shortcut_pool_pa
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
 #pragma unroll
-      for (int c = 0; c < 4; ++c)
-        sum[i][c] = sum[i][c] * (shrunk * shrunk * shrunk) + e * t[i][c];
+      for (int c = 0; c < 4; ++c) sum[i][c] = sum[i][c] * (shrunk * shrunk * shrunk) + e * t[i][c];
   }
   if (lane == 0) energies[warp] = energy, fields[warp] = field;
 #pragma unroll
@@ -654,7 +654,8 @@ __global__ void __launch_bounds__(kPoolThreads) pool_sum_kernel(pae_shortcut_poo
 template <typename T, int kVectors>
 int launch_pool(const pae_shortcut_pool_params& p, void* stream) {
   const size_t bytes = size_t(kPoolThreads / kWarp) * size_t(p.dim) * sizeof(float);
-  PAE_LAUNCH((pool_kernel<T, kVectors>), unsigned(p.count * p.parts), kPoolThreads, bytes, stream, p);
+  PAE_LAUNCH((pool_kernel<T, kVectors>), unsigned(p.count * p.parts), kPoolThreads, bytes, stream,
+             p);
   PAE_LAUNCH((pool_sum_kernel<T>),
              dim3(unsigned(p.count), unsigned(ceil_div(p.dim, int64_t(kWarp)))), kPoolThreads, 0,
              stream, p);
@@ -681,17 +682,17 @@ extern "C" PAE_API int pae_shortcut_tokens(const pae_shortcut_tokens_params* p, 
   PAE_REQUIRE(p->height % p->patch_height == 0 && p->width % p->patch_width == 0,
               "patches of %lld x %lld do not tile the images", (long long)p->patch_height,
               (long long)p->patch_width);
-  PAE_REQUIRE(p->lines == p->batch * (p->height / p->patch_height) &&
-                  p->lines_padded >= p->lines && p->lines_padded % pae::kLines == 0,
+  PAE_REQUIRE(p->lines == p->batch * (p->height / p->patch_height) && p->lines_padded >= p->lines &&
+                  p->lines_padded % pae::kLines == 0,
               "lines_padded is %lld, expected whole tiles of %d", (long long)p->lines_padded,
               pae::kLines);
   PAE_REQUIRE(p->depth_padded >= p->channels * p->patch_height && p->depth_padded % 16 == 0,
               "depth_padded is %lld, expected whole tiles of 16", (long long)p->depth_padded);
   PAE_REQUIRE(p->channels_padded >= p->dim && p->channels_padded % pae::kChannels == 0,
-              "channels_padded is %lld, expected whole tiles of %d",
-              (long long)p->channels_padded, pae::kChannels);
-  PAE_REQUIRE(p->window >= 1 && p->window <= p->height && p->window <= p->width,
-              "window is %lld", (long long)p->window);
+              "channels_padded is %lld, expected whole tiles of %d", (long long)p->channels_padded,
+              pae::kChannels);
+  PAE_REQUIRE(p->window >= 1 && p->window <= p->height && p->window <= p->width, "window is %lld",
+              (long long)p->window);
   switch (p->dtype) {
     case PAE_FLOAT32: return pae::launch_tokens<pae::OneTf32, float>(*p, stream);
     case PAE_FLOAT16: return pae::launch_tokens<pae::OneTf32, __half>(*p, stream);

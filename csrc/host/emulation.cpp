@@ -148,11 +148,14 @@ void make_fibers(int count) {
     context.uc_stack.ss_sp = fiber.stack;
     context.uc_stack.ss_size = kStackBytes;
     context.uc_link = nullptr;
-    makecontext(&context, [] {
-      // up to here by swapcontext, which saves signal masks; from here on without
-      if (_setjmp(block.fibers[block.current]->context) == 0) setcontext(&block.starting);
-      fiber_main();
-    }, 0);
+    makecontext(
+        &context,
+        [] {
+          // up to here by swapcontext, which saves signal masks; from here on without
+          if (_setjmp(block.fibers[block.current]->context) == 0) setcontext(&block.starting);
+          fiber_main();
+        },
+        0);
     block.current = int(block.fibers.size()) - 1;
     swapcontext(&block.starting, &context);
   }
@@ -288,12 +291,11 @@ const char* run(const char*, dim3 grid, dim3 threads, size_t shared_bytes, void 
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks && block.trouble.empty(); ++i) {
     const uint64_t b = order_seed == 1 ? blocks - 1 - i : i;
-    blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y),
-                unsigned(b / grid.x / grid.y)};
+    blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
     run_block();
     if (!block.trouble.empty())
-      block.trouble = text("block (%u, %u, %u): ", blockIdx.x, blockIdx.y, blockIdx.z) +
-                      block.trouble;
+      block.trouble =
+          text("block (%u, %u, %u): ", blockIdx.x, blockIdx.y, blockIdx.z) + block.trouble;
   }
   if (block.trouble.empty()) return nullptr;
   block.fibers.clear();
@@ -379,7 +381,7 @@ void exchange(Site site, unsigned mask, void* value, size_t bytes, int source) {
 
 unsigned ballot(Site site, unsigned mask, bool predicate) {
   const unsigned char own = predicate;
-  const unsigned char(*values)[8] = meet(site, mask, &own, 1);
+  const unsigned char (*values)[8] = meet(site, mask, &own, 1);
   const int lanes = std::min(32, block.threads - block.current / 32 * 32);
   unsigned votes = 0;
   for (int l = 0; l < lanes; ++l)

@@ -50,8 +50,8 @@ namespace emulation {
 constexpr int kSharedBytes = 99 * 1024;
 
 // Runs body() once for every thread. The trouble in words, kept until the next run, or null.
-const char* run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
-                void (*body)(void*), void* argument);
+const char* run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
+                void* argument);
 
 template <typename Body>
 const char* run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, Body& body) {
@@ -129,8 +129,7 @@ struct Shuffler {
 
 }  // namespace emulation
 
-#define PAE_SHUFFLER(what, kind) \
-  (::emulation::Shuffler{PAE_SITE(what), ::emulation::Shuffle::kind})
+#define PAE_SHUFFLER(what, kind) (::emulation::Shuffler{PAE_SITE(what), ::emulation::Shuffle::kind})
 #define __shfl_sync PAE_SHUFFLER("__shfl_sync", kIndex)
 #define __shfl_up_sync PAE_SHUFFLER("__shfl_up_sync", kUp)
 #define __shfl_down_sync PAE_SHUFFLER("__shfl_down_sync", kDown)

@@ -96,9 +96,7 @@ __global__ void mistake(float* out, int mode) {
     case 5:  // reads a lane that is not in the mask
       if (t < 16) out[t] = __shfl_down_sync(0xffffu, float(t), 8);
       break;
-    case 6:
-      shared[t + 1] = 0.0f;
-      break;
+    case 6: shared[t + 1] = 0.0f; break;
     default: break;
   }
 }
