@@ -1,4 +1,4 @@
-"""Benchmarks: pae beside what a user would run without it, in one race per group.
+"""Benchmarks: pae beside what a user would run without it, taking turns in one group.
 
 pytest bench/ --benchmark-only              the default subset
 pytest bench/ --benchmark-only --full       everything, torch.compile included

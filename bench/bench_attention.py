@@ -14,8 +14,8 @@ from pae_kernels import backends, prompt_attention
 from pae_kernels.attention import reference, tiles
 
 from . import peers_attention, roofline
-from .contest import Contestant, Group, Provider, Settings, Unavailable, relative
 from .memory import SavedBytes
+from .runner import Group, Provider, Runnable, Settings, Unavailable, relative
 
 KINDS = ("forward", "backward", "both")
 FLASH, CUDNN, SDPA = "SDPA flash", "SDPA cuDNN", "SDPA"
@@ -88,7 +88,7 @@ def errors(got: list[Tensor], expected: list[Tensor]) -> list[float]:
     return [relative(a, b) if b.numel() else 0.0 for a, b in zip(got, expected, strict=True)]
 
 
-def contestant(shared: Inputs, attend: peers_attention.Attend, routed=nullcontext) -> Contestant:
+def prepare(shared: Inputs, attend: peers_attention.Attend, routed=nullcontext) -> Runnable:
     """`attend` inside the context `routed`, which may choose how it runs."""
 
     def check() -> dict[str, float]:
@@ -111,7 +111,7 @@ def contestant(shared: Inputs, attend: peers_attention.Attend, routed=nullcontex
         return columns
 
     work = work_of(shared, attend, routed)
-    return Contestant(work, check, capture=True, dtype=shared.shape.dtype)
+    return Runnable(work, check, capture=True, dtype=shared.shape.dtype)
 
 
 def work_of(shared: Inputs, attend, routed) -> Callable[[], object]:
@@ -139,25 +139,25 @@ def ours(qkv: Tensor, kv_prompt: Tensor) -> Tensor:
     return prompt_attention(qkv, kv_prompt)[0]
 
 
-def start_split(shared: Inputs) -> Contestant:
+def start_split(shared: Inputs) -> Runnable:
     """The two-pass backward where the table would take the one that holds a whole head."""
     version = backends.choose("prompt_attention", shared.qkv.device, shared.qkv.dtype)
     if not version.__name__.endswith(".triton"):
         raise Unavailable("needs the Triton kernels")
     if tiles.backward_whole(shared.qkv, shared.shape.tokens) is None:
         raise Unavailable("is what pae runs here")
-    return contestant(
+    return prepare(
         shared, ours, lambda: mock.patch.object(tiles, "backward_whole", lambda *_: None)
     )
 
 
-def start_peer(shared: Inputs, make: Callable[[], peers_attention.Attend]) -> Contestant:
+def start_peer(shared: Inputs, make: Callable[[], peers_attention.Attend]) -> Runnable:
     try:
         attend = make()
         shared.run(attend)
     except Exception as error:  # no kernel for this shape or device, or a compiler that stops
         raise Unavailable.because("refused", error) from error
-    return contestant(shared, attend)
+    return prepare(shared, attend)
 
 
 def providers(kind: str, settings: Settings, compile_too: bool) -> list[Provider]:
@@ -175,7 +175,7 @@ def providers(kind: str, settings: Settings, compile_too: bool) -> list[Provider
         peer(CUDNN, lambda: peers_attention.sdpa("cuDNN"), no_gpu),
         peer("flash-attn", peers_attention.flash_attn, no_gpu),
         peer("FlexAttention, compiled", peers_attention.flex, slow),
-        Provider("pae", lambda shared: contestant(shared, ours)),
+        Provider("pae", lambda shared: prepare(shared, ours)),
     ]
     if on_gpu and kind != "forward":
         rows.append(Provider("pae, two passes", start_split))

@@ -19,8 +19,8 @@ import pae
 from pae_kernels import backends
 
 from . import peers_kld, roofline
-from .contest import Contestant, Group, Provider, Settings, Unavailable, relative
 from .memory import SavedBytes
+from .runner import Group, Provider, Runnable, Settings, Unavailable, relative
 
 DEPTH, WIDTH, PROMPTS = 12, 768, 50
 OFFICIAL, BATCHED = "official-style", "batched, eigh"
@@ -67,7 +67,7 @@ def open_regulariser(dim: int, mode: str, device: torch.device) -> Regulariser:
     return shared
 
 
-def contestant(shared: Regulariser, terms: Terms, capture: bool = False) -> Contestant:
+def prepare(shared: Regulariser, terms: Terms, capture: bool = False) -> Runnable:
     def work() -> list[Tensor]:
         return run(terms, shared.leaves())
 
@@ -90,7 +90,7 @@ def contestant(shared: Regulariser, terms: Terms, capture: bool = False) -> Cont
             "floor_mb": 2 * sum(leaf.nbytes for leaf in leaves) / 1e6,
         }
 
-    return Contestant(work, check, capture=capture)
+    return Runnable(work, check, capture=capture)
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def forced(backend: str):
             os.environ["PAE_BACKEND"] = before
 
 
-def start_ours(shared: Regulariser, backend: str, capture: bool = False) -> Contestant:
+def start_ours(shared: Regulariser, backend: str, capture: bool = False) -> Runnable:
     """Our terms in one version of the op."""
     device = shared.prompts.device
     with forced(backend):
@@ -118,7 +118,7 @@ def start_ours(shared: Regulariser, backend: str, capture: bool = False) -> Cont
     def terms(prompts: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         return shared.kld.terms(prompts)
 
-    inner = contestant(shared, terms, capture)
+    inner = prepare(shared, terms, capture)
 
     def work() -> list[Tensor]:
         with forced(backend):
@@ -128,17 +128,17 @@ def start_ours(shared: Regulariser, backend: str, capture: bool = False) -> Cont
         with forced(backend):
             return inner.check()
 
-    return Contestant(work, check, capture=capture)
+    return Runnable(work, check, capture=capture)
 
 
-def start_compiled(shared: Regulariser) -> Contestant:
+def start_compiled(shared: Regulariser) -> Runnable:
     torch._dynamo.reset()
     compiled = torch.compile(peers_kld.official_style_terms)
     try:
         run(compiled, shared.leaves())
     except Exception as error:  # whatever stops the compiler is no fault of the regulariser
         raise Unavailable.because("torch.compile", error) from error
-    return contestant(shared, compiled)
+    return prepare(shared, compiled)
 
 
 def groups(settings: Settings) -> list[Group]:
@@ -170,9 +170,9 @@ def group(dim: int, mode: str, settings: Settings, left_out: str = "") -> Group:
         name=f"kld/{mode}/k{dim}/P{PROMPTS}",
         open=lambda: open_regulariser(dim, mode, settings.device),
         providers=[
-            Provider(OFFICIAL, lambda shared: contestant(shared, peers_kld.official_style_terms)),
+            Provider(OFFICIAL, lambda shared: prepare(shared, peers_kld.official_style_terms)),
             Provider("official-style, compiled", start_compiled, left_out=slow),
-            Provider(BATCHED, lambda shared: contestant(shared, peers_kld.batched_eigh_terms)),
+            Provider(BATCHED, lambda shared: prepare(shared, peers_kld.batched_eigh_terms)),
             *(
                 Provider(name, lambda shared, v=version, c=capture: start_ours(shared, v, c))
                 for name, version, capture in versions(settings.device)

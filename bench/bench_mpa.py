@@ -21,8 +21,8 @@ from pae.mpa.ranks import Ranks
 from pae.mpa.search import rank_all
 
 from . import cost, peers_mpa, shapes
-from .contest import Contestant, Group, Provider, Settings, relative
 from .peers import OfficialStyleVPT
+from .runner import Group, Provider, Runnable, Settings, relative
 
 OFFICIAL, TIMM = "official-style", "timm blocks"
 LOSS_LIMIT, PROMPT_LIMIT = 1e-5, 1e-4  # norm-relative to the official-style values
@@ -136,23 +136,23 @@ def open_batch(
 
 
 def start_ranking(logits: Callable[[Batch], Callable[[Tensor], Tensor]]):
-    def start(shared: Batch) -> Contestant:
+    def start(shared: Batch) -> Runnable:
         forward = logits(shared)
 
         def check() -> dict[str, float]:
             return shared.columns(_checked(shared.rank(forward), shared.losses, LOSS_LIMIT))
 
-        return Contestant(lambda: shared.rank(forward), check, units=len(shared.origins))
+        return Runnable(lambda: shared.rank(forward), check, units=len(shared.origins))
 
     return start
 
 
 def start_our_ranking(dtype: torch.dtype, limit: float):
-    def start(shared: Batch) -> Contestant:
+    def start(shared: Batch) -> Runnable:
         def check() -> dict[str, float]:
             return shared.columns(_checked(shared.rank_ours(dtype), shared.losses, limit))
 
-        return Contestant(
+        return Runnable(
             lambda: shared.rank_ours(dtype),
             check,
             units=len(shared.origins),
@@ -172,18 +172,18 @@ def _checked(losses: Tensor, expected: Tensor, limit: float) -> float:
 
 
 def start_official(logits: Callable[[Batch], Callable[[Tensor], Tensor]]):
-    def start(shared: Batch) -> Contestant:
+    def start(shared: Batch) -> Runnable:
         forward = logits(shared)
 
         def check() -> dict[str, float]:
             return shared.columns(_checked(shared.rank(forward), shared.losses, LOSS_LIMIT))
 
-        return Contestant(lambda: shared.align(forward), check, units=len(shared.origins))
+        return Runnable(lambda: shared.align(forward), check, units=len(shared.origins))
 
     return start
 
 
-def start_ours(shared: Batch) -> Contestant:
+def start_ours(shared: Batch) -> Runnable:
     def check() -> dict[str, float]:
         found = shared.align_ours()
         # Windows of nearly equal loss may change places, so the prompts are compared window by
@@ -193,7 +193,7 @@ def start_ours(shared: Batch) -> Contestant:
         assert prompt <= PROMPT_LIMIT, f"prompts are off by {prompt:.1e}, more than {PROMPT_LIMIT}"
         return shared.columns(max(_checked(found.losses, shared.losses, LOSS_LIMIT), prompt))
 
-    return Contestant(shared.align_ours, check, units=len(shared.origins))
+    return Runnable(shared.align_ours, check, units=len(shared.origins))
 
 
 def groups(settings: Settings) -> list[Group]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from pae_kernels import pointwise
 from pae_kernels.pointwise import reference
 
-from .contest import Contestant, Group, Provider, Settings, Unavailable, relative
 from .memory import tensors_in
+from .runner import Group, Provider, Runnable, Settings, Unavailable, relative
 
 EAGER, COMPILED = "eager", "compiled"
 EPS = 1e-6
@@ -133,7 +133,7 @@ def open_inputs(name: str, rows: int, width: int, device: torch.device) -> Input
     return shared
 
 
-def contestant(shared: Inputs, piece: Piece) -> Contestant:
+def prepare(shared: Inputs, piece: Piece) -> Runnable:
     def work() -> tuple[Tensor, ...]:
         return piece(*shared.arguments)
 
@@ -145,17 +145,17 @@ def contestant(shared: Inputs, piece: Piece) -> Contestant:
             worst = max(worst, error)
         return {"value_error": worst, "floor_mb": shared.floor_mb}
 
-    return Contestant(work, check, capture=True)
+    return Runnable(work, check, capture=True)
 
 
-def start_compiled(shared: Inputs) -> Contestant:
+def start_compiled(shared: Inputs) -> Runnable:
     torch._dynamo.reset()
     compiled = torch.compile(shared.kind.written_out, dynamic=False)
     try:
         compiled(*shared.arguments)
     except Exception as error:  # whatever stops the compiler is no fault of ours
         raise Unavailable.because("torch.compile", error) from error
-    return contestant(shared, compiled)
+    return prepare(shared, compiled)
 
 
 def groups(settings: Settings) -> list[Group]:
@@ -182,9 +182,9 @@ def group(name: str, rows: int, width: int, settings: Settings, left_out: str = 
         name=f"{name}/{rows}x{4 * width if KINDS[name].wide else width}",
         open=lambda: open_inputs(name, rows, width, settings.device),
         providers=[
-            Provider(EAGER, lambda shared: contestant(shared, shared.kind.written_out)),
+            Provider(EAGER, lambda shared: prepare(shared, shared.kind.written_out)),
             Provider(COMPILED, start_compiled, left_out=settings.why_not_compile(on_gpu)),
-            Provider("pae", lambda shared: contestant(shared, shared.kind.ours)),
+            Provider("pae", lambda shared: prepare(shared, shared.kind.ours)),
         ],
         baselines=(EAGER, COMPILED),
         rounds=40 if on_gpu else 9,

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from . import bench_step, shapes
-from .contest import Contestant, Group, Provider, Settings
+from .runner import Group, Provider, Runnable, Settings
 
 PROVIDERS = (bench_step.OFFICIAL, bench_step.REFERENCE, "pae keep", "pae recompute8")
 
@@ -99,15 +99,15 @@ def scaled(settings: Settings) -> Iterator[tuple[str, Case, str]]:
 def with_sizes(provider: Provider, case: Case) -> Provider:
     """The provider of `bench_step`, the sizes of its case among its columns."""
 
-    def start(step: bench_step.Step) -> Contestant:
-        contestant = provider.start(step)
+    def start(step: bench_step.Step) -> Runnable:
+        runnable = provider.start(step)
         sizes = {
             "prompts": float(case.prompts),
             "rows": float(step.shape.rows),
             "depth": float(step.shape.depth),
             "width": float(step.shape.width),
         }
-        return replace(contestant, check=lambda: contestant.check() | sizes)
+        return replace(runnable, check=lambda: runnable.check() | sizes)
 
     return replace(provider, start=start)
 

@@ -23,7 +23,7 @@ from pae_kernels import backends
 from pae_kernels.spectrum import shortcut_images, shortcut_pool, shortcut_tokens
 
 from . import peers_mpa
-from .contest import Contestant, Group, Provider, Settings, Unavailable, relative
+from .runner import Group, Provider, Runnable, Settings, Unavailable, relative
 
 OFFICIAL, HOISTED = "official-style", "one FFT, full inverse"
 PICTURES, EAGER = "pae images, convolution", "eager"
@@ -98,9 +98,9 @@ def open_batch(case: Case, device: torch.device) -> Batch:
     )
 
 
-def contestant(
+def prepare(
     work: Callable[[], Tensor], expected: Tensor, case: Case, moved: float = 0, capture=False
-) -> Contestant:
+) -> Runnable:
     """`work` for all windows of the case; `moved` bytes a window at least, 0 to leave that out."""
 
     def check() -> dict[str, float]:
@@ -109,7 +109,7 @@ def contestant(
         assert error <= limit, f"values are off by {error:.1e}, more than {limit}"
         return {"value_error": error} | ({"floor_mb": moved / 1e6} if moved else {})
 
-    return Contestant(work, check, units=case.windows, capture=capture)
+    return Runnable(work, check, units=case.windows, capture=capture)
 
 
 # ---- filters: (images, origins, window) -> (S, B, C, H, W)
@@ -138,10 +138,10 @@ def pictures(images: Tensor, origins: Tensor, window: int) -> Tensor:
     return shortcut_images(torch.fft.fft2(images), origins, window, tuple(images.shape[-2:]))
 
 
-def start_filter(case: Case, filtered: Filter, shared: Batch) -> Contestant:
+def start_filter(case: Case, filtered: Filter, shared: Batch) -> Runnable:
     work = partial(filtered, shared.images, shared.origins, shared.window)
     moved = case.image_bytes * (1 + 1 / case.windows)  # written for each window, read once
-    return contestant(work, shared.filtered, case, moved)
+    return prepare(work, shared.filtered, case, moved)
 
 
 # ---- filter and patch embedding
@@ -158,14 +158,14 @@ def expected_tokens(shared: Batch) -> Tensor:
     return torch.stack([embed(images, *wide) for images in shared.filtered])
 
 
-def start_convolution(case: Case, filtered: Filter, shared: Batch) -> Contestant:
+def start_convolution(case: Case, filtered: Filter, shared: Batch) -> Runnable:
     """Any filter, then the convolution window by window."""
 
     def work() -> Tensor:
         images = filtered(shared.images, shared.origins, shared.window)
         return torch.stack([embed(x, shared.weight, shared.bias) for x in images])
 
-    return contestant(work, expected_tokens(shared), case, embedded_bytes(case))
+    return prepare(work, expected_tokens(shared), case, embedded_bytes(case))
 
 
 def embedded_bytes(case: Case) -> float:
@@ -179,16 +179,16 @@ def tokens(shared: Batch, spectrum: Tensor) -> Tensor:
     )
 
 
-def start_tokens(case: Case, shared: Batch) -> Contestant:
+def start_tokens(case: Case, shared: Batch) -> Runnable:
     work = lambda: tokens(shared, torch.fft.fft2(shared.images))
-    return contestant(work, expected_tokens(shared), case, embedded_bytes(case))
+    return prepare(work, expected_tokens(shared), case, embedded_bytes(case))
 
 
-def start_token_kernels(case: Case, version: str, shared: Batch) -> Contestant:
+def start_token_kernels(case: Case, version: str, shared: Batch) -> Runnable:
     spectrum = torch.fft.fft2(shared.images)
     work = forced(version, shared, partial(tokens, shared, spectrum))
     moved = case.token_bytes + case.stem_bytes
-    return contestant(work, expected_tokens(shared), case, moved, capture=True)
+    return prepare(work, expected_tokens(shared), case, moved, capture=True)
 
 
 def forced(version: str, shared: Batch, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -208,15 +208,15 @@ def forced(version: str, shared: Batch, work: Callable[[], Tensor]) -> Callable[
 # ---- pooling
 
 
-def start_pooling(case: Case, version: str, shared: Batch) -> Contestant:
+def start_pooling(case: Case, version: str, shared: Batch) -> Runnable:
     pool = forced(version, shared, lambda: shortcut_pool(given))
     given, expected = tokens_and_pooled(shared)
-    return contestant(pool, expected, case, case.token_bytes, capture=version != "reference")
+    return prepare(pool, expected, case, case.token_bytes, capture=version != "reference")
 
 
-def start_eager_pooling(case: Case, shared: Batch) -> Contestant:
+def start_eager_pooling(case: Case, shared: Batch) -> Runnable:
     given, expected = tokens_and_pooled(shared)
-    return contestant(lambda: eager_pool(given), expected, case, case.token_bytes)
+    return prepare(lambda: eager_pool(given), expected, case, case.token_bytes)
 
 
 def tokens_and_pooled(shared: Batch) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pae
 
 from . import cost, peers, shapes
-from .contest import Contestant, Group, Provider, Settings, Unavailable, relative
 from .memory import SavedBytes, own_bytes, peak_bytes, tensors_in
+from .runner import Group, Provider, Runnable, Settings, Unavailable, relative
 
 OFFICIAL, REFERENCE = "official-style", "timm + SDPA"
 REFERENCE_CUDNN = "timm + SDPA cuDNN"
@@ -127,13 +127,13 @@ def open_step(
     return step
 
 
-def contestant(
+def prepare(
     step: Step,
     forward: Callable[[Tensor], Tensor],
     official: bool = False,
     memory: str | None = None,
     compiled: bool = False,
-) -> Contestant:
+) -> Runnable:
     """`memory`: the mode of a row that runs on the folded plan, None for the others. `compiled`: a
     compiler chooses what is kept, so no model of that is shown.
     """
@@ -146,7 +146,7 @@ def contestant(
     def check() -> dict[str, float]:
         with SavedBytes([*weights, *folded, step.images]) as saved:
             logits = step.run(forward, trained)
-        columns = verdict(step, logits, prompts.grad, memory or "keep") | {
+        columns = checked_columns(step, logits, prompts.grad, memory or "keep") | {
             "saved_mb_per_image": saved.activations / len(step.images) / 1e6,
             "weight_copies_mb": saved.weight_copies / 1e6,
             **step.modelled(method, memory or "keep"),
@@ -157,10 +157,10 @@ def contestant(
         columns["peak_mb"] = (peak + own_bytes(folded, weights)) / 1e6
         return columns
 
-    return Contestant(lambda: step.run(forward, trained), check, dtype=step.dtype)
+    return Runnable(lambda: step.run(forward, trained), check, dtype=step.dtype)
 
 
-def verdict(step: Step, logits: Tensor, gradients: Tensor, memory: str) -> dict[str, float]:
+def checked_columns(step: Step, logits: Tensor, gradients: Tensor, memory: str) -> dict[str, float]:
     """Columns of a row whose values are right; an AssertionError otherwise."""
     errors = step.errors(logits, gradients)
     fp32_limits = FP32_LOW_LIMITS if memory == "recompute8" else FP32_LIMITS
@@ -176,7 +176,7 @@ def verdict(step: Step, logits: Tensor, gradients: Tensor, memory: str) -> dict[
     }
 
 
-def start_cudnn(step: Step) -> Contestant:
+def start_cudnn(step: Step) -> Runnable:
     """The reference with the attention kernels that are the fastest of PyTorch's on new GPUs."""
 
     def forward(images: Tensor) -> Tensor:
@@ -187,20 +187,20 @@ def start_cudnn(step: Step) -> Contestant:
         step.run(forward, step.model)
     except RuntimeError as error:  # no such kernel for this device or dtype
         raise Unavailable.because("refused", error) from error
-    return contestant(step, forward)
+    return prepare(step, forward)
 
 
-def start_compiled(step: Step, mode: str | None = None) -> Contestant:
+def start_compiled(step: Step, mode: str | None = None) -> Runnable:
     torch._dynamo.reset()
     compiled = torch.compile(step.model, mode=mode)
     try:
         step.run(compiled, step.model)
     except Exception as error:  # whatever stops the compiler is no fault of the step
         raise Unavailable.because("torch.compile", error) from error
-    return contestant(step, compiled, compiled=True)
+    return prepare(step, compiled, compiled=True)
 
 
-def start_graphed(step: Step) -> Contestant:
+def start_graphed(step: Step) -> Runnable:
     """The step as one CUDA graph: a batch is copied in, and one launch runs it."""
     device, tokens = step.images.device, step.model.prompts.tokens
     steps = []
@@ -214,18 +214,18 @@ def start_graphed(step: Step) -> Contestant:
 
     def check() -> dict[str, float]:
         _, logits = steps[0](step.images, step.labels)
-        columns = verdict(step, logits, tokens.grad, "keep")
+        columns = checked_columns(step, logits, tokens.grad, "keep")
         gflop = step.modelled("pae", "keep")["model_gflop"]
         return columns | {"peak_mb": (peak + own) / 1e6, "model_gflop": gflop}
 
-    return Contestant(lambda: steps[0](step.images, step.labels), check, dtype=step.dtype)
+    return Runnable(lambda: steps[0](step.images, step.labels), check, dtype=step.dtype)
 
 
 def providers(compile_too: bool, settings: Settings) -> list[Provider]:
     def ours(memory: str) -> Provider:
         return Provider(
             f"pae {memory}",
-            lambda step: contestant(
+            lambda step: prepare(
                 step, lambda x: pae.fast_forward(step.model, x, memory=memory), memory=memory
             ),
         )
@@ -233,8 +233,8 @@ def providers(compile_too: bool, settings: Settings) -> list[Provider]:
     slow, slowest = settings.why_not_compile(compile_too), settings.why_not_compile(False)
     no_gpu = settings.why_not_cuda()
     rows = [
-        Provider(OFFICIAL, lambda step: contestant(step, step.official, official=True)),
-        Provider(REFERENCE, lambda step: contestant(step, step.model)),
+        Provider(OFFICIAL, lambda step: prepare(step, step.official, official=True)),
+        Provider(REFERENCE, lambda step: prepare(step, step.model)),
         Provider(REFERENCE_CUDNN, start_cudnn, left_out=no_gpu),
         Provider(COMPILED_REFERENCE, start_compiled, left_out=slow),
         Provider(

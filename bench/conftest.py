@@ -15,15 +15,15 @@ import pytest
 import timm
 import torch
 
-from . import roofline, self_test, table
-from .contest import Group, Outcome, Settings, hold
+from . import clock, roofline, table
+from .runner import Group, Outcome, Settings, run_group
 from .timing import CLOCKS, Replay, default_clock
 
 GROUPS = pytest.StashKey[dict[str, Group]]()
 OUTCOMES = pytest.StashKey[dict[str, dict[str, Outcome]]]()
 SETTINGS = pytest.StashKey[Settings]()
 STARTED = pytest.StashKey[float]()
-CLOCK_TEST = pytest.StashKey[dict[str, float]]()  # what the clock's self-test found
+CLOCK_TEST = pytest.StashKey[dict[str, float]]()  # what the check of the clock found
 
 CLOCK_FAILED = 6  # exit code of a session whose clock is wrong; pytest's own end at 5
 
@@ -33,7 +33,7 @@ def pytest_addoption(parser):
     group.addoption("--quick", action="store_true", help="few groups: four minutes on 2 cores")
     group.addoption("--full", action="store_true", help="all groups, torch.compile too: an hour")
     group.addoption("--threads", type=int, default=1, help="CPU threads (default 1: steadiest)")
-    group.addoption("--rounds", type=int, help="rounds of every race (default: the group's own)")
+    group.addoption("--rounds", type=int, help="rounds of every group (default: the group's own)")
     group.addoption("--batch", type=int, help="images per step (default: the group's own)")
     group.addoption("--seconds", type=float, help="start no group when so many have passed")
     group.addoption("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -52,11 +52,11 @@ def pytest_sessionstart(session):
     size = "full" if option("full") else "quick" if option("quick") else "default"
     if config._benchmarksession.disabled:
         size = "smoke"
-    clock = option("clock") or default_clock(device)
-    if clock == "device" and device.type != "cuda":
+    reading = option("clock") or default_clock(device)
+    if reading == "device" and device.type != "cuda":
         raise pytest.UsageError("--clock device needs --device cuda")
     config.stash[SETTINGS] = Settings(
-        size, option("threads"), option("rounds"), option("batch"), device, clock
+        size, option("threads"), option("rounds"), option("batch"), device, reading
     )
     config.stash[GROUPS], config.stash[OUTCOMES] = {}, {}
     config.stash[STARTED] = time.monotonic()
@@ -69,8 +69,8 @@ def pytest_sessionstart(session):
     config._benchmarksession.quiet = True  # the table below says more in less
     if size != "smoke" and not option("collectonly"):
         try:
-            config.stash[CLOCK_TEST] = self_test.prove(device, clock)
-        except self_test.BadClock as error:
+            config.stash[CLOCK_TEST] = clock.check(device, reading)
+        except clock.BadClock as error:
             pytest.exit(f"no time can be trusted here: {error}", CLOCK_FAILED)
 
 
@@ -90,7 +90,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def replay(request, group, provider):
-    """Give `benchmark` the samples of this row; the first row of a group runs the whole race."""
+    """Give `benchmark` the samples of this row; the first row of a group runs all of it."""
     config = request.config
     settings, chosen = config.stash[SETTINGS], config.stash[GROUPS][group]
     outcomes = config.stash[OUTCOMES]
@@ -102,10 +102,10 @@ def replay(request, group, provider):
             reason = f"no time left: {limit:.0f} seconds had passed"
             outcomes[group] = {name: Outcome(reason=reason) for name in names}
         else:
-            outcomes[group] = hold(chosen, names, settings)
+            outcomes[group] = run_group(chosen, names, settings)
     outcome = outcomes[group][provider]
 
-    def into(benchmark):
+    def record(benchmark):
         if outcome.reason:
             pytest.skip(outcome.reason)
         if outcome.error is not None:
@@ -124,9 +124,9 @@ def replay(request, group, provider):
             benchmark.pedantic(lambda: None)
         else:
             seconds = [s.seconds(settings.clock) / outcome.units for s in outcome.samples]
-            Replay(seconds, f"{settings.clock} time").into(benchmark)
+            Replay(seconds, f"{settings.clock} time").record(benchmark)
 
-    return into
+    return record
 
 
 def _machine(config) -> dict:
@@ -143,9 +143,9 @@ def _machine(config) -> dict:
     else:
         processor = f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
         device = {}
-    clock = {"clock": settings.clock}
+    read = {"clock": settings.clock}
     if CLOCK_TEST in config.stash:
-        clock["clock test"] = self_test.verdict(config.stash[CLOCK_TEST])
+        read["clock test"] = clock.summary(config.stash[CLOCK_TEST])
     return {
         "device": processor,
         **device,
@@ -153,9 +153,9 @@ def _machine(config) -> dict:
         "threads": settings.threads,
         "system": f"{platform.system()} {platform.machine()}",
         "shapes": "real" if on_gpu else "small",
-        **clock,
+        **read,
         "fp32 products": torch.get_float32_matmul_precision(),
-        **roofline.seen(),
+        **roofline.measured(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "timm": timm.__version__,

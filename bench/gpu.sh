@@ -142,7 +142,7 @@ tests() {
       gates+=(--gate "sanitizer-$tool=not installed")
       continue
     fi
-    # initcheck must see what other kernels write, a race is looked for in ours alone
+    # initcheck must see what other kernels write, data races are looked for in ours alone
     local filter=()
     [ "$tool" = racecheck ] && filter=(--kernel-name kns=pae)
     side "sanitizer-$tool" "$seconds" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \

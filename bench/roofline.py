@@ -61,7 +61,7 @@ def copy_gbps(device: torch.device, clock: str) -> float:
     return _once("copy GB/s", device, clock, lambda: _copy(device))
 
 
-def seen() -> dict[str, float]:
+def measured() -> dict[str, float]:
     """All ceilings measured so far, to three digits, by name."""
     return {name: float(f"{value:.3g}") for (name, _, _), value in sorted(_measured.items())}
 

@@ -100,7 +100,7 @@ def measured(rows: list[Row]) -> dict[str, Row]:
 
 
 def is_ours(row: Row) -> bool:
-    """A version of this library's, not a peer; a version that others are held against is a peer."""
+    """A version of this library's; one that others are compared with counts as a peer."""
     if row.provider in row.baselines:
         return False
     return row.provider.split(",")[0].split()[0] in ("pae", "reference", "Triton", "CUDA")
@@ -128,8 +128,8 @@ class Loss:
     clear: bool
 
 
-def duels(run: Run) -> Iterator[tuple[str, Row, Row]]:
-    """Every group, row of ours and row of a peer that raced each other."""
+def pairs(run: Run) -> Iterator[tuple[str, Row, Row]]:
+    """Every group, row of ours and row of a peer that took turns with each other."""
     for name, rows in run.groups.items():
         here = measured(rows).values()
         ours, peers = filter(is_ours, here), [row for row in here if not is_ours(row)]
@@ -137,8 +137,8 @@ def duels(run: Run) -> Iterator[tuple[str, Row, Row]]:
 
 
 def lost(run: Run) -> Iterator[Loss]:
-    """Duels that the peer won; clear ones where 80 % of the rounds agree."""
-    for name, ours, peer in duels(run):
+    """Pairs that the peer won; clear ones where 80 % of the rounds agree."""
+    for name, ours, peer in pairs(run):
         middle, _, high = times(peer, ours)
         if middle < 1:
             yield Loss(name, ours, peer, middle, high < 1)

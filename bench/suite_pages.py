@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from . import suite, suite_scaling, table
 from .suite import Run
-from .suite_tables import details, label, machine, markdown, race, ratio, ratios, rows_table
+from .suite_tables import details, label, machine, markdown, ratio, ratio_table, ratios, rows_table
 from .table import Row
 
 UNMEASURED = "*Not measured yet.*"
@@ -63,7 +63,7 @@ def _saved(row: Row) -> str:
     return f"**{cell}**" if suite.is_ours(row) else cell
 
 
-# end of a block's name -> group, the row that ours is held against, ours
+# end of a block's name -> group, the row that ours is compared with, ours
 CLAIMS = {
     "kld 256": ("kld/global/k256/", OFFICIAL, "pae"),
     "kld 1024": ("kld/global/k1024/", OFFICIAL, "pae"),
@@ -154,7 +154,7 @@ def other(chosen: list[Run]) -> str:
             }
             seen |= {(run.device, group) for group in added}
             if added and run is not shown(chosen, name):
-                parts.append(race(dataclasses.replace(run, groups=added), prefixes))
+                parts.append(ratio_table(dataclasses.replace(run, groups=added), prefixes))
     return "\n\n".join(parts) or "None."
 
 
@@ -167,7 +167,7 @@ def compared(chosen: list[Run]) -> list[Run]:
 
 def losses(chosen: list[Run]) -> str:
     """Every row of ours that a peer beats, worst first: what runs by itself, then the rest."""
-    duels = [(run, *duel) for run in chosen for duel in suite.duels(run)]
+    everything = [(run, *pair) for run in chosen for pair in suite.pairs(run)]
     lost = [(run, loss) for run in chosen for loss in suite.lost(run)]
     devices = {run.device for run in chosen}
 
@@ -176,7 +176,7 @@ def losses(chosen: list[Run]) -> str:
 
     parts = []
     for first, title in ((True, "What pae runs by itself"), (False, "Other versions of pae's")):
-        pairs = [d for d in duels if itself(*d[:3]) == first]
+        pairs = [p for p in everything if itself(*p[:3]) == first]
         found = [(r, loss) for r, loss in lost if itself(r, loss.group, loss.ours) == first]
         if pairs:
             said = f"**{title}**: the peer is faster in {len(found)} of {len(pairs)} pairs."

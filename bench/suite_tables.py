@@ -91,7 +91,7 @@ def providers_of(groups: Iterable[Sequence[Row]]) -> list[str]:
     return sorted(names, key=names.get)
 
 
-def race(run: Run, prefixes: Sequence[str], drop: Iterable[str] = ()) -> str:
+def ratio_table(run: Run, prefixes: Sequence[str], drop: Iterable[str] = ()) -> str:
     """One line per group: how many times as long as our first row every provider takes."""
     groups = run.matching(*prefixes)
     names = providers_of(groups.values())

@@ -1,7 +1,7 @@
-"""One clock and one race for all benchmarks.
+"""One clock for all benchmarks, and providers of a group timed in turns.
 
 pytest-benchmark runs one row after the other, so a machine that slows down half-way would change
-the ratios. Here all providers of a group take turns in one race, and each row then replays its own
+the ratios. Here all providers of a group take turns, and each row then replays its own
 samples to pytest-benchmark.
 """
 
@@ -87,7 +87,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def one_stream(device: torch.device):
-    """Context in which all work of a race is prepared and run: a graph cannot be captured on the
+    """Context in which all work of a group is prepared and run: a graph cannot be captured on the
     default stream, and a backward runs on the stream of its forward. Nothing without CUDA.
     """
     return torch.cuda.stream(_stream(device)) if device.type == "cuda" else nullcontext()
@@ -116,7 +116,7 @@ def captured(work: Callable[[], object], device: torch.device) -> Callable[[], o
     return graph.replay
 
 
-def race(
+def interleave(
     works: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[Sample]]:
     """Time every work once per round; round r starts with work number r, so all see every place.
@@ -152,7 +152,7 @@ class Replay:
     def advance(self) -> None:
         self._now += next(self._left)
 
-    def into(self, benchmark) -> None:
+    def record(self, benchmark) -> None:
         """Hand all samples to the `benchmark` fixture as its rounds."""
         benchmark._timer = self
         benchmark.pedantic(self.advance, rounds=self._rounds, iterations=1)

@@ -22,7 +22,7 @@ from pae_kernels.attention import tiles, triton
 from pae_kernels.attention.tiles import Tile
 
 from . import timing
-from .contest import relative
+from .runner import relative
 
 CHOICES = {"block_m": (16, 32, 64, 128, 256), "block_n": (16, 32, 64, 128), "warps": (4, 8)}
 CHOICES["stages"] = (1, 2, 3, 4)

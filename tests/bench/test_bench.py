@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: race, saved bytes, peers, counts, table."""
+"""The benchmarks measure what they say: times, saved bytes, peers, counts, table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from bench import (  # noqa: E402
     bench_pointwise,
     bench_scaling,
     bench_step,
-    contest,
     cost,
     memory,
     merge,
@@ -33,13 +32,14 @@ from bench import (  # noqa: E402
     peers_attention,
     peers_kld,
     roofline,
+    runner,
     shapes,
     table,
     timing,
 )
 
 CPU = torch.device("cpu")
-SETTINGS = contest.Settings("default", 1, None, None, CPU, "process")
+SETTINGS = runner.Settings("default", 1, None, None, CPU, "process")
 
 
 def spin(seconds: float) -> None:
@@ -48,7 +48,7 @@ def spin(seconds: float) -> None:
         pass
 
 
-# ---- clock and race
+# ---- clock and rounds
 
 
 def test_a_nap_takes_wall_time_only():
@@ -88,15 +88,15 @@ def test_garbage_collection_is_off_while_measuring_and_on_again_after():
     assert seen == [False] and gc.isenabled()
 
 
-def test_race_gives_everybody_every_place():
+def test_interleaving_gives_everybody_every_place():
     order = []
     works = {name: lambda name=name: order.append(name) for name in "abc"}
-    samples = timing.race(works, 4, CPU)
+    samples = timing.interleave(works, 4, CPU)
     assert "".join(order) == "abcbcacababc"
     assert {name: len(s) for name, s in samples.items()} == {"a": 4, "b": 4, "c": 4}
 
 
-def test_race_cancels_a_machine_that_slows_down(monkeypatch):
+def test_interleaving_cancels_a_machine_that_slows_down(monkeypatch):
     """Every second the machine gets 10 % slower; `fast` needs 1 unit of work, `slow` needs 2."""
     now = [0.0]
     monkeypatch.setattr(timing.time, "process_time", lambda: now[0])
@@ -105,14 +105,14 @@ def test_race_cancels_a_machine_that_slows_down(monkeypatch):
         now[0] += units * (1 + 0.1 * now[0])
 
     works = {"fast": lambda: work(1.0), "slow": lambda: work(2.0)}
-    samples = timing.race(works, 6, CPU)
+    samples = timing.interleave(works, 6, CPU)
     rows = {
         name: table.Row("g", name, [sample.process for sample in s]) for name, s in samples.items()
     }
     assert table.speedup(rows["fast"], rows["slow"]) == pytest.approx(2.0, rel=0.15)
 
     now[0] = 0.0
-    alone = {name: timing.race({name: w}, 6, CPU)[name] for name, w in works.items()}
+    alone = {name: timing.interleave({name: w}, 6, CPU)[name] for name, w in works.items()}
     first, second = (sorted(s.process for s in alone[name])[3] for name in ("fast", "slow"))
     assert second / first > 3  # what one row after the other would have said
 
@@ -266,7 +266,7 @@ def test_a_wrong_attention_is_noticed():
     shared = bench_attention.open_inputs(shape, "forward", CPU)
     without_prompts = lambda qkv, kv: bench_attention.ours(qkv, kv[:, :0]) + 0 * kv.sum()
     with pytest.raises(AssertionError, match="out is off by"):
-        bench_attention.contestant(shared, without_prompts).check()
+        bench_attention.prepare(shared, without_prompts).check()
 
 
 @pytest.mark.parametrize("size", ["smoke", "quick", "default", "full"])
@@ -275,7 +275,7 @@ def test_a_gpu_has_groups_of_its_own(module, size):
     """What would run there, without running it: sizes nest, and names are unique."""
 
     def running(size):
-        settings = contest.Settings(size, 1, None, None, torch.device("cuda"), "device")
+        settings = runner.Settings(size, 1, None, None, torch.device("cuda"), "device")
         groups = module.groups(settings)
         assert len({g.name for g in groups}) == len(groups)
         return {g.name for g in groups if not g.left_out}
@@ -307,7 +307,7 @@ def test_peak_on_a_cpu_is_the_most_at_one_time():
 
 def test_a_cpu_lists_what_only_a_gpu_can_run():
     def rows(module, device):
-        settings = contest.Settings("default", 1, None, None, torch.device(device), "process")
+        settings = runner.Settings("default", 1, None, None, torch.device(device), "process")
         return {p.name: p.left_out for p in module.groups(settings)[0].providers}
 
     for module in (bench_step, bench_attention):
@@ -385,15 +385,15 @@ def test_tuning_walks_to_the_fastest_tile():
     assert line.startswith("FORWARD: (True, 64): Tile(128, 32, 8, 3),  # 10.0 us, shipped 14.0 us")
 
 
-# ---- contest and table
+# ---- groups and table
 
 
-def contestant(work=lambda: None, check=lambda: {}, units=1):
-    return lambda shared: contest.Contestant(work, check, units)
+def runnable(work=lambda: None, check=lambda: {}, units=1):
+    return lambda shared: runner.Runnable(work, check, units)
 
 
 def unavailable(shared):
-    raise contest.Unavailable("needs a machine from next year")
+    raise runner.Unavailable("needs a machine from next year")
 
 
 def wrong():
@@ -401,19 +401,19 @@ def wrong():
 
 
 def a_group(*providers):
-    return contest.Group("g", lambda: None, providers, ("plain",), rounds=3, unit="step")
+    return runner.Group("g", lambda: None, providers, ("plain",), rounds=3, unit="step")
 
 
 def test_wrong_and_missing_providers_get_no_time():
     timed = []
     group = a_group(
-        contest.Provider("plain", contestant(lambda: timed.append("plain"))),
-        contest.Provider("wrong", contestant(lambda: timed.append("wrong"), wrong)),
-        contest.Provider("missing", unavailable),
-        contest.Provider("slow", contestant(lambda: timed.append("slow")), left_out="too slow"),
-        contest.Provider("not asked for", contestant(lambda: timed.append("other"))),
+        runner.Provider("plain", runnable(lambda: timed.append("plain"))),
+        runner.Provider("wrong", runnable(lambda: timed.append("wrong"), wrong)),
+        runner.Provider("missing", unavailable),
+        runner.Provider("slow", runnable(lambda: timed.append("slow")), left_out="too slow"),
+        runner.Provider("not asked for", runnable(lambda: timed.append("other"))),
     )
-    outcomes = contest.hold(group, {"plain", "wrong", "missing", "slow"}, SETTINGS)
+    outcomes = runner.run_group(group, {"plain", "wrong", "missing", "slow"}, SETTINGS)
     assert timed == ["plain"] * 4  # once for its memory, then three rounds
     assert len(outcomes["plain"].samples) == 3
     assert "gradients are off" in str(outcomes["wrong"].error)
@@ -426,12 +426,12 @@ def test_a_group_that_cannot_open_fails_row_by_row():
     def no_weights():
         raise OSError("no weights here")
 
-    group = contest.Group("g", no_weights, [contest.Provider("a", contestant())], (), 3, "step")
-    outcome = contest.hold(group, {"a"}, SETTINGS)["a"]
+    group = runner.Group("g", no_weights, [runner.Provider("a", runnable())], (), 3, "step")
+    outcome = runner.run_group(group, {"a"}, SETTINGS)["a"]
     assert "no weights here" in str(outcome.error) and not outcome.samples
 
 
-def test_a_race_that_breaks_gives_nobody_a_time():
+def test_a_provider_that_breaks_gives_nobody_a_time():
     calls = []
 
     def breaks():
@@ -440,9 +440,9 @@ def test_a_race_that_breaks_gives_nobody_a_time():
             raise MemoryError("full")
 
     group = a_group(
-        contest.Provider("plain", contestant()), contest.Provider("breaks", contestant(breaks))
+        runner.Provider("plain", runnable()), runner.Provider("breaks", runnable(breaks))
     )
-    outcomes = contest.hold(group, {"plain", "breaks"}, SETTINGS)
+    outcomes = runner.run_group(group, {"plain", "breaks"}, SETTINGS)
     for outcome in outcomes.values():
         assert "full" in str(outcome.error) and not outcome.samples
 
@@ -455,22 +455,22 @@ def test_every_row_gets_its_memory_and_the_ceilings_of_its_dtype(monkeypatch):
 
     def start(dtype, columns):
         work = lambda: torch.empty(2**18)
-        return lambda shared: contest.Contestant(work, lambda: columns, dtype=dtype)
+        return lambda shared: runner.Runnable(work, lambda: columns, dtype=dtype)
 
     group = a_group(
-        contest.Provider("plain", start("fp32", needs)),
-        contest.Provider("narrow", start("bf16", needs)),
-        contest.Provider("no counts", start("fp32", {})),
+        runner.Provider("plain", start("fp32", needs)),
+        runner.Provider("narrow", start("bf16", needs)),
+        runner.Provider("no counts", start("fp32", {})),
     )
-    outcomes = contest.hold(group, {"plain", "narrow", "no counts"}, SETTINGS)
+    outcomes = runner.run_group(group, {"plain", "narrow", "no counts"}, SETTINGS)
     plain, narrow, rest = (outcomes[name].columns for name in ("plain", "narrow", "no counts"))
     assert rest == {"peak_mb": 2**20 / 1e6}
-    ceilings = roofline.seen()
+    ceilings = roofline.measured()
     assert list(ceilings) == ["bf16 product TFLOP/s", "copy GB/s", "fp32 product TFLOP/s"]
     for row, dtype in ((plain, "fp32"), (narrow, "bf16")):
         assert row["peak_tflops"] == pytest.approx(ceilings[f"{dtype} product TFLOP/s"], rel=0.01)
         assert row["peak_gbps"] == pytest.approx(ceilings["copy GB/s"], rel=0.01)
-    smoke = contest.hold(group, {"plain"}, replace(SETTINGS, size="smoke"))["plain"].columns
+    smoke = runner.run_group(group, {"plain"}, replace(SETTINGS, size="smoke"))["plain"].columns
     assert smoke == needs
 
 

@@ -1,4 +1,4 @@
-"""The clock's self-test passes on a good clock and names what is wrong with a bad one."""
+"""The check of the clock passes on a good clock and names what is wrong with a bad one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 
-from bench import self_test, timing  # noqa: E402
+from bench import clock, timing  # noqa: E402
 from bench.timing import Sample  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -25,12 +25,12 @@ def distorted(change):
 
 
 def test_the_clock_that_is_used_passes():
-    found = self_test.prove(CPU, "process")
+    found = clock.check(CPU, "process")
     assert found["work_x2"] == pytest.approx(2, rel=0.1)
     assert found["agreement"] == pytest.approx(1, rel=0.25)
     assert found["nap_process_share"] < 0.25
     assert found["finest_us"] < 100
-    assert self_test.verdict(found).startswith("passed (twice the work takes ")
+    assert clock.summary(found).startswith("passed (twice the work takes ")
 
 
 BAD = {
@@ -48,8 +48,8 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_clock_is_named(name):
     change, reason = BAD[name]
-    with pytest.raises(self_test.BadClock, match=f"^process clock: .*({reason})") as raised:
-        self_test.prove(CPU, "process", distorted(change))
+    with pytest.raises(clock.BadClock, match=f"^process clock: .*({reason})") as raised:
+        clock.check(CPU, "process", distorted(change))
     assert "\n" not in str(raised.value)
 
 
@@ -57,16 +57,16 @@ def naps(count: int):
     return lambda: time.sleep(0.005 * count)
 
 
-def test_a_clock_of_a_device_is_held_against_the_host():
+def test_a_clock_of_a_device_is_compared_with_the_host():
     """A device that naps: its time is wall time, unless nobody waits for it."""
     good = distorted(lambda s: Sample(s.wall, s.process, s.wall))
-    assert self_test.prove(CPU, "device", good, naps)["agreement"] == pytest.approx(1, rel=0.25)
+    assert clock.check(CPU, "device", good, naps)["agreement"] == pytest.approx(1, rel=0.25)
     launches = distorted(lambda s: Sample(s.wall, s.process, s.process))
-    with pytest.raises(self_test.BadClock, match=r"^device clock: "):
-        self_test.prove(CPU, "device", launches, naps)
+    with pytest.raises(clock.BadClock, match=r"^device clock: "):
+        clock.check(CPU, "device", launches, naps)
     wrong_unit = distorted(lambda s: Sample(s.wall, s.process, 1e3 * s.wall))
-    with pytest.raises(self_test.BadClock, match="times as long"):
-        self_test.prove(CPU, "device", wrong_unit, naps)
+    with pytest.raises(clock.BadClock, match="times as long"):
+        clock.check(CPU, "device", wrong_unit, naps)
 
 
 def test_one_disturbed_attempt_is_tried_again():
@@ -76,12 +76,12 @@ def test_one_disturbed_attempt_is_tried_again():
         calls.append(sample)
         return Sample(sample.wall, sample.wall) if len(calls) == 1 else sample
 
-    assert self_test.prove(CPU, "process", distorted(disturbed_once))["work_x2"] > 1.8
+    assert clock.check(CPU, "process", distorted(disturbed_once))["work_x2"] > 1.8
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_device_clock_proves_itself():
-    found = self_test.prove(torch.device("cuda"), "device")
+    found = clock.check(torch.device("cuda"), "device")
     assert found["work_x2"] == pytest.approx(2, rel=0.1)
 
 

@@ -86,7 +86,7 @@ def test_every_provider_runs_without_timing():
     assert torch.cuda.is_available() or all(line.endswith("needs a GPU") for line in skips)
 
 
-def test_a_race_reaches_table_and_json_without_naming_the_machine(tmp_path):
+def test_a_group_reaches_table_and_json_without_naming_the_machine(tmp_path):
     path = tmp_path / "run.json"
     out = run_benchmarks(
         "bench/bench_kld.py",

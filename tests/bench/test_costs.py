@@ -22,7 +22,7 @@ from pae_kernels.spectrum import reference as spectrum
 
 ROOT = Path(__file__).parents[2]
 
-from bench import bench_scaling, bench_step, contest, cost, counts, guard, shapes  # noqa: E402
+from bench import bench_scaling, bench_step, cost, counts, guard, runner, shapes  # noqa: E402
 from bench.memory import SavedBytes  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -432,7 +432,7 @@ def test_scaling_groups(device):
     """Sizes nest, names are unique, and every axis has a value where others would win."""
 
     def names(size):
-        settings = contest.Settings(size, 1, None, None, torch.device(device), "process")
+        settings = runner.Settings(size, 1, None, None, torch.device(device), "process")
         groups = bench_scaling.groups(settings)
         assert len({g.name for g in groups}) == len(groups)
         assert all(len(g.providers) == 4 and g.name.startswith("scaling/") for g in groups)
@@ -445,9 +445,9 @@ def test_scaling_groups(device):
 
 
 def test_columns_of_a_scaled_step():
-    settings = contest.Settings("smoke", 1, None, None, CPU, "process")
+    settings = runner.Settings("smoke", 1, None, None, CPU, "process")
     group = next(g for g in bench_scaling.groups(settings) if g.name == "scaling/depth/L2")
-    outcomes = contest.hold(group, {"pae keep"}, settings)
+    outcomes = runner.run_group(group, {"pae keep"}, settings)
     columns = outcomes["pae keep"].columns
     assert columns["depth"] == 2 and columns["prompts"] == 5 and columns["images"] == 2
     assert columns["saved_mb_per_image"] == pytest.approx(columns["model_saved_mb_per_image"])

@@ -289,7 +289,7 @@ def test_what_counts_as_ours():
     assert not any(map(suite.is_ours, rows("eager", "pae images, conv", "SDPA", "timm + SDPA")))
 
 
-def test_memory_of_a_lost_duel_is_beside_it():
+def test_memory_of_a_lost_pair_is_beside_it():
     text = suite.blocks({"cpu.json": run_of(*step(50, (1.0, 2.0, 0.5)))})["suite losses"]
     assert "200.0 and 100.0 saved MB/image" in text
 

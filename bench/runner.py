@@ -1,6 +1,6 @@
-"""What a benchmark group is, and how one is run: open, check every provider, race, close.
+"""What a benchmark group is, and how one is run: open, check every provider, time them in turns.
 
-No time is taken of a provider whose values are wrong: `Contestant.check` runs first and doubles as
+No time is taken of a provider whose values are wrong: `Runnable.check` runs first and doubles as
 warm-up.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import roofline
 from .memory import peak_bytes
-from .timing import Sample, captured, one_stream, race
+from .timing import Sample, captured, interleave, one_stream
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def relative(value: Tensor, expected: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Runnable:
     """One provider, ready to run.
 
     Attributes:
@@ -81,13 +81,13 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Provider:
-    """A row of the table: `start` makes its contestant from what the group opened.
+    """A row of the table: `start` makes it ready with what the group opened.
 
     left_out: a reason not to start it at all.
     """
 
     name: str
-    start: Callable[[Any], Contestant]
+    start: Callable[[Any], Runnable]
     left_out: str = ""
 
 
@@ -97,9 +97,9 @@ class Group:
 
     Attributes:
         name: "step/vit_base_patch16_224/P50/fp32/B4".
-        open: builds what the contestants share (weights, data, reference values).
+        open: builds what the runnables share (weights, data, reference values).
         baselines: providers that the others are compared with, most important first.
-        rounds: of the race, unless the command line says otherwise.
+        rounds: how often each is timed, unless the command line says otherwise.
         unit: what one measured time belongs to, e.g. "step".
         left_out: a reason not to run the group; its providers are then not listed.
     """
@@ -124,17 +124,17 @@ class Outcome:
     error: BaseException | None = None
 
 
-def hold(group: Group, names: set[str], settings: Settings) -> dict[str, Outcome]:
-    """Run the race of `group` between the providers in `names`."""
+def run_group(group: Group, names: set[str], settings: Settings) -> dict[str, Outcome]:
+    """Check the providers in `names`, then time them in turns."""
     with one_stream(settings.device):
-        outcomes = _hold(group, names, settings)
+        outcomes = _run(group, names, settings)
     gc.collect()
     if settings.device.type == "cuda":
         torch.cuda.empty_cache()
     return outcomes
 
 
-def _hold(group: Group, names: set[str], settings: Settings) -> dict[str, Outcome]:
+def _run(group: Group, names: set[str], settings: Settings) -> dict[str, Outcome]:
     on_device = settings.device.type == "cuda"
     outcomes = {p.name: Outcome() for p in group.providers if p.name in names}
     works = {}
@@ -152,26 +152,26 @@ def _hold(group: Group, names: set[str], settings: Settings) -> dict[str, Outcom
             outcome.reason = provider.left_out
             continue
         try:
-            contestant = provider.start(shared)
-            outcome.columns = contestant.check()
+            runnable = provider.start(shared)
+            outcome.columns = runnable.check()
             if settings.size != "smoke":
-                measured = _measured(contestant, outcome.columns, settings)
+                measured = _measured(runnable, outcome.columns, settings)
                 outcome.columns = outcome.columns | measured
-            work = contestant.work
-            if on_device and contestant.capture:
+            work = runnable.work
+            if on_device and runnable.capture:
                 work = captured(work, settings.device)
         except Unavailable as reason:
             outcome.reason = str(reason)
         except torch.OutOfMemoryError:
             outcome.reason = "does not fit into the device's memory"
-        except Exception as error:  # the row fails with it; the others still race
+        except Exception as error:  # the row fails with it; the others are still timed
             outcome.error = error
         else:
-            outcome.units = contestant.units
+            outcome.units = runnable.units
             works[provider.name] = work
     rounds = 1 if settings.size == "smoke" else settings.rounds or group.rounds
     try:
-        samples = race(works, rounds, settings.device)
+        samples = interleave(works, rounds, settings.device)
     except Exception as error:  # no round is whole without it: nobody gets a time
         for name in works:
             outcomes[name].error = error
@@ -182,14 +182,14 @@ def _hold(group: Group, names: set[str], settings: Settings) -> dict[str, Outcom
 
 
 def _measured(
-    contestant: Contestant, columns: dict[str, float], settings: Settings
+    runnable: Runnable, columns: dict[str, float], settings: Settings
 ) -> dict[str, float]:
     """Columns that the suite measures for every row, outside of its times."""
     device, found = settings.device, {}
     if "peak_mb" not in columns:
-        found["peak_mb"] = peak_bytes(contestant.work, device) / 1e6
+        found["peak_mb"] = peak_bytes(runnable.work, device) / 1e6
     if "live_gflop" in columns:
-        found["peak_tflops"] = roofline.product_tflops(contestant.dtype, device, settings.clock)
+        found["peak_tflops"] = roofline.product_tflops(runnable.dtype, device, settings.clock)
     if "floor_mb" in columns:
         found["peak_gbps"] = roofline.copy_gbps(device, settings.clock)
     return found

@@ -1,4 +1,4 @@
-"""The clock proves itself before any time is printed: known ratios of work must come out.
+"""The check of the clock before any time is printed: known ratios of work must come out.
 
 A clock that counts naps, starts late, ticks coarsely, reads in another unit or does not wait for
 the device would give plausible tables that are wrong; here it stops the session instead.
@@ -30,7 +30,7 @@ class BadClock(Exception):
     """What the clock got wrong, in one line."""
 
 
-def prove(
+def check(
     device: torch.device,
     clock: str,
     measure: Measure | None = None,
@@ -70,7 +70,7 @@ def prove(
     raise AssertionError("unreachable")
 
 
-def verdict(found: dict[str, float]) -> str:
+def summary(found: dict[str, float]) -> str:
     """What the head of the table says of a clock that passed."""
     return (
         f"passed (twice the work takes {found['work_x2']:.2f}x, "
