@@ -13,8 +13,9 @@ from torch import Tensor
 from pae_kernels import backends, prompt_attention
 from pae_kernels.attention import reference, tiles
 
-from . import peers_attention, roofline
+from . import roofline
 from .memory import SavedBytes
+from .peers import attention as peers
 from .runner import Group, Provider, Runnable, Settings, Unavailable, relative
 
 KINDS = ("forward", "backward", "both")
@@ -52,7 +53,7 @@ class Inputs:
     expected: list[Tensor] = field(default_factory=list)
     limits: list[float] = field(default_factory=list)
 
-    def run(self, attend: peers_attention.Attend) -> list[Tensor]:
+    def run(self, attend: peers.Attend) -> list[Tensor]:
         """[out, gradient of qkv, gradient of the prompts] in the dtype of the inputs."""
         out = attend(self.qkv, self.kv)
         return [out.detach(), *torch.autograd.grad(out, (self.qkv, self.kv), self.d_out)]
@@ -78,7 +79,7 @@ def open_inputs(shape: Shape, kind: str, device: torch.device) -> Inputs:
             qkv, kv, None, shape.head_width**-0.5, False, None
         )[0]
     )
-    own = shared.run(peers_attention.eager)
+    own = shared.run(peers.eager)
     shared.limits = [FACTOR * error for error in errors(own, shared.expected)]
     return shared
 
@@ -88,7 +89,7 @@ def errors(got: list[Tensor], expected: list[Tensor]) -> list[float]:
     return [relative(a, b) if b.numel() else 0.0 for a, b in zip(got, expected, strict=True)]
 
 
-def prepare(shared: Inputs, attend: peers_attention.Attend, routed=nullcontext) -> Runnable:
+def prepare(shared: Inputs, attend: peers.Attend, routed=nullcontext) -> Runnable:
     """`attend` inside the context `routed`, which may choose how it runs."""
 
     def check() -> dict[str, float]:
@@ -151,7 +152,7 @@ def start_split(shared: Inputs) -> Runnable:
     )
 
 
-def start_peer(shared: Inputs, make: Callable[[], peers_attention.Attend]) -> Runnable:
+def start_peer(shared: Inputs, make: Callable[[], peers.Attend]) -> Runnable:
     try:
         attend = make()
         shared.run(attend)
@@ -161,20 +162,20 @@ def start_peer(shared: Inputs, make: Callable[[], peers_attention.Attend]) -> Ru
 
 
 def providers(kind: str, settings: Settings, compile_too: bool) -> list[Provider]:
-    def peer(name: str, make: Callable[[], peers_attention.Attend], left_out: str = "") -> Provider:
+    def peer(name: str, make: Callable[[], peers.Attend], left_out: str = "") -> Provider:
         return Provider(name, lambda shared: start_peer(shared, make), left_out)
 
     on_gpu = settings.device.type == "cuda"
     slow, no_gpu = settings.why_not_compile(compile_too), settings.why_not_cuda()
-    rows = [peer("eager", lambda: peers_attention.eager)]
+    rows = [peer("eager", lambda: peers.eager)]
     if on_gpu:
-        rows.append(peer(FLASH, lambda: peers_attention.sdpa("flash")))
+        rows.append(peer(FLASH, lambda: peers.sdpa("flash")))
     else:
-        rows.append(peer(SDPA, peers_attention.sdpa))
+        rows.append(peer(SDPA, peers.sdpa))
     rows += [
-        peer(CUDNN, lambda: peers_attention.sdpa("cuDNN"), no_gpu),
-        peer("flash-attn", peers_attention.flash_attn, no_gpu),
-        peer("FlexAttention, compiled", peers_attention.flex, slow),
+        peer(CUDNN, lambda: peers.sdpa("cuDNN"), no_gpu),
+        peer("flash-attn", peers.flash_attn, no_gpu),
+        peer("FlexAttention, compiled", peers.flex, slow),
         Provider("pae", lambda shared: prepare(shared, ours)),
     ]
     if on_gpu and kind != "forward":

@@ -18,8 +18,9 @@ from torch import Tensor
 import pae
 from pae_kernels import backends
 
-from . import peers_kld, roofline
+from . import roofline
 from .memory import SavedBytes
+from .peers import kld as peers
 from .runner import Group, Provider, Runnable, Settings, Unavailable, relative
 
 DEPTH, WIDTH, PROMPTS = 12, 768, 50
@@ -63,7 +64,7 @@ def open_regulariser(dim: int, mode: str, device: torch.device) -> Regulariser:
     prompts = torch.randn(DEPTH, PROMPTS, WIDTH, generator=generator).to(device).requires_grad_()
     shared = Regulariser(kld.to(device), prompts, [])
     wide = tuple(leaf.detach().double().requires_grad_() for leaf in shared.leaves())
-    shared.expected = run(peers_kld.official_style_terms, wide)
+    shared.expected = run(peers.official_style_terms, wide)
     return shared
 
 
@@ -133,7 +134,7 @@ def start_ours(shared: Regulariser, backend: str, capture: bool = False) -> Runn
 
 def start_compiled(shared: Regulariser) -> Runnable:
     torch._dynamo.reset()
-    compiled = torch.compile(peers_kld.official_style_terms)
+    compiled = torch.compile(peers.official_style_terms)
     try:
         run(compiled, shared.leaves())
     except Exception as error:  # whatever stops the compiler is no fault of the regulariser
@@ -170,9 +171,9 @@ def group(dim: int, mode: str, settings: Settings, left_out: str = "") -> Group:
         name=f"kld/{mode}/k{dim}/P{PROMPTS}",
         open=lambda: open_regulariser(dim, mode, settings.device),
         providers=[
-            Provider(OFFICIAL, lambda shared: prepare(shared, peers_kld.official_style_terms)),
+            Provider(OFFICIAL, lambda shared: prepare(shared, peers.official_style_terms)),
             Provider("official-style, compiled", start_compiled, left_out=slow),
-            Provider(BATCHED, lambda shared: prepare(shared, peers_kld.batched_eigh_terms)),
+            Provider(BATCHED, lambda shared: prepare(shared, peers.batched_eigh_terms)),
             *(
                 Provider(name, lambda shared, v=version, c=capture: start_ours(shared, v, c))
                 for name, version, capture in versions(settings.device)

@@ -20,8 +20,9 @@ from pae.mpa.losses import WindowLosses
 from pae.mpa.ranks import Ranks
 from pae.mpa.search import rank_all
 
-from . import cost, peers_mpa, shapes
-from .peers import OfficialStyleVPT
+from . import cost, shapes
+from .peers import mpa as peers
+from .peers.vpt import OfficialStyleVPT
 from .runner import Group, Provider, Runnable, Settings, relative
 
 OFFICIAL, TIMM = "official-style", "timm blocks"
@@ -70,13 +71,13 @@ class Batch:
     def timm(self) -> Callable[[Tensor], Tensor]:
         """The same with timm's blocks and their fused attention."""
         zeros, head = list(self.zeros()), self.model.head
-        return lambda images: peers_mpa.prompted_logits(self.vit, head, images, zeros, deep=True)
+        return lambda images: peers.prompted_logits(self.vit, head, images, zeros, deep=True)
 
     def rank(self, logits: Callable[[Tensor], Tensor]) -> Tensor:
-        return peers_mpa.window_losses(logits, self.images, self.labels, self.origins, self.window)
+        return peers.window_losses(logits, self.images, self.labels, self.origins, self.window)
 
     def prompts(self, origins: list[tuple[int, int]]) -> Tensor:
-        prompts = peers_mpa.official_style_prompts(self.vit, self.images, origins, self.window)
+        prompts = peers.official_style_prompts(self.vit, self.images, origins, self.window)
         return torch.stack(prompts)
 
     def align(self, logits: Callable[[Tensor], Tensor]) -> Tensor:
@@ -123,7 +124,7 @@ def open_batch(
     size = tuple(vit.patch_embed.img_size)
     images = torch.randn(batch, 3, *size, generator=generator).to(device)
     labels = torch.randint(model.num_classes, (batch,), generator=generator).to(device)
-    origins = peers_mpa.windows_of(size, window, stride)
+    origins = peers.windows_of(size, window, stride)
     if ranked is not None:
         chosen = torch.linspace(0, len(origins) - 1, ranked).round().int().tolist()
         origins = [origins[i] for i in chosen]

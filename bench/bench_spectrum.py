@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from pae_kernels import backends
 from pae_kernels.spectrum import shortcut_images, shortcut_pool, shortcut_tokens
 
-from . import peers_mpa
+from .peers import mpa as peers
 from .runner import Group, Provider, Runnable, Settings, Unavailable, relative
 
 OFFICIAL, HOISTED = "official-style", "one FFT, full inverse"
@@ -118,7 +118,7 @@ Filter = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def official(images: Tensor, origins: Tensor, window: int) -> Tensor:
-    filtered = [peers_mpa.official_style_filter(images, *o, window) for o in origins.tolist()]
+    filtered = [peers.official_style_filter(images, *o, window) for o in origins.tolist()]
     return torch.stack(filtered)
 
 

@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pae
 
-from . import cost, peers, shapes
+from . import cost, shapes
 from .memory import SavedBytes, own_bytes, peak_bytes, tensors_in
+from .peers.vpt import OfficialStyleVPT
 from .runner import Group, Provider, Runnable, Settings, Unavailable, relative
 
 OFFICIAL, REFERENCE = "official-style", "timm + SDPA"
@@ -43,7 +44,7 @@ class Step:
     """
 
     model: pae.PromptedViT
-    official: peers.OfficialStyleVPT
+    official: OfficialStyleVPT
     images: Tensor
     labels: Tensor
     dtype: str
@@ -117,7 +118,7 @@ def open_step(
     size = vit.patch_embed.img_size
     images = torch.randn(batch, 3, *size, generator=generator).to(device)
     labels = torch.randint(model.num_classes, (batch,), generator=generator).to(device)
-    official = peers.OfficialStyleVPT(vit, model.prompts.tokens, model.head)
+    official = OfficialStyleVPT(vit, model.prompts.tokens, model.head)
     step = Step(model, official, images, labels, "fp32", cost.Shape.of(vit, model.num_classes))
     step.expected = step.reference()
     if dtype == "bf16":

@@ -22,8 +22,9 @@ import pae
 from pae.backbones.timm_vit import BackboneView
 from pae.plan import fold
 
-from . import cost, peers
+from . import cost
 from .memory import tensors_in
+from .peers.vpt import OfficialStyleVPT
 
 IDLE = {
     *("view", "_unsafe_view", "detach", "alias", "lift_fresh", "reshape", "promote_types"),
@@ -151,7 +152,7 @@ def counted_flops(
         images = torch.empty(batch, embed.proj.in_channels, *embed.img_size, device=device)
     forward: Callable[[Tensor], Tensor] = model
     if method == "official":
-        forward = peers.OfficialStyleVPT(vit, model.prompts.tokens, model.head)
+        forward = OfficialStyleVPT(vit, model.prompts.tokens, model.head)
     elif method == "pae":
         plan = fold(model.view, torch.float32)
         model.plan = lambda dtype=None: plan  # a signature of addresses would find none

@@ -183,7 +183,7 @@ run versions "$versions_limit" "$python" -m pae_kernels
 [ -z "$dry" ] && cat "$work/versions.log"
 tests "${limits[0]}"
 if [ "$size" = tune ]; then
-  run tune "$tune_limit" "$python" -m bench.tune_attention --seconds $((tune_limit - 30))
+  run tune "$tune_limit" "$python" -m bench.studies.tune_attention --seconds $((tune_limit - 30))
 else
   benchmark attention "${limits[1]}"
   benchmark pointwise "${limits[2]}"

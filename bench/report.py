@@ -66,9 +66,9 @@ class Source:
 
 SOURCES = (
     Source("suite", "bench.suite", "*.json"),
-    Source("families", "bench.science.families", "science/families.json"),
-    Source("convergence", "bench.science.convergence", "science/convergence.json"),
-    Source("end to end", "bench.science.end_to_end", "science/end_to_end.json"),
+    Source("families", "bench.studies.families", "science/families.json"),
+    Source("convergence", "bench.studies.convergence", "science/convergence.json"),
+    Source("end to end", "bench.studies.end_to_end", "science/end_to_end.json"),
 )
 
 

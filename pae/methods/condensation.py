@@ -42,11 +42,11 @@ def condense(
     "taylor" is the usual form, but deep prompts are read through a LayerNorm, which takes their
     length out: along p_k itself the loss hardly changes, by eps / (var + eps) of what one would
     expect, and the sum cancels to far less than a thousandth of its terms. It ranks well all the
-    same. Measured by `bench/prompt_scores.py` on a ViT-S with 96 trained prompts, three seeds: rank
-    correlation with the change of the loss when one prompt alone is left out 0.87, 0.85, 0.90
-    (taylor) and 0.89, 0.88, 0.89 (elementwise); training loss before 0.18, 0.56, 5.2, and with 30 %
-    of the prompts, before any fine-tuning, 0.27, 0.31, 5.0 and 0.17, 0.64, 5.1, where 30 % at
-    random give 8.7, 11, 22.
+    same. Measured by `bench/studies/prompt_scores.py` on a ViT-S with 96 trained prompts, three
+    seeds: rank correlation with the change of the loss when one prompt alone is left out 0.87,
+    0.85, 0.90 (taylor) and 0.89, 0.88, 0.89 (elementwise); training loss before 0.18, 0.56, 5.2,
+    and with 30 % of the prompts, before any fine-tuning, 0.27, 0.31, 5.0 and 0.17, 0.64, 5.1, where
+    30 % at random give 8.7, 11, 22.
 
     Args:
         model: its prompts are a `VPTDeep`. It is left as it was.

@@ -63,13 +63,13 @@ class ProVPT(VPTDeep):
     prompts that moved lately: in the runs below the prompt that had moved last was the next to move
     7 times of 32. This follows from the definition and is kept.
 
-    The two sweeps, measured by `bench/prompt_scores.py`: a ViT-S/14 at 56 pixels, 96 prompts, 96
-    images in 3 steps per epoch, Adam, two learning rates, two seeds. The extra pass takes as long
-    as an epoch of training (1.01 to 1.04); the gates of "reuse" take no time (a step 1.01 times
-    VPT-deep's; 1.00 at ViT-B with 50 prompts, 1.06 with unequal counts). In each of the four runs
-    both chose the same prompt in 4 of 9 epochs; the rank correlation of all scores was 0.87 and
-    0.06 at lr 2e-4, -0.35 and -0.51 at lr 2e-3. When prompts change much within an epoch, "reuse"
-    is another criterion, not an approximation.
+    The two sweeps, measured by `bench/studies/prompt_scores.py`: a ViT-S/14 at 56 pixels, 96
+    prompts, 96 images in 3 steps per epoch, Adam, two learning rates, two seeds. The extra pass
+    takes as long as an epoch of training (1.01 to 1.04); the gates of "reuse" take no time (a step
+    1.01 times VPT-deep's; 1.00 at ViT-B with 50 prompts, 1.06 with unequal counts). In each of the
+    four runs both chose the same prompt in 4 of 9 epochs; the rank correlation of all scores was
+    0.87 and 0.06 at lr 2e-4, -0.35 and -0.51 at lr 2e-3. When prompts change much within an epoch,
+    "reuse" is another criterion, not an approximation.
 
     Args:
         num_tokens: prompts per block at first: one integer, or one per block (0 allowed, not all).

@@ -28,15 +28,15 @@ from bench import (  # noqa: E402
     cost,
     memory,
     merge,
-    peers,
-    peers_attention,
-    peers_kld,
     roofline,
     runner,
     shapes,
     table,
     timing,
 )
+from bench.peers import attention as peers_attention  # noqa: E402
+from bench.peers import kld as peers_kld  # noqa: E402
+from bench.peers import vpt as peers  # noqa: E402
 
 CPU = torch.device("cpu")
 SETTINGS = runner.Settings("default", 1, None, None, CPU, "process")
@@ -368,7 +368,7 @@ def test_slices_of_the_reference_are_the_whole_step(monkeypatch):
 
 
 def test_tuning_walks_to_the_fastest_tile():
-    tune = pytest.importorskip("bench.tune_attention", reason="needs Triton")
+    tune = pytest.importorskip("bench.studies.tune_attention", reason="needs Triton")
     shipped, best = tune.Tile(64, 64, 4, 2), tune.Tile(128, 32, 8, 3)
     steps = lambda tile: sum(
         abs(values.index(getattr(tile, name)) - values.index(getattr(best, name)))

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from bench import peers_loop
-from bench.science import end_to_end, loops
+from bench.peers import loop as peers_loop
+from bench.studies import end_to_end, loops
 from pae.train import loop, pixels
 from pae.train.report import Reporter
 from pae.train.runfolder import RunFolder

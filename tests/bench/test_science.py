@@ -15,7 +15,7 @@ from tests.train.helpers import BACKBONE, save_shades
 
 ROOT = Path(__file__).parents[2]
 
-from bench.science import convergence, families, runs  # noqa: E402
+from bench.studies import convergence, families, runs  # noqa: E402
 from pae.train import loop  # noqa: E402
 from pae.train.data import read_folder  # noqa: E402
 

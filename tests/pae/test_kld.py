@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.peers import kld as peers
 from pae.kld import KLD
 from pae_kernels.koopman import reference, spectral
-
-_spec = importlib.util.spec_from_file_location(
-    "peers_kld", Path(__file__).parents[2] / "bench" / "peers_kld.py"
-)
-peers = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(peers)
 
 LN2_TERM = 10 * math.tanh(math.log(2) / 10)  # Lyapunov term of a pair whose energy does not change
 

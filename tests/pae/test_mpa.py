@@ -1,8 +1,6 @@
 """Modal Pre-Alignment: golden vectors, the plain loop of the benchmarks as oracle, and manners."""
 
-import importlib.util
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,23 +11,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import pae
+from bench.peers import mpa as peers
 from pae import mpa
 from pae.mpa import losses as mpa_losses
 from pae.mpa import probe as mpa_probe
 from pae.prompts import VPTDeep, VPTShallow
 from pae.prompts.base import PromptFamily
 from pae_kernels.spectrum import shortcut_images
-
-
-def _load_peers():
-    path = Path(__file__).parents[2] / "bench" / "peers_mpa.py"
-    spec = importlib.util.spec_from_file_location("peers_mpa", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-peers = _load_peers()
 
 
 def small_vit(dtype=torch.float64, **options):

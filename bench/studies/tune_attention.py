@@ -1,6 +1,6 @@
 """Tiles of the attention kernels: walk from the shipped ones to the fastest neighbours.
 
-python -m bench.tune_attention [--seconds 300]      on a GPU; `bench/gpu.sh tune` runs it too
+    python -m bench.studies.tune_attention [--seconds 300]   # on a GPU; `bench/gpu.sh tune` runs it
 
 Prints, per kernel, the lines that `pae_kernels/attention/tiles.py` would hold, with medians in
 microseconds of the shipped tile and of the best one. A tile that spills or does not fit is slow or
@@ -18,11 +18,10 @@ from unittest import mock
 
 import torch
 
+from bench import timing
+from bench.runner import relative
 from pae_kernels.attention import tiles, triton
 from pae_kernels.attention.tiles import Tile
-
-from . import timing
-from .runner import relative
 
 CHOICES = {"block_m": (16, 32, 64, 128, 256), "block_n": (16, 32, 64, 128), "warps": (4, 8)}
 CHOICES["stages"] = (1, 2, 3, 4)

@@ -7,7 +7,7 @@ They are the searches of `pae.mpa`; only the forwards are looked up. "work" is t
 exact search's forwards; "loss gap" is how much higher the mean loss of the selection is, in
 standard deviations of all windows' losses.
 
-    python -m bench.mpa_search --dataset pneumonia --images 96 --batch 64 --seeds 20
+    python -m bench.studies.mpa_search --dataset pneumonia --images 96 --batch 64 --seeds 20
 
 computes 169 x 96 forwards of the embedded ViT-S at 112 pixels: some minutes on one core.
 """

@@ -1,7 +1,7 @@
 """What PAE's parts do to VPT-deep, on several real tasks, from several seeds.
 
-    python -m bench.science.convergence run --output runs/science [--datasets ...] [--seeds ...]
-    python -m bench.science.convergence report --output runs/science
+    python -m bench.studies.convergence run --output runs/science [--datasets ...] [--seeds ...]
+    python -m bench.studies.convergence report --output runs/science
 
 Arms: VPT-deep; with the Koopman-Lyapunov regulariser; with Modal Pre-Alignment under the fresh
 head, and under a linear probe's head; with regulariser and pre-alignment, which is PAE; and PAE
@@ -26,7 +26,7 @@ from bench import figures as style
 
 from . import runs
 
-# names agree with `bench.science.families`, so that both studies share their runs
+# names agree with `bench.studies.families`, so that both studies share their runs
 ARMS = {
     "vpt-deep-plain": {},
     "vpt-deep-kld": {"kld": True},
@@ -378,7 +378,7 @@ def _flat(panels) -> list:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.science.convergence")
+    parser = argparse.ArgumentParser(prog="python -m bench.studies.convergence")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, work in (("run", run), ("report", report)):
         command = commands.add_parser(name)

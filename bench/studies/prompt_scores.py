@@ -1,8 +1,8 @@
 """What scores of prompts are worth, on real weights and images: PRO-VPT's two sweeps, and
 Prompt Condensation's two scores beside leaving out one prompt at a time.
 
-    python -m bench.prompt_scores sweeps           # three minutes on one core
-    python -m bench.prompt_scores condensation     # five
+    python -m bench.studies.prompt_scores sweeps           # three minutes on one core
+    python -m bench.studies.prompt_scores condensation     # five
 
 The network and the X-rays come as `pae train` gets them (see `pae/train/embedded.py`), here at 56
 pixels and few images: the question is which prompts are chosen, not how accurate the network is.

@@ -1,7 +1,7 @@
-"""The loops that `bench.science.end_to_end` compares, each under a clock that knows its phases.
+"""The loops that `bench.studies.end_to_end` compares, each under a clock that knows its phases.
 
 Both give a `Trace` of the same task and settings: `run_ours` is `pae train`, `run_official` is
-`bench.peers_loop` from the same start.
+`bench.peers.loop` from the same start.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from matplotlib.backends import backend_agg  # noqa: F401  what the first plotte
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2
 
-from bench import peers_loop
+from bench.peers import loop as official
 from pae.train import loop, methods, pixels
 from pae.train.report import Reporter
 from pae.train.runfolder import RunFolder
 from pae.train.settings import Settings
 
-PHASES = (*peers_loop.PHASES, "rest")  # rest: building the model, checkpoints
+PHASES = (*official.PHASES, "rest")  # rest: building the model, checkpoints
 
 
 class Clock:
@@ -165,12 +165,12 @@ def run_ours(settings: Settings, task, folder: Path) -> Trace:
 
 
 def run_official(settings: Settings, task, folder: Path) -> Trace:
-    """The loop of `bench.peers_loop` from the same start; nothing is written to `folder`."""
+    """The loop of `bench.peers.loop` from the same start; nothing is written to `folder`."""
     clock = Clock(settings.device)
     set_seed(settings.seed)
     start = methods.build_method(settings, len(task.classes)).to(settings.device)
     vit, kld = start.backbone, start.kld
-    model = peers_loop.OfficialStylePAE(
+    model = official.OfficialStylePAE(
         vit,
         start.prompts.tokens,
         start.head,
@@ -183,35 +183,31 @@ def run_official(settings: Settings, task, folder: Path) -> Trace:
     mean, std = pixels.normalisation(settings.norm, config)
     size = vit.patch_embed.img_size[0]
     train, val, test = (
-        peers_loop.ImageFiles(split.items, split.labels, size, config["interpolation"], mean, std)
+        official.ImageFiles(split.items, split.labels, size, config["interpolation"], mean, std)
         for split in (task.train, task.val, task.test)
     )
 
     def batches(data, index_lists, phase=clock.phase):
-        return peers_loop.load(data, index_lists, settings.workers, settings.device, phase)
+        return official.load(data, index_lists, settings.workers, settings.device, phase)
 
     def order(epoch):
         return pixels.epoch_batches(len(train), settings.batch_size, settings.seed, epoch)
 
     def evaluated(data, phase=clock.phase):
         index_lists = pixels.sequential_batches(len(data), settings.batch_size)
-        return peers_loop.evaluate(model, batches(data, index_lists, phase))
+        return official.evaluate(model, batches(data, index_lists, phase))
 
     with clock.phase("alignment"):
         first = torch.cat(order(0))[: settings.mpa_images]
         ((images, labels),) = batches(train, [first])
-        picks = peers_loop.align(
-            model, vit, images, labels, settings.mpa_window, settings.mpa_stride
-        )
+        picks = official.align(model, vit, images, labels, settings.mpa_window, settings.mpa_stride)
     prompts = model.vpt.prompts.detach().cpu().clone()
 
     optimizer, after_step = _optimizer(model, settings, math.ceil(len(train) / settings.batch_size))
     epochs, best = [], (-1.0, 0.0, 0.0)
     for epoch in range(settings.epochs):
         with clock.phase("steps"):
-            loss = peers_loop.train_epoch(
-                model, batches(train, order(epoch)), optimizer, after_step
-            )
+            loss = official.train_epoch(model, batches(train, order(epoch)), optimizer, after_step)
         with clock.phase("validation"):
             val_loss, accuracy = evaluated(val)
         stamp = clock.read()
@@ -223,7 +219,7 @@ def run_official(settings: Settings, task, folder: Path) -> Trace:
     return Trace(epochs, picks, prompts, best[2], clock.read(), vit.pos_embed.shape[1])
 
 
-def _optimizer(model: peers_loop.OfficialStylePAE, settings: Settings, batches: int):
+def _optimizer(model: official.OfficialStylePAE, settings: Settings, batches: int):
     """The recipe of `pae train`: its optimiser, decay on all but the head's bias, its schedule."""
     head = model.vpt.head
     decayed = [model.vpt.prompts, *model.koopman_parameters(), head.weight]

@@ -1,12 +1,12 @@
 """Time from image files to an accuracy: `pae train` with PAE against an official-style loop.
 
-    python -m bench.science.end_to_end run --output runs/end_to_end [--tokens 10 50] [--seeds 0 1]
-    python -m bench.science.end_to_end report --output runs/end_to_end
+    python -m bench.studies.end_to_end run --output runs/end_to_end [--tokens 10 50] [--seeds 0 1]
+    python -m bench.studies.end_to_end report --output runs/end_to_end
 
 Three loops train the same thing (VPT-deep + KLD + MPA in fp32) from the same seed, with the same
 data cut, order, first head and recipe:
 
-- "official": `bench.peers_loop`, whose docstring says what of it are facts of the released code;
+- "official": `bench.peers.loop`, whose docstring says what of it are facts of the released code;
 - "reference": our loop with our data pipeline, MPA and regulariser, but the network as timm blocks
   on concatenated rows, with fused attention (`--engine reference`);
 - "pae": our loop as it is.
@@ -469,7 +469,7 @@ def _unit(clock: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.science.end_to_end")
+    parser = argparse.ArgumentParser(prog="python -m bench.studies.end_to_end")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, work in (("run", run), ("report", report)):
         command = commands.add_parser(name)

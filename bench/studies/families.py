@@ -1,8 +1,8 @@
 """Every prompt family with and without PAE on a real task: accuracy, speed of learning, cost.
 
-    python -m bench.science.families run --output runs/families [--seeds 0 1 2] [--families ...]
-    python -m bench.science.families time --output runs/families
-    python -m bench.science.families report --output runs/families
+    python -m bench.studies.families run --output runs/families [--seeds 0 1 2] [--families ...]
+    python -m bench.studies.families time --output runs/families
+    python -m bench.studies.families report --output runs/families
 
 `run` trains one model after the other and can be interrupted: what is finished is not repeated, the
 rest is resumed. One recipe for all, the default of `pae train` for prompts: no family is tuned, so
@@ -305,7 +305,7 @@ def draw_curves(rows):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.science.families", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.studies.families", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
     for name, work in (("run", run), ("time", time), ("report", report)):

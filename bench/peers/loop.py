@@ -32,9 +32,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from .peers import OfficialStyleVPT
-from .peers_kld import official_style_terms
-from .peers_mpa import official_style_prompts, window_losses, windows_of
+from .kld import official_style_terms
+from .mpa import official_style_prompts, window_losses, windows_of
+from .vpt import OfficialStyleVPT
 
 PHASES = ("loading", "alignment", "steps", "validation", "test")
 
