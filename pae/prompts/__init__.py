@@ -1,47 +1,33 @@
-"""Prompt families, one file each."""
+"""Prompt families, one file each. One line here makes a new one known."""
 
-from .apt import APT
-from .base import BackboneShape, PromptFamily
-from .bpt import BPTDeep, BPTShallow
-from .da_vpt import DAVPT
-from .e2vpt import E2VPT, E2VPTImportance, e2vpt_importance
-from .ivpt import IVPT
-from .lspt import LSPT
-from .pro_vpt import ProVPT
-from .vapt import VAPT
-from .vfpt import VFPTDeep, VFPTShallow
-from .vpt import VPTDeep, VPTShallow
+from .apt import APT as APT
+from .base import BackboneShape as BackboneShape
+from .base import PromptFamily as PromptFamily
+from .bpt import BPTDeep as BPTDeep
+from .bpt import BPTShallow as BPTShallow
+from .da_vpt import DAVPT as DAVPT
+from .e2vpt import E2VPT as E2VPT
+from .e2vpt import E2VPTImportance as E2VPTImportance
+from .e2vpt import e2vpt_importance as e2vpt_importance
+from .ivpt import IVPT as IVPT
+from .lspt import LSPT as LSPT
+from .pro_vpt import ProVPT as ProVPT
+from .registry import METHODS as METHODS
+from .registry import build as build
+from .registry import register as register
+from .vapt import VAPT as VAPT
+from .vfpt import VFPTDeep as VFPTDeep
+from .vfpt import VFPTShallow as VFPTShallow
+from .vpt import VPTDeep as VPTDeep
+from .vpt import VPTShallow as VPTShallow
 
 __all__ = [
-    "APT",
-    "DAVPT",
-    "E2VPT",
-    "IVPT",
-    "LSPT",
-    "VAPT",
-    "BPTDeep",
-    "BPTShallow",
+    "METHODS",
     "BackboneShape",
     "E2VPTImportance",
-    "ProVPT",
     "PromptFamily",
-    "VFPTDeep",
-    "VFPTShallow",
-    "VPTDeep",
-    "VPTShallow",
     "build",
     "e2vpt_importance",
+    "register",
+    *(family.__name__ for family in METHODS.values()),
 ]
-
-_FAMILIES = {
-    name: value
-    for name, value in globals().items()
-    if isinstance(value, type) and issubclass(value, PromptFamily) and value is not PromptFamily
-}
-
-
-def build(name: str, config: dict) -> PromptFamily:
-    """Build a family from its class name and `config()`, as stored in checkpoints."""
-    if name not in _FAMILIES:
-        raise ValueError(f"name must be one of {sorted(_FAMILIES)}, got {name!r}")
-    return _FAMILIES[name](**config)

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import BackboneShape, PromptFamily, check_count, check_probability
+from .registry import register
 
 
+@register("apt")
 class APT(PromptFamily):
     """Attention of block i reads T more keys and values: k_t max(s_t, 1) and v_t max(s'_t, 1).
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import BackboneShape, PromptFamily, check_count, check_prompts
+from .registry import register
 
 
 class _BPT(PromptFamily):
@@ -120,6 +121,7 @@ class _BPT(PromptFamily):
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
 
 
+@register("bpt")
 class BPTDeep(_BPT):
     """BPT-deep: block i reads A_i B_i^T as extra keys and values; their outputs are cut off.
 
@@ -193,6 +195,7 @@ class BPTDeep(_BPT):
         }
 
 
+@register("bpt-shallow")
 class BPTShallow(_BPT):
     """BPT-shallow: the P rows of A B^T join the sequence before block 0 and run through all blocks.
 

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import BackboneShape, check_choice, check_count
+from .registry import register
 from .vpt import VPTDeep
 
 NORMS = ("none", "l2", "layer")
 KMEANS_ITERATIONS = 20
 
 
+@register("da-vpt")
 class DAVPT(VPTDeep):
     """VPT-deep whose prompts in `proxy_blocks` also minimise a proxy-anchor loss.
 

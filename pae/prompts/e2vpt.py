@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import BackboneShape, check_choice, check_count, check_probability, check_prompts
+from .registry import register
 from .vpt import _VPT
 
 MASKS = ("none", "learned", "fixed")
@@ -21,6 +22,7 @@ PRUNED = ("zero", "remove")
 INIT_FAN = 6.0  # Kaiming uniform, a = 0: bound sqrt(6 / fan_in)
 
 
+@register("e2vpt")
 class E2VPT(_VPT):
     """Block i reads prompts P_i * m * tile(g), and T' learned keys and values in head space.
 

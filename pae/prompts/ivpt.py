@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import BackboneShape, check_choice, check_count, check_prompts
+from .registry import register
 from .vpt import _VPT
 
 REDUCTIONS = ("mean", "max")
@@ -18,6 +19,7 @@ REINFORCED = ("topk", "all")
 MATCHES = ("rank", "shared")
 
 
+@register("ivpt")
 class IVPT(_VPT):
     """P~_l = P_l + M_l P_{l-1} + c_l 1^T, and image rows += E_l, both for l = 1 .. depth - 1.
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .base import BackboneShape, PromptFamily, check_choice
+from .registry import register
 from .vpt import VPTShallow
 
 MEMORIES = ("replace", "add")
 
 
+@register("lspt")
 class LSPT(VPTShallow):
     """h_l, c_l = LSTM(o_l + mean_j x_l[j], (h_{l-1}, c_{l-1})); h_l enters block l, l = 1 .. .
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .base import BackboneShape, check_choice, check_count, check_prompts
+from .registry import register
 from .relocation import POLICIES
 from .vpt import VPTDeep
 
@@ -32,6 +33,7 @@ class Move(NamedTuple):
     score: float
 
 
+@register("pro-vpt")
 class ProVPT(VPTDeep):
     """VPT-deep with a fixed number of prompts in all and a moving number per block.
 

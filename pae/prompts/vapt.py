@@ -41,11 +41,13 @@ from pae_kernels.adaptive import prompt_bottleneck, token_mix
 from pae_kernels.adaptive.reference import ACTIVATIONS
 
 from .base import BackboneShape, check_count, check_probability
+from .registry import register
 from .vpt import _VPT
 
 _EPS = 1e-5
 
 
+@register("vapt")
 class VAPT(_VPT):
     """VAPT: per-sample prompts from a mixture of patch rows and a bottleneck MLP.
 

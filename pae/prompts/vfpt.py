@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .base import BackboneShape, check_count, check_prompts
+from .registry import register
 from .vpt import VPTDeep, VPTShallow
 
 DIMENSIONS = {"all": (-2, -1), "hidden": (-1,), "sequence": (-2,)}
@@ -107,6 +108,7 @@ class _Fourier:
         return torch.cat([own - seen + (seen + back) / (1 + n), rest[count:]])
 
 
+@register("vfpt")
 class VFPTDeep(_Fourier, VPTDeep):
     """VFPT-deep: VPT-deep with transformed prompts in every block, or in some.
 
@@ -227,6 +229,7 @@ class VFPTDeep(_Fourier, VPTDeep):
         }
 
 
+@register("vfpt-shallow")
 class VFPTShallow(_Fourier, VPTShallow):
     """VFPT-shallow: VPT-shallow whose first prompts are transformed before they join the sequence.
 

@@ -19,6 +19,7 @@ from .base import (
     check_prompts,
     uniform_init_,
 )
+from .registry import register
 
 
 class _VPT(PromptFamily):
@@ -51,6 +52,7 @@ class _VPT(PromptFamily):
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
 
 
+@register("vpt-deep")
 class VPTDeep(_VPT):
     """VPT-deep: block i reads its own learned prompts P_i as extra keys and values; their outputs
     are cut off.
@@ -143,6 +145,7 @@ class VPTDeep(_VPT):
         }
 
 
+@register("vpt-shallow")
 class VPTShallow(_VPT):
     """VPT-shallow: P learned prompts join the sequence before block 0 and run through all blocks.
 
