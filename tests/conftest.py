@@ -1,7 +1,8 @@
-"""Shared fixtures: golden vectors, the tiny backbone they belong to, and a reproducible start."""
+"""How the tests run (processes, threads), and shared fixtures: golden vectors, their backbone."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,81 @@ from torch import nn
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# tiny tensors: a second thread only waits for the first, and badly when the machine is shared
-torch.set_num_threads(1)
+# tiny tensors: a second thread only waits for the first, and badly when the machine is shared;
+# other numbers of threads round differently, which a wider run asks for
+torch.set_num_threads(int(os.environ.get("PAE_TEST_THREADS", "1")))
+
+# ---- processes
+#
+# `pytest` runs the files side by side, one process per core. A file stays in one process, with
+# its fixtures, unless it is in APART: its tests are long, and are handed out one by one. What
+# takes longest starts first, so that no core is left with it at the end.
+APART = (
+    "kernels/test_triton_compile.py",
+    "kernels/test_triton_interpreter.py",
+    "bench/test_bench_command.py",
+    "bench/test_bench_clock.py",
+)
+FIRST = (
+    "train/test_train_loop.py",
+    "pae/test_engine.py",
+    "train/test_train_cli.py",
+    "kernels/",
+    "test_docs.py",
+)
+MOST_PROCESSES = 8  # each holds PyTorch, about 0.5 GB
+
+
+def _side_by_side(config: pytest.Config) -> bool:
+    """Whether the tests go to several processes: unless told otherwise, and not for a few tests."""
+    option = config.option
+    if getattr(option, "numprocesses", "no such plug-in") is not None:
+        return False
+    if "PYTEST_CURRENT_TEST" in os.environ:  # started by a test
+        return False
+    if option.collectonly or option.usepdb or getattr(option, "benchmark_only", False):
+        return False
+    return not any("::" in argument for argument in config.args)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """`-n auto` unless the command says otherwise; here, as bench/ must stay in one process."""
+    if not hasattr(config, "workerinput") and _side_by_side(config):
+        config.option.numprocesses = "auto"
+        config.option.maxprocesses = config.option.maxprocesses or MOST_PROCESSES
+        config.option.loadscopereorder = False
+
+
+def _from_here(nodeid: str) -> str:
+    return nodeid.partition("::")[0].rpartition("tests/")[2]
+
+
+def pytest_xdist_make_scheduler(config, log):
+    if config.option.dist != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = _from_here(nodeid)
+            return nodeid if file in APART else file
+
+    return ByFile(config, log)
+
+
+def _turn(item: pytest.Item) -> int:
+    file = _from_here(item.nodeid)
+    if file in APART:
+        return 0
+    return next((i for i, start in enumerate(FIRST, 1) if file.startswith(start)), len(FIRST) + 1)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=_turn)
+
+
+# ---- fixtures
 
 
 @pytest.fixture(autouse=True)

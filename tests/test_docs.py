@@ -2,10 +2,8 @@
 
 import ast
 import io
-import os
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +15,7 @@ import torch
 import pae
 import pae_kernels
 from pae.train.settings import FAMILIES
-from tests import snippets, tiny
+from tests import processes, snippets, tiny
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,11 +136,9 @@ def test_every_example_runs(page, tmp_path):
         assert snippets.run(page, tmp_path) == len(found)
         return
     pytest.importorskip("triton")
-    run = subprocess.run(
+    run = processes.run(
         [sys.executable, ROOT / "tests" / "snippets.py", page],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
+        env={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     assert run.stdout == f"{len(found)} blocks\n", run.stderr
 

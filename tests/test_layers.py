@@ -4,8 +4,6 @@ import ast
 import importlib
 import inspect
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
@@ -15,6 +13,7 @@ import torch
 
 import pae
 import pae_kernels
+from tests import processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,16 +82,7 @@ def test_nothing_below_imports_the_training_loop():
 
 def run(code, **environment):
     """Standard output of `python -c code` at the root of the repository."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return processes.run([sys.executable, "-c", code], env=environment).stdout.strip()
 
 
 IMPORT = """

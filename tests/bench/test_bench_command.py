@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import getpass
 import json
-import os
 import platform
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,15 +15,14 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 from bench import table  # noqa: E402
+from tests import processes  # noqa: E402
 
 GPU_SCRIPT = ROOT / "bench" / "gpu.sh"
 
 
 @pytest.mark.parametrize("size", ["quick", "default", "full", "tune"])
 def test_gpu_gate_lists_its_steps(size):
-    run = subprocess.run(
-        ["bash", GPU_SCRIPT, size, "--dry-run"], capture_output=True, text=True, check=True
-    )
+    run = processes.run(["bash", GPU_SCRIPT, size, "--dry-run"])
     steps = {line.split(" ")[0]: line for line in run.stdout.splitlines()}
     benchmarks = ["tune"] if size == "tune" else ["attention", "pointwise", "kld", "step"]
     benchmarks += ["scaling", "mpa", "spectrum"] if size == "full" else []
@@ -54,27 +51,19 @@ def test_every_gpu_test_is_in_a_part():
 
 
 def test_gpu_gate_refuses_what_it_does_not_know():
-    run = subprocess.run(["bash", GPU_SCRIPT, "fast"], capture_output=True, text=True)
+    run = processes.run(["bash", GPU_SCRIPT, "fast"], check=False)
     assert run.returncode == 2 and "usage: bench/gpu.sh" in run.stderr
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_gpu_gate_is_clean_shell():
-    run = subprocess.run(["shellcheck", GPU_SCRIPT], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout
+    processes.run(["shellcheck", GPU_SCRIPT])
 
 
 def run_benchmarks(*arguments: str) -> str:
     pytest.importorskip("pytest_benchmark")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return processes.run(command, env={"OMP_NUM_THREADS": "1"}).stdout
 
 
 def test_every_provider_runs_without_timing():

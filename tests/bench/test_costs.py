@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -24,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 from bench import bench_scaling, bench_step, cost, counts, guard, runner, shapes  # noqa: E402
 from bench.memory import SavedBytes  # noqa: E402
+from tests import processes  # noqa: E402
 
 CPU = torch.device("cpu")
 OPS = {  # as imported: other tests define ops of their own
@@ -260,8 +260,7 @@ from torch.utils.flop_counter import flop_registry
 print({getattr(torch.ops.pae, op) for op in pae_kernels.flops.formulas()} <= set(flop_registry))
 print([f for f in sys.meta_path if type(f).__module__.startswith("pae")])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    done = processes.run([sys.executable, "-c", code])
     assert done.stdout.split("\n") == ["set()", "True", "[]", ""]
 
 

@@ -1,11 +1,8 @@
 """fast_forward equals the reference in value and in every gradient, and keeps what it promises."""
 
 import copy
-import os
-import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from torch import nn
 
 import pae
 from pae import engine
-from tests import tiny
+from tests import processes, tiny
 from tests.tiny import FEATURES, FromRows, Given, assert_engines_agree, error, gradients, prompted
 
 DTYPES = [torch.float64, torch.float32]
@@ -549,7 +546,8 @@ DISTRIBUTED = """
 import sys
 import torch, torch.distributed as dist, torch.multiprocessing as mp, torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-import pae, tiny
+import pae
+from tests import tiny
 
 def work(rank, store):
     torch.set_num_threads(1)
@@ -578,15 +576,7 @@ if __name__ == "__main__":
 
 def test_two_processes_equal_the_whole_batch(tmp_path):
     """DistributedDataParallel averages to the gradients of the whole batch, KLD's included."""
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", DISTRIBUTED, str(tmp_path / "store")],
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = processes.run([sys.executable, "-c", DISTRIBUTED, str(tmp_path / "store")])
     assert done.stdout.strip() == "equal"
 
 
@@ -609,7 +599,7 @@ def test_two_backbones_do_not_share_plans():
 def test_unknown_memory_mode(memory):
     model = prompted("plain", dtype=torch.float32)
     x = tiny.images(model.backbone)
-    with pytest.raises(ValueError, match=r"memory must be one of .*'exact'.*got"):
+    with pytest.raises(ValueError, match=r"memory must be one of .*'keep'.*got"):
         pae.fast_forward(model, x, memory=memory)
     with pytest.raises(ValueError, match="memory must be one of"):
         model(x, engine="fast", memory=memory)

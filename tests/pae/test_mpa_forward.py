@@ -1,9 +1,6 @@
 """MPA's forwards: zero prompts as one key, tokens from the spectrum, devices and ranks."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from pae.mpa import losses as mpa_losses
 from pae.mpa.forward import ZeroPromptForward
 from pae.mpa.losses import FilteredBatch
 from pae_kernels.spectrum.reference import band_pass
-from tests import tiny
+from tests import processes, tiny
 from tests.tiny import error
 
 WINDOW = {"window": 6, "stride": 5}  # 9 windows in 16 x 16
@@ -216,7 +213,8 @@ def test_ranks_without_a_process_group_are_this_process():
 RANKS = """
 import sys
 import torch, torch.distributed as dist, torch.multiprocessing as mp
-import pae, tiny
+import pae
+from tests import tiny
 
 def work(rank, store):
     torch.set_num_threads(1)
@@ -259,15 +257,7 @@ if __name__ == "__main__":
 
 def test_two_ranks_find_what_one_finds(tmp_path):
     """Bit for bit, in every search and precision; and the windows are really shared."""
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", RANKS, str(tmp_path / "store")],
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = processes.run([sys.executable, "-c", RANKS, str(tmp_path / "store")])
     assert done.stdout.strip() == "equal"
 
 

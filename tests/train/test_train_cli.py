@@ -6,9 +6,7 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,6 +15,7 @@ from pae.train import compare, embedded, loop
 from pae.train.cli import main
 from pae.train.runfolder import RunFolder
 from pae.train.settings import Settings
+from tests import processes
 from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, save_shades
 
 RECIPE = ["--epochs", "2", "--batch-size", "16", "--num-tokens", "2"]
@@ -201,9 +200,6 @@ def test_module_and_import_cost():
         "import sys, pae; heavy = {'matplotlib', 'accelerate', 'rich', 'onnx', 'pae.train'};"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
     )
-    root = Path(pae.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", script], check=False, cwd=root)
-    assert done.returncode == 0
-    version = [sys.executable, "-m", "pae", "--version"]
-    done = subprocess.run(version, check=False, cwd=root, capture_output=True, text=True)
+    processes.run([sys.executable, "-c", script])
+    done = processes.run([sys.executable, "-m", "pae", "--version"])
     assert done.stdout.strip() == f"pae {pae.__version__}"

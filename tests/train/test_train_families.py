@@ -186,7 +186,7 @@ def test_option_values(text, expected):
     ],
 )
 def test_combinations_that_cannot_be(shades, capsys, flags, message):
-    from train_helpers import BACKBONE_FLAGS, CPU_FLAGS
+    from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS
 
     assert cli.main(["train", "--data", str(shades), *BACKBONE_FLAGS, *CPU_FLAGS, *flags]) != 0
     assert message in capsys.readouterr().err
