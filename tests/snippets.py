@@ -8,7 +8,7 @@ A reader has images, labels, pretrained and published weights, and launches unde
 all are random, and `timm.create_model` makes a small backbone for whatever name it is given; see
 `given`, `small_model` and `ENVIRONMENT`.
 
-    python tests/snippets.py docs/add-an-op.md      in a process of its own
+    python -m tests.snippets docs/add-an-op.md      in a process of its own
 """
 
 from __future__ import annotations

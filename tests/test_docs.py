@@ -137,7 +137,7 @@ def test_every_example_runs(page, tmp_path):
         return
     pytest.importorskip("triton")
     run = processes.run(
-        [sys.executable, ROOT / "tests" / "snippets.py", page],
+        [sys.executable, "-m", "tests.snippets", page],
         env={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     assert run.stdout == f"{len(found)} blocks\n", run.stderr
