@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import pae
 from pae.mpa.losses import WindowLosses
@@ -23,13 +24,15 @@ from pae.mpa.search import rank_all
 from . import cost, shapes
 from .peers import mpa as peers
 from .peers.vpt import OfficialStyleVPT
-from .runner import Group, Provider, Runnable, Settings, relative
+from .rows import checked, row
+from .runner import Group, Provider, Runnable, Settings
 
 OFFICIAL, TIMM = "official-style", "timm blocks"
-LOSS_LIMIT, PROMPT_LIMIT = 1e-5, 1e-4  # norm-relative to the official-style values
-BF16_LIMIT = 2e-2  # of a loss, which is some units
-METHOD = {"window": 16, "stride": 8}
+# norm-relative to the official-style values; a loss is some units
+LIMITS = {"losses": 1e-5, "bf16 losses": 2e-2, "prompts": 1e-4}
 RANKED = {"cuda": 16, "cpu": 8}
+
+Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -44,68 +47,57 @@ class Batch:
     origins: list[tuple[int, int]]
     losses: Tensor
 
-    @property
-    def vit(self) -> nn.Module:
-        return self.model.backbone
-
-    @property
-    def count(self) -> int:
-        return self.model.prompts.num_tokens
-
-    def columns(self, error: float) -> dict[str, float]:
-        """Of a row whose losses are off by `error`. Live: the forward without its patch embedding,
-        which the few bins of a window can do without.
+    def columns(self) -> dict[str, float]:
+        """Live: the forward without its patch embedding, which the few bins of a window can do
+        without.
         """
-        shape = cost.Shape.of(self.vit)
-        embed = 2 * shape.patches * shape.patch_inputs * shape.width * len(self.images)
-        forward = cost.flops(shape, self.count, len(self.images)).forward
-        return {"value_error": error, "live_gflop": (forward - embed) / 1e9}
+        shape, batch = cost.Shape.of(self.model.backbone), len(self.images)
+        embed = 2 * shape.patches * shape.patch_inputs * shape.width * batch
+        forward = cost.flops(shape, self.model.prompts.num_tokens, batch).forward
+        return {"live_gflop": (forward - embed) / 1e9}
 
     def zeros(self) -> Tensor:
-        return self.images.new_zeros(len(self.vit.blocks), self.count, self.vit.embed_dim)
+        vit, count = self.model.backbone, self.model.prompts.num_tokens
+        return self.images.new_zeros(len(vit.blocks), count, vit.embed_dim)
 
-    def released(self) -> Callable[[Tensor], Tensor]:
-        """Logits as the released code computes them: concatenated prompts, explicit softmax."""
-        return OfficialStyleVPT(self.vit, self.zeros(), self.model.head).eval()
-
-    def timm(self) -> Callable[[Tensor], Tensor]:
-        """The same with timm's blocks and their fused attention."""
-        zeros, head = list(self.zeros()), self.model.head
-        return lambda images: peers.prompted_logits(self.vit, head, images, zeros, deep=True)
-
-    def rank(self, logits: Callable[[Tensor], Tensor]) -> Tensor:
+    def rank(self, logits: Logits) -> Tensor:
+        """Phase I, a window at a time."""
         return peers.window_losses(logits, self.images, self.labels, self.origins, self.window)
 
-    def prompts(self, origins: list[tuple[int, int]]) -> Tensor:
-        prompts = peers.official_style_prompts(self.vit, self.images, origins, self.window)
-        return torch.stack(prompts)
-
-    def align(self, logits: Callable[[Tensor], Tensor]) -> Tensor:
-        """Both phases of the released method."""
-        best = self.rank(logits).argsort()[: self.count].tolist()
-        return self.prompts([self.origins[i] for i in best])
+    def prompts(self, windows: list[int]) -> Tensor:
+        """Phase II from the best windows."""
+        origins = [self.origins[i] for i in windows]
+        vit = self.model.backbone
+        return torch.stack(peers.official_style_prompts(vit, self.images, origins, self.window))
 
     @torch.no_grad()
     def rank_ours(self, dtype: torch.dtype) -> Tensor:
         """Phase I of `mpa_init` on these windows alone."""
+        device = self.images.device
         losses = WindowLosses(
             self.model,
             torch.fft.fft2(self.images),
             self.labels,
             torch.tensor(self.origins),
             self.window,
-            self.count,
-            Ranks(False, self.images.device),
-            [self.images.device],
+            self.model.prompts.num_tokens,
+            Ranks(False, device),
+            [device],
             None,
             lambda done: None,
         )
         return rank_all(losses.in_dtype(dtype), len(self.origins), len(self.images)).losses
 
-    def align_ours(self) -> pae.MPAResult:
-        return pae.mpa_init(
-            self.model, self.images, self.labels, self.window, self.stride, progress=False
-        )
+
+def released(shared: Batch) -> Logits:
+    """Logits as the released code computes them: concatenated prompts, explicit softmax."""
+    return OfficialStyleVPT(shared.model.backbone, shared.zeros(), shared.model.head).eval()
+
+
+def in_timm(shared: Batch) -> Logits:
+    """The same with timm's blocks and their fused attention."""
+    vit, head, zeros = shared.model.backbone, shared.model.head, list(shared.zeros())
+    return lambda images: peers.prompted_logits(vit, head, images, zeros, deep=True)
 
 
 def open_batch(
@@ -121,145 +113,107 @@ def open_batch(
     vit = shapes.random_backbone(name, device)
     model = pae.PromptedViT(vit, pae.prompts.VPTDeep(prompts)).eval()
     generator = torch.Generator().manual_seed(1)
-    size = tuple(vit.patch_embed.img_size)
-    images = torch.randn(batch, 3, *size, generator=generator).to(device)
-    labels = torch.randint(model.num_classes, (batch,), generator=generator).to(device)
-    origins = peers.windows_of(size, window, stride)
+    images, labels = shapes.random_batch(vit, model.num_classes, batch, device, generator)
+    origins = peers.windows_of(tuple(images.shape[-2:]), window, stride)
     if ranked is not None:
         chosen = torch.linspace(0, len(origins) - 1, ranked).round().int().tolist()
         origins = [origins[i] for i in chosen]
     shared = Batch(model, images, labels, window, stride, origins, torch.empty(0))
-    shared.losses = shared.rank(shared.released()).cpu()
+    shared.losses = shared.rank(released(shared))
     return shared
 
 
-# ---- phase I
+def start_ranking(how: Callable[[Batch], Logits] | torch.dtype, shared: Batch) -> Runnable:
+    """A peer's logits, or ours in a dtype."""
+    if isinstance(how, torch.dtype):
+        work = partial(shared.rank_ours, how)
+    else:
+        work = partial(shared.rank, how(shared))
+    narrow = how == torch.bfloat16
+    return row(
+        lambda: [work()],
+        {"losses": shared.losses},
+        {"losses": LIMITS["bf16 losses" if narrow else "losses"]},
+        shared.columns(),
+        units=len(shared.origins),
+        dtype="bf16" if narrow else "fp32",
+    )
 
 
-def start_ranking(logits: Callable[[Batch], Callable[[Tensor], Tensor]]):
-    def start(shared: Batch) -> Runnable:
-        forward = logits(shared)
+def start_both(how: Callable[[Batch], Logits], shared: Batch) -> Runnable:
+    """Both phases of the released method."""
+    logits, count = how(shared), shared.model.prompts.num_tokens
 
-        def check() -> dict[str, float]:
-            return shared.columns(_checked(shared.rank(forward), shared.losses, LOSS_LIMIT))
+    def check() -> dict[str, float]:
+        found = checked([shared.rank(logits)], {"losses": shared.losses}, LIMITS)
+        return found | shared.columns()
 
-        return Runnable(lambda: shared.rank(forward), check, units=len(shared.origins))
+    def work() -> Tensor:
+        return shared.prompts(shared.rank(logits).argsort()[:count].tolist())
 
-    return start
-
-
-def start_our_ranking(dtype: torch.dtype, limit: float):
-    def start(shared: Batch) -> Runnable:
-        def check() -> dict[str, float]:
-            return shared.columns(_checked(shared.rank_ours(dtype), shared.losses, limit))
-
-        return Runnable(
-            lambda: shared.rank_ours(dtype),
-            check,
-            units=len(shared.origins),
-            dtype="bf16" if dtype == torch.bfloat16 else "fp32",
-        )
-
-    return start
-
-
-def _checked(losses: Tensor, expected: Tensor, limit: float) -> float:
-    error = relative(losses.cpu(), expected)
-    assert error <= limit, f"losses are off by {error:.1e}, more than {limit}"
-    return error
-
-
-# ---- both phases
-
-
-def start_official(logits: Callable[[Batch], Callable[[Tensor], Tensor]]):
-    def start(shared: Batch) -> Runnable:
-        forward = logits(shared)
-
-        def check() -> dict[str, float]:
-            return shared.columns(_checked(shared.rank(forward), shared.losses, LOSS_LIMIT))
-
-        return Runnable(lambda: shared.align(forward), check, units=len(shared.origins))
-
-    return start
+    return Runnable(work, check, units=len(shared.origins))
 
 
 def start_ours(shared: Batch) -> Runnable:
-    def check() -> dict[str, float]:
-        found = shared.align_ours()
-        # Windows of nearly equal loss may change places, so the prompts are compared window by
-        # window, in our order.
-        prompts = shared.prompts([shared.origins[i] for i in found.selected.tolist()])
-        prompt = relative(shared.model.prompts.tokens, prompts)
-        assert prompt <= PROMPT_LIMIT, f"prompts are off by {prompt:.1e}, more than {PROMPT_LIMIT}"
-        return shared.columns(max(_checked(found.losses, shared.losses, LOSS_LIMIT), prompt))
+    def work() -> pae.MPAResult:
+        where = shared.images, shared.labels, shared.window, shared.stride
+        return pae.mpa_init(shared.model, *where, progress=False)
 
-    return Runnable(shared.align_ours, check, units=len(shared.origins))
+    def check() -> dict[str, float]:
+        found = work()
+        # windows of nearly equal loss may change places, so prompts are compared in our order
+        prompts = shared.prompts(found.selected.tolist())
+        expected = {"losses": shared.losses, "prompts": prompts}
+        got = found.losses, shared.model.prompts.tokens.detach()
+        return checked(got, expected, LIMITS) | shared.columns()
+
+    return Runnable(work, check, units=len(shared.origins))
 
 
 def groups(settings: Settings) -> list[Group]:
+    """All groups of this file; those outside the chosen size carry a reason."""
     if settings.size == "smoke":
-        tiny = (shapes.TINY, 8, 8, 5)
-        return [whole(*tiny, 2, settings), ranking(*tiny, 2, settings, ranked=4)]
-    full_only = "" if settings.size == "full" else "runs with --full"
-    on_gpu = settings.device.type == "cuda"
-    batch = settings.batch or (128 if on_gpu else 2)
-    default = "" if settings.size in ("default", "full") else "runs without --quick"
-    method = (METHOD["window"], METHOD["stride"], 50)
+        tiny = (shapes.TINY, 8, 8, 5, 2)
+        return [group("mpa", tiny, settings), group("mpa_ranking", tiny, settings, ranked=4)]
+    on_gpu = settings.on_gpu
+    batch, ranked = settings.batch or (128 if on_gpu else 2), RANKED[settings.device.type]
     few = (16, 32, 49) if on_gpu else (16, 104, 9)  # all windows of a coarse grid
+    default, full = settings.why_not_size(False, True), settings.why_not_size(False, False)
+    method = (16, 8, 50, batch)
     return [
-        ranking(shapes.SMALL, *method, batch, settings, left_out=default),
-        ranking(shapes.BASE, *method, batch, settings, left_out="" if on_gpu else full_only),
-        whole(shapes.SMALL, *few, settings.batch or 1, settings, left_out=default),
-        whole(shapes.BASE, *few, batch, settings, left_out=full_only),
+        group("mpa_ranking", (shapes.SMALL, *method), settings, ranked, default),
+        group("mpa_ranking", (shapes.BASE, *method), settings, ranked, "" if on_gpu else full),
+        group("mpa", (shapes.SMALL, *few, settings.batch or 1), settings, left_out=default),
+        group("mpa", (shapes.BASE, *few, batch), settings, left_out=full),
     ]
 
 
-def ranking(
-    name: str,
-    window: int,
-    stride: int,
-    prompts: int,
-    batch: int,
+def group(
+    kind: str,
+    case: tuple[str, int, int, int, int],
     settings: Settings,
     ranked: int | None = None,
     left_out: str = "",
 ) -> Group:
-    ranked = ranked or RANKED[settings.device.type]
-    narrow = settings.device.type == "cuda" or settings.size in ("full", "smoke")
-    slow = "" if narrow else "slow without bf16 arithmetic; runs with --full"
+    """`case`: backbone, window, stride, prompts, batch."""
+    name, window, stride, prompts, batch = case
+    if kind == "mpa_ranking":
+        narrow = settings.on_gpu or settings.size in ("full", "smoke")
+        slow = "" if narrow else "slow without bf16 arithmetic; runs with --full"
+        start, grid = start_ranking, ""
+        ours = [
+            Provider("pae fp32", partial(start, torch.float32)),
+            Provider("pae bf16", partial(start, torch.bfloat16), left_out=slow),
+        ]
+    else:
+        start, grid, ours = start_both, f"stride{stride}/", [Provider("pae", start_ours)]
     return Group(
-        name=f"mpa_ranking/{name}/window{window}/P{prompts}/B{batch}",
-        open=lambda: open_batch(name, window, stride, prompts, batch, settings.device, ranked),
+        name=f"{kind}/{name}/window{window}/{grid}P{prompts}/B{batch}",
+        open=lambda: open_batch(*case, settings.device, ranked),
         providers=[
-            Provider(OFFICIAL, start_ranking(Batch.released)),
-            Provider(TIMM, start_ranking(Batch.timm)),
-            Provider("pae fp32", start_our_ranking(torch.float32, LOSS_LIMIT)),
-            Provider("pae bf16", start_our_ranking(torch.bfloat16, BF16_LIMIT), left_out=slow),
-        ],
-        baselines=(OFFICIAL, TIMM),
-        rounds=3,
-        unit="window",
-        left_out=left_out,
-    )
-
-
-def whole(
-    name: str,
-    window: int,
-    stride: int,
-    prompts: int,
-    batch: int,
-    settings: Settings,
-    left_out: str = "",
-) -> Group:
-    return Group(
-        name=f"mpa/{name}/window{window}/stride{stride}/P{prompts}/B{batch}",
-        open=lambda: open_batch(name, window, stride, prompts, batch, settings.device),
-        providers=[
-            Provider(OFFICIAL, start_official(Batch.released)),
-            Provider(TIMM, start_official(Batch.timm)),
-            Provider("pae", start_ours),
+            Provider(OFFICIAL, partial(start, released)),
+            Provider(TIMM, partial(start, in_timm)),
+            *ours,
         ],
         baselines=(OFFICIAL, TIMM),
         rounds=3,

@@ -2,34 +2,32 @@
 times are per window.
 
 Rows of the first two transform the batch in every work: once for all its windows, the
-official-style ones once per window, as released. On a GPU two more groups time the kernels behind
-a transform that is there, each version as the replay of a CUDA graph, against what any version must
-move: tokens, the windows' bins and the weights.
+official-style ones once per window, as released. The pooling's versions are timed on tokens that
+are there, ours on a GPU as the replay of a CUDA graph.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from unittest import mock
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pae_kernels import backends
 from pae_kernels.spectrum import shortcut_images, shortcut_pool, shortcut_tokens
 
 from .peers import mpa as peers
-from .runner import Group, Provider, Runnable, Settings, Unavailable, relative
+from .roofline import DTYPES
+from .rows import in_version, row
+from .runner import Group, Provider, Runnable, Settings
 
 OFFICIAL, HOISTED = "official-style", "one FFT, full inverse"
 PICTURES, EAGER = "pae images, convolution", "eager"
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # norm-relative to fp64
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VERSIONS = {"reference": "reference", "triton": "Triton", "cuda": "CUDA"}
+VERSIONS = {"reference": "reference", "Triton": "triton", "CUDA": "cuda"}
 
 
 @dataclass(frozen=True)
@@ -49,37 +47,36 @@ class Case:
         stem = f"{self.size}px/patch{self.patch}/D{self.dim}/window{self.window}"
         return f"{stem}/{self.dtype}/B{self.batch}"
 
-    @property
-    def token_bytes(self) -> int:
-        count = self.batch * (self.size // self.patch) ** 2
-        return count * self.dim * DTYPES[self.dtype].itemsize
-
-    @property
-    def image_bytes(self) -> int:
-        """Of the whole batch."""
-        return self.batch * 3 * self.size**2 * 4
-
-    @property
-    def stem_bytes(self) -> float:
-        """Beside the tokens: the window's bins, and its share of the weights."""
-        weights = self.dim * 3 * self.patch**2 * DTYPES[self.dtype].itemsize
-        return self.batch * 3 * self.window**2 * 8 + weights / self.windows
-
 
 @dataclass
 class Batch:
     """What the providers of a group share, and in fp64 what they should find."""
 
+    case: Case
     images: Tensor
     origins: Tensor
-    window: int
     weight: Tensor
     bias: Tensor
     filtered: Tensor
 
-    @property
-    def size(self) -> tuple[int, int]:
-        return tuple(self.images.shape[-2:])
+    def row(self, work: Callable[[], Tensor], expected: Tensor, moved: float, **how) -> Runnable:
+        """`work` for all windows of the case, each of which moves `moved` bytes at least."""
+        columns, units = {"floor_mb": moved / 1e6}, self.case.windows
+        return row(lambda: [work()], {"result": expected}, LIMITS, columns, units=units, **how)
+
+    def tokens(self) -> Tensor:
+        spectrum, size = torch.fft.fft2(self.images), tuple(self.images.shape[-2:])
+        stem = self.weight, self.bias
+        return shortcut_tokens(spectrum, self.origins, self.case.window, size, *stem)
+
+    def token_bytes(self) -> int:
+        """Of one window."""
+        patches = len(self.images) * (self.case.size // self.case.patch) ** 2
+        return patches * self.case.dim * self.weight.itemsize
+
+    def image_share(self) -> float:
+        """Bytes of the images that fall on one window."""
+        return self.images.nbytes / self.case.windows
 
 
 def open_batch(case: Case, device: torch.device) -> Batch:
@@ -93,23 +90,7 @@ def open_batch(case: Case, device: torch.device) -> Batch:
     weight = weight / (3**0.5 * case.patch)
     bias = torch.randn(case.dim, generator=generator)
     stem = (t.to(device, DTYPES[case.dtype]) for t in (weight, bias))
-    return Batch(
-        images, origins, case.window, *stem, official(images.double(), origins, case.window)
-    )
-
-
-def prepare(
-    work: Callable[[], Tensor], expected: Tensor, case: Case, moved: float = 0, capture=False
-) -> Runnable:
-    """`work` for all windows of the case; `moved` bytes a window at least, 0 to leave that out."""
-
-    def check() -> dict[str, float]:
-        got = work()
-        error, limit = relative(got, expected), LIMITS[got.dtype]
-        assert error <= limit, f"values are off by {error:.1e}, more than {limit}"
-        return {"value_error": error} | ({"floor_mb": moved / 1e6} if moved else {})
-
-    return Runnable(work, check, units=case.windows, capture=capture)
+    return Batch(case, images, origins, *stem, official(images.double(), origins, case.window))
 
 
 # ---- filters: (images, origins, window) -> (S, B, C, H, W)
@@ -126,9 +107,9 @@ def one_transform(images: Tensor, origins: Tensor, window: int) -> Tensor:
     """The transform once for all windows, the inverse in full for each."""
     spectrum = torch.fft.fftshift(torch.fft.fft2(images), dim=(-2, -1))
     filtered = []
-    for row, col in origins.tolist():
+    for top, left in origins.tolist():
         kept = torch.zeros_like(spectrum)
-        box = (..., slice(row, row + window), slice(col, col + window))
+        box = (..., slice(top, top + window), slice(left, left + window))
         kept[box] = spectrum[box]
         filtered.append(torch.fft.ifft2(torch.fft.ifftshift(kept, dim=(-2, -1))).real)
     return torch.stack(filtered)
@@ -138,10 +119,9 @@ def pictures(images: Tensor, origins: Tensor, window: int) -> Tensor:
     return shortcut_images(torch.fft.fft2(images), origins, window, tuple(images.shape[-2:]))
 
 
-def start_filter(case: Case, filtered: Filter, shared: Batch) -> Runnable:
-    work = partial(filtered, shared.images, shared.origins, shared.window)
-    moved = case.image_bytes * (1 + 1 / case.windows)  # written for each window, read once
-    return prepare(work, shared.filtered, case, moved)
+def start_filter(filtered: Filter, shared: Batch) -> Runnable:
+    work = partial(filtered, shared.images, shared.origins, shared.case.window)
+    return shared.row(work, shared.filtered, shared.images.nbytes + shared.image_share())
 
 
 # ---- filter and patch embedding
@@ -153,75 +133,22 @@ def embed(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return tokens.flatten(2).transpose(1, 2)
 
 
-def expected_tokens(shared: Batch) -> Tensor:
-    wide = shared.weight.double(), shared.bias.double()
-    return torch.stack([embed(images, *wide) for images in shared.filtered])
+def start_tokens(filtered: Filter | None, shared: Batch) -> Runnable:
+    """Any filter, then the convolution window by window; None: ours, without images between."""
 
-
-def start_convolution(case: Case, filtered: Filter, shared: Batch) -> Runnable:
-    """Any filter, then the convolution window by window."""
-
-    def work() -> Tensor:
-        images = filtered(shared.images, shared.origins, shared.window)
+    def by_convolution() -> Tensor:
+        images = filtered(shared.images, shared.origins, shared.case.window)
         return torch.stack([embed(x, shared.weight, shared.bias) for x in images])
 
-    return prepare(work, expected_tokens(shared), case, embedded_bytes(case))
-
-
-def embedded_bytes(case: Case) -> float:
-    """A window's tokens, and its share of the images and of the weights."""
-    return case.token_bytes + case.stem_bytes + case.image_bytes / case.windows
-
-
-def tokens(shared: Batch, spectrum: Tensor) -> Tensor:
-    return shortcut_tokens(
-        spectrum, shared.origins, shared.window, shared.size, shared.weight, shared.bias
-    )
-
-
-def start_tokens(case: Case, shared: Batch) -> Runnable:
-    work = lambda: tokens(shared, torch.fft.fft2(shared.images))
-    return prepare(work, expected_tokens(shared), case, embedded_bytes(case))
-
-
-def start_token_kernels(case: Case, version: str, shared: Batch) -> Runnable:
-    spectrum = torch.fft.fft2(shared.images)
-    work = forced(version, shared, partial(tokens, shared, spectrum))
-    moved = case.token_bytes + case.stem_bytes
-    return prepare(work, expected_tokens(shared), case, moved, capture=True)
-
-
-def forced(version: str, shared: Batch, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`work` in this version of the ops, or the reason why it cannot run here."""
-    predicates = {"triton": backends.with_triton, "cuda": backends.with_cuda}
-    predicate = predicates.get(version, backends.anywhere)
-    if reason := predicate(shared.images.device.type, shared.weight.dtype):
-        raise Unavailable(reason)
-
-    def forced_work() -> Tensor:
-        with mock.patch.dict(os.environ, PAE_BACKEND=version):
-            return work()
-
-    return forced_work
+    case, wide = shared.case, (shared.weight.double(), shared.bias.double())
+    expected = torch.stack([embed(images, *wide) for images in shared.filtered])
+    bins = len(shared.images) * 3 * case.window**2 * 8
+    moved = shared.token_bytes() + bins + shared.weight.nbytes / case.windows
+    work = by_convolution if filtered else shared.tokens
+    return shared.row(work, expected, moved + shared.image_share())
 
 
 # ---- pooling
-
-
-def start_pooling(case: Case, version: str, shared: Batch) -> Runnable:
-    pool = forced(version, shared, lambda: shortcut_pool(given))
-    given, expected = tokens_and_pooled(shared)
-    return prepare(pool, expected, case, case.token_bytes, capture=version != "reference")
-
-
-def start_eager_pooling(case: Case, shared: Batch) -> Runnable:
-    given, expected = tokens_and_pooled(shared)
-    return prepare(lambda: eager_pool(given), expected, case, case.token_bytes)
-
-
-def tokens_and_pooled(shared: Batch) -> tuple[Tensor, Tensor]:
-    given = tokens(shared, torch.fft.fft2(shared.images))
-    return given, eager_pool(given.double())
 
 
 def eager_pool(tokens: Tensor) -> Tensor:
@@ -230,69 +157,59 @@ def eager_pool(tokens: Tensor) -> Tensor:
     return (energy / energy.sum(dim=(1, 2), keepdim=True) * tokens).sum(dim=(1, 2))
 
 
+def start_pooling(version: str | None, shared: Batch) -> Runnable:
+    """A version of the op, or the eager one."""
+    given = shared.tokens()
+    work = lambda: (shortcut_pool if version else eager_pool)(given)
+    if version:
+        work = in_version(version, "shortcut_pool", given, work)
+    capture, expected = version in ("triton", "cuda"), eager_pool(given.double())
+    return shared.row(work, expected, shared.token_bytes(), capture=capture)
+
+
 # ---- groups
 
 
 def groups(settings: Settings) -> list[Group]:
+    """All groups of this file; those outside the chosen size carry a reason."""
     if settings.size == "smoke":
         tiny = Case(24, 8, 3, 2, patch=6, dim=8)
-        return [make(tiny, settings) for make in (filters, embeddings, kernels, pooling)]
-    on_gpu = settings.device.type == "cuda"
-    batch = settings.batch or (128 if on_gpu else 8)
-    base = Case(224, 16, 4 if on_gpu else 16, batch)
-    small = Case(224, 16, base.windows, batch, patch=14, dim=384)
-    found = [filters(Case(112, 16, 16, settings.batch or 16), settings), filters(base, settings)]
-    slow = "" if on_gpu or settings.size == "full" else "runs with --full"
-    found += [embeddings(base, settings), embeddings(small, settings, slow)]
+        return [group(kind, tiny, settings) for kind in ROWS]
+    on_gpu = settings.on_gpu
+    base = Case(224, 16, 4 if on_gpu else 16, settings.batch or (128 if on_gpu else 8))
+    small = replace(base, patch=14, dim=384)
+    pooled = [base]
     if on_gpu:
-        for case in (replace(base, dtype="bf16"), replace(small, dtype="bf16"), base, small):
-            found += [kernels(case, settings), pooling(case, settings)]
-    else:
-        found.append(pooling(base, settings))
-    return found
+        pooled = [replace(base, dtype="bf16"), replace(small, dtype="bf16"), base, small]
+    return [
+        group("filter", Case(112, 16, 16, settings.batch or 16), settings),
+        group("filter", base, settings),
+        group("tokens", base, settings),
+        group("tokens", small, settings, settings.why_not_size(on_gpu, on_gpu)),
+        *(group("pooling", case, settings) for case in pooled),
+    ]
 
 
-def group(
-    kind: str,
-    case: Case,
-    settings: Settings,
-    starts: dict[str, Callable],
-    baselines: tuple,
-    left_out: str = "",
-) -> Group:
+FILTERS = {OFFICIAL: official, HOISTED: one_transform}
+# kind of group -> how a row starts, with what, and how many of the rows are baselines
+ROWS: dict[str, tuple[Callable[..., Runnable], dict[str, Any], int]] = {
+    "filter": (start_filter, {**FILTERS, "pae": pictures}, 2),
+    "tokens": (start_tokens, {**FILTERS, PICTURES: pictures, "pae": None}, 3),
+    "pooling": (start_pooling, {EAGER: None, **VERSIONS}, 1),
+}
+
+
+def group(kind: str, case: Case, settings: Settings, left_out: str = "") -> Group:
+    start, rows, baselines = ROWS[kind]
     return Group(
         name=f"{kind}/{case.name}",
         open=lambda: open_batch(case, settings.device),
-        providers=[Provider(name, start) for name, start in starts.items()],
-        baselines=baselines,
-        rounds=20 if settings.device.type == "cuda" else 5,
+        providers=[Provider(name, partial(start, what)) for name, what in rows.items()],
+        baselines=tuple(rows)[:baselines],
+        rounds=20 if settings.on_gpu else 5,
         unit="window",
         left_out=left_out,
     )
-
-
-def filters(case: Case, settings: Settings) -> Group:
-    rows = {OFFICIAL: official, HOISTED: one_transform, "pae": pictures}
-    starts = {name: partial(start_filter, case, filtered) for name, filtered in rows.items()}
-    return group("filter", case, settings, starts, (OFFICIAL, HOISTED))
-
-
-def embeddings(case: Case, settings: Settings, left_out: str = "") -> Group:
-    rows = {OFFICIAL: official, HOISTED: one_transform, PICTURES: pictures}
-    starts = {name: partial(start_convolution, case, filtered) for name, filtered in rows.items()}
-    starts["pae"] = partial(start_tokens, case)
-    return group("tokens", case, settings, starts, (OFFICIAL, HOISTED, PICTURES), left_out)
-
-
-def kernels(case: Case, settings: Settings) -> Group:
-    starts = {VERSIONS[v]: partial(start_token_kernels, case, v) for v in VERSIONS}
-    return group("token kernels", case, settings, starts, (VERSIONS["reference"],))
-
-
-def pooling(case: Case, settings: Settings) -> Group:
-    starts = {EAGER: partial(start_eager_pooling, case)}
-    starts |= {VERSIONS[v]: partial(start_pooling, case, v) for v in VERSIONS}
-    return group("pooling", case, settings, starts, (EAGER,))
 
 
 def test_spectrum(benchmark, replay):

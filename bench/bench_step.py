@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +18,40 @@ import pae
 from . import cost, shapes
 from .memory import SavedBytes, own_bytes, peak_bytes, tensors_in
 from .peers.vpt import OfficialStyleVPT
-from .runner import Group, Provider, Runnable, Settings, Unavailable, relative
+from .rows import attempt, checked, compiled, errors
+from .runner import Group, Provider, Runnable, Settings
 
 OFFICIAL, REFERENCE = "official-style", "timm + SDPA"
-REFERENCE_CUDNN = "timm + SDPA cuDNN"
 COMPILED_REFERENCE = "timm + SDPA, compiled"
+DTYPES = ("fp32", "bf16")
 
 # Norm-relative errors against the official-style fp32 step that a row may show: in fp32 the promise
 # of `fast_forward` ("recompute8" keeps the activation's derivative in 8 bits), in bf16 so often
 # what the official-style step loses under autocast (rounding alone scatters that by a third).
-FP32_LIMITS = {"logits": 1e-5, "gradients": 1e-4}
-FP32_LOW_LIMITS = {"logits": 1e-5, "gradients": 5e-3}
+FP32_LIMITS = {"logits": 1e-5, "d_prompts": 1e-4}
+FP32_LOW_LIMITS = {"logits": 1e-5, "d_prompts": 5e-3}
 BF16_FACTOR = 1.5
-DTYPES = ("fp32", "bf16")
 
-# the groups that run torch.compile without --full: it takes a minute each
-COMPILED = {"cpu": (shapes.BASE, 50, "fp32"), "cuda": (shapes.BASE, 50, "bf16")}
 SLICE = 16  # images of the reference that are computed at one time
+
+
+class Case(NamedTuple):
+    """Sizes of one group; image and depth are the backbone's own unless given."""
+
+    backbone: str
+    prompts: int
+    dtype: str
+    batch: int
+    image: int | None = None
+    depth: int | None = None
 
 
 @dataclass
 class Step:
     """What all providers of one group share: one frozen backbone, one set of prompts, one batch.
 
-    expected holds "logits" and prompt "gradients" of the official-style fp32 step; limits the
-    errors allowed, None meaning those of fp32.
+    expected holds "logits" and the prompts' gradient of the official-style fp32 step; limits the
+    errors allowed, empty meaning those of fp32.
     """
 
     model: pae.PromptedViT
@@ -50,7 +61,7 @@ class Step:
     dtype: str
     shape: cost.Shape
     expected: dict[str, Tensor] = field(default_factory=dict)
-    limits: dict[str, float] | None = None
+    limits: dict[str, float] = field(default_factory=dict)
 
     def run(self, forward: Callable[[Tensor], Tensor], trained: nn.Module) -> Tensor:
         """One step; returns the logits, leaves the gradients in `trained`."""
@@ -61,7 +72,7 @@ class Step:
         F.cross_entropy(logits.float(), self.labels).backward()
         return logits
 
-    def reference(self) -> dict[str, Tensor]:
+    def reference(self) -> list[Tensor]:
         """Logits and gradients of the official-style step, slice by slice: in fp32 a whole batch
         of a large model may not fit.
         """
@@ -73,58 +84,52 @@ class Step:
             loss = F.cross_entropy(logits[-1].float(), labels, reduction="sum")
             (loss / len(self.images)).backward()
             logits[-1] = logits[-1].detach()
-        return {"logits": torch.cat(logits), "gradients": official.prompts.grad.clone()}
-
-    def errors(self, logits: Tensor, gradients: Tensor) -> dict[str, float]:
-        got = {"logits": logits, "gradients": gradients}
-        return {what: relative(got[what], expected) for what, expected in self.expected.items()}
-
-    @property
-    def count(self) -> int:
-        return self.model.prompts.num_tokens
+        return [torch.cat(logits), official.prompts.grad.clone()]
 
     @property
     def itemsize(self) -> int:
         return 2 if self.dtype == "bf16" else 4
 
-    def modelled(self, method: str, memory: str) -> dict[str, float]:
-        """Columns that `bench.cost` predicts of a row."""
-        at = self.shape, self.count, len(self.images), method, memory
-        saved = cost.saved_bytes(*at, self.itemsize, self.images.device.type)
-        return {
-            "model_gflop": cost.flops(*at).step / 1e9,
-            "model_saved_mb_per_image": saved / len(self.images) / 1e6,
+    def sizes(self) -> tuple[cost.Shape, int, int]:
+        """What the cost model asks for first."""
+        return self.shape, self.model.prompts.num_tokens, len(self.images)
+
+    def checked(self, logits: Tensor, gradients: Tensor, memory: str) -> dict[str, float]:
+        """Columns of a row whose values are right; an AssertionError otherwise."""
+        limits = FP32_LOW_LIMITS if memory == "recompute8" else FP32_LIMITS
+        return checked([logits, gradients], self.expected, self.limits or limits) | {
+            "live_gflop": cost.live_step_flops(*self.sizes()) / 1e9,
+            "floor_mb": cost.live_step_bytes(*self.sizes(), self.itemsize) / 1e6,
+            "images": float(len(self.images)),
         }
 
     def folded(self) -> list[Tensor]:
         """The frozen weights as the engine multiplies with them: copies, where they are folded."""
         return list(tensors_in(self.model.plan(torch.bfloat16 if self.dtype == "bf16" else None)))
 
-    def autocast(self):
+    def autocast(self) -> AbstractContextManager:
         if self.dtype == "fp32":
             return nullcontext()
         return torch.autocast(self.images.device.type, torch.bfloat16)
 
 
-def open_step(
-    name: str, prompts: int, batch: int, dtype: str, device: torch.device, **changes
-) -> Step:
-    """`changes`: options of the backbone that differ from its name's."""
-    vit = shapes.random_backbone(name, device, **changes)
-    model = pae.PromptedViT(vit, pae.prompts.VPTDeep(prompts)).train()
+def open_step(case: Case, device: torch.device) -> Step:
+    """Everything of a group, and in bf16 the errors that the official-style step shows itself."""
+    changes = {"img_size": case.image, "depth": case.depth}
+    changes = {name: size for name, size in changes.items() if size is not None}
+    vit = shapes.random_backbone(case.backbone, device, **changes)
+    model = pae.PromptedViT(vit, pae.prompts.VPTDeep(case.prompts)).train()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         model.prompts.tokens.copy_(torch.randn(model.prompts.tokens.shape, generator=generator))
-    size = vit.patch_embed.img_size
-    images = torch.randn(batch, 3, *size, generator=generator).to(device)
-    labels = torch.randint(model.num_classes, (batch,), generator=generator).to(device)
+    batch = shapes.random_batch(vit, model.num_classes, case.batch, device, generator)
     official = OfficialStyleVPT(vit, model.prompts.tokens, model.head)
-    step = Step(model, official, images, labels, "fp32", cost.Shape.of(vit, model.num_classes))
-    step.expected = step.reference()
-    if dtype == "bf16":
-        step.dtype = dtype
-        own = step.errors(**step.reference())
-        step.limits = {what: BF16_FACTOR * error for what, error in own.items()}
+    step = Step(model, official, *batch, "fp32", cost.Shape.of(vit, model.num_classes))
+    step.expected = dict(zip(FP32_LIMITS, step.reference()))
+    if case.dtype == "bf16":
+        step.dtype = case.dtype
+        own = errors(step.reference(), step.expected)
+        step.limits = {name: BF16_FACTOR * error for name, error in own.items()}
     return step
 
 
@@ -133,48 +138,34 @@ def prepare(
     forward: Callable[[Tensor], Tensor],
     official: bool = False,
     memory: str | None = None,
-    compiled: bool = False,
+    compiler: bool = False,
 ) -> Runnable:
-    """`memory`: the mode of a row that runs on the folded plan, None for the others. `compiled`: a
-    compiler chooses what is kept, so no model of that is shown.
+    """`memory`: the mode of a row that runs on the folded plan, None for the others. `compiler`: it
+    chooses what is kept, so no model of that is shown.
     """
     method = "official" if official else "pae" if memory else "sdpa"
     trained = step.official if official else step.model
     prompts = trained.prompts if official else trained.prompts.tokens
-    folded = step.folded() if memory else []
+    folded, memory = step.folded() if memory else [], memory or "keep"
     weights = [*trained.parameters(), *trained.buffers()]
+    work = partial(step.run, forward, trained)
+    device, mb_per_image = step.images.device, len(step.images) * 1e6
 
     def check() -> dict[str, float]:
         with SavedBytes([*weights, *folded, step.images]) as saved:
-            logits = step.run(forward, trained)
-        columns = checked_columns(step, logits, prompts.grad, memory or "keep") | {
-            "saved_mb_per_image": saved.activations / len(step.images) / 1e6,
+            logits = work()
+        columns = step.checked(logits, prompts.grad, memory) | {
+            "saved_mb_per_image": saved.activations / mb_per_image,
             "weight_copies_mb": saved.weight_copies / 1e6,
-            **step.modelled(method, memory or "keep"),
+            "model_gflop": cost.flops(*step.sizes(), method, memory).step / 1e9,
         }
-        if compiled:
-            del columns["model_saved_mb_per_image"]
-        peak = peak_bytes(lambda: step.run(forward, trained), step.images.device)
-        columns["peak_mb"] = (peak + own_bytes(folded, weights)) / 1e6
+        if not compiler:
+            kept = cost.saved_bytes(*step.sizes(), method, memory, step.itemsize, device.type)
+            columns["model_saved_mb_per_image"] = kept / mb_per_image
+        columns["peak_mb"] = (peak_bytes(work, device) + own_bytes(folded, weights)) / 1e6
         return columns
 
-    return Runnable(lambda: step.run(forward, trained), check, dtype=step.dtype)
-
-
-def checked_columns(step: Step, logits: Tensor, gradients: Tensor, memory: str) -> dict[str, float]:
-    """Columns of a row whose values are right; an AssertionError otherwise."""
-    errors = step.errors(logits, gradients)
-    fp32_limits = FP32_LOW_LIMITS if memory == "recompute8" else FP32_LIMITS
-    for what, limit in (step.limits or fp32_limits).items():
-        assert errors[what] <= limit, f"{what} are off by {errors[what]:.1e} > {limit:.1e}"
-    return {
-        "value_error": errors["logits"],
-        "gradient_error": errors["gradients"],
-        "live_gflop": cost.live_step_flops(step.shape, step.count, len(step.images)) / 1e9,
-        "floor_mb": cost.live_step_bytes(step.shape, step.count, len(step.images), step.itemsize)
-        / 1e6,
-        "images": float(len(step.images)),
-    }
+    return Runnable(work, check, dtype=step.dtype)
 
 
 def start_cudnn(step: Step) -> Runnable:
@@ -184,144 +175,119 @@ def start_cudnn(step: Step) -> Runnable:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return step.model(images)
 
-    try:
-        step.run(forward, step.model)
-    except RuntimeError as error:  # no such kernel for this device or dtype
-        raise Unavailable.because("refused", error) from error
+    attempt("refused", lambda: step.run(forward, step.model))  # no kernel for this device or dtype
     return prepare(step, forward)
 
 
 def start_compiled(step: Step, mode: str | None = None) -> Runnable:
-    torch._dynamo.reset()
-    compiled = torch.compile(step.model, mode=mode)
-    try:
-        step.run(compiled, step.model)
-    except Exception as error:  # whatever stops the compiler is no fault of the step
-        raise Unavailable.because("torch.compile", error) from error
-    return prepare(step, compiled, compiled=True)
+    forward = compiled(step.model, lambda forward: step.run(forward, step.model), mode=mode)
+    return prepare(step, forward, compiler=True)
 
 
 def start_graphed(step: Step) -> Runnable:
     """The step as one CUDA graph: a batch is copied in, and one launch runs it."""
-    device, tokens = step.images.device, step.model.prompts.tokens
-    steps = []
+    steps: list[Callable] = []
 
     def capture() -> None:
         with step.autocast():
             steps.append(pae.graphed_step(step.model, step.images, step.labels))
 
-    peak = peak_bytes(capture, device)
-    own = own_bytes(step.folded(), [*step.model.parameters(), *step.model.buffers()])
+    peak = peak_bytes(capture, step.images.device)
+    peak += own_bytes(step.folded(), [*step.model.parameters(), *step.model.buffers()])
 
     def check() -> dict[str, float]:
         _, logits = steps[0](step.images, step.labels)
-        columns = checked_columns(step, logits, tokens.grad, "keep")
-        gflop = step.modelled("pae", "keep")["model_gflop"]
-        return columns | {"peak_mb": (peak + own) / 1e6, "model_gflop": gflop}
+        return step.checked(logits, step.model.prompts.tokens.grad, "keep") | {
+            "peak_mb": peak / 1e6,
+            "model_gflop": cost.flops(*step.sizes()).step / 1e9,
+        }
 
     return Runnable(lambda: steps[0](step.images, step.labels), check, dtype=step.dtype)
 
 
-def providers(compile_too: bool, settings: Settings) -> list[Provider]:
-    def ours(memory: str) -> Provider:
-        return Provider(
-            f"pae {memory}",
-            lambda step: prepare(
-                step, lambda x: pae.fast_forward(step.model, x, memory=memory), memory=memory
-            ),
-        )
+def ours(memory: str) -> Provider:
+    def start(step: Step) -> Runnable:
+        forward = lambda x: pae.fast_forward(step.model, x, memory=memory)
+        return prepare(step, forward, memory=memory)
 
+    return Provider(f"pae {memory}", start)
+
+
+def providers(compile_too: bool, settings: Settings) -> list[Provider]:
     slow, slowest = settings.why_not_compile(compile_too), settings.why_not_compile(False)
-    no_gpu = settings.why_not_cuda()
+    no_gpu, autotuned = settings.why_not_cuda(), partial(start_compiled, mode="max-autotune")
     rows = [
         Provider(OFFICIAL, lambda step: prepare(step, step.official, official=True)),
         Provider(REFERENCE, lambda step: prepare(step, step.model)),
-        Provider(REFERENCE_CUDNN, start_cudnn, left_out=no_gpu),
+        Provider("timm + SDPA cuDNN", start_cudnn, left_out=no_gpu),
         Provider(COMPILED_REFERENCE, start_compiled, left_out=slow),
-        Provider(
-            "timm + SDPA, compiled max-autotune",
-            lambda step: start_compiled(step, "max-autotune"),
-            left_out=no_gpu or slowest,
-        ),
+        Provider("timm + SDPA, compiled max-autotune", autotuned, left_out=no_gpu or slowest),
         ours("keep"),
         ours("recompute8"),
+        ours("recompute"),
+        Provider("pae graphed", start_graphed, left_out=no_gpu),
     ]
-    if settings.size in ("full", "smoke"):
-        rows.append(ours("recompute"))
-    rows.append(Provider("pae graphed", start_graphed, left_out=no_gpu))
+    if settings.size not in ("full", "smoke"):
+        rows = [row for row in rows if row.name != "pae recompute"]
     return rows
+
+
+def cases(settings: Settings) -> Iterator[tuple[Case, bool, bool]]:
+    """Every case, whether --quick has it and whether a run by default has it.
+
+    On a CPU small batches, or nobody would wait for them, and mostly fp32, as one without bf16
+    arithmetic needs five times as long for it. On a GPU bf16 autocast, the case that matters most
+    first: a run that ends early has it.
+    """
+    batch = settings.batch
+    if not settings.on_gpu:
+        for name in (shapes.SMALL, shapes.BASE):
+            for dtype, counts in (("fp32", (10, 50, 100, 200)), ("bf16", (50, 100))):
+                for count in counts:
+                    usual = (name, dtype) == (shapes.BASE, "fp32") and count in (50, 100)
+                    yield Case(name, count, dtype, batch or 2), usual and count == 50, usual
+        return
+    first = [
+        *(Case(shapes.BASE, 50, "bf16", size) for size in ([batch] if batch else [128, 16, 64])),
+        *(Case(shapes.BASE, count, "bf16", batch or 128) for count in (10, 100, 200)),
+        Case(shapes.SMALL, 50, "bf16", batch or 128),
+        Case(shapes.LARGE, 50, "bf16", batch or 64),
+    ]
+    every = [
+        Case(name, count, "bf16", size)
+        for name in (shapes.SMALL, shapes.BASE, shapes.LARGE)
+        for size in ([batch] if batch else [16, 64, 128])
+        for count in (10, 50, 100, 200)
+    ]
+    for case in dict.fromkeys(first + every):
+        yield case, case in first[:2], case in first
 
 
 def groups(settings: Settings) -> list[Group]:
     """All groups of this file; those outside the chosen size carry a reason."""
     if settings.size == "smoke":
-        return [group(shapes.TINY, 5, dtype, 2, settings) for dtype in DTYPES]
-    cases, chosen = (gpu_cases if settings.device.type == "cuda" else cpu_cases)(settings.batch)
+        return [group(Case(shapes.TINY, 5, dtype, 2), settings) for dtype in DTYPES]
     return [
-        group(
-            *case,
-            settings,
-            "" if settings.size == "full" or case in chosen[settings.size] else "runs with --full",
-        )
-        for case in cases
+        group(case, settings, settings.why_not_size(quick, default))
+        for case, quick, default in cases(settings)
     ]
 
 
-Case = tuple[str, int, str, int]  # backbone, prompts, dtype, batch
-
-
-def cpu_cases(batch: int | None) -> tuple[list[Case], dict[str, set[Case]]]:
-    """All cases, and those of the smaller sizes: small batches, or nobody would wait for them, and
-    fp32, as a CPU without bf16 arithmetic needs five times as long for it.
-    """
-    batch = batch or 2
-    chosen = {
-        "quick": {(shapes.BASE, 50, "fp32", batch)},
-        "default": {(shapes.BASE, count, "fp32", batch) for count in (50, 100)},
-    }
-    cases = [
-        (name, count, dtype, batch)
-        for name in (shapes.SMALL, shapes.BASE)
-        for dtype in DTYPES
-        for count in ((10, 50, 100, 200) if dtype == "fp32" else (50, 100))
-    ]
-    return cases, chosen
-
-
-def gpu_cases(batch: int | None) -> tuple[list[Case], dict[str, set[Case]]]:
-    """bf16 autocast, the case that matters most first: a run that ends early has it."""
-    main = (shapes.BASE, 50, "bf16", batch or 128)
-    first = [
-        main,
-        *((shapes.BASE, 50, "bf16", size) for size in ([] if batch else [16, 64])),
-        *((shapes.BASE, count, "bf16", batch or 128) for count in (10, 100, 200)),
-        (shapes.SMALL, 50, "bf16", batch or 128),
-        (shapes.LARGE, 50, "bf16", batch or 64),
-    ]
-    every = [
-        (name, count, "bf16", size)
-        for name in (shapes.SMALL, shapes.BASE, shapes.LARGE)
-        for size in ([batch] if batch else [16, 64, 128])
-        for count in (10, 50, 100, 200)
-    ]
-    return list(dict.fromkeys(first + every)), {"quick": {*first[:2]}, "default": {*first}}
-
-
-def group(
-    name: str, count: int, dtype: str, batch: int, settings: Settings, left_out: str = ""
-) -> Group:
-    on_gpu, small = settings.device.type == "cuda", batch < 128 and not settings.batch
-    compile_too = (name, count, dtype) == COMPILED[settings.device.type] and not (on_gpu and small)
+def group(case: Case, settings: Settings, left_out: str = "") -> Group:
+    # one group runs torch.compile without --full: it takes a minute each
+    compile_too = case[:3] == (shapes.BASE, 50, "bf16" if settings.on_gpu else "fp32")
     if settings.size == "smoke":
-        compile_too = dtype == "fp32"
-    elif settings.size == "quick" and not on_gpu:
-        compile_too = False
+        compile_too = case.dtype == "fp32"
+    elif settings.on_gpu:
+        compile_too &= case.batch >= 128 or settings.batch is not None
+    else:
+        compile_too &= settings.size != "quick"
     return Group(
-        name=f"step/{name}/P{count}/{dtype}/B{batch}",
-        open=lambda: open_step(name, count, batch, dtype, settings.device),
+        name=f"step/{case.backbone}/P{case.prompts}/{case.dtype}/B{case.batch}",
+        open=lambda: open_step(case, settings.device),
         providers=providers(compile_too, settings),
         baselines=(OFFICIAL, REFERENCE, COMPILED_REFERENCE),
-        rounds=20 if on_gpu else 7 if settings.size == "full" else 4,
+        rounds=20 if settings.on_gpu else 7 if settings.size == "full" else 4,
         unit="step",
         left_out=left_out,
     )

@@ -41,7 +41,17 @@ class Settings:
 
     def why_not_cuda(self) -> str:
         """Why a row of CUDA kernels is left out; nothing if it runs."""
-        return "" if self.device.type == "cuda" else "needs a GPU"
+        return "" if self.on_gpu else "needs a GPU"
+
+    def why_not_size(self, quick: bool, default: bool) -> str:
+        """Why a group is left out that runs with --quick or by default if so said, else --full."""
+        if self.size in ("full", "smoke") or (quick if self.size == "quick" else default):
+            return ""
+        return "runs without --quick" if default else "runs with --full"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
 
 class Unavailable(Exception):

@@ -1,11 +1,11 @@
-"""Backbones that are measured, with random weights."""
+"""Backbones that are measured, with random weights, and batches for them."""
 
 from __future__ import annotations
 
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 CLASSES = 200
 BASE, SMALL, TINY = "vit_base_patch16_224", "vit_small_patch16_224", "tiny"
@@ -36,3 +36,12 @@ def random_backbone(name: str, device: torch.device, seed: int = 0, **changes) -
     vit.pos_embed.normal_(0, 0.2, generator=generator)
     vit.cls_token.normal_(0, 0.2, generator=generator)
     return vit.to(device)
+
+
+def random_batch(
+    vit: nn.Module, classes: int, batch: int, device: torch.device, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) of the backbone's size, and labels (B,)."""
+    images = torch.randn(batch, 3, *vit.patch_embed.img_size, generator=generator)
+    labels = torch.randint(classes, (batch,), generator=generator)
+    return images.to(device), labels.to(device)

@@ -29,6 +29,7 @@ from bench import (  # noqa: E402
     memory,
     merge,
     roofline,
+    rows,
     runner,
     shapes,
     table,
@@ -223,9 +224,9 @@ def test_flops_of_a_window_of_mpa_against_counted_ones():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         pae.fast_forward(shared.model, shared.images)
     with FlopCounterMode(display=False) as embedding:
-        shared.vit.patch_embed(shared.images)
+        shared.model.backbone.patch_embed(shared.images)
     counted = counter.get_total_flops() - embedding.get_total_flops()
-    assert shared.columns(0.0)["live_gflop"] * 1e9 == pytest.approx(counted, rel=0.01)
+    assert shared.columns()["live_gflop"] * 1e9 == pytest.approx(counted, rel=0.01)
 
 
 def test_attention_bytes_are_those_of_inputs_and_outputs():
@@ -258,7 +259,7 @@ def test_peers_of_attention_agree():
         peers_attention.sdpa("math"),
         bench_attention.ours,
     ):
-        assert max(bench_attention.errors(shared.run(attend), shared.expected)) < 1e-6
+        assert max(rows.errors(shared.run(attend), shared.expected).values()) < 1e-6
 
 
 def test_a_wrong_attention_is_noticed():
@@ -313,7 +314,7 @@ def test_a_cpu_lists_what_only_a_gpu_can_run():
     for module in (bench_step, bench_attention):
         cpu, gpu = rows(module, "cpu"), rows(module, "cuda")
         alone = set(gpu) - set(cpu)
-        assert alone <= {bench_attention.FLASH, "pae, two passes"}  # a CPU's SDPA chooses by itself
+        assert alone <= {bench_attention.FLASH}  # a CPU's SDPA chooses by itself
         needing = {name for name, reason in cpu.items() if reason == "needs a GPU"}
         assert len(needing) >= 2 and not any(gpu[name] == "needs a GPU" for name in needing)
 
@@ -358,10 +359,9 @@ def test_bytes_of_a_step_are_those_of_its_passes():
 
 
 def test_slices_of_the_reference_are_the_whole_step(monkeypatch):
-    step = bench_step.open_step(shapes.TINY, 5, 5, "fp32", CPU)
+    step = bench_step.open_step(bench_step.Case(shapes.TINY, 5, "fp32", 5), CPU)
     monkeypatch.setattr(bench_step, "SLICE", 2)
-    sliced = step.reference()
-    assert max(step.errors(**sliced).values()) < 1e-5
+    assert max(rows.errors(step.reference(), step.expected).values()) < 1e-5
 
 
 # ---- tuning

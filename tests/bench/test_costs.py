@@ -72,7 +72,7 @@ def test_forward_flops_against_the_official_path(prompts, bar):
 
 @pytest.fixture(scope="module", params=bench_step.DTYPES)
 def step(request):
-    return bench_step.open_step(shapes.TINY, 5, 3, request.param, CPU)
+    return bench_step.open_step(bench_step.Case(shapes.TINY, 5, request.param, 3), CPU)
 
 
 def run_of(step, method, memory):
