@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import report, suite
+from . import report, results
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def command(options: list[str], on_gpu: bool) -> list[str]:
     """What is run to measure. Raises SystemExit for options that bench/gpu.sh does not take."""
     if not on_gpu:
-        target = ROOT / report.RESULTS / suite.CANONICAL
+        target = ROOT / report.RESULTS / results.CANONICAL
         pytest = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only"]
         return [*pytest, f"--benchmark-json={target}", *options]
     modes = {"--quick": "quick", "--full": "full"}

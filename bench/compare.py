@@ -16,13 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .table import Row, aligned, rows_from_json
+from .results import Row, Run
+from .table import markdown
 
 # what must be the same for two times to mean the same
 IDENTITY = ("device", "cores", "threads", "fp32 products", "clocks")
@@ -34,6 +37,8 @@ FEWEST = 3  # rounds; an interval over fewer says nothing
 
 FASTER, SLOWER, SAME = "faster", "slower", "same within noise"
 FEW = "too few rounds"
+
+Rows = dict[tuple[str, str], Row]  # by group and provider
 
 
 class NotComparable(Exception):
@@ -57,10 +62,10 @@ class Comparison:
     """One row of both runs.
 
     Attributes:
+        verdict: `FASTER`, `SLOWER`, `SAME`, `FEW`, or why there is none.
         raw: of the times; None where there are none to compare.
         against: the baseline whose ratio judges, "" if the times do.
         relative: of the ratios to it.
-        verdict: `FASTER`, `SLOWER`, `SAME`, `FEW`, or why there is none.
         regression: counts for the exit code.
     """
 
@@ -94,24 +99,19 @@ def bootstrap(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Rat
     return Ratio(b_value / a_value, float(low), float(high))
 
 
-def differences(a: dict, b: dict, names: Sequence[str]) -> list[str]:
-    """Lines "name: of A, of B" of the entries that are not the same; a missing one is unknown."""
-    lines = []
-    for name in names:
-        of_a, of_b = (machine.get(name, "unknown") for machine in (a, b))
-        if of_a != of_b:
-            lines.append(f"{name}: {of_a} in A, {of_b} in B")
-    return lines
-
-
-def identity(run: dict) -> dict:
+def identity(run: Run) -> dict[str, Any]:
     """The machine of a run, and the clocks of its rows."""
-    clocks = sorted({bench["extra_info"]["clock"] for bench in run["benchmarks"]})
-    return {**run["machine_info"]["summary"], "clocks": ", ".join(clocks)}
+    return {**run.machine, "clocks": ", ".join(sorted({r.clock for r in run.rows if r.seconds}))}
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Lines "name: of A, of B" of the entries that are not the same; a missing one is unknown."""
+    pairs = ((name, a.get(name, "unknown"), b.get(name, "unknown")) for name in names)
+    return [f"{name}: {of_a} in A, {of_b} in B" for name, of_a, of_b in pairs if of_a != of_b]
 
 
 def compare(
-    a: dict, b: dict, threshold: float = THRESHOLD, force_ratios: bool = False
+    a: Run, b: Run, threshold: float = THRESHOLD, force_ratios: bool = False
 ) -> list[Comparison]:
     """All rows of either run, in A's order, then B's own.
 
@@ -125,100 +125,69 @@ def compare(
     differ = differences(identity(a), identity(b), IDENTITY)
     if differ and not force_ratios:
         raise NotComparable("\n".join(differ))
-    of_a, of_b = ({(r.group, r.provider): r for r in rows_from_json(run)[0]} for run in (a, b))
+    of_a, of_b = ({(r.group, r.provider): r for r in run.rows} for run in (a, b))
     found = [
         _compare(key, of_a, of_b, threshold, absolute=not differ)
         for key in dict.fromkeys([*of_a, *of_b])
-        if any(key in rows and (rows[key].seconds or _failed(rows[key])) for rows in (of_a, of_b))
+        if any(key in rows and (rows[key].seconds or rows[key].failed) for rows in (of_a, of_b))
     ]
     if not any(c.raw or c.relative or c.regression for c in found):
         raise NotComparable("no row has a time in both runs")
     return found
 
 
-def _failed(row: Row) -> bool:
-    return row.reason.startswith("failed")
-
-
 def _compare(
-    key: tuple[str, str],
-    of_a: dict[tuple[str, str], Row],
-    of_b: dict[tuple[str, str], Row],
-    threshold: float,
-    absolute: bool,
+    key: tuple[str, str], of_a: Rows, of_b: Rows, threshold: float, absolute: bool
 ) -> Comparison:
-    a, b = of_a.get(key), of_b.get(key)
-    if b is not None and _failed(b):
-        newly = a is not None and not _failed(a)
-        return Comparison(*key, f"{b.reason} in B", regression=newly)
-    if b is None or not b.seconds:
-        reason = f" ({b.reason})" if b is not None else ""
-        return Comparison(*key, f"only in A{reason}")
-    if a is None or not a.seconds:
-        reason = f" ({a.reason})" if a is not None else ""
-        return Comparison(*key, f"only in B{reason}")
+    a, b = (rows.get(key, Row(*key)) for rows in (of_a, of_b))
+    if b.failed:
+        return Comparison(*key, f"{b.reason} in B", regression=key in of_a and not a.failed)
+    for missing, there in ((b, "A"), (a, "B")):
+        if not missing.seconds:
+            reason = f" ({missing.reason})" if missing.reason else ""
+            return Comparison(*key, f"only in {there}{reason}")
 
-    shared = [n for n in b.baselines if all(_timed(rows, key[0], n) for rows in (of_a, of_b))]
-    is_baseline = key[1] in a.baselines or key[1] in b.baselines
-    others = [] if is_baseline else shared
+    def seconds(name: str) -> list[Sequence[float]]:
+        """Of baseline `name` in both runs, as far as they have any."""
+        bases = (rows.get((key[0], name)) for rows in (of_a, of_b))
+        return [base.seconds for base in bases if base and base.seconds]
+
+    is_baseline = key[1] in (*a.baselines, *b.baselines)
+    shared = [n for n in b.baselines if len(seconds(n)) == 2 and not is_baseline]
+    against = shared[0] if shared else ""
     raw = bootstrap([a.seconds], [b.seconds]) if absolute else None
     relative = None
-    if others:
-        bases = (rows[key[0], others[0]].seconds for rows in (of_a, of_b))
-        relative = bootstrap(*zip((a.seconds, b.seconds), bases))
+    if against:
+        relative = bootstrap(*zip((a.seconds, b.seconds), seconds(against)))
     judged = relative or raw
     if judged is None:
         return Comparison(*key, "not compared: its time means nothing on another machine")
-    against = others[0] if others else ""
-    verdict = _verdict(judged, min(len(a.seconds), len(b.seconds)))
+    verdict = FASTER if judged.high < 1 else SLOWER if judged.low > 1 else SAME
+    if min(len(a.seconds), len(b.seconds)) < FEWEST:
+        verdict = FEW
     regression = verdict == SLOWER and judged.value > 1 + threshold and not is_baseline
     return Comparison(*key, verdict, raw, against, relative, regression)
 
 
-def _timed(rows: dict[tuple[str, str], Row], group: str, name: str) -> bool:
-    return (group, name) in rows and bool(rows[group, name].seconds)
-
-
-def _verdict(ratio: Ratio, rounds: int) -> str:
-    if rounds < FEWEST:
-        return FEW
-    return FASTER if ratio.high < 1 else SLOWER if ratio.low > 1 else SAME
-
-
 def overall(found: Sequence[Comparison], threshold: float = THRESHOLD) -> str:
     """One line: what the exit code says, and how many rows became what."""
-    regressions = [c for c in found if c.regression]
-    judged = [c for c in found if c.raw or c.relative]
-    counts = {word: sum(c.verdict == word for c in judged) for word in (FASTER, SLOWER, SAME, FEW)}
-    rest = len(found) - len(judged)
-    text = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    text += f", {rest} not in both" if rest else ""
+    regressions = [f"{c.group} {c.provider}" for c in found if c.regression]
+    counts = Counter(c.verdict if c.raw or c.relative else "not in both" for c in found)
+    order = (FASTER, SLOWER, SAME, FEW, "not in both")
+    text = ", ".join(f"{counts[word]} {word}" for word in order if counts[word])
     if not regressions:
         return f"No regression beyond {threshold:.0%}: {text}."
-    names = "; ".join(f"{c.group} {c.provider}" for c in regressions)
+    names = "; ".join(regressions)
     return f"REGRESSION beyond {threshold:.0%} in {len(regressions)} rows: {names}. All: {text}."
 
 
 def render(found: Sequence[Comparison]) -> str:
-    """Markdown: one table per group."""
-    by_group: dict[str, list[Comparison]] = {}
-    for comparison in found:
-        by_group.setdefault(comparison.group, []).append(comparison)
-    parts = []
-    for name, members in by_group.items():
-        table = [["provider", "verdict", "B / A to baseline", "baseline", "B / A of times"]]
-        table += [
-            [
-                c.provider,
-                c.verdict + (" (!)" if c.regression else ""),
-                str(c.relative or ""),
-                c.against,
-                str(c.raw or ""),
-            ]
-            for c in members
-        ]
-        parts.append("\n".join([f"**{name}**", "", *aligned(table)]))
-    return "\n\n".join(parts)
+    lines = [["group", "provider", "verdict", "B / A to baseline", "baseline", "B / A of times"]]
+    for c in found:
+        verdict = c.verdict + (" (!)" if c.regression else "")
+        ratios = str(c.relative or ""), c.against, str(c.raw or "")
+        lines.append([c.group, c.provider, verdict, *ratios])
+    return markdown(lines, aligned=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -246,19 +215,16 @@ def main(arguments: list[str] | None = None) -> int:
     machines = [identity(run) for run in runs]
     for line in differences(*machines, IDENTITY):
         print(f"NOT THE SAME MACHINE, ratios only: {line}")
-    for line in differences(*machines, CIRCUMSTANCES):
-        print(line)
+    print(*differences(*machines, CIRCUMSTANCES), sep="\n")
     print(f"\n{render(found)}\n\n{overall(found, options.threshold)}")
     return int(any(c.regression for c in found))
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> Run:
     try:
-        run = json.loads(path.read_text())
-        rows_from_json(run)
+        return Run.of(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NotComparable(f"{path}: no file of --benchmark-json: {error!r}") from error
-    return run
 
 
 if __name__ == "__main__":

@@ -9,23 +9,46 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
-import timm
 import torch
 
 from . import clock, roofline, table
+from .results import Row, Run, by_group
 from .runner import Group, Outcome, Settings, run_group
-from .timing import CLOCKS, Replay, default_clock
-
-GROUPS = pytest.StashKey[dict[str, Group]]()
-OUTCOMES = pytest.StashKey[dict[str, dict[str, Outcome]]]()
-SETTINGS = pytest.StashKey[Settings]()
-STARTED = pytest.StashKey[float]()
-CLOCK_TEST = pytest.StashKey[dict[str, float]]()  # what the check of the clock found
+from .timing import CLOCKS
 
 CLOCK_FAILED = 6  # exit code of a session whose clock is wrong; pytest's own end at 5
+
+
+@dataclass
+class State:
+    """What this session runs, and what came of it: outcomes by group and provider."""
+
+    settings: Settings
+    started: float = field(default_factory=time.monotonic)
+    clock_test: dict[str, float] | None = None
+    groups: dict[str, Group] = field(default_factory=dict)
+    outcomes: dict[str, dict[str, Outcome]] = field(default_factory=dict)
+
+    def rows(self) -> list[Row]:
+        on = self.settings.clock
+        return [
+            Row(name, provider, o.seconds(on), o.why_no_time(), on, g.unit, g.baselines, o.columns)
+            for name, outcomes in self.outcomes.items()
+            for g in [self.groups[name]]
+            for provider, o in outcomes.items()
+        ]
+
+    def left_out(self) -> dict[str, str]:
+        return {g.name: g.left_out for g in self.groups.values() if g.left_out}
+
+
+STATE = pytest.StashKey[State]()
 
 
 def pytest_addoption(parser):
@@ -41,26 +64,22 @@ def pytest_addoption(parser):
 
 
 def pytest_sessionstart(session):
-    config = session.config
-    option = config.getoption
+    config, option = session.config, session.config.getoption
     if option("quick") and option("full"):
         raise pytest.UsageError("--quick and --full exclude each other")
     for name in ("threads", "rounds", "batch"):
         if option(name) is not None and option(name) < 1:
             raise pytest.UsageError(f"--{name} must be at least 1, got {option(name)}")
     device = torch.device(option("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-    size = "full" if option("full") else "quick" if option("quick") else "default"
-    if config._benchmarksession.disabled:
-        size = "smoke"
-    reading = option("clock") or default_clock(device)
-    if reading == "device" and device.type != "cuda":
+    on_gpu = device.type == "cuda"
+    reading = option("clock") or ("device" if on_gpu else "process")
+    if reading == "device" and not on_gpu:
         raise pytest.UsageError("--clock device needs --device cuda")
-    config.stash[SETTINGS] = Settings(
-        size, option("threads"), option("rounds"), option("batch"), device, reading
-    )
-    config.stash[GROUPS], config.stash[OUTCOMES] = {}, {}
-    config.stash[STARTED] = time.monotonic()
-    if device.type == "cuda":
+    size = "full" if option("full") else "quick" if option("quick") else "default"
+    size = "smoke" if config._benchmarksession.disabled else size
+    numbers = option("threads"), option("rounds"), option("batch")
+    state = config.stash[STATE] = State(Settings(size, *numbers, device, reading))
+    if on_gpu:
         torch.backends.cudnn.allow_tf32 = False  # the patch embedding of an fp32 reference
     torch.set_num_threads(option("threads"))
     # Inductor's cached CPU code keeps the thread count of the run that compiled it
@@ -69,43 +88,47 @@ def pytest_sessionstart(session):
     config._benchmarksession.quiet = True  # the table below says more in less
     if size != "smoke" and not option("collectonly"):
         try:
-            config.stash[CLOCK_TEST] = clock.check(device, reading)
+            state.clock_test = clock.check(device, reading)
         except clock.BadClock as error:
             pytest.exit(f"no time can be trusted here: {error}", CLOCK_FAILED)
 
 
 def pytest_ignore_collect(collection_path, config):
     """Found on the way from a folder above, there are no options of ours: not asked for."""
-    return None if SETTINGS in config.stash else True
+    return None if STATE in config.stash else True
 
 
 def pytest_generate_tests(metafunc):
     if "replay" not in metafunc.fixturenames:
         return
-    groups = {g.name: g for g in metafunc.module.groups(metafunc.config.stash[SETTINGS])}
-    metafunc.config.stash[GROUPS].update(groups)
+    state = metafunc.config.stash[STATE]
+    groups = {g.name: g for g in metafunc.module.groups(state.settings)}
+    state.groups.update(groups)
     pairs = [(g.name, p.name) for g in groups.values() if not g.left_out for p in g.providers]
     metafunc.parametrize(("group", "provider"), pairs, ids=[f"{g}:{p}" for g, p in pairs])
 
 
 @pytest.fixture
-def replay(request, group, provider):
-    """Give `benchmark` the samples of this row; the first row of a group runs all of it."""
-    config = request.config
-    settings, chosen = config.stash[SETTINGS], config.stash[GROUPS][group]
-    outcomes = config.stash[OUTCOMES]
-    if group not in outcomes:
+def replay(request, group: str, provider: str) -> Callable:
+    """Give `benchmark` the samples of this row; the first row of a group runs all of it.
+
+    pytest-benchmark would time one row after the other, so a machine that slows down half-way
+    would change the ratios.
+    """
+    state = request.config.stash[STATE]
+    settings = state.settings
+    if group not in state.outcomes:
         params = [getattr(item, "callspec", None) for item in request.session.items]
         names = {c.params["provider"] for c in params if c and c.params.get("group") == group}
-        limit = config.getoption("--seconds")
-        if limit is not None and time.monotonic() - config.stash[STARTED] > limit:
+        limit = request.config.getoption("--seconds")
+        if limit is not None and time.monotonic() - state.started > limit:
             reason = f"no time left: {limit:.0f} seconds had passed"
-            outcomes[group] = {name: Outcome(reason=reason) for name in names}
+            state.outcomes[group] = {name: Outcome(reason=reason) for name in names}
         else:
-            outcomes[group] = run_group(chosen, names, settings)
-    outcome = outcomes[group][provider]
+            state.outcomes[group] = run_group(state.groups[group], names, settings)
+    outcome = state.outcomes[group][provider]
 
-    def record(benchmark):
+    def record(benchmark) -> None:
         if outcome.reason:
             pytest.skip(outcome.reason)
         if outcome.error is not None:
@@ -114,52 +137,63 @@ def replay(request, group, provider):
         benchmark.extra_info = {
             "provider": provider,
             "clock": settings.clock,
-            "unit": chosen.unit,
-            "baselines": list(chosen.baselines),
+            "unit": state.groups[group].unit,
+            "baselines": list(state.groups[group].baselines),
             "columns": outcome.columns,
-            "wall_seconds": [s.wall / outcome.units for s in outcome.samples],
-            "process_seconds": [s.process / outcome.units for s in outcome.samples],
+            "wall_seconds": outcome.seconds("wall"),
+            "process_seconds": outcome.seconds("process"),
         }
         if settings.size == "smoke":
             benchmark.pedantic(lambda: None)
         else:
-            seconds = [s.seconds(settings.clock) / outcome.units for s in outcome.samples]
-            Replay(seconds, f"{settings.clock} time").record(benchmark)
+            _show(benchmark, outcome.seconds(settings.clock), f"{settings.clock} time")
 
     return record
 
 
-def _machine(config) -> dict:
+def _show(benchmark, seconds: list[float], name: str) -> None:
+    """Make `seconds` the rounds of `benchmark`: its timer moves on by one of them in each."""
+    now, left = 0.0, iter(seconds)
+
+    def advance() -> None:
+        nonlocal now
+        now += next(left)
+
+    def timer() -> float:
+        return now
+
+    timer.__name__ = name  # what the JSON calls it
+    benchmark._timer = timer
+    benchmark.pedantic(advance, rounds=len(seconds), iterations=1)
+
+
+def _machine(config) -> dict[str, Any]:
     """What a reader needs to judge the times; nothing that names the machine."""
-    settings = config.stash[SETTINGS]
+    from cpuinfo import get_cpu_info
+
+    state = config.stash[STATE]
+    settings = state.settings
     on_gpu = settings.device.type == "cuda"
     if on_gpu:
-        processor = torch.cuda.get_device_name(settings.device)
-        device = {
-            "driver": _driver(),
-            "CUDA": torch.version.cuda,
-            "cuDNN": torch.backends.cudnn.version(),
-        }
+        cuda, cudnn = torch.version.cuda, torch.backends.cudnn.version()
+        device = {"device": torch.cuda.get_device_name(settings.device)}
+        device |= {"driver": _driver(), "CUDA": cuda, "cuDNN": cudnn}
     else:
-        processor = f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
-        device = {}
-    read = {"clock": settings.clock}
-    if CLOCK_TEST in config.stash:
-        read["clock test"] = clock.summary(config.stash[CLOCK_TEST])
+        model = get_cpu_info().get("brand_raw", platform.processor() or "unknown CPU")
+        device = {"device": f"{model} ({torch.backends.cpu.get_cpu_capability()})"}
+    tested = {"clock test": clock.summary(state.clock_test)} if state.clock_test else {}
     return {
-        "device": processor,
         **device,
         "cores": os.cpu_count(),
         "threads": settings.threads,
         "system": f"{platform.system()} {platform.machine()}",
         "shapes": "real" if on_gpu else "small",
-        **read,
+        "clock": settings.clock,
+        **tested,
         "fp32 products": torch.get_float32_matmul_precision(),
         **roofline.measured(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "timm": timm.__version__,
-        "numpy": _version("numpy"),
+        **{package: _version(package) for package in ("triton", "timm", "numpy")},
         "python": platform.python_version(),
         "commit": _commit(),
     }
@@ -175,12 +209,6 @@ def _driver() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return answer[0] if answer else "unknown"
-
-
-def _cpu_model() -> str:
-    from cpuinfo import get_cpu_info
-
-    return get_cpu_info().get("brand_raw", platform.processor() or "unknown CPU")
 
 
 def _version(package: str) -> str:
@@ -204,7 +232,7 @@ def _commit() -> str:
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.clear()
     machine_info["summary"] = _machine(config)
-    machine_info["clock_test"] = config.stash.get(CLOCK_TEST, None)
+    machine_info["clock_test"] = config.stash[STATE].clock_test
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
@@ -212,46 +240,20 @@ def pytest_benchmark_update_commit_info(config, commit_info):
         del commit_info[name]
 
 
-def _left_out(config) -> dict:
-    groups = config.stash[GROUPS]
-    providers = [
-        {"group": group, "provider": name, "reason": outcome.reason or f"failed: {outcome.error}"}
-        for group, outcomes in config.stash[OUTCOMES].items()
-        for name, outcome in outcomes.items()
-        if outcome.reason or outcome.error
-    ]
-    return {
-        "groups": {g.name: g.left_out for g in groups.values() if g.left_out},
-        "providers": providers,
-    }
-
-
 def pytest_benchmark_update_json(config, output_json):
-    output_json["left_out"] = _left_out(config)
+    state = config.stash[STATE]
+    reasons = [
+        {"group": row.group, "provider": row.provider, "reason": row.reason}
+        for row in state.rows()
+        if row.reason
+    ]
+    output_json["left_out"] = {"groups": state.left_out(), "providers": reasons}
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    settings = config.stash.get(SETTINGS, None)
-    if settings is None or settings.size == "smoke" or not config.stash[OUTCOMES]:
+    state = config.stash.get(STATE, None)
+    if state is None or state.settings.size == "smoke" or not state.outcomes:
         return
-    rows = []
-    for name, outcomes in config.stash[OUTCOMES].items():
-        group = config.stash[GROUPS][name]
-        for provider, outcome in outcomes.items():
-            seconds = [s.seconds(settings.clock) / outcome.units for s in outcome.samples]
-            reason = outcome.reason or (f"failed: {outcome.error}" if outcome.error else "")
-            rows.append(
-                table.Row(
-                    name,
-                    provider,
-                    seconds,
-                    reason,
-                    settings.clock,
-                    group.unit,
-                    group.baselines,
-                    outcome.columns,
-                )
-            )
+    run = Run("", "", _machine(config), by_group(state.rows()), state.left_out())
     terminalreporter.section("pae benchmarks")
-    left_out = _left_out(config)["groups"]
-    terminalreporter.write_line(table.render(rows, left_out, _machine(config)))
+    terminalreporter.write_line(table.render(run))

@@ -9,6 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
+from .compare import differences
+
 SAME = ("device", "threads", "clock", "fp32 products", "torch", "commit")
 
 
@@ -20,23 +22,21 @@ def merge(runs: list[dict], gates: dict[str, str]) -> dict:
     """
     if not runs:
         raise ValueError("runs must be at least one, got none")
-    whole = {**runs[0], "benchmarks": [], "left_out": {"groups": {}, "providers": []}}
-    summary = dict(runs[0]["machine_info"]["summary"])
-    for run in runs:
-        other = run["machine_info"]["summary"]
-        for name in SAME:
-            of_this, of_other = (s.get(name, "unknown") for s in (summary, other))
-            if of_this != of_other:
-                raise ValueError(f"runs differ in {name}: {of_this} and {of_other}")
+    machines = [run["machine_info"]["summary"] for run in runs]
+    summary: dict[str, object] = {}
+    for other in machines:
+        if differ := differences(machines[0], other, SAME):
+            raise ValueError(f"runs differ in {'; '.join(differ)}")
         summary = other | summary  # ceilings that only a later run needed
-        whole["benchmarks"] += run["benchmarks"]
-        whole["left_out"]["groups"] |= run["left_out"]["groups"]
-        whole["left_out"]["providers"] += run["left_out"]["providers"]
-    measured = {bench["group"] for bench in whole["benchmarks"]}
-    left_out = whole["left_out"]["groups"].items()
-    whole["left_out"]["groups"] = {g: reason for g, reason in left_out if g not in measured}
-    whole["machine_info"] = runs[0]["machine_info"] | {"summary": summary | gates}
-    return whole
+    rows = [row for run in runs for row in run["benchmarks"]]
+    measured = {row["group"] for row in rows}
+    reasons = {group: why for run in runs for group, why in run["left_out"]["groups"].items()}
+    left_out = {
+        "groups": {group: why for group, why in reasons.items() if group not in measured},
+        "providers": [row for run in runs for row in run["left_out"]["providers"]],
+    }
+    machine = runs[0]["machine_info"] | {"summary": summary | gates}
+    return runs[0] | {"machine_info": machine, "benchmarks": rows, "left_out": left_out}
 
 
 def main(arguments: list[str] | None = None) -> None:

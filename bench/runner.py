@@ -131,75 +131,76 @@ class Outcome:
     columns: dict[str, float] = field(default_factory=dict)
     units: int = 1
     reason: str = ""
-    error: BaseException | None = None
+    error: Exception | None = None
+
+    def seconds(self, clock: str) -> list[float]:
+        """Of one unit, round by round."""
+        return [sample.seconds(clock) / self.units for sample in self.samples]
+
+    def why_no_time(self) -> str:
+        return self.reason or (f"failed: {self.error}" if self.error else "")
 
 
 def run_group(group: Group, names: set[str], settings: Settings) -> dict[str, Outcome]:
     """Check the providers in `names`, then time them in turns."""
+    outcomes = {p.name: Outcome(reason=p.left_out) for p in group.providers if p.name in names}
     with one_stream(settings.device):
-        outcomes = _run(group, names, settings)
+        _fill(outcomes, group, settings)
     gc.collect()
     if settings.device.type == "cuda":
         torch.cuda.empty_cache()
     return outcomes
 
 
-def _run(group: Group, names: set[str], settings: Settings) -> dict[str, Outcome]:
-    on_device = settings.device.type == "cuda"
-    outcomes = {p.name: Outcome() for p in group.providers if p.name in names}
-    works = {}
-    try:
-        shared = group.open()
-    except Exception as error:  # every row fails with it, once; the other groups still run
-        for outcome in outcomes.values():
-            outcome.error = error
-        return outcomes
-    for provider in group.providers:
-        if provider.name not in names:
-            continue
-        outcome = outcomes[provider.name]
-        if provider.left_out:
-            outcome.reason = provider.left_out
-            continue
-        try:
-            runnable = provider.start(shared)
-            outcome.columns = runnable.check()
-            if settings.size != "smoke":
-                measured = _measured(runnable, outcome.columns, settings)
-                outcome.columns = outcome.columns | measured
-            work = runnable.work
-            if on_device and runnable.capture:
-                work = captured(work, settings.device)
-        except Unavailable as reason:
-            outcome.reason = str(reason)
-        except torch.OutOfMemoryError:
-            outcome.reason = "does not fit into the device's memory"
-        except Exception as error:  # the row fails with it; the others are still timed
-            outcome.error = error
-        else:
-            outcome.units = runnable.units
-            works[provider.name] = work
+def _fill(outcomes: dict[str, Outcome], group: Group, settings: Settings) -> None:
+    running = {name: outcome for name, outcome in outcomes.items() if not outcome.reason}
     rounds = 1 if settings.size == "smoke" else settings.rounds or group.rounds
     try:
-        samples = interleave(works, rounds, settings.device)
-    except Exception as error:  # no round is whole without it: nobody gets a time
-        for name in works:
-            outcomes[name].error = error
-        return outcomes
-    for name in works:
-        outcomes[name].samples = samples[name]
-    return outcomes
+        shared, works = group.open(), {}
+        for provider in group.providers:
+            if provider.name in running:
+                work = _start(provider, shared, running[provider.name], settings)
+                if work is None:
+                    del running[provider.name]
+                else:
+                    works[provider.name] = work
+        for name, samples in interleave(works, rounds, settings.device).items():
+            outcomes[name].samples = samples
+    except Exception as error:  # no round is whole without everybody: nobody gets a time
+        for outcome in running.values():
+            outcome.error = error
+
+
+def _start(
+    provider: Provider, shared: object, outcome: Outcome, settings: Settings
+) -> Callable[[], object] | None:
+    """What is timed of a provider whose values are right; None, and why in `outcome`, else."""
+    try:
+        runnable = provider.start(shared)
+        outcome.columns, outcome.units = runnable.check(), runnable.units
+        if settings.size != "smoke":
+            outcome.columns |= _measured(runnable, outcome.columns, settings)
+        if runnable.capture and settings.device.type == "cuda":
+            return captured(runnable.work, settings.device)
+        return runnable.work
+    except Unavailable as reason:
+        outcome.reason = str(reason)
+    except torch.OutOfMemoryError:
+        outcome.reason = "does not fit into the device's memory"
+    except Exception as error:  # the row fails with it; the others are still timed
+        outcome.error = error
+    return None
 
 
 def _measured(
     runnable: Runnable, columns: dict[str, float], settings: Settings
 ) -> dict[str, float]:
     """Columns that the suite measures for every row, outside of its times."""
-    device, found = settings.device, {}
+    device, clock, found = settings.device, settings.clock, {}
     if "peak_mb" not in columns:
         found["peak_mb"] = peak_bytes(runnable.work, device) / 1e6
     if "live_gflop" in columns:
-        found["peak_tflops"] = roofline.product_tflops(runnable.dtype, device, settings.clock)
+        found["peak_tflops"] = roofline.product_tflops(runnable.dtype, device, clock)
     if "floor_mb" in columns:
-        found["peak_gbps"] = roofline.copy_gbps(device, settings.clock)
+        found["peak_gbps"] = roofline.copy_gbps(device, clock)
     return found

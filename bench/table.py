@@ -1,199 +1,230 @@
-"""The table of a benchmark run, from the live session or from its JSON file.
+"""Rows of results as Markdown: words for names, digits for numbers, tables.
 
-python -m bench.table bench/results/cpu.json            one table per group
-python -m bench.table --short bench/results/cpu.json    one line per group
+python -m bench.table bench/results/cpu.json            all rows, a table per kind of work
 """
 
 from __future__ import annotations
 
 import json
-import statistics
+import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
+from .results import Row, Run, measured, our_first, spread
 
-@dataclass
-class Row:
-    """One provider of one group; `seconds` is empty when it was left out for `reason`."""
+# ---- words and numbers
 
-    group: str
-    provider: str
-    seconds: Sequence[float] = ()
-    reason: str = ""
-    clock: str = ""
-    unit: str = ""
-    baselines: Sequence[str] = ()
-    columns: dict[str, float] = field(default_factory=dict)
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value * 1e3:.{3 if value < 0.01 else 1}f}"
-
-
-# heading -> cell of a row, or None where it has none
-COLUMNS: dict[str, Callable[[Row], str | None]] = {
-    "saved MB": lambda r: _column(r, "saved_mb", "{:.1f}"),
-    "saved MB/image": lambda r: _column(r, "saved_mb_per_image", "{:.1f}"),
-    "weight copies MB": lambda r: _column(r, "weight_copies_mb", "{:.0f}"),
-    "peak MB": lambda r: _column(r, "peak_mb"),
-    "images/s": lambda r: _rate(r, "images", "{:.1f}"),
-    "live GFLOP/s": lambda r: None if r.clock == "device" else _rate(r, "live_gflop", "{:.0f}"),
-    "live TFLOP/s": lambda r: (
-        _rate(r, "live_gflop", "{:.0f}", 1e3) if r.clock == "device" else None
-    ),
-    "of product": lambda r: _share(r, "live_gflop", "peak_tflops", 1e3),
-    "floor GB/s": lambda r: _rate(r, "floor_mb", "", 1e3),
-    "of copy": lambda r: _share(r, "floor_mb", "peak_gbps", 1e3),
-    "value error": lambda r: _column(r, "value_error", "{:.0e}"),
-    "gradient error": lambda r: _column(r, "gradient_error", "{:.0e}"),
+# what a group's name is made of, for a reader
+_NAMES = {
+    "vit_tiny_patch16_224": "ViT-Ti/16 224",
+    "vit_small_patch16_224": "ViT-S/16 224",
+    "vit_base_patch16_224": "ViT-B/16 224",
+    "vit_large_patch16_224": "ViT-L/16 224",
+    "kld": "",
+    "step": "",
+    "tokens": "filter and patch embedding",
+    "pooling": "pooling of tokens",
+    "mpa": "whole MPA",
+    "mpa_ranking": "ranking alone",
+}
+_PARTS = {
+    r"P(\d+)": "{} prompts",
+    r"B(\d+)": "batch {}",
+    r"N(\d+)": "{} tokens",
+    r"k(\d+)": "k = {}",
+    r"D(\d+)": "width {}",
+    r"L(\d+)": "{} blocks",
+    r"H(\d+)d(\d+)": "{} heads of {}",
+    r"window(\d+)": "windows of {}",
+    r"stride(\d+)": "stride {}",
+    r"patch(\d+)": "patch {}",
 }
 
 
-SHORT = ("images/s", "of product", "of copy", "peak MB")
+def label(group: str, drop: Collection[str] = ()) -> str:
+    """A group's name in words: `step/vit_base_patch16_224/P50` is "ViT-B/16 224, 50 prompts"."""
+    words = []
+    for part in group.split("/"):
+        word = _NAMES.get(part, part.replace("_", " "))
+        for pattern, form in _PARTS.items():
+            if found := re.fullmatch(pattern, part):
+                word = form.format(*found.groups())
+                word = word.removesuffix("s") if found[1] == "1" else word
+        if word and part not in drop:
+            words.append(word)
+    return ", ".join(words)
 
 
-def _column(row: Row, name: str, form: str = "") -> str | None:
-    return _formed(form, row.columns[name]) if name in row.columns else None
+def digits(value: float) -> str:
+    """Three, or all those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _formed(form: str, value: float) -> str:
-    """In `form`, or in three digits, all those before the point at least."""
-    return (form or ("{:.0f}" if value >= 100 else "{:.3g}")).format(value)
+def ratio(value: float) -> str:
+    """Three digits, two below 1: 1.42x, 21.4x, 0.89x."""
+    return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
 
 
-def _rate(row: Row, name: str, form: str, unit: float = 1.0) -> str | None:
+def ratios(rows: Sequence[Row], names: Iterable[str]) -> list[str]:
+    """How many times as long as the first of ours each provider takes; empty where unknown."""
+    here, base = measured(rows), our_first(rows)
+
+    def cell(name: str) -> str:
+        if name not in here or base is None:
+            return ""
+        return "**1x**" if here[name] is base else ratio(here[name].times(base)[0])
+
+    return [cell(name) for name in names]
+
+
+def _column(name: str, form: str = "") -> Callable[[Row], str | None]:
+    def cell(row: Row) -> str | None:
+        if name not in row.columns:
+            return None
+        return form.format(row.columns[name]) if form else digits(row.columns[name])
+
+    return cell
+
+
+def _rate(name: str, form: str = "", unit: float = 1.0) -> Callable[[Row], str | None]:
     """Column `name` per second, in multiples of `unit`."""
-    if name not in row.columns:
-        return None
-    return _formed(form, row.columns[name] / unit / statistics.median(row.seconds))
+
+    def cell(row: Row) -> str | None:
+        if name not in row.columns:
+            return None
+        rate = row.columns[name] / unit / row.median
+        return form.format(rate) if form else digits(rate)
+
+    return cell
 
 
-def _share(row: Row, name: str, ceiling: str, unit: float) -> str | None:
-    """That rate as a share of what the device was seen to do, None without such a measurement."""
-    if name not in row.columns or ceiling not in row.columns:
-        return None
-    rate = row.columns[name] / unit / statistics.median(row.seconds)
-    return f"{rate / row.columns[ceiling]:.0%}"
+def _share(name: str, ceiling: str) -> Callable[[Row], str | None]:
+    """Column `name` per second in thousands, as a share of what the device was seen to do."""
+
+    def cell(row: Row) -> str | None:
+        if not {name, ceiling} <= row.columns.keys():
+            return None
+        return f"{row.columns[name] / 1e3 / row.median / row.columns[ceiling]:.0%}"
+
+    return cell
 
 
-def speedup(row: Row, baseline: Row) -> float:
-    """How many times faster than `baseline`: median over rounds of the ratio within a round."""
-    return statistics.median(b / a for a, b in zip(row.seconds, baseline.seconds))
+# heading -> cell of a row, None where it has none
+COLUMNS: dict[str, Callable[[Row], str | None]] = {
+    "saved MB/image": _column("saved_mb_per_image", "{:.1f}"),
+    "saved MB": _column("saved_mb", "{:.1f}"),
+    "weight copies MB": _column("weight_copies_mb", "{:.0f}"),
+    "peak MB": _column("peak_mb"),
+    "images/s": _rate("images", "{:.1f}"),
+    "live GFLOP/s": _rate("live_gflop", "{:.0f}"),
+    "of product": _share("live_gflop", "peak_tflops"),
+    "floor GB/s": _rate("floor_mb", unit=1e3),
+    "of copy": _share("floor_mb", "peak_gbps"),
+    "value error": _column("value_error", "{:.0e}"),
+    "gradient error": _column("gradient_error", "{:.0e}"),
+}
+RATES = ("images/s", "live GFLOP/s", "floor GB/s")  # pages show shares alone
 
 
-def spread(seconds: Sequence[float]) -> tuple[float, float]:
-    """20th and 80th percentile, linear between samples."""
-    ordered = sorted(seconds)
-
-    def at(quantile: float) -> float:
-        place = quantile * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return at(0.2), at(0.8)
+# ---- tables
 
 
-def render(rows: Sequence[Row], left_out_groups: dict[str, str], machine: dict) -> str:
-    """Markdown: one table per group, then what was left out."""
-    by_group: dict[str, list[Row]] = {}
-    for row in rows:
-        by_group.setdefault(row.group, []).append(row)
-    parts = [", ".join(f"{key} {value}" for key, value in machine.items())]
-    parts += [_group_table(name, members) for name, members in by_group.items()]
-    if left_out_groups:
-        reasons = dict.fromkeys(left_out_groups.values())
-        for name, reason in left_out_groups.items():
-            reasons[reason] = f"{reasons[reason] or ''}\n- {name}"
-        parts += [f"Left out ({reason}):{names}" for reason, names in reasons.items()]
-    return "\n\n".join(parts) + "\n"
+def markdown(lines: Sequence[Sequence[str]], aligned: bool = False) -> str:
+    """The heading `lines[0]`, a rule, and the rows; `aligned` for a terminal."""
+    widths = [max(map(len, column)) if aligned else 0 for column in zip(*lines, strict=True)]
+    rule = ["-" * max(3, width) for width in widths]
+    padded = (
+        [cell.ljust(width) for cell, width in zip(line, widths)]
+        for line in (lines[0], rule, *lines[1:])
+    )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in padded)
 
 
-def render_short(rows: Sequence[Row], machine: dict) -> str:
-    """One line per group: medians in milliseconds, and the rates of our own rows."""
-    lines = [", ".join(f"{key} {value}" for key, value in machine.items())]
-    by_group: dict[str, list[str]] = {}
-    for row in rows:
-        if row.seconds:
-            text = f"{row.provider} {_milliseconds(statistics.median(row.seconds))}"
-            if row.provider.startswith("pae"):
-                rates = {h: COLUMNS[h](row) for h in SHORT}
-                text += "".join(f", {v} {h}" for h, v in rates.items() if v is not None)
-        elif row.reason.startswith("failed"):
-            text = f"{row.provider} FAILED"
-        else:
-            continue
-        by_group.setdefault(row.group, []).append(text)
-    lines += [f"{name}: {' | '.join(texts)}" for name, texts in by_group.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _group_table(name: str, rows: Sequence[Row]) -> str:
-    measured = {row.provider: row for row in rows if row.seconds}
-    first = next(iter(measured.values()), None)
-    title = f"**{name}**"
-    if first is None:
-        return "\n".join([title, *(f"- {row.provider}: {row.reason}" for row in rows)])
-    title += f": {first.clock} time per {first.unit}, {len(first.seconds)} interleaved rounds"
-    compared = [b for b in first.baselines if b in measured]
+def rows_table(groups: dict[str, list[Row]], hidden: Collection[str] = RATES, **options) -> str:
+    """One line per row: time, its ratio to our first row's, the columns that some row has and that
+    are not `hidden`; then who could not run, and why. `options` are those of `markdown`.
+    """
+    everything = [row for rows in groups.values() for row in measured(rows).values()]
     extra = {
         heading: cell
         for heading, cell in COLUMNS.items()
-        if any(cell(row) is not None for row in measured.values())
+        if heading not in hidden and any(cell(row) not in (None, "0") for row in everything)
     }
-    table = [["provider", "median ms", "p20-p80 ms", *(f"x {b}" for b in compared), *extra]]
-    for row in rows:
-        if not row.seconds:
-            table.append([row.provider, row.reason, *[""] * (len(table[0]) - 2)])
-            continue
-        low, high = spread(row.seconds)
-        table.append(
-            [
-                row.provider,
-                _milliseconds(statistics.median(row.seconds)),
-                f"{_milliseconds(low)}-{_milliseconds(high)}",
-                *(f"{speedup(row, measured[b]):.2f}" for b in compared),
-                *(cell(row) or "" for cell in extra.values()),
-            ]
+    lines = [["case", "version", "time", "ms", "p20-p80", *extra]]
+    for group, rows in groups.items():
+        here = measured(rows)
+        for i, (name, row) in enumerate(here.items()):
+            low, high = spread(row.seconds)
+            lines.append(
+                [
+                    "" if i else label(group),
+                    f"**{name}**" if row.is_ours else name,
+                    *ratios(rows, [name]),
+                    digits(row.median * 1e3),
+                    f"{digits(low * 1e3)}-{digits(high * 1e3)}",
+                    *(cell(row) or "" for cell in extra.values()),
+                ]
+            )
+    return markdown(lines, **options) + _left_out(groups)
+
+
+def _left_out(groups: dict[str, list[Row]]) -> str:
+    """A line per reason: who could not run."""
+    reasons: dict[str, dict[str, None]] = {}
+    for rows in groups.values():
+        for row in rows:
+            if not row.seconds:
+                reasons.setdefault(row.reason, {})[row.provider] = None
+    said = (f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+    return f"\n\nLeft out: {'; '.join(said)}." if reasons else ""
+
+
+def providers_of(groups: Iterable[Iterable[Row]]) -> list[str]:
+    """Providers with a time in some group, peers first, each in the order it was listed."""
+    names = {row.provider: row.is_ours for rows in groups for row in rows if row.seconds}
+    return sorted(names, key=names.__getitem__)
+
+
+def ratio_table(run: Run, prefixes: Sequence[str]) -> str:
+    """One line per group: how many times as long as our first row every provider takes."""
+    groups = run.matching(*prefixes)
+    names = providers_of(groups.values())
+    first = {base.provider for rows in groups.values() if (base := our_first(rows))}
+    lines = [["", *(f"**{n}**" if n in first else n for n in names), "ms"]]
+    for group, rows in groups.items():
+        base = our_first(rows)
+        lines.append(
+            [label(group), *ratios(rows, names), digits(base.median * 1e3) if base else ""]
         )
-    return "\n".join([title, "", *aligned(table)])
+    return f"{markdown(lines)}\n\nms: of the row that is 1x. {machine(run)}"
 
 
-def aligned(table: list[list[str]]) -> list[str]:
-    """Lines of Markdown: the heading `table[0]`, a rule, and the rows."""
-    # a reason may run long; it must not widen its column
-    reasons = {i for i, line in enumerate(table) if line[2:] and not any(line[2:])}
-    widths = [
-        max(len(line[c]) for i, line in enumerate(table) if c == 0 or i not in reasons)
-        for c in range(len(table[0]))
-    ]
-    table = [table[0], ["-" * w for w in widths], *table[1:]]
-    return [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in table
-    ]
+def machine(run: Run) -> str:
+    """One sentence that says where, how and at which commit."""
+    clocks = dict.fromkeys(row.clock for row in run.rows if row.seconds)
+    m = run.machine
+    threads = "" if run.on_gpu else f"{m['threads']} thread{'s' * (m['threads'] > 1)}, "
+    return (
+        f"{m['device']}, {threads}{' and '.join(clocks)} time, medians over interleaved rounds; "
+        f"torch {m['torch']}, commit {m['commit']}."
+    )
 
 
-def rows_from_json(run: dict) -> tuple[list[Row], dict[str, str], dict]:
-    """Rows, left-out groups and machine of a file written by --benchmark-json."""
-    rows = [
-        Row(
-            bench["group"],
-            bench["extra_info"]["provider"],
-            bench["stats"]["data"],
-            clock=bench["extra_info"]["clock"],
-            unit=bench["extra_info"]["unit"],
-            baselines=bench["extra_info"]["baselines"],
-            columns=bench["extra_info"]["columns"],
-        )
-        for bench in run["benchmarks"]
-    ]
-    rows += [Row(**entry) for entry in run["left_out"]["providers"]]
-    return rows, run["left_out"]["groups"], run["machine_info"]["summary"]
+def render(run: Run) -> str:
+    """Everything of one run, for a terminal: a table per kind of work, then what was left out."""
+    kinds = dict.fromkeys(group.split("/")[0] for group in run.groups)
+    parts = [", ".join(f"{key} {value}" for key, value in run.machine.items())]
+    for kind in kinds:
+        groups = {g: rows for g, rows in run.groups.items() if g.split("/")[0] == kind}
+        parts.append(f"**{kind}**\n\n{rows_table(groups, hidden=(), aligned=True)}")
+    failed = [f"\n- {r.group}, {r.provider}: {r.reason}" for r in run.rows if r.failed]
+    parts += [f"**Failed**:{''.join(failed)}"] if failed else []
+    for reason in dict.fromkeys(run.left_out.values()):
+        names = (f"\n- {name}" for name, why in run.left_out.items() if why == reason)
+        parts.append(f"Left out ({reason}):{''.join(names)}")
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
-    rows, left_out_groups, machine = rows_from_json(json.loads(Path(sys.argv[-1]).read_text()))
-    short = sys.argv[1] == "--short"
-    print(render_short(rows, machine) if short else render(rows, left_out_groups, machine), end="")
+    print(render(Run.of(json.loads(Path(sys.argv[-1]).read_text()))), end="")

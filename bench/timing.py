@@ -44,11 +44,6 @@ class Sample:
         return value
 
 
-def default_clock(device: torch.device) -> str:
-    """The clock that says most on this device."""
-    return "device" if device.type == "cuda" else "process"
-
-
 def measure(work: Callable[[], object], device: torch.device) -> Sample:
     """Run `work` once and time it, with the garbage collector off and the device idle before."""
     on_device = device.type == "cuda"
@@ -132,27 +127,3 @@ def interleave(
         for name in names[shift:] + names[:shift]:
             samples[name].append(measure(works[name], device))
     return samples
-
-
-class Replay:
-    """A timer for pytest-benchmark that shows times measured before.
-
-    `advance` is the benchmarked function: it moves the timer on by the next measured time.
-    """
-
-    def __init__(self, seconds: list[float], name: str) -> None:
-        self._left = iter(seconds)
-        self._rounds = len(seconds)
-        self._now = 0.0
-        self.__name__ = name  # what pytest-benchmark's JSON calls its timer
-
-    def __call__(self) -> float:
-        return self._now
-
-    def advance(self) -> None:
-        self._now += next(self._left)
-
-    def record(self, benchmark) -> None:
-        """Hand all samples to the `benchmark` fixture as its rounds."""
-        benchmark._timer = self
-        benchmark.pedantic(self.advance, rounds=self._rounds, iterations=1)

@@ -4,68 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from . import figures as style
-from . import suite, suite_pages, suite_scaling
-from .suite import Run
-from .suite_pages import COMPILED, EXACT, LOW, OFFICIAL, SDPA
-from .suite_tables import label, ratio
-from .table import Row
+from . import shown
+from .results import Row, Run, first_with, measured, on_cpu, on_gpu
+from .shown import Axis
+from .table import label, ratio
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # provider -> what it is called in a figure, and its colour's role
 LINES = {
-    OFFICIAL: ("official-style", "official"),
-    SDPA: ("timm + SDPA", "sdpa"),
-    COMPILED: ("torch.compile", "compile"),
-    LOW: ("pae recompute8", "pae recompute8"),
-    EXACT: ("pae", "pae"),
+    shown.OFFICIAL: ("official-style", "official"),
+    shown.SDPA: ("timm + SDPA", "sdpa"),
+    shown.COMPILED: ("torch.compile", "compile"),
+    shown.LOW: ("pae recompute8", "pae recompute8"),
+    shown.EXACT: ("pae", "pae"),
 }
-# what PAE adds to a step: claim's name -> a reader's words
-PARTS = {
-    "kld 256": "regulariser, k = 256",
-    "kld 1024": "regulariser, k = 1024",
-    "filter": "filter of MPA",
-    "mpa ranking": "ranking of MPA",
-    "mpa": "whole MPA",
-}
-
-
 LINE = 0.075  # height of a name, as a share of the axes'
 
+Value = Callable[[Row], float | None]
+End = tuple[float, float, str, str]  # x, y, what is written there, colour
 
-def figures(everything: list[Run]) -> dict[str, Callable]:
-    cpu, gpu = suite.on_cpu(everything), suite.on_gpu(everything)
-    drawn = {}
-    if (run := suite_pages.several_prompts(cpu)) is not None:
+
+def figures(everything: list[Run]) -> dict[str, Callable[[], Figure]]:
+    cpu, gpu = on_cpu(everything), on_gpu(everything)
+    drawn: dict[str, Callable[[], Figure]] = {}
+    if (run := shown.several_prompts(cpu)) is not None:
         drawn["hero"] = partial(hero, run, cpu)
     for run in gpu:
-        if suite_pages.several_prompts([run], "bf16"):
+        if shown.several_prompts([run], "bf16"):
             drawn[run.figure("step")] = partial(step_by_prompts, run, "bf16")
-    for run in filter(None, (suite.first_with(cpu, suite_scaling.PREFIX), *gpu)):
-        for axis in suite_scaling.axes_of(run):
+    for run in filter(None, (first_with(cpu, shown.SCALING), *gpu)):
+        for axis in shown.axes_of(run):
             drawn[run.figure(f"scaling_{axis.name}")] = partial(scaled, axis)
     return drawn
 
 
-def hero(run: Run, chosen: list[Run]):
+def hero(run: Run, chosen: list[Run]) -> Figure:
     """Time and memory of a step by the number of prompts; speed of PAE's own parts."""
     made, (time, memory, parts) = style.figure(10.4, 3.2, 1, 3, width_ratios=(1.15, 1.15, 0.8))
-    draw_steps(time, memory, suite_pages.cases(run, suite_pages.STEP, "fp32"))
+    draw_steps(time, memory, shown.cases(run, "fp32"))
     draw_parts(parts, chosen)
     return made
 
 
-def step_by_prompts(run: Run, dtype: str):
+def step_by_prompts(run: Run, dtype: str) -> Figure:
     """The same without PAE's parts."""
     made, (time, memory) = style.figure(8.2, 3.0, 1, 2)
-    draw_steps(time, memory, suite_pages.cases(run, suite_pages.STEP, dtype))
+    draw_steps(time, memory, shown.cases(run, dtype))
     return made
 
 
-def draw_steps(time, memory, steps: dict[int, list[Row]]) -> None:
-    unit = min(suite.median(suite.measured(rows)[EXACT]) for rows in steps.values())
+def draw_steps(time: Axes, memory: Axes, steps: dict[int, list[Row]]) -> None:
+    unit = min(measured(rows)[shown.EXACT].median for rows in steps.values())
     ends = {
-        time: draw_lines(time, steps, lambda row: suite.median(row) / unit, time_of),
+        time: draw_lines(time, steps, lambda row: row.median / unit, time_of),
         memory: draw_lines(memory, steps, saved, saved_of),
     }
     time.set(title="Time of a training step", ylabel="fastest of pae = 1")
@@ -77,16 +74,16 @@ def draw_steps(time, memory, steps: dict[int, list[Row]]) -> None:
         place_names(axes, ends[axes])
 
 
-def scaled(axis: suite_scaling.Axis):
+def scaled(axis: Axis) -> Figure:
     """Time and saved memory of a step by one size: dots measured, dashes by the cost model."""
     made, (time, memory) = style.figure(9.2, 2.9, 1, 2)
     places = {group: axis.place(group) for group in axis.groups}
     if None in places.values():  # names: at equal distances, over several magnitudes
         places = {group: float(i) for i, group in enumerate(places)}
-    cases = {places[group]: axis.groups[group] for group in sorted(places, key=places.get)}
+    by_place = {places[group]: axis.groups[group] for group in sorted(places, key=places.get)}
     ends = {
-        time: draw_lines(time, cases, per_image, time_of, at_product_rate),
-        memory: draw_lines(memory, cases, saved, saved_of, modelled_saved, "o"),
+        time: draw_lines(time, by_place, per_image, time_of, at_product_rate),
+        memory: draw_lines(memory, by_place, saved, saved_of, modelled_saved, "o"),
     }
     time.set(title="Time of a training step", ylabel="ms per image")
     memory.set(title="Saved for backward", ylabel="MB per image")
@@ -95,18 +92,18 @@ def scaled(axis: suite_scaling.Axis):
         axes.legend()
         axes.set_xlabel(axis.title)
         if axis.name == "model":
-            labels = [label(g, ("scaling", axis.name)) for g in axis.groups]
-            axes.set_xticks(list(cases), labels, fontsize=7.5)
+            labels = [label(group, ("scaling", axis.name)) for group in axis.groups]
+            axes.set_xticks(list(by_place), labels, fontsize=7.5)
             axes.set_yscale("log")
         else:
-            axes.set_xticks(apart(list(cases)))
+            axes.set_xticks(apart(list(by_place)))
             axes.set_ylim(0)
         place_names(axes, ends[axes])
     return made
 
 
 def time_of(a: Row, b: Row) -> float:
-    return suite.times(a, b)[0]
+    return a.times(b)[0]
 
 
 def saved_of(a: Row, b: Row) -> float:
@@ -114,7 +111,7 @@ def saved_of(a: Row, b: Row) -> float:
 
 
 def per_image(row: Row) -> float:
-    return suite.median(row) / row.columns["images"] * 1e3
+    return row.median / row.columns["images"] * 1e3
 
 
 def at_product_rate(row: Row) -> float | None:
@@ -133,35 +130,34 @@ def modelled_saved(row: Row) -> float | None:
 
 
 def draw_lines(
-    axes,
-    cases: dict[float, Sequence[Row]],
-    value: Callable[[Row], float],
+    axes: Axes,
+    by_place: dict[float, Sequence[Row]],
+    value: Value,
     compare: Callable[[Row, Row], float],
-    model: Callable[[Row], float | None] = lambda row: None,
+    model: Value = lambda row: None,
     line: str = "o-",
-) -> list[tuple[float, float, str, str]]:
-    """A line per provider over the keys of `cases`. Returns the ends: x, y, the provider's name
-    and how it compares there, colour.
+) -> list[End]:
+    """A line per provider over the keys of `by_place`. Returns the ends of the lines, where the
+    provider's name and how it compares there will stand.
     """
-    ends, last = [], max(cases)
+    ends, last = [], max(by_place)
     for provider, (name, role) in LINES.items():
-        rows = {x: suite.measured(case).get(provider) for x, case in cases.items()}
-        rows = {x: row for x, row in rows.items() if row is not None}
-        if len(rows) < 2:
+        found = {x: measured(rows).get(provider) for x, rows in by_place.items()}
+        here = {x: row for x, row in found.items() if row is not None}
+        if len(here) < 2:
             continue
         colour = style.COLOURS[role]
-        axes.plot(list(rows), [value(row) for row in rows.values()], line, color=colour)
-        predicted = [model(row) for row in rows.values()]
+        axes.plot(list(here), [value(row) for row in here.values()], line, color=colour)
+        predicted = [model(row) for row in here.values()]
         if None not in predicted:
-            axes.plot(list(rows), predicted, "--", color=colour, linewidth=1.2)
-        if last in rows and provider != EXACT:
-            against = compare(rows[last], suite.measured(cases[last])[EXACT])
-            name += f"  {ratio(against)}"
-        ends.append((max(rows), value(rows[max(rows)]), name, colour))
+            axes.plot(list(here), predicted, "--", color=colour, linewidth=1.2)
+        if last in here and provider != shown.EXACT:
+            name += f"  {ratio(compare(here[last], measured(by_place[last])[shown.EXACT]))}"
+        ends.append((max(here), value(here[max(here)]), name, colour))
     return ends
 
 
-def place_names(axes, ends: list[tuple[float, float, str, str]]) -> None:
+def place_names(axes: Axes, ends: list[End]) -> None:
     """Each line's name right of its last point, moved apart where they would overlap. Scales and
     limits of `axes` must be what they will be.
     """
@@ -190,19 +186,18 @@ def apart(values: Sequence[float]) -> list[float]:
     return kept[::-1]
 
 
-def draw_parts(axes, chosen: list[Run]) -> None:
+def draw_parts(axes: Axes, chosen: list[Run]) -> None:
     """A bar per part of PAE: how many times as long the released formulation takes."""
-    speeds = {words: suite_pages.speed(chosen, name) for name, words in PARTS.items()}
-    speeds = {words: speed for words, speed in speeds.items() if speed is not None}
-    places = range(len(speeds))
-    axes.barh(places, list(speeds.values()), height=0.6, color=style.COLOURS["pae"])
+    found = {words: speed for words, (_, speed) in shown.speeds(chosen).items()}
+    places = range(len(found))
+    axes.barh(places, list(found.values()), height=0.6, color=style.COLOURS["pae"])
     axes.axvline(1, color=style.COLOURS["official"], linewidth=1.5)
-    for place, speed in zip(places, speeds.values()):
+    for place, speed in zip(places, found.values()):
         axes.text(speed * 1.08, place, ratio(speed), va="center", fontweight="bold")
-    axes.set_yticks(places, list(speeds))
+    axes.set_yticks(places, list(found))
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(0.8, 2.2 * max(speeds.values(), default=1))
+    axes.set_xlim(0.8, 2.2 * max(found.values(), default=1))
     axes.set_xticks([1, 3, 10, 30], ["1x", "3x", "10x", "30x"])
     axes.minorticks_off()
     axes.grid(axis="y", visible=False)
