@@ -206,8 +206,7 @@ else
     [ -s "$work/$part.json" ] && parts+=("$work/$part.json")
   done
   if [ ${#parts[@]} -gt 0 ] && "$python" -m bench.merge "$stem.json" "${parts[@]}" "${gates[@]}"; then
-    "$python" -m bench.table "$stem.json" >"$stem.md"
-    "$python" -m bench.table --short "$stem.json"
+    "$python" -m bench.table "$stem.json" | tee "$stem.md"
   else
     echo "no benchmark finished; see $stem.log" >&2
     failed=yes

@@ -179,7 +179,7 @@ def _start(
         runnable = provider.start(shared)
         outcome.columns, outcome.units = runnable.check(), runnable.units
         if settings.size != "smoke":
-            outcome.columns |= _measured(runnable, outcome.columns, settings)
+            outcome.columns = {**outcome.columns, **_measured(runnable, outcome.columns, settings)}
         if runnable.capture and settings.device.type == "cuda":
             return captured(runnable.work, settings.device)
         return runnable.work

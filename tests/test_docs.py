@@ -19,7 +19,7 @@ from tests import processes, snippets, tiny
 
 ROOT = Path(__file__).parent.parent
 
-from bench import report  # noqa: E402
+from bench.pages import UNMEASURED  # noqa: E402
 from docs import docstrings, drawings, hooks  # noqa: E402
 
 ARGUMENTS = {"BPTDeep": (4, 4), "BPTShallow": (4, 4), "DAVPT": (4, 4, 5)}
@@ -164,7 +164,7 @@ def site(tmp_path_factory):
 
 
 def test_a_figure_may_only_be_missing_where_nothing_is_measured():
-    assert hooks.UNMEASURED == report.UNMEASURED
+    assert hooks.UNMEASURED == UNMEASURED
     page = SimpleNamespace(file=SimpleNamespace(src_uri="api/page.md"))
     files = SimpleNamespace(get_file_from_path={"figures/a.svg": "a file"}.get)
     text = "words\n\n![a](../figures/a.svg)\n\n![b](../figures/b.svg)\n"

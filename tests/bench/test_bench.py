@@ -28,6 +28,7 @@ from bench import (  # noqa: E402
     cost,
     memory,
     merge,
+    results,
     roofline,
     rows,
     runner,
@@ -107,10 +108,8 @@ def test_interleaving_cancels_a_machine_that_slows_down(monkeypatch):
 
     works = {"fast": lambda: work(1.0), "slow": lambda: work(2.0)}
     samples = timing.interleave(works, 6, CPU)
-    rows = {
-        name: table.Row("g", name, [sample.process for sample in s]) for name, s in samples.items()
-    }
-    assert table.speedup(rows["fast"], rows["slow"]) == pytest.approx(2.0, rel=0.15)
+    rows = {name: results.Row("g", name, [s.process for s in of]) for name, of in samples.items()}
+    assert rows["slow"].times(rows["fast"])[0] == pytest.approx(2.0, rel=0.15)
 
     now[0] = 0.0
     alone = {name: timing.interleave({name: w}, 6, CPU)[name] for name, w in works.items()}
@@ -494,62 +493,39 @@ def test_a_ceiling_is_its_amount_over_the_median_of_its_clock(monkeypatch):
     assert roofline.product_tflops("fp32", CPU, "process") == pytest.approx(2e6 / 1.0 / 1e12)
 
 
-def test_speedup_is_the_median_of_ratios_within_rounds():
-    base = table.Row("g", "base", [1.0, 10.0, 100.0])
-    row = table.Row("g", "row", [0.5, 5.0, 20.0])
-    assert table.speedup(row, base) == 2.0
-    assert table.speedup(base, base) == 1.0
+def test_times_are_medians_of_ratios_within_rounds():
+    base = results.Row("g", "base", [1.0, 10.0, 100.0])
+    row = results.Row("g", "row", [0.5, 5.0, 20.0])
+    assert base.times(row) == (2.0, 2.0, pytest.approx(3.8))
+    assert base.times(base) == (1.0, 1.0, 1.0)
+    assert results.spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (2.0, 5.0)
+    assert results.spread([1.0]) == (1.0, 1.0)
 
 
-def test_spread_is_between_the_20th_and_80th_percentile():
-    assert table.spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (2.0, 5.0)
-    assert table.spread([1.0]) == (1.0, 1.0)
-
-
-def test_table_shows_times_ratios_and_reasons():
-    rows = [
-        table.Row("g", "plain", [0.2, 0.2], "", "process", "step", ("plain",)),
-        table.Row(
-            "g",
-            "quick",
-            [0.1, 0.1],
-            "",
-            "process",
-            "step",
-            ("plain",),
-            {"saved_mb_per_image": 67.74, "live_gflop": 5.0},
-        ),
-        table.Row("g", "absent", reason="not installed"),
-    ]
-    text = table.render(rows, {"other": "runs with --full"}, {"cores": 2})
-    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line[:1] == "|"}
-    assert "x plain" in lines["provider"] and "saved MB/image" in lines["provider"]
-    cells = [cell.strip() for cell in lines["quick"].strip("|").split("|")]
-    assert cells == ["quick", "100.0", "100.0-100.0", "2.00", "67.7", "50"]
-    assert "not installed" in lines["absent"]
-    assert "Left out (runs with --full):\n- other" in text
-    assert len({line.count("|") for line in lines.values()}) == 1
-
-
-def test_rates_and_shares_of_the_ceilings():
-    columns = {"live_gflop": 200.0, "floor_mb": 1e3, "images": 64.0}
+def test_table_shows_times_rates_shares_and_reasons():
+    columns = {"saved_mb_per_image": 67.74, "live_gflop": 200.0, "floor_mb": 1e3, "images": 64.0}
     ceilings = {"peak_tflops": 4.0, "peak_gbps": 20.0}
-    cpu = table.Row("g", "pae", [0.1, 0.1], "", "process", "step", (), columns)
-    gpu = table.Row("g", "pae", [0.1, 0.1], "", "device", "step", (), columns | ceilings)
-    cells = lambda row: {h: cell(row) for h, cell in table.COLUMNS.items() if cell(row)}
-    assert cells(cpu) == {"images/s": "640.0", "live GFLOP/s": "2000", "floor GB/s": "10"}
-    assert cells(gpu) == {
-        "images/s": "640.0",
-        "live TFLOP/s": "2",
-        "of product": "50%",
-        "floor GB/s": "10",
-        "of copy": "50%",
-    }
-    broken = table.Row("g", "other", reason="failed: gradients are off")
-    short = table.render_short([gpu, broken], {"tests": "failed"})
-    assert short == (
-        "tests failed\ng: pae 100.0, 640.0 images/s, 50% of product, 50% of copy | other FAILED\n"
-    )
+    step = ("process", "step", ("plain",))
+    rows = [
+        results.Row("g/P5", "plain", [0.2, 0.2], "", *step),
+        results.Row("g/P5", "pae", [0.1, 0.1], "", *step, columns | ceilings),
+        results.Row("g/P5", "absent", reason="not installed"),
+        results.Row("g/P5", "wrong", reason="failed: gradients are off"),
+    ]
+    run = results.Run("", "", {"cores": 2}, {"g/P5": rows}, {"other": "runs with --full"})
+    text = table.render(run)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    head, _, plain, ours = ([cell.strip() for cell in x.strip("|").split("|")] for x in lines)
+    assert head[5:] == [
+        *("saved MB/image", "images/s", "live GFLOP/s", "of product", "floor GB/s", "of copy")
+    ]
+    assert plain == ["g, 5 prompts", "plain", "2.00x", "200", "200-200", *[""] * 6]
+    assert ours[:5] == ["", "**pae**", "**1x**", "100", "100-100"]
+    assert ours[5:] == ["67.7", "640.0", "2000", "50%", "10", "50%"]
+    assert len({len(line) for line in lines}) == 1  # aligned
+    assert text.startswith("cores 2\n") and "Left out: absent (not installed)" in text
+    assert "**Failed**:\n- g/P5, wrong: failed: gradients are off" in text
+    assert "Left out (runs with --full):\n- other" in text
 
 
 def a_run(device="H200", rows=1, summary=None, **left_out):
@@ -566,10 +542,10 @@ def test_merged_runs_keep_all_rows_and_say_what_became_of_the_tests():
     assert len(whole["benchmarks"]) == 3
     assert whole["left_out"]["groups"] == {"a": "x", "b": "y"}  # g was measured in the other run
     assert whole["machine_info"]["summary"]["tests"] == "failed"
-    with pytest.raises(ValueError, match="runs differ in device: H200 and H100"):
+    with pytest.raises(ValueError, match="runs differ in device: H200 in A, H100 in B"):
         merge.merge([a_run(), a_run("H100")], {})
     for name, other in (("threads", 2), ("clock", "wall")):
-        with pytest.raises(ValueError, match=f"runs differ in {name}: unknown and {other}"):
+        with pytest.raises(ValueError, match=f"runs differ in {name}: unknown in A, {other} in B"):
             merge.merge([a_run(), a_run(summary={name: other})], {})
     later = a_run(summary={"bf16 product TFLOP/s": 0.1})
     assert "bf16 product TFLOP/s" in merge.merge([a_run(), later], {})["machine_info"]["summary"]

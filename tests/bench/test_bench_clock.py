@@ -2,34 +2,79 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
 
-from bench import clock, timing  # noqa: E402
+from bench import clock  # noqa: E402
 from bench.timing import Sample  # noqa: E402
-from tests import processes  # noqa: E402
 
 CPU = torch.device("cpu")
 
 
-def distorted(change):
-    """`timing.measure`, whose samples went through `change`."""
-    return lambda work: change(timing.measure(work, CPU))
+class Machine:
+    """A machine whose time passes by what runs on it alone: the same findings on every run.
+
+    `measure` reads its clocks as `timing.measure` does those of the real one, and sends every
+    sample through `change`.
+    """
+
+    def __init__(self, monkeypatch, change=lambda sample: sample):
+        self.wall = self.process = 0.0
+        self.change, self.samples = change, 0
+        self.naps = False  # whether work is a device's, which takes the host no CPU time
+        module = SimpleNamespace(
+            sleep=self.sleep, perf_counter=lambda: self.wall, process_time=lambda: self.process
+        )
+        monkeypatch.setattr(clock, "time", module)
+
+    def sleep(self, seconds):
+        self.wall += seconds
+
+    def work(self, seconds):
+        self.wall += seconds
+        self.process += 0.0 if self.naps else seconds
+
+    def repeat(self, n):
+        return lambda: self.work(n * 1e-3)
+
+    def measure(self, work):
+        wall, process = self.wall, self.process
+        work()
+        self.work(1e-6)  # its own time
+        self.samples += 1
+        return self.change(Sample(self.wall - wall, self.process - process))
+
+    def check(self, name="process"):
+        return clock.check(CPU, name, self.measure, self.repeat)
 
 
-def test_the_clock_that_is_used_passes():
-    found = clock.check(CPU, "process")
-    assert found["work_x2"] == pytest.approx(2, rel=0.1)
-    assert found["agreement"] == pytest.approx(1, rel=0.25)
-    assert found["nap_process_share"] < 0.25
-    assert found["finest_us"] < 100
-    assert clock.summary(found).startswith("passed (twice the work takes ")
+def test_a_good_clock_passes(monkeypatch):
+    found = Machine(monkeypatch).check()
+    assert found["work_x2"] == pytest.approx(2, rel=0.01)
+    assert found["agreement"] == pytest.approx(1, rel=0.01)
+    assert clock.summary(found) == "passed (twice the work takes 2.00x, finest reading 1.0 us)"
+
+
+@pytest.mark.parametrize("name", ["process", "wall"])
+def test_the_clocks_that_are_used_pass(name):
+    """On this machine, whatever else runs: a check that a neighbour disturbed is made again."""
+    for _ in range(5):
+        try:
+            found = clock.check(CPU, name)
+            break
+        except clock.BadClock as error:
+            disturbed = error
+    else:
+        raise disturbed
+    assert clock.RATIO[0] <= found["work_x2"] <= clock.RATIO[1]
 
 
 BAD = {
@@ -37,49 +82,46 @@ BAD = {
     "skips naps": (lambda s: Sample(s.process, s.process), "a nap of 20 ms took .* of wall time"),
     "stands still": (lambda s: Sample(s.wall, 0.0), "took 0.0 s"),
     "does not wait": (lambda s: Sample(s.wall, min(s.process, 2e-5)), "twice the work took 1.00"),
-    "adds half a millisecond": (lambda s: Sample(s.wall, s.process + 5e-4), "twice the work|short"),
-    "ticks in 10 ms": (lambda s: Sample(s.wall, s.process // 0.01 * 0.01), "took 0.0 s|twice"),
+    "adds a tenth of a millisecond": (lambda s: Sample(s.wall, s.process + 1.1e-4), "shortest"),
+    "adds half a millisecond": (lambda s: Sample(s.wall, s.process + 5e-4), "twice the work took"),
+    "ticks in 10 ms": (lambda s: Sample(s.wall, s.process // 0.01 * 0.01), "took 0.0 s"),
     "reads double": (lambda s: Sample(s.wall, 2 * s.process), "by another clock took"),
     "is squared": (lambda s: Sample(s.wall, s.process**2), "twice the work took"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_clock_is_named(name):
+def test_a_bad_clock_is_named(name, monkeypatch):
     change, reason = BAD[name]
     with pytest.raises(clock.BadClock, match=f"^process clock: .*({reason})") as raised:
-        clock.check(CPU, "process", distorted(change))
+        Machine(monkeypatch, change).check()
     assert "\n" not in str(raised.value)
 
 
-def naps(count: int):
-    return lambda: time.sleep(0.005 * count)
+def test_a_clock_of_a_device_is_compared_with_the_host(monkeypatch):
+    """A device's time is wall time, unless nobody waits for it."""
+    machine = Machine(monkeypatch, lambda s: Sample(s.wall, s.process, s.wall))
+    machine.naps = True
+    assert machine.check("device")["agreement"] == pytest.approx(1, rel=0.01)
+    machine.change = lambda s: Sample(s.wall, s.process, 1e-6)
+    with pytest.raises(clock.BadClock, match=r"^device clock: twice the work took 1.00"):
+        machine.check("device")
+    machine.change = lambda s: Sample(s.wall, s.process, 1e3 * s.wall)
+    with pytest.raises(clock.BadClock, match=r"1e\+03 times as long"):
+        machine.check("device")
 
 
-def test_a_clock_of_a_device_is_compared_with_the_host():
-    """A device that naps: its time is wall time, unless nobody waits for it."""
-    good = distorted(lambda s: Sample(s.wall, s.process, s.wall))
-    assert clock.check(CPU, "device", good, naps)["agreement"] == pytest.approx(1, rel=0.25)
-    launches = distorted(lambda s: Sample(s.wall, s.process, s.process))
-    with pytest.raises(clock.BadClock, match=r"^device clock: "):
-        clock.check(CPU, "device", launches, naps)
-    wrong_unit = distorted(lambda s: Sample(s.wall, s.process, 1e3 * s.wall))
-    with pytest.raises(clock.BadClock, match="times as long"):
-        clock.check(CPU, "device", wrong_unit, naps)
-
-
-def test_one_disturbed_attempt_is_tried_again():
-    calls = []
-
-    def disturbed_once(sample):
-        calls.append(sample)
-        return Sample(sample.wall, sample.wall) if len(calls) == 1 else sample
-
-    assert clock.check(CPU, "process", distorted(disturbed_once))["work_x2"] > 1.8
+def test_one_disturbed_attempt_is_tried_again(monkeypatch):
+    machine = Machine(monkeypatch)
+    machine.change = lambda s: Sample(s.wall, s.wall) if machine.samples == 1 else s
+    assert machine.check()["work_x2"] > 1.8
+    machine.change = lambda s: Sample(s.wall, s.wall)
+    with pytest.raises(clock.BadClock):
+        machine.check()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_device_clock_proves_itself():
+def test_device_clock_passes_its_check():
     found = clock.check(torch.device("cuda"), "device")
     assert found["work_x2"] == pytest.approx(2, rel=0.1)
 
@@ -98,11 +140,13 @@ sys.exit(pytest.main(sys.argv[1:]))
 
 def test_a_session_with_a_bad_clock_fails_before_any_benchmark():
     pytest.importorskip("pytest_benchmark")
-    run = processes.run(
+    run = subprocess.run(
         [sys.executable, "-c", BREAK_THE_CLOCK, "-q", "-p", "no:cacheprovider"]
         + ["bench/bench_kld.py", "--benchmark-only", "--quick", "--device=cpu"],
-        env={"OMP_NUM_THREADS": "1"},
-        check=False,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     said = run.stdout + run.stderr
     assert run.returncode == 6, said

@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 
-from bench import table  # noqa: E402
+from bench import results, table  # noqa: E402
 from tests import processes  # noqa: E402
 
 GPU_SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -100,7 +100,7 @@ def test_a_group_reaches_table_and_json_without_naming_the_machine(tmp_path):
     assert {"fp32 product TFLOP/s", "copy GB/s"} <= set(machine["summary"])
     assert {"saved_mb", "peak_mb", "peak_tflops"} <= set(rows["pae"]["extra_info"]["columns"])
 
-    printed = table.render(*table.rows_from_json(run))
-    assert "kld/global/k256" in printed
+    printed = table.render(results.Run.of(run))
+    assert "global, k = 256" in printed
     for line in printed.splitlines():
         assert line in out

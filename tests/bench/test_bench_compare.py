@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-from bench import compare  # noqa: E402
+from bench import compare, results  # noqa: E402
 
 MACHINE = {
     "device": "Some CPU (AVX2)",
@@ -56,8 +56,12 @@ def a_run(rows, machine=None, baselines=("plain",), clock="process", left_out=()
     }
 
 
+def compared(a, b, **options):
+    return compare.compare(results.Run.of(a), results.Run.of(b), **options)
+
+
 def by_provider(a, b, **options):
-    return {c.provider: c for c in compare.compare(a, b, **options)}
+    return {c.provider: c for c in compared(a, b, **options)}
 
 
 BEFORE = {("g", "plain"): 2.0, ("g", "pae"): 1.0, ("g", "pae recompute8"): 1.2}
@@ -134,7 +138,7 @@ def test_missing_rows_say_why():
     wrong = ("g", "pae", "failed: gradients are off")
     left_out = [wrong, ("g", "peer", "not installed"), ("g", "never", "needs a GPU")]
     a = a_run(before, left_out=[("g", "never", "needs a GPU")])
-    found = {(c.group, c.provider): c for c in compare.compare(a, a_run(after, left_out=left_out))}
+    found = {(c.group, c.provider): c for c in compared(a, a_run(after, left_out=left_out))}
     verdicts = {key: c.verdict for key, c in found.items()}
     assert verdicts.pop(("g", "plain")) == compare.SAME
     assert verdicts == {
@@ -158,25 +162,25 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_machines_are_refused_by_the_field_that_differs(name):
     with pytest.raises(compare.NotComparable) as refused:
-        compare.compare(a_run(BEFORE), a_run(BEFORE, machine={name: OTHERS[name]}))
+        compared(a_run(BEFORE), a_run(BEFORE, machine={name: OTHERS[name]}))
     assert str(refused.value) == f"{name}: {MACHINE[name]} in A, {OTHERS[name]} in B"
 
 
 def test_other_clocks_and_unknown_machines_are_refused():
     with pytest.raises(compare.NotComparable, match=r"^clocks: process in A, wall in B$"):
-        compare.compare(a_run(BEFORE), a_run(BEFORE, clock="wall"))
+        compared(a_run(BEFORE), a_run(BEFORE, clock="wall"))
     older = a_run(BEFORE)
     del older["machine_info"]["summary"]["fp32 products"]
     with pytest.raises(compare.NotComparable, match="fp32 products: unknown in A, highest in B"):
-        compare.compare(older, a_run(BEFORE))
+        compared(older, a_run(BEFORE))
     with pytest.raises(compare.NotComparable, match="no row has a time in both runs"):
-        compare.compare(a_run(BEFORE), a_run({("other", "pae"): 1.0}))
+        compared(a_run(BEFORE), a_run({("other", "pae"): 1.0}))
 
 
 def test_forced_ratios_never_compare_times():
     after = {key: 10 * seconds for key, seconds in BEFORE.items()} | {("h", "pae"): 1.0}
     other = a_run(after, machine={"device": "Another CPU"}, seed=1)
-    found = compare.compare(a_run({**BEFORE, ("h", "pae"): 1.0}), other, force_ratios=True)
+    found = compared(a_run({**BEFORE, ("h", "pae"): 1.0}), other, force_ratios=True)
     assert all(c.raw is None for c in found)
     rows = {(c.group, c.provider): c for c in found}
     assert rows["g", "pae"].relative.value == pytest.approx(1, rel=0.03)
