@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import pae
-from pae.backbones.timm_vit import BackboneView
+from pae.backbones import BackboneView
 from pae.plan import fold
 
 from . import cost

@@ -1,7 +1,6 @@
 """pae: prompt-tune a frozen vision transformer, fast and exactly."""
 
 from . import analysis, prompts
-from .engine import fast_forward
 from .errors import CheckpointError, UnsupportedBackbone
 from .graphs import graphed_step
 from .kld import KLD
@@ -10,7 +9,7 @@ from .methods.nsp2 import NullSpace
 from .methods.official import OfficialParts, load_official
 from .methods.spt import spt_init
 from .methods.whitening import whiten_init
-from .model import PromptedViT
+from .model import PromptedViT, fast_forward
 from .mpa import MPAResult, mpa_init
 from .version import __version__
 

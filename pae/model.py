@@ -8,13 +8,16 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, engine, plan
-from .backbones import read_backbone
+from . import checkpoint
+from . import engine as fast
+from .backbones import BackboneView, read_backbone
 from .kld import KLD
+from .plan import FrozenPlan, Plans
 from .prompts import PromptFamily
 from .sequence import between_blocks, cut_rows, insert_rows, touches_rows
 
@@ -41,6 +44,12 @@ class PromptedViT(nn.Module):
         TypeError, ValueError: on parts of a wrong type or counts that do not fit the backbone.
     """
 
+    backbone: nn.Module
+    prompts: PromptFamily
+    kld: KLD | None
+    head: nn.Module
+    view: BackboneView
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -58,16 +67,18 @@ class PromptedViT(nn.Module):
                 f"num_classes must be an integer of at least 1 or None, got {num_classes!r}"
             )
         self.view = read_backbone(backbone)
+        own_head = cast(nn.Module, backbone.head)
         if num_classes is None:
-            if isinstance(backbone.head, nn.Identity):
+            if isinstance(own_head, nn.Identity):
                 raise ValueError(
                     "num_classes must be given: the backbone has no head (num_classes=0, or "
                     "another PromptedViT took it)"
                 )
-            head = backbone.head
+            head = own_head
         else:
-            head = _new_head(getattr(backbone, "head_hidden_size", backbone.embed_dim), num_classes)
-        like = next(backbone.blocks.parameters())
+            width = getattr(backbone, "head_hidden_size", self.view.shape.width)
+            head = _new_head(width, num_classes)
+        like = self.view.like
         if prompts.reads_class_attention and not self.view.shape.has_class_token:
             raise ValueError(
                 f"prompts ({type(prompts).__name__}) reads the class token's attention, and the "
@@ -94,7 +105,7 @@ class PromptedViT(nn.Module):
         self.prompts = prompts.to(like.device, like.dtype)
         self.kld = kld
         self.head = head.to(like.device, like.dtype).requires_grad_(True)
-        self._plans: dict[torch.dtype, tuple[tuple, plan.FrozenPlan, list[Tensor]]] = {}
+        self._plans: Plans | None = None
 
     @property
     def num_classes(self) -> int:
@@ -119,10 +130,16 @@ class PromptedViT(nn.Module):
 
         Raises:
             ValueError: on images of a wrong shape, size or dtype, or an unknown engine.
+            UnsupportedBackbone: from "fast", see `plan`.
         """
+        return self.head(self.features(images, engine, memory))
+
+    def features(self, images: Tensor, engine: str = "reference", memory: str = "keep") -> Tensor:
+        """What the head reads, (B, F); arguments and errors as in `forward`."""
         self.view.check_images(images)
         if engine == "fast":
-            return _run_fast(self, images, memory)
+            plan, x = self.plan(), self.view.embed(images)
+            return self.view.readout(fast.run(plan, self.view, self.prompts, x, memory))
         if engine != "reference":
             raise ValueError(f"engine must be 'reference' or 'fast', got {engine!r}")
         view, family, at = self.view, self.prompts, self.view.num_prefix_tokens
@@ -144,7 +161,7 @@ class PromptedViT(nn.Module):
                 entered += count
             else:
                 x = cut_rows(x, at, count)
-        return self.head(view.readout(cut_rows(x, at, entered)))
+        return view.readout(cut_rows(x, at, entered))
 
     def penalty(self) -> Tensor:
         """Scalar to add to the training loss: KLD's two terms and the family's own; 0 in eval mode.
@@ -165,7 +182,7 @@ class PromptedViT(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the backbone."""
-        return next(self.backbone.blocks.parameters()).device
+        return self.view.like.device
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
         """Trainable parameters in the groups of the papers: decay on everything except the head's
@@ -198,31 +215,33 @@ class PromptedViT(nn.Module):
         ]
 
     @torch.compiler.disable
-    def plan(self, dtype: torch.dtype | None = None) -> plan.FrozenPlan:
+    def plan(self, dtype: torch.dtype | None = None) -> FrozenPlan:
         """The folded backbone for products in `dtype` (autocast's dtype, else the backbone's, when
         None).
 
-        Built at first use and kept. Rebuilt when a backbone parameter was replaced, moved, re-typed
-        or written in place; writes through `.data` leave no trace that PyTorch records, so call
+        Built at first use and kept. Rebuilt when something that was folded has changed: a parameter
+        replaced, moved, re-typed or written in place, a module replaced, an attribute set (eps,
+        scale, activation). Writes through `.data` leave no trace that PyTorch records, so call
         `drop_plans()` after those.
+
+        Raises:
+            UnsupportedBackbone: naming what the blocks do that a plan does not: hooks on a block or
+                a part of it, a replaced forward, a parameter that requires a gradient, dropout in
+                training mode, or a formula that cannot be folded.
         """
-        like = next(self.backbone.blocks.parameters())
+        like = self.view.like
         if dtype is None:
             kind, dtype = like.device.type, like.dtype
             if torch.is_autocast_enabled(kind) and dtype != torch.float64:  # autocast skips fp64
                 dtype = torch.get_autocast_dtype(kind)
-        signature = plan.signature(self.view)
-        known = self._plans.get(dtype)
-        if known is None or known[0] != signature:
-            self._plans = {d: p for d, p in self._plans.items() if p[0] == signature}
-            # aliases keep the folded weights' storage: no later weight can lie at the same address
-            aliases = [p.detach() for p in self.view.module.blocks.parameters()]
-            self._plans[dtype] = known = (signature, plan.fold(self.view, dtype), aliases)
-        return known[1]
+        plans = self._plans
+        if plans is None or not plans.current():
+            plans = self._plans = Plans(self.view)
+        return plans.plan(dtype)
 
     def drop_plans(self) -> None:
         """Forget all folded copies of the backbone; the next fast forward folds again."""
-        self._plans = {}
+        self._plans = None
 
     def trained_state(self) -> dict[str, Tensor]:
         """What training changes, by name: prompts, KLD and head; never a backbone weight."""
@@ -260,11 +279,39 @@ class PromptedViT(nn.Module):
 
     def __getstate__(self) -> dict:
         # copies and pickles carry no folded plans: those belong to the original's weights
-        return {**self.__dict__, "_plans": {}}
+        return {**self.__dict__, "_plans": None}
 
 
-def _run_fast(model: PromptedViT, images: Tensor, memory: str) -> Tensor:
-    return engine.run(model, images, memory)
+def fast_forward(model: nn.Module, images: Tensor, memory: str = "keep") -> Tensor:
+    """model(images), in value and in every gradient, without the work that is thrown away.
+
+    Args:
+        model: a `PromptedViT`, or a wrapper around one that forwards calls
+            (DistributedDataParallel, torch.compile).
+        images: (B, C, H, W) float, normalised as the backbone wants it.
+        memory: what a middle block keeps for the backward, per image, with S = N D elements:
+            "keep": 10 S. No extra work.
+            "recompute8": 3 S and 8-bit derivatives of the activation (4 S bytes). q, k, v are
+            computed again, one eighth more product work; approximate.
+            "recompute": 3 S. q, k, v and the MLP's hidden rows are computed again, a third more
+            product work; exact.
+
+    Returns:
+        logits (B, classes).
+
+    Raises:
+        TypeError: `model` holds no PromptedViT.
+        ValueError: images of a wrong shape, size or dtype; an unknown memory mode.
+        UnsupportedBackbone: the backbone is not frozen, is hooked, or was changed into something
+            that cannot be folded; see `PromptedViT.plan`.
+    """
+    inner = model
+    while not isinstance(inner, PromptedViT):
+        wrapped = getattr(inner, "module", getattr(inner, "_orig_mod", None))
+        if not isinstance(wrapped, nn.Module):
+            raise TypeError(f"model must be a PromptedViT or wrap one, got {type(model).__name__}")
+        inner = wrapped
+    return model(images, engine="fast", memory=memory)
 
 
 def _new_head(width: int, classes: int) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""FrozenPlan: the backbone's weights, folded once.
+"""FrozenPlan: the backbone's weights, folded once, and known to be those of the backbone.
 
 Folds, all computed in fp64 and rounded once to the compute dtype:
     LayerNorm's scale and shift  -> the product behind it
@@ -9,12 +9,19 @@ so that between two products only a plain normalisation, the softmax and the act
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.modules.module as torch_modules
+from torch import Tensor, nn
+from torch.utils.module_tracker import ModuleTracker
 
-from .backbones.timm_vit import BackboneView, BlockWeights, Linear, Norm, read_block
+from .backbones.view import BackboneView, BlockWeights, Linear, Norm
+from .errors import UnsupportedBackbone
 
 
 @dataclass(frozen=True)
@@ -31,11 +38,12 @@ class BlockPlan:
     """Folded constants of one block, all in the compute dtype.
 
     w_qkv (3 H d, D), w_proj (D, H d), w_fc1 (F, D), w_fc2 (D, F) and their biases act on normalised
-    rows; logits need no further scale.
+    rows; logits need no further scale: `scale` is in w_qkv, or in q_norm where there is one.
     """
 
     num_heads: int
     head_width: int
+    scale: float
     eps1: float
     w_qkv: Tensor
     b_qkv: Tensor
@@ -49,6 +57,10 @@ class BlockPlan:
     activation: str
     w_fc2: Tensor
     b_fc2: Tensor
+
+    def product(self, name: str) -> tuple[Tensor, Tensor]:
+        """Weight and bias of "qkv", "proj", "fc1" or "fc2"."""
+        return getattr(self, f"w_{name}"), getattr(self, f"b_{name}")
 
     @property
     def w_kv(self) -> Tensor:
@@ -74,12 +86,10 @@ class FrozenPlan:
     w_qkv: Tensor
     b_qkv: Tensor
 
-
-def signature(view: BackboneView) -> tuple:
-    """Changes whenever a backbone parameter is replaced, moved, re-typed or written in place."""
-    return tuple(
-        (p.data_ptr(), p._version, p.dtype, p.device) for p in view.module.blocks.parameters()
-    )
+    def only(self, start: int, stop: int) -> FrozenPlan:
+        """The plan of blocks start to stop - 1."""
+        part = slice(start, stop)
+        return FrozenPlan(self.dtype, self.blocks[part], self.w_qkv[part], self.b_qkv[part])
 
 
 @torch.inference_mode(False)
@@ -89,7 +99,7 @@ def fold(view: BackboneView, dtype: torch.dtype) -> FrozenPlan:
 
     Normal tensors even under inference mode: a plan built during evaluation also serves training.
     """
-    weights = [read_block(block, f"blocks[{i}]") for i, block in enumerate(view.blocks)]
+    weights = [view.read_block(i) for i in range(len(view.blocks))]
     qkv = [_fold_qkv(w) for w in weights]
     w_qkv = torch.stack([w.to(dtype) for w, _ in qkv])
     b_qkv = torch.stack([b.to(dtype) for _, b in qkv])
@@ -116,6 +126,7 @@ def _fold_block(w: BlockWeights, w_qkv: Tensor, b_qkv: Tensor, dtype: torch.dtyp
     return BlockPlan(
         num_heads=w.num_heads,
         head_width=w_qkv.shape[0] // (3 * w.num_heads),
+        scale=w.scale,
         eps1=w.norm1.eps,
         w_qkv=w_qkv,
         b_qkv=b_qkv,
@@ -166,3 +177,185 @@ def _head_norm(norm: Norm | None, scale: float, like: Tensor, num_heads: int) ->
     weight = ones if norm.weight is None else norm.weight.detach().double()
     bias = 0 * ones if norm.bias is None else norm.bias.detach().double()
     return HeadNorm((scale * weight).to(like.dtype), (scale * bias).to(like.dtype), norm.eps)
+
+
+# ---- a plan belongs to what was folded
+
+
+class Plans:
+    """The plans of a backbone, by dtype, for as long as `current` says that they are its own.
+
+    Raises:
+        UnsupportedBackbone: from the constructor, when the plan would leave out something that the
+            backbone's own forward does: a hook, a replaced forward, dropout, a gradient, or
+            anything that its formula (`BlockWeights`) does not say.
+    """
+
+    def __init__(self, view: BackboneView) -> None:
+        self._view = view
+        self._seen = _Seen(view)
+        view.prove_blocks()
+        self._plans: dict[torch.dtype, FrozenPlan] = {}
+
+    def current(self) -> bool:
+        """Whether nothing has changed that was folded, or that was looked at to allow it."""
+        return self._seen.again()
+
+    def plan(self, dtype: torch.dtype) -> FrozenPlan:
+        """Folded at first use."""
+        found = self._plans.get(dtype)
+        if found is None:
+            found = self._plans[dtype] = fold(self._view, dtype)
+        return found
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of the plans that were folded."""
+        return list(self._plans)
+
+
+_HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+
+
+class _Seen:
+    """All blocks of a backbone as they were: modules, their own attributes, their tensors.
+
+    `again` runs before every forward, so it is a few passes over flat lists. Attributes are
+    compared by identity; a new object of the same value folds again, which does no harm.
+
+    Raises:
+        UnsupportedBackbone: naming what the fast engine would not run.
+    """
+
+    def __init__(self, view: BackboneView) -> None:
+        self._view = view
+        self._blocks = view.blocks
+        named = [
+            (f"blocks.{i}.{name}".rstrip("."), module)
+            for i, block in enumerate(self._blocks)
+            for name, module in block.named_modules(remove_duplicate=False)
+        ]
+        _refuse_global_hooks()
+        for i, block in enumerate(self._blocks):
+            _refuse_dropout(f"blocks.{i}", block)
+        for name, module in named:
+            _refuse(name, module)
+        modules = [module for _, module in named]
+        self._modules = modules
+        self._types: list[Any] = list(map(type, modules))
+        self._forwards = [(kind, kind.forward) for kind in set(self._types)]
+        self._attributes = [vars(m) for m in modules]
+        self._sizes = list(map(len, self._attributes))
+        self._hooks = [getattr(m, name) for m in modules for name in _HOOKS]
+        self._children = [m._modules for m in modules]
+        self._child = _values(self._children)
+        self._readers = [_reader(d) for d in self._attributes]
+        self._own = self._read()
+        # tensors that are plain attributes are among `_own` too: there their identity counts
+        plain = {id(t): t for t in self._own if isinstance(t, Tensor)}
+        self._holders = [m._parameters for m in modules] + [m._buffers for m in modules] + [plain]
+        self._tensors = _values(self._holders)
+        self._states = _states(self._tensors)
+        # aliases keep the storage: no later tensor can lie at the same address
+        self._aliases = [t.detach() for t in self._tensors if t is not None]
+
+    def again(self) -> bool:
+        """Whether all is as it was; raises when there are hooks on every module."""
+        _refuse_global_hooks()
+        return (
+            not any(self._hooks)
+            and _same(self._view.blocks, self._blocks)
+            and list(map(type, self._modules)) == self._types
+            and all(kind.forward is forward for kind, forward in self._forwards)
+            and list(map(len, self._attributes)) == self._sizes
+            and _same(_values(self._children), self._child)
+            and _same(self._read(), self._own)
+            and _same(_values(self._holders), self._tensors)
+            and _states(self._tensors) == self._states
+        )
+
+    def _read(self) -> list[Any]:
+        try:
+            return list(chain.from_iterable(read() for read in self._readers))
+        except KeyError:  # an attribute has gone
+            return []
+
+
+def _reader(attributes: dict[str, Any]) -> Callable[[], tuple[Any, ...]]:
+    """Reads the values of the attributes that a module has beyond those of every module."""
+    names = [name for name in attributes if name not in _BOOKKEEPING]
+    get = itemgetter(*names)  # "training" is always there
+    return (lambda: get(attributes)) if len(names) > 1 else lambda: (get(attributes),)
+
+
+def _values(dicts: Iterable[dict[Any, Any]]) -> list[Any]:
+    return [value for d in dicts for value in d.values()]
+
+
+def _same(now: list[Any], then: list[Any]) -> bool:
+    return len(now) == len(then) and all(map(is_, now, then))
+
+
+def _states(tensors: list[Tensor | None]) -> list[tuple[Any, ...]]:
+    return [
+        (t.data_ptr(), t._version, t.dtype, t.device, t.stride(), t.requires_grad)
+        for t in tensors
+        if t is not None
+    ]
+
+
+def _refuse(name: str, module: nn.Module) -> None:
+    """Raise when the forward of `module` does what no plan does."""
+    instead = 'use engine="reference" or'
+    for hooks, kind in _HOOKS.items():
+        if getattr(module, hooks):
+            raise UnsupportedBackbone(
+                f"{name} has a {kind}: the fast engine would not run it; {instead} remove it"
+            )
+    if "forward" in vars(module):
+        raise UnsupportedBackbone(
+            f"{name}.forward was replaced: the fast engine would not run it; {instead} delete it"
+        )
+    for parameter, tensor in module.named_parameters(recurse=False):
+        if tensor.requires_grad:
+            raise UnsupportedBackbone(
+                f"{name}.{parameter} requires a gradient, which the fast engine does not give to a "
+                f"frozen backbone; {instead} call requires_grad_(False)"
+            )
+
+
+def _refuse_dropout(name: str, block: nn.Module) -> None:
+    """Raise when a block is not in eval mode and has something to drop."""
+    parts = list(block.modules())
+    drops = (getattr(part, "p", None) or getattr(part, "drop_prob", None) for part in parts)
+    if any(part.training for part in parts) and any(isinstance(d, float) and d > 0 for d in drops):
+        raise UnsupportedBackbone(
+            f"{name} is in training mode and has dropout: the fast engine would drop nothing; use "
+            'engine="reference" or call backbone.eval()'
+        )
+
+
+_GLOBAL_HOOKS = (
+    torch_modules._global_forward_hooks,
+    torch_modules._global_forward_pre_hooks,
+    torch_modules._global_backward_hooks,
+    torch_modules._global_backward_pre_hooks,
+)
+
+
+def _refuse_global_hooks() -> None:
+    """Raise when hooks on all modules are set; those of PyTorch's own counters only watch."""
+    if not any(_GLOBAL_HOOKS):
+        return
+    for hook in _values(_GLOBAL_HOOKS):
+        if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
+            raise UnsupportedBackbone(
+                f"a hook on all modules is set ({hook}): the fast engine would not run it in the "
+                'blocks; use engine="reference" or remove it'
+            )

@@ -1,5 +1,6 @@
 """Reads frozen backbones into neutral block weights."""
 
-from .timm_vit import BackboneView, BlockWeights, read_backbone
+from .timm_vit import read_backbone
+from .view import BackboneView, BlockWeights
 
 __all__ = ["BackboneView", "BlockWeights", "read_backbone"]

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine import fast_forward
-from ..model import PromptedViT
+from ..model import PromptedViT, fast_forward
 from ..mpa.incoming import undisturbed
 from ..prompts import VPTDeep
 

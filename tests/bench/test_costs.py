@@ -331,9 +331,9 @@ def worse(*parts: str) -> set[str]:
 
 @pytest.mark.skipif(guard.read()[0] != guard.version(), reason="counted with another PyTorch")
 def test_one_needless_copy_is_noticed(monkeypatch):
-    second_half = pae.engine._second_half
+    mlp_half = pae.block.mlp_half
     monkeypatch.setattr(
-        pae.engine, "_second_half", lambda x, out, *rest: second_half(x, out.clone(), *rest)
+        pae.block, "mlp_half", lambda block, x, out, *rest: mlp_half(block, x, out.clone(), *rest)
     )
     found = worse("step")
     assert "step/fp32/forward/operations in a block" in found
@@ -344,7 +344,7 @@ def test_one_needless_copy_is_noticed(monkeypatch):
 
 def test_a_kept_tensor_is_noticed(monkeypatch):
     """As if "recompute8" kept the hidden rows themselves."""
-    monkeypatch.setattr(pae.engine.pointwise, "activation", keeps_hidden_rows)
+    monkeypatch.setattr(pae.block.pointwise, "activation", keeps_hidden_rows)
     found = worse("memory")
     assert found >= {f"memory/{d}/recompute8/bytes of an image in a block" for d in guard.DTYPES}
     assert not {name for name in found if "/recompute8/" not in name}
@@ -355,13 +355,13 @@ def keeps_hidden_rows(u, kind, code=False):
 
 
 def test_needless_products_are_noticed(monkeypatch):
-    project = pae.engine._project
+    project = pae.block.project
 
-    def twice(xhat, block):
-        project(xhat, block)
-        return project(xhat, block)
+    def twice(block, xhat, *rest):
+        project(block, xhat, *rest)
+        return project(block, xhat, *rest)
 
-    monkeypatch.setattr(pae.engine, "_project", twice)
+    monkeypatch.setattr(pae.block, "project", twice)
     assert "step/fp32/forward/FLOPs" in worse("step")
 
 

@@ -1,0 +1,249 @@
+"""The face of a frozen backbone: the weights that the plan folds, and what both engines ask.
+
+Each source of backbones has a file beside this one that makes the face (`timm_vit`). Nothing here
+knows how a source calls its attributes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pae_kernels.pointwise import ACTIVATIONS
+
+from ..errors import UnsupportedBackbone
+from ..prompts.base import BackboneShape
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm: weight and bias (n,) or None, eps."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x W^T + b: weight (out, in), bias (out,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """One pre-norm block: x += s1 proj(attention(norm1(x))); x += s2 fc2(act(fc1(norm2(x)))).
+
+    qkv is the packed (3 H d, D) projection; q_norm and k_norm act per head before the logits, or
+    are None; scale1 and scale2 are LayerScale's (D,) factors, or None; activation is a key of
+    `pae_kernels` ACTIVATIONS.
+    """
+
+    norm1: Norm
+    qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    num_heads: int
+    scale: float
+    proj: Linear
+    scale1: Tensor | None
+    norm2: Norm
+    fc1: Linear
+    activation: str
+    fc2: Linear
+    scale2: Tensor | None
+
+
+class BackboneView(ABC):
+    """What pae reads of a frozen backbone: its stem, its blocks, its readout.
+
+    Attributes:
+        module: the backbone.
+        shape: its sizes.
+        num_prefix_tokens: class and register tokens, which stand first in the sequence.
+    """
+
+    module: nn.Module
+    shape: BackboneShape
+    num_prefix_tokens: int
+
+    @property
+    @abstractmethod
+    def reads_class_only(self) -> bool:
+        """Whether only row 0 of the last block's output reaches the head."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, in order."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int] | None:
+        """The one size of images that the stem takes; None when it takes more."""
+
+    @property
+    @abstractmethod
+    def pads_images(self) -> bool:
+        """Whether the stem takes images whose sides the patch does not divide."""
+
+    @property
+    def like(self) -> Tensor:
+        """A frozen weight: the device and dtype of all of them."""
+        return next(self.blocks[0].parameters())
+
+    @abstractmethod
+    def read_block(self, index: int) -> BlockWeights:
+        """Neutral weights of one block; raises UnsupportedBackbone naming what does not fit."""
+
+    def prove_blocks(self) -> None:
+        """Raise UnsupportedBackbone unless every block can be read and computes its formula."""
+        for i, block in enumerate(self.blocks):
+            _prove(block, self.read_block(i), f"blocks.{i}")
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """Stem: (B, C, H, W) images to (B, N, D) rows with position embedding, prefix tokens
+        first.
+        """
+
+    @abstractmethod
+    def patch_tokens(self, images: Tensor) -> Tensor:
+        """(B, patches, D) as the patch embedding gives them: no position embedding, no prefix."""
+
+    @abstractmethod
+    def patch_convolution(self, size: tuple[int, int]) -> nn.Conv2d | None:
+        """The convolution that alone makes patch tokens of images of this size, each patch once and
+        no pixel outside; None when the stem does anything else with them.
+        """
+
+    @abstractmethod
+    def embed_tokens(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """`embed` from what `patch_convolution` gives for images of this size: (B, patches, D), row
+        by row.
+        """
+
+    @abstractmethod
+    def run_block(self, block: nn.Module, x: Tensor, kv: Tensor | None = None) -> Tensor:
+        """The block's own forward on rows (B, N, D); with `kv` (P, 2, H, d) or (B, P, 2, H, d), its
+        parts around an attention that has these keys and values in addition.
+        """
+
+    @abstractmethod
+    def class_attention(self, block: nn.Module, x: Tensor, kv: Tensor | None = None) -> Tensor:
+        """(B, H, N): attention of row 0 on every row in that forward, in at least fp32."""
+
+    @abstractmethod
+    def class_query(self, block: nn.Module, x: Tensor) -> Tensor:
+        """(B, H d): the query projection of row 0, before any per-head norm."""
+
+    @abstractmethod
+    def readout(self, x: Tensor) -> Tensor:
+        """(B, N, D) rows after the last block to the features that enter the head, (B, F).
+
+        When `reads_class_only`, (B, 1, D) with the class row alone gives the same.
+        """
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise unless `images` is a finite float (B, C, H, W) batch of a size this backbone takes.
+
+        On a GPU the values are not looked at: asking for them would stall the stream.
+        """
+        if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+            what = (
+                f"{tuple(images.shape)} {images.dtype}"
+                if isinstance(images, Tensor)
+                else type(images)
+            )
+            raise ValueError(f"images must be a float tensor (B, C, H, W), got {what}")
+        if images.shape[1] != self.shape.in_chans:
+            raise ValueError(
+                f"images must have {self.shape.in_chans} channels, got {images.shape[1]}"
+            )
+        size, only, like = tuple(images.shape[-2:]), self.image_size, self.like
+        if images.device != like.device:
+            raise ValueError(
+                f"images must be on {like.device} like the backbone, got {images.device}"
+            )
+        if images.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+            raise ValueError(f"images must be {like.dtype} (backbone), got {images.dtype}")
+        if only is not None and size != only:
+            raise ValueError(
+                f"images must be {only} pixels high and wide, got {size} (build the backbone with "
+                "img_size=... or dynamic_img_size=True for another size)"
+            )
+        patch = self.shape.patch_size
+        if only is None and not self.pads_images and any(s % p for s, p in zip(size, patch)):
+            raise ValueError(f"images must have sides divisible by the patch {patch}, got {size}")
+        if images.device.type == "cpu" and not torch.compiler.is_compiling():
+            bad = int((~images.isfinite().flatten(1).all(dim=1)).sum())
+            if bad:
+                raise ValueError(f"images holds NaN or infinity in {bad} of {len(images)} images")
+
+
+def apply_block(weights: BlockWeights, x: Tensor) -> Tensor:
+    """The formula of `BlockWeights`, unfolded, in plain PyTorch."""
+    w, (batch, rows, _) = weights, x.shape
+
+    def norm(n: Norm, t: Tensor) -> Tensor:
+        return F.layer_norm(t, t.shape[-1:], n.weight, n.bias, n.eps)
+
+    def scaled(gamma: Tensor | None, t: Tensor) -> Tensor:
+        return t if gamma is None else t * gamma
+
+    qkv = F.linear(norm(w.norm1, x), w.qkv.weight, w.qkv.bias)
+    q, k, v = qkv.view(batch, rows, 3, w.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q = q if w.q_norm is None else norm(w.q_norm, q)
+    k = k if w.k_norm is None else norm(w.k_norm, k)
+    o = ((w.scale * q) @ k.transpose(-1, -2)).softmax(-1) @ v
+    x = x + scaled(w.scale1, F.linear(o.transpose(1, 2).flatten(2), w.proj.weight, w.proj.bias))
+    h = ACTIVATIONS[w.activation](F.linear(norm(w.norm2, x), w.fc1.weight, w.fc1.bias))
+    return x + scaled(w.scale2, F.linear(h, w.fc2.weight, w.fc2.bias))
+
+
+def _in_fp32(value: Any) -> Any:
+    """`value` with every tensor in it as fp32: a tensor, a dataclass of this file, or neither."""
+    if isinstance(value, Tensor):
+        return value.float()
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _in_fp32(getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+def _prove(block: nn.Module, weights: BlockWeights, name: str) -> None:
+    """Run block and formula on the same five rows; raise when they differ by more than rounding."""
+    like = weights.qkv.weight
+    if like.device.type == "meta":
+        return
+    parameters: dict[str, Tensor] = dict(block.named_parameters())
+    if like.dtype.itemsize < 4:
+        # in 16 bits rounding of the rows can hide or fake a difference in a small update
+        parameters = {n: p.float() for n, p in parameters.items()}
+        weights, like = _in_fp32(weights), like.float()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 5, like.shape[1], generator=generator).to(like)
+    training = block.training
+    try:
+        with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+            got = apply_block(weights, rows)
+            expected = functional_call(block.eval(), parameters, (rows,))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedBackbone(
+            f"{name} ({type(block).__name__}) cannot be run on rows alone: {error}"
+        ) from error
+    finally:
+        block.train(training)
+    difference = (got - expected).float().norm() / (expected - rows).float().norm().clamp_min(1e-20)
+    if not difference <= 1e-3 and torch.isfinite(expected).all():
+        raise UnsupportedBackbone(
+            f"{name} ({type(block).__name__}) computes something else than pre-norm attention and "
+            f"MLP: {difference:.1e} relative difference on random rows"
+        )

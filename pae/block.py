@@ -1,0 +1,498 @@
+"""A frozen block, forward and backward, on the folded weights of a `BlockPlan`.
+
+The one home of its formula. Its forward is two halves,
+
+    attention_half   rows -> normalised rows -> queries, keys, values -> attention's output
+    mlp_half         projection, second norm, fc1, activation, fc2, both sums
+
+each of which also returns what a backward needs of it. `FrozenBlock` and `ClassBlock` are the two
+autograd Functions over them; `forward` keeps nothing. How products, sums, activation and attention
+are run is a `Steps`, which a caller that needs no gradient may replace.
+
+The residual stream and its gradient keep the dtype of the embedding; products run in the plan's
+dtype; norms and softmax in at least fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pae_kernels import pointwise
+from pae_kernels.attention import class_attention
+from pae_kernels.attention.reference import sum_groups, take_groups
+
+from .plan import BlockPlan
+
+MEMORY_MODES = ("keep", "recompute8", "recompute")
+
+
+class Stream(NamedTuple):
+    """The residual stream between two blocks.
+
+    Attributes:
+        rows: (B, N, D).
+        pending: what the product before has yet to add to them, or None when it has; the next
+            norm adds it in its own pass (`_adds_apart`).
+        attention: (B, H, N) of the block before, of the class row on the image rows, where it was
+            asked for. Without gradient.
+    """
+
+    rows: Tensor
+    pending: Tensor | None = None
+    attention: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        """(B, N, D), nothing pending."""
+        return _sum(self.rows, self.pending)
+
+
+class Keys(NamedTuple):
+    """Prompt keys and values of a block.
+
+    Attributes:
+        kv: (G, P, 2, H, d).
+        group: (B,) int64, which of G sets each sample has, or None.
+        log_multiplicity: (G, P), log of how often each key stands there, or None.
+    """
+
+    kv: Tensor
+    group: Tensor | None = None
+    log_multiplicity: Tensor | None = None
+
+
+class Steps:
+    """How the steps of a block's forward are run: here so that a backward may follow.
+
+    Attributes:
+        overwrites: whether the rows of the stream that comes in may be written to.
+    """
+
+    overwrites: bool = False
+
+    def product(self, rows: Tensor, block: BlockPlan, name: str) -> Tensor:
+        """rows W^T + b of "qkv", "proj", "fc1" or "fc2"."""
+        return F.linear(rows, *block.product(name))
+
+    def add(
+        self, x: Tensor, rows: Tensor, block: BlockPlan, name: str, overwrite: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """x and rows W^T + b, apart or as (their sum, None); `overwrite`: x may be written to."""
+        if _adds_apart(x, rows):
+            return x, self.product(rows, block, name)
+        weight, bias = block.product(name)
+        y = x.add_(bias) if overwrite else x + bias
+        # by `out=`, because PyTorch's FLOP counter does not know `addmm_`
+        flat = y.view(-1, y.shape[-1])
+        torch.addmm(flat, rows.flatten(0, -2), weight.t(), out=flat)
+        return y, None
+
+    def activation(self, hidden: Tensor, kind: str, code: bool) -> tuple[Tensor, Tensor | None]:
+        """act(hidden), and with `code` its derivative in 8 bits."""
+        return pointwise.activation(hidden, kind, code=code)
+
+    def attention(
+        self, xhat: Tensor, qkv: Tensor, keys: Keys, class_only: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N or 1, H d) and log-sum-exp (B, H, N or 1) of attention over prompts and rows."""
+        return torch.ops.pae.prompt_attention_fwd(
+            qkv, keys.kv, keys.group, 1.0, class_only, keys.log_multiplicity
+        )
+
+
+AS_A_BACKWARD_NEEDS = Steps()
+
+
+class AttentionKept(NamedTuple):
+    """What `attention_half` knows: normalised rows and 1/std, packed q, k, v, log-sum-exp, and the
+    same two of the per-head norms.
+    """
+
+    xhat: Tensor
+    rstd: Tensor
+    qkv: Tensor
+    lse: Tensor
+    head_norms: HeadNorms
+
+
+class HeadNorms(NamedTuple):
+    """Normalised queries and keys before their affine, and 1/std; None where there is no norm."""
+
+    q_hat: Tensor | None = None
+    q_rstd: Tensor | None = None
+    k_hat: Tensor | None = None
+    k_rstd: Tensor | None = None
+
+
+class MLPKept(NamedTuple):
+    """What `mlp_half` knows: normalised rows, 1/std, and of the hidden rows what the memory mode
+    keeps: themselves, the activation's derivative in 8 bits, or None.
+    """
+
+    xhat: Tensor
+    rstd: Tensor
+    hidden: Tensor | None
+
+
+def attention_half(
+    block: BlockPlan,
+    stream: Stream,
+    keys: Keys,
+    class_only: bool = False,
+    steps: Steps = AS_A_BACKWARD_NEEDS,
+) -> tuple[Tensor, Tensor, AttentionKept]:
+    """The stream's rows (B, N, D), attention's output (B, N, H d), and what was on the way.
+
+    With `class_only`, the rows of the class token alone: N is 1 in both.
+    """
+    x, xhat, rstd = _sum_and_norm(stream.rows, stream.pending, block.eps1, block.w_qkv.dtype)
+    qkv, head_norms = project(block, xhat, steps)
+    out, lse = steps.attention(xhat, qkv, keys, class_only)
+    kept = AttentionKept(xhat, rstd, qkv, lse, head_norms)
+    return x[:, :1] if class_only else x, out, kept
+
+
+def mlp_half(
+    block: BlockPlan,
+    x: Tensor,
+    out: Tensor,
+    memory: str = "keep",
+    steps: Steps = AS_A_BACKWARD_NEEDS,
+) -> tuple[Tensor, Tensor | None, MLPKept]:
+    """From attention's output to the block's: rows, what is pending, and what was on the way."""
+    x, pending = steps.add(x, out, block, "proj", steps.overwrites)
+    y, xhat, rstd = _sum_and_norm(x, pending, block.eps2, block.w_fc1.dtype)
+    hidden = steps.product(xhat, block, "fc1")
+    rows, code = steps.activation(hidden, block.activation, memory == "recompute8")
+    kept = {"keep": hidden, "recompute8": code, "recompute": None}[memory]
+    return *steps.add(y, rows, block, "fc2", True), MLPKept(xhat, rstd, kept)
+
+
+def forward(
+    block: BlockPlan, stream: Stream, keys: Keys | None = None, steps: Steps = AS_A_BACKWARD_NEEDS
+) -> Stream:
+    """The forward alone, nothing kept; without `keys` there are no prompts."""
+    keys = no_keys(block) if keys is None else keys
+    x, out = attention_half(block, stream, keys, steps=steps)[:2]
+    return Stream(*mlp_half(block, x, out, steps=steps)[:2])
+
+
+# ---- rows to queries, keys and values
+
+
+def normalise(rows: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm without affine, in at least fp32 and with the exact eps: rows may be near zero."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return F.layer_norm(wide, wide.shape[-1:], eps=eps).to(dtype)
+
+
+def project(
+    block: BlockPlan, xhat: Tensor, steps: Steps = AS_A_BACKWARD_NEEDS
+) -> tuple[Tensor, HeadNorms]:
+    """Packed (B, N, 3, H, d) of normalised rows, per-head norms done."""
+    qkv = steps.product(xhat, block, "qkv")
+    qkv = qkv.view(*xhat.shape[:2], 3, block.num_heads, block.head_width)
+    stats: list[Tensor | None] = []
+    for slot, norm in enumerate((block.q_norm, block.k_norm)):
+        if norm is None:
+            stats += [None, None]
+        else:
+            hat, rstd = pointwise.layer_norm(qkv[:, :, slot], norm.eps)
+            qkv[:, :, slot] = torch.addcmul(norm.bias, hat, norm.weight)
+            stats += [hat, rstd]
+    return qkv, HeadNorms(*stats)
+
+
+def keys_values(block: BlockPlan, normed: Tensor) -> Tensor:
+    """Prompt keys and values (G, P, 2, H, d) of normalised prompt rows (G, P, D)."""
+    kv = F.linear(normed, block.w_kv, block.b_kv)
+    kv = kv.view(*normed.shape[:2], 2, block.num_heads, block.head_width)
+    if block.k_norm is None:
+        return kv
+    n = block.k_norm
+    k = F.layer_norm(kv[:, :, 0], n.weight.shape, n.weight, n.bias, n.eps)
+    return torch.stack([k, kv[:, :, 1]], dim=2)
+
+
+def no_keys(block: BlockPlan) -> Keys:
+    """Of a block without prompts."""
+    return Keys(block.b_kv.view(1, 1, 2, block.num_heads, block.head_width)[:, :0])
+
+
+def class_query(block: BlockPlan, x: Tensor) -> Tensor:
+    """(B, H d): the query of row 0 of x (B, N, D) before any per-head norm, the logit scale taken
+    out again.
+    """
+    own = block.num_heads * block.head_width
+    xhat = normalise(x[:, 0], block.eps1, block.w_qkv.dtype)
+    q = F.linear(xhat, block.w_qkv[:own], block.b_qkv[:own])
+    return q / block.scale if block.q_norm is None else q
+
+
+# ---- with a backward
+
+
+class _Kept(NamedTuple):
+    """What a `FrozenBlock` keeps; None where the backward reads nothing, or computes it again.
+
+    In elements of one image (S = N D): xhat1 S, qkv 3 S, out S, xhat2 S, hidden 4 S or its coded
+    derivative (4 S bytes); 1/std and log-sum-exp are small. Where only kv needs a gradient, xhat1,
+    keys and values of the rows are not kept.
+    """
+
+    kv: Tensor
+    group: Tensor | None
+    log_multiplicity: Tensor | None
+    xhat1: Tensor | None
+    rstd1: Tensor | None
+    qkv: Tensor | None
+    q_hat: Tensor | None
+    q_rstd: Tensor | None
+    k_hat: Tensor | None
+    k_rstd: Tensor | None
+    out: Tensor
+    lse: Tensor
+    xhat2: Tensor
+    rstd2: Tensor
+    hidden: Tensor | None
+
+
+class FrozenBlock(torch.autograd.Function):
+    """One frozen block: x + pending (B, N, D), kv (G, P, 2, H, d) -> the fields of a `Stream`.
+
+    The gradient of `pending` is that of x, in the dtype that the product before reads. With
+    `class_only` the outputs are (B, 1, D).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        pending: Tensor | None,
+        kv: Tensor,
+        group: Tensor | None,
+        log_multiplicity: Tensor | None,
+        block: BlockPlan,
+        memory: str,
+        class_only: bool,
+        wants_attention: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        keys = Keys(kv, group, log_multiplicity)
+        x, out, first = attention_half(block, Stream(x, pending), keys, class_only)
+        xhat, rstd, qkv, head_norms = first.xhat, first.rstd, first.qkv, first.head_norms
+        attention = None
+        if wants_attention:
+            attention = class_attention(
+                qkv, kv, first.lse, group, scale=1.0, log_multiplicity=log_multiplicity
+            )[..., kv.shape[1] :]
+            ctx.mark_non_differentiable(attention)
+        y, rows, second = mlp_half(block, x, out, memory)
+
+        need_x = ctx.needs_input_grad[0]
+        again = need_x and memory != "keep"
+        if not need_x:
+            qkv = qkv[:, :, :1].contiguous()  # the prompt columns' gradient reads queries only
+        ctx.save_for_backward(
+            *_Kept(
+                *keys,
+                xhat if need_x else None,
+                rstd if need_x else None,
+                None if again else qkv,
+                *(head_norms if need_x and not again else HeadNorms()),
+                out,
+                first.lse,
+                *second,
+            )
+        )
+        ctx.block, ctx.class_only = block, class_only
+        return y, rows, attention
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, d_rows: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        block, need_x = ctx.block, ctx.needs_input_grad[0]
+        kept = _Kept(*ctx.saved_tensors)
+        qkv, head_norms = kept.qkv, HeadNorms(kept.q_hat, kept.q_rstd, kept.k_hat, kept.k_rstd)
+        with torch.autocast(dy.device.type, enabled=False):
+            second = MLPKept(kept.xhat2, kept.rstd2, kept.hidden)
+            dy, d_out = _mlp_half_backward(block, dy, d_rows, second)
+            if qkv is None:
+                qkv, head_norms = project(block, cast(Tensor, kept.xhat1))
+            d_qkv, d_kv = torch.ops.pae.prompt_attention_bwd(
+                d_out,
+                qkv,
+                *(kept.kv, kept.group, 1.0, ctx.class_only, kept.log_multiplicity),
+                *(kept.out, kept.lse, need_x),
+            )
+            dx = d_pending = None
+            if kept.xhat1 is not None and kept.rstd1 is not None:
+                _head_norms_backward_(block, d_qkv, head_norms)
+                d_xhat = d_qkv.flatten(2) @ block.w_qkv
+                if ctx.class_only:
+                    dy = F.pad(dy, (0, 0, 0, kept.xhat1.shape[1] - 1))
+                dx, d_pending = _norm_backward(d_xhat, kept.xhat1, kept.rstd1, dy)
+        d_pending = d_pending if ctx.needs_input_grad[1] else None
+        return dx, d_pending, d_kv, None, None, None, None, None, None
+
+
+class _ClassKept(NamedTuple):
+    """What a `ClassBlock` keeps: xhat1 S elements of an image, all others belong to one row."""
+
+    normed: Tensor
+    group: Tensor | None
+    xhat1: Tensor
+    rstd1: Tensor
+    probs: Tensor
+    qk: Tensor
+    xhat2: Tensor
+    rstd2: Tensor
+    hidden: Tensor
+
+
+class ClassBlock(torch.autograd.Function):
+    """The last block when only the class row is read: x + pending, normalised prompt rows (G, P, D)
+    -> (B, 1, D).
+
+    With one query a row's key is never needed: q.(W_k x_j + b_k) = (W_k^T q).x_j + const, and the
+    constant drops out of the softmax; values are projected after the weighted sum. So no key or
+    value of any row is formed, prompts included. These thin products run in at least fp32. Only
+    for blocks that normalise neither queries nor keys per head.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        pending: Tensor | None,
+        normed: Tensor,
+        group: Tensor | None,
+        log_multiplicity: Tensor | None,
+        block: BlockPlan,
+    ) -> Tensor:
+        batch, heads, d = x.shape[0], block.num_heads, block.head_width
+        w_q, w_k, w_v = block.w_qkv.view(3, heads, d, -1).unbind(0)
+        b_q, _, b_v = block.b_qkv.view(3, heads * d).unbind(0)
+        dtype = w_q.dtype
+        x, xhat, rstd = _sum_and_norm(x, pending, block.eps1, dtype)
+        wide = rstd.dtype
+        q = F.linear(xhat[:, 0], w_q.flatten(0, 1), b_q)
+        qk = _per_head(q.view(batch, heads, d), w_k).to(wide)  # (B, H, D)
+
+        prompts = take_groups(normed, group, batch).to(wide)
+        scores = torch.cat(
+            [qk @ prompts.transpose(1, 2), qk @ xhat.to(wide).transpose(1, 2)], dim=2
+        )
+        count = normed.shape[1]
+        if log_multiplicity is not None:
+            scores[..., :count] += take_groups(log_multiplicity, group, batch)[:, None].to(wide)
+        probs = scores.softmax(dim=-1)  # (B, H, P + N)
+        mixed = probs[..., :count] @ prompts + probs[..., count:] @ xhat.to(wide)  # (B, H, D)
+        out = _per_head(mixed.to(dtype), w_v.transpose(1, 2)).flatten(1) + b_v
+        y, rows, second = mlp_half(block, x[:, :1], out[:, None])
+        ctx.save_for_backward(normed, group, xhat, rstd, probs, qk, *second)
+        ctx.block = block
+        return _sum(y, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        block = ctx.block
+        kept = _ClassKept(*ctx.saved_tensors)
+        xhat, normed, group, probs = kept.xhat1, kept.normed, kept.group, kept.probs
+        batch, heads, d = len(xhat), block.num_heads, block.head_width
+        w_q, w_k, w_v = block.w_qkv.view(3, heads, d, -1).unbind(0)
+        dtype, wide, count = w_q.dtype, kept.rstd1.dtype, normed.shape[1]
+        with torch.autocast(dy.device.type, enabled=False):
+            second = MLPKept(kept.xhat2, kept.rstd2, kept.hidden)
+            dy, d_out = _mlp_half_backward(block, dy, dy.to(dtype), second)
+            d_out = d_out.view(batch, heads, d)
+            d_mixed = _per_head(d_out, w_v).to(wide)  # (B, H, D)
+            prompts, rows = take_groups(normed, group, batch).to(wide), xhat.to(wide)
+            d_probs = torch.cat(
+                [d_mixed @ prompts.transpose(1, 2), d_mixed @ rows.transpose(1, 2)], dim=2
+            )
+            d_scores = probs * (d_probs - (probs * d_probs).sum(-1, keepdim=True))
+            # a key row is read twice, by the scores (through qk) and by the weighted sum (through
+            # d_mixed)
+            reads = torch.cat([probs, d_scores], dim=1).transpose(1, 2)  # (B, P + N, 2H)
+            sources = torch.cat([d_mixed, kept.qk], dim=1)  # (B, 2H, D)
+            d_normed = None
+            if ctx.needs_input_grad[2]:
+                d_normed = sum_groups(reads[:, :count] @ sources, group, len(normed)).to(
+                    normed.dtype
+                )
+            if not ctx.needs_input_grad[0]:
+                return None, None, d_normed, None, None, None
+            d_xhat = reads[:, count:] @ sources
+            d_qk = (d_scores[..., :count] @ prompts + d_scores[..., count:] @ rows).to(dtype)
+            d_q = _per_head(d_qk, w_k.transpose(1, 2)).flatten(1)
+            d_xhat[:, 0] += d_q @ w_q.flatten(0, 1)
+            dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
+            dx, d_pending = _norm_backward(d_xhat, xhat, kept.rstd1, dy)
+        return dx, d_pending if ctx.needs_input_grad[1] else None, d_normed, None, None, None
+
+
+def _mlp_half_backward(
+    block: BlockPlan, dy: Tensor, d_rows: Tensor | None, kept: MLPKept
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the residual stream before the second norm, and of attention's output.
+
+    d_rows is the gradient of fc2's rows, which is dy in the product's dtype; None when it is dy.
+    """
+    hidden = kept.hidden
+    if hidden is None:
+        hidden = F.linear(kept.xhat, *block.product("fc1"))
+    d = (dy if d_rows is None else d_rows) @ block.w_fc2
+    d = pointwise.activation_backward(d, hidden, block.activation) @ block.w_fc1
+    dy, narrow = _norm_backward(d, kept.xhat, kept.rstd, dy)
+    return dy, narrow @ block.w_proj
+
+
+def _head_norms_backward_(block: BlockPlan, d_qkv: Tensor, kept: HeadNorms) -> None:
+    """In place: gradients of normalised queries and keys to those of the product's output."""
+    parts = (block.q_norm, kept.q_hat, kept.q_rstd), (block.k_norm, kept.k_hat, kept.k_rstd)
+    for slot, (norm, hat, rstd) in enumerate(parts):
+        if norm is not None and hat is not None and rstd is not None:
+            d = pointwise.layer_norm_backward(d_qkv[:, :, slot] * norm.weight, hat, rstd)
+            d_qkv[:, :, slot] = cast(Tensor, d)
+
+
+def _norm_backward(d_xhat: Tensor, xhat: Tensor, rstd: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the stream before a norm, dy's included: in dy's dtype, and in the product's."""
+    narrow = None if dy.dtype == xhat.dtype else xhat.dtype
+    dx = pointwise.layer_norm_backward(d_xhat, xhat, rstd, dy, dtype=dy.dtype, narrow=narrow)
+    return (dx, dx) if isinstance(dx, Tensor) else dx
+
+
+# ---- sums, norms, heads
+
+
+def _adds_apart(x: Tensor, rows: Tensor) -> bool:
+    """Whether a product's rows are added to the residual stream by the norm behind it.
+
+    They are when the dtypes differ, and in 16 bits, where a product that accumulates on x + b
+    rounds x twice. Otherwise x + b is the product's accumulator, and the sum costs no pass.
+    """
+    return x.dtype != rows.dtype or x.dtype.itemsize < 4
+
+
+def _sum(x: Tensor, pending: Tensor | None) -> Tensor:
+    return x if pending is None else (x + pending).to(x.dtype)
+
+
+def _sum_and_norm(
+    x: Tensor, pending: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + pending, its normalised rows in `dtype`, 1/std."""
+    if pending is None:
+        return x, *pointwise.layer_norm(x, eps, dtype)
+    return pointwise.add_layer_norm(x, pending, eps, dtype)
+
+
+def _per_head(rows: Tensor, weight: Tensor) -> Tensor:
+    """(B, H, a) times (H, a, b) per head -> (B, H, b)."""
+    return torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1)
