@@ -223,14 +223,25 @@ def no_keys(block: BlockPlan) -> Keys:
     return Keys(block.b_kv.view(1, 1, 2, block.num_heads, block.head_width)[:, :0])
 
 
+def queries(block: BlockPlan, x: Tensor) -> Tensor:
+    """(B, N, H, d): queries of rows x (B, N, D), per-head norm done, scaled as the logits are."""
+    q = _query_product(block, x).unflatten(-1, (block.num_heads, block.head_width))
+    n = block.q_norm
+    return q if n is None else F.layer_norm(q, n.weight.shape, n.weight, n.bias, n.eps)
+
+
 def class_query(block: BlockPlan, x: Tensor) -> Tensor:
     """(B, H d): the query of row 0 of x (B, N, D) before any per-head norm, the logit scale taken
     out again.
     """
-    own = block.num_heads * block.head_width
-    xhat = normalise(x[:, 0], block.eps1, block.w_qkv.dtype)
-    q = F.linear(xhat, block.w_qkv[:own], block.b_qkv[:own])
+    q = _query_product(block, x[:, 0])
     return q / block.scale if block.q_norm is None else q
+
+
+def _query_product(block: BlockPlan, x: Tensor) -> Tensor:
+    own = block.num_heads * block.head_width
+    xhat = normalise(x, block.eps1, block.w_qkv.dtype)
+    return F.linear(xhat, block.w_qkv[:own], block.b_qkv[:own])
 
 
 # ---- with a backward

@@ -171,6 +171,8 @@ def read_backbone(module: nn.Module) -> BackboneView:
         raise UnsupportedBackbone(f"{name}.blocks is empty")
     if not isinstance(getattr(vit.patch_embed, "proj", None), nn.Conv2d):
         raise UnsupportedBackbone(f"{name}.patch_embed.proj is not a convolution")
+    for i, block in enumerate(vit.blocks):
+        read_block(block, f"blocks.{i}")
     view = TimmView(module)
     view.prove_blocks()
     return view

@@ -7,15 +7,18 @@ Source: Lu et al., "Visual Prompt Tuning in Null Space for Continual Learning" (
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import block as frozen
 from ..model import PromptedViT
+from ..plan import BlockPlan
 from ..prompts import VPTDeep
-from ..sequence import cut_rows, insert_rows
 
 SMOOTHED_FROM = 128  # singular values above which their curve is smoothed
 SMOOTHING = 10.0
@@ -58,6 +61,13 @@ class NullSpace(nn.Module):
         TypeError, ValueError: naming the argument, what it was and what was expected.
     """
 
+    model: PromptedViT
+    C1: Tensor
+    C2: Tensor
+    tasks: Tensor
+    means: Tensor
+    deviations: Tensor
+
     def __init__(self, model: PromptedViT, eta: float = 0.97, official: bool = False) -> None:
         super().__init__()
         if not isinstance(model, PromptedViT):
@@ -68,7 +78,7 @@ class NullSpace(nn.Module):
                 "model.prompts must be VPTDeep with one count of at least 1 in all blocks, got "
                 f"{family!r}"
             )
-        if any(not isinstance(b.attn.k_norm, nn.Identity) for b in model.view.blocks):
+        if any(model.view.read_block(i).k_norm for i in range(model.view.shape.depth)):
             raise ValueError(
                 "model's keys are normalised per head: a prompt's key is not linear in it"
             )
@@ -77,13 +87,17 @@ class NullSpace(nn.Module):
         self.eta, self.official = float(eta), bool(official)
         object.__setattr__(self, "model", model)  # not a submodule: its state is its own
         depth, count, width = family.tokens.shape
-        like = {"device": family.tokens.device, "dtype": torch.float64}
-        self.register_buffer("C1", torch.zeros(depth, width, width, **like))
-        self.register_buffer("C2", torch.zeros(depth, count, count, **like))
+        zeros = partial(torch.zeros, device=family.tokens.device, dtype=torch.float64)
+        self.register_buffer("C1", zeros(depth, width, width))
+        self.register_buffer("C2", zeros(depth, count, count))
         self.register_buffer("tasks", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("means", torch.zeros(depth, count, **like))
-        self.register_buffer("deviations", torch.zeros(depth, count, **like))
+        self.register_buffer("means", zeros(depth, count))
+        self.register_buffer("deviations", zeros(depth, count))
         self._projections: tuple[int, Tensor, Tensor] | None = None
+
+    @property
+    def _tokens(self) -> Tensor:
+        return cast(VPTDeep, self.model.prompts).tokens
 
     @torch.no_grad()
     def observe(self, batches: Iterable[Tensor | tuple]) -> None:
@@ -92,50 +106,44 @@ class NullSpace(nn.Module):
         Raises:
             ValueError: no batch.
         """
-        model, view = self.model, self.model.view
-        training = model.training
-        model.eval()
+        view = self.model.view
+        plan = self.model.plan(torch.promote_types(view.like.dtype, torch.float32))
         c1, c2, rows = torch.zeros_like(self.C1), torch.zeros_like(self.C2), 0
-        try:
+        with torch.autocast(self.C1.device.type, enabled=False):
             for batch in batches:
                 images = batch if isinstance(batch, Tensor) else batch[0]
                 x = view.embed(images)
-                for i, block in enumerate(view.blocks):
-                    x = self._observe_block(i, block, x, c1[i], c2[i])
                 rows += x.shape[0] * x.shape[1]
-        finally:
-            model.train(training)
+                stream = frozen.Stream(x.to(plan.dtype).contiguous())
+                for i, block in enumerate(plan.blocks):
+                    stream = self._observe_block(i, block, stream, c1[i], c2[i])
         if rows == 0:
             raise ValueError("batches must hold at least one image, got none")
         share = rows * view.shape.num_heads
         self.C1 += c1 / share
         self.C2 += c2 / share
-        means, deviations = _row_statistics(model.prompts.tokens)
+        means, deviations = _row_statistics(self._tokens)
         self.means.copy_(means)
         self.deviations.copy_(deviations)
         self.tasks += 1
         self._projections = None
 
     def _observe_block(
-        self, index: int, block: nn.Module, x: Tensor, c1: Tensor, c2: Tensor
-    ) -> Tensor:
-        """Add one block's sums to c1 and c2; the rows that enter the next block."""
-        model, at = self.model, self.model.view.num_prefix_tokens
-        prompts = model.prompts.tokens[index]
-        q, k, _ = model.view.heads(block, insert_rows(x, prompts, at))
-        own = torch.ones(q.shape[2], dtype=torch.bool, device=x.device)
-        own[at : at + len(prompts)] = False
-        q = q[:, :, own]
-        w_k = block.attn.qkv.weight.chunk(3)[1].unflatten(0, (q.shape[1], -1))  # (H, d, D)
-        if not self.official and block.norm1.weight is not None:
-            w_k = w_k * block.norm1.weight
-        seen = torch.einsum("bhnd,hde->bhne", q, w_k).flatten(0, 2).double()
-        c1 += seen.T @ seen
-        attention = (block.attn.scale * q @ k.mT).softmax(dim=-1)[..., ~own]
-        attention = attention.flatten(0, 2).double()
+        self, index: int, block: BlockPlan, stream: frozen.Stream, c1: Tensor, c2: Tensor
+    ) -> frozen.Stream:
+        """Add one block's sums to c1 and c2; the stream that enters the next block."""
+        prompts = self._tokens[index][None]
+        kv = frozen.keys_values(block, frozen.normalise(prompts, block.eps1, block.w_qkv.dtype))
+        x, out, seen = frozen.attention_half(block, stream, frozen.Keys(kv))
+        q = seen.qkv[:, :, 0].transpose(1, 2)  # (B, H, N, d), scaled
+        w_qkv = self.model.view.read_block(index).qkv.weight if self.official else block.w_qkv
+        w_k = w_qkv.chunk(3)[1].unflatten(0, (block.num_heads, -1)).to(q)  # (H, d, D)
+        interest = torch.einsum("bhnd,hde->bhne", q / block.scale, w_k).flatten(0, 2).double()
+        c1 += interest.T @ interest
+        logits = torch.einsum("bhnd,phd->bhnp", q, kv[0, :, 0])
+        attention = (logits - seen.lse[..., None]).exp().flatten(0, 2).double()
         c2 += attention.T @ attention
-        out = model.view.run_block(block, insert_rows(x, prompts, at))
-        return cut_rows(out, at, len(prompts))
+        return frozen.Stream(*frozen.mlp_half(block, x, out)[:2])
 
     def projections(self) -> tuple[Tensor, Tensor]:
         """Pi1 (depth, D, D) and Pi2 (depth, P, P); identities before the first task."""
@@ -170,16 +178,16 @@ class NullSpace(nn.Module):
         Raises:
             ValueError: `optimizer` does not hold the prompts.
         """
-        tokens = self.model.prompts.tokens
+        tokens = self._tokens
         if not any(p is tokens for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("optimizer must hold model.prompts.tokens")
-        before = {}
+        before: dict[str, Tensor] = {}
 
-        def keep(*_):
+        def keep(*_: Any) -> None:
             before["tokens"] = tokens.detach().clone()
 
         @torch.no_grad()
-        def replace(*_):
+        def replace(*_: Any) -> None:
             old = before.pop("tokens")
             pi1, pi2 = self.projections()
             update = pi2 @ (tokens - old).to(pi2.dtype) @ pi1
@@ -194,8 +202,8 @@ class NullSpace(nn.Module):
         first task.
         """
         if int(self.tasks) == 0:
-            return self.model.prompts.tokens.new_zeros(())
-        means, deviations = _row_statistics(self.model.prompts.tokens)
+            return self._tokens.new_zeros(())
+        means, deviations = _row_statistics(self._tokens)
         return (means - self.means).abs().mean() + (deviations - self.deviations).abs().mean()
 
 

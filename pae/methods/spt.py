@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backbones.timm_vit import BackboneView
+from ..engine import unprompted
 from ..model import PromptedViT
 from ..mpa.incoming import check_positive, undisturbed
 from ..prompts import PromptFamily
@@ -80,7 +80,7 @@ def spt_init(
     ]
     with undisturbed(model, images):
         for batch in _batches(model, images):
-            for block, tokens in _tokens(model.view, batch, len(counts)):
+            for block, tokens in enumerate(_tokens(model, batch, len(counts))):
                 if method in ("mean_pooling", "max_pooling"):
                     tokens = _pool(tokens, counts[block], method)
                 reservoirs[block].add(tokens.flatten(0, 1))
@@ -132,13 +132,15 @@ class _Reservoir:
         self.rows = kept
 
 
-def _tokens(view: BackboneView, images: Tensor, blocks: int) -> Iterator[tuple[int, Tensor]]:
-    """(block, patch tokens (B, L, D) that enter it) for the first `blocks` blocks."""
-    yield 0, view.patch_tokens(images)
-    x = view.embed(images)
-    for i in range(1, blocks):
-        x = view.run_block(view.blocks[i - 1], x)
-        yield i, x[:, view.num_prefix_tokens :]
+def _tokens(model: PromptedViT, images: Tensor, blocks: int) -> Iterator[Tensor]:
+    """Patch tokens (B, L, D) that enter each of the first `blocks` blocks."""
+    view = model.view
+    yield view.patch_tokens(images)
+    if blocks > 1:
+        rows = unprompted(model.plan().only(0, blocks - 1), view.embed(images))
+        next(rows)  # what enters block 0 has positions
+        for x in rows:
+            yield x[:, view.num_prefix_tokens :]
 
 
 def _pool(tokens: Tensor, count: int, method: str) -> Tensor:

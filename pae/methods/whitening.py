@@ -17,12 +17,15 @@ S costs no product over D: it is mean_h W_k,h^T (mean_j q_jh q_jh^T) W_k,h.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.timm_vit import BlockWeights, read_block
+from .. import block as frozen
+from ..engine import unprompted
 from ..model import PromptedViT
+from ..plan import BlockPlan
 from ..prompts.bpt import BPTDeep, BPTShallow
 
 _CHUNK = 32  # images per forward
@@ -75,23 +78,23 @@ def whiten_init(
     if len(images) == 0:
         raise ValueError("images must hold at least 1 image, got 0")
 
-    sets = len(family.coefficients)
-    blocks = model.view.blocks[:sets]
-    weights = [read_block(block, f"blocks[{i}]") for i, block in enumerate(blocks)]
-    gather = _mean_rows if official else _query_moment
-    statistics = [0.0] * sets
+    sets, dtype = len(family.coefficients), model.view.like.dtype
+    plan = model.plan(torch.promote_types(dtype, torch.float32)).only(0, sets)
+    gather: Callable[[BlockPlan, Tensor], Tensor] = _mean_rows if official else _query_moment
+    statistics: list[Tensor | None] = [None] * sets
     with torch.autocast(images.device.type, enabled=False):
-        for part in images.to(weights[0].qkv.weight.dtype).split(_CHUNK):
-            x = model.view.embed(part)
-            for i, (block, w) in enumerate(zip(blocks, weights)):
-                statistics[i] = statistics[i] + gather(w, x) * (len(part) / len(images))
-                x = block(x)
+        for part in images.to(dtype).split(_CHUNK):
+            rows = unprompted(plan, model.view.embed(part).to(plan.dtype))
+            for i, (block, x) in enumerate(zip(plan.blocks, rows)):
+                found, before = gather(block, x) * (len(part) / len(images)), statistics[i]
+                statistics[i] = found if before is None else before + found
 
     spectra, bases = [], []
-    for w, statistic in zip(weights, statistics):
+    for i, statistic in enumerate(statistics):
+        assert statistic is not None  # there is at least one image
         if official:
             width = statistic.shape[-1]
-            w_q, w_k = w.qkv.weight.detach().double().chunk(3)[:2]
+            w_q, w_k = model.view.read_block(i).qkv.weight.detach().double().chunk(3)[:2]
             if len(w_q) != width:
                 raise ValueError(
                     f"official whitening needs heads of {width} dimensions in all, got {len(w_q)}"
@@ -99,7 +102,8 @@ def whiten_init(
             spectrum, root = official_root(w_q, w_k, statistic)
             basis = scrambled(root, family.rank)
         else:
-            spectrum, basis = whitening_basis(interaction(w, statistic), family.rank, ridge)
+            moment = interaction(plan.blocks[i], statistic)
+            spectrum, basis = whitening_basis(moment, family.rank, ridge)
         spectra.append(spectrum.cpu())
         bases.append(basis)
     family.set_bases(torch.stack(bases))
@@ -115,36 +119,28 @@ def whitening_basis(moment: Tensor, rank: int, ridge: float) -> tuple[Tensor, Te
     return values, basis @ vectors.T if rank == len(moment) else basis
 
 
-def interaction(w: BlockWeights, query_moment: Tensor) -> Tensor:
+def interaction(block: BlockPlan, query_moment: Tensor) -> Tensor:
     """(D, D): S of a block, from (H, d, d) second moments of its queries, in fp64."""
     heads, d, _ = query_moment.shape
-    w_k = w.qkv.weight.detach().double().view(3, heads, d, -1)[1]
-    if w.norm1.weight is not None:
-        w_k = w_k * w.norm1.weight.double()
+    w_k = block.w_qkv.double().view(3, heads, d, -1)[1]
     return (w_k.transpose(1, 2) @ query_moment @ w_k).mean(dim=0)
 
 
-def _query_moment(w: BlockWeights, x: Tensor) -> Tensor:
+def _query_moment(block: BlockPlan, x: Tensor) -> Tensor:
     """(H, d, d): mean over rows of x (B, N, D) of q q^T per head, in fp64, unscaled."""
-    if w.k_norm is not None:
+    if block.k_norm is not None:
         raise ValueError(
             "model normalises keys per head, so its logits are not linear in the prompts and there "
             "is no basis that whitens them"
         )
-    inner = w.qkv.weight.shape[0] // 3
-    rows = F.layer_norm(x, x.shape[-1:], w.norm1.weight, w.norm1.bias, w.norm1.eps)
-    q = F.linear(rows, w.qkv.weight[:inner], None if w.qkv.bias is None else w.qkv.bias[:inner])
-    q = q.view(-1, w.num_heads, inner // w.num_heads)
-    if w.q_norm is not None:
-        q = F.layer_norm(q, q.shape[-1:], w.q_norm.weight, w.q_norm.bias, w.q_norm.eps)
-    q = q.transpose(0, 1).double()
+    q = frozen.queries(block, x).flatten(0, 1).transpose(0, 1).double() / block.scale
     return q.transpose(1, 2) @ q / q.shape[1]
 
 
 # ---- the released code's whitening
 
 
-def _mean_rows(w: BlockWeights, x: Tensor) -> Tensor:
+def _mean_rows(block: BlockPlan, x: Tensor) -> Tensor:
     """(N, D): mean over images of the rows that enter a block, before its norm."""
     return x.double().mean(dim=0)
 

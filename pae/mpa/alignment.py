@@ -6,12 +6,14 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from pae_kernels.spectrum import shortcut_pool
 
+from ..engine import unprompted
 from ..model import PromptedViT
 from . import incoming
 from .forward import ZeroPromptForward
@@ -252,13 +254,10 @@ def _pooled(batch: FilteredBatch, windows: Tensor, images: int) -> Tensor:
 
 def _through_blocks(model: PromptedViT, rows: Tensor) -> list[Tensor | None]:
     """Prompts of every block: `rows` in block 0, and what each block alone makes of them next."""
-    blocks = model.view.blocks
+    depth = model.view.shape.depth
     if model.prompts.enters_sequence:
-        return [rows] + [None] * (len(blocks) - 1)
-    prompts = [rows]
-    for block in blocks[:-1]:
-        prompts.append(block(prompts[-1][None])[0])
-    return prompts
+        return [rows] + [None] * (depth - 1)
+    return [x[0] for x in islice(unprompted(model.plan(), rows[None]), depth)]
 
 
 def _check_one_of(name: str, value, allowed: tuple[str, ...]) -> None:

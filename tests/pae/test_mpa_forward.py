@@ -86,9 +86,9 @@ def test_weights_laid_out_for_one_size_serve_all(feature):
                 assert error(laid_out(x[:size].clone()), plain(x[:size].clone())) < 1e-5
     if mpa_forward._mkl_can_pack(x) and feature != "qk_norm":
         laid_out.expect(64, mpa_forward._WORTH_PACKING // 64)
-        assert len(laid_out._blocks[0]._laid_out) == 4
+        assert len(laid_out._steps[0]._laid_out) == 4
     laid_out.expect(64, mpa_forward._WORTH_PACKING // 64 - 1)
-    assert not laid_out._blocks[0]._laid_out
+    assert not laid_out._steps[0]._laid_out
 
 
 @pytest.mark.parametrize("feature", ["plain", "avg"])
