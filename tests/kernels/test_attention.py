@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
 from pae_kernels import backends, class_attention, prompt_attention
 from pae_kernels.attention import reference
-from tests.tiny import error
+from tests.errors import assert_rounded, error
 
 FWD = torch.ops.pae.prompt_attention_fwd.default
 BWD = torch.ops.pae.prompt_attention_bwd.default
@@ -42,16 +42,15 @@ def results(function, qkv, kv, d_out=None, **options):
     return [out.detach(), lse.detach(), *grads]
 
 
-def assert_as_defined(qkv, kv, tolerance=None, **options):
-    """Value and gradients equal those of the definition, computed in fp64."""
-    tolerance = tolerance or (1e-12 if qkv.dtype == torch.float64 else 3e-6)
-    d_out = options.pop("d_out", None)
-    got = results(prompt_attention, qkv, kv, d_out, **options)
+def assert_as_defined(qkv, kv, d_out=None, function=prompt_attention, **options):
+    """Value and gradients equal those of the definition, computed in fp64, but for rounding."""
+    got = results(function, qkv, kv, d_out, **options)
     wide = d_out if d_out is None else d_out.double()
-    expected = results(by_definition, qkv.double(), kv.double(), wide, **options)
-    for name, a, b in zip(("out", "lse", "d_qkv", "d_kv"), got, expected, strict=True):
-        if b.numel():
-            assert error(a, b) < tolerance, name
+
+    def definition():
+        return results(by_definition, qkv.double(), kv.double(), wide, **options)
+
+    assert_rounded(got, definition, qkv.dtype, ("out", "lse", "d_qkv", "d_kv"))
     return got
 
 
@@ -84,6 +83,7 @@ def test_the_definition_itself():
     scale=st.sampled_from([None, 1.0, 0.3]),
     seed=st.integers(0, 99),
 )
+@example(1, 3, 3, 2, 17, "shared", "class", False, torch.float32, 1.0, 77)  # d_qkv cancels
 def test_equals_the_definition(
     batch, tokens, prompts, heads, width, sets, queries, weighted, dtype, scale, seed
 ):
@@ -101,6 +101,27 @@ def test_equals_the_definition(
     rows = 1 if queries == "class" else tokens
     assert out.shape == (batch, rows, heads * width)
     assert lse.shape == (batch, heads, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("queries", ["all", "class"])
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
+def test_one_narrow_tensor_is_more_than_rounding(dtype, queries, kept):
+    """The bound is tight enough: it refuses keys, or a result, of the next narrower precision."""
+    kept = kept if dtype == torch.float64 else torch.bfloat16
+
+    def narrow_keys(qkv, kv, **options):
+        k = qkv[:, :, 1:2]
+        moved = torch.cat([qkv[:, :, :1], k + (k.to(kept) - k).detach(), qkv[:, :, 2:]], dim=2)
+        return prompt_attention(moved, kv, **options)
+
+    def narrow_out(qkv, kv, **options):
+        out, lse = prompt_attention(qkv, kv, **options)
+        return out.to(kept).to(out.dtype), lse
+
+    for faulty in (narrow_keys, narrow_out):
+        with pytest.raises(AssertionError, match="roundings"):
+            assert_as_defined(*inputs(dtype=dtype), function=faulty, queries=queries)
 
 
 SHAPES = [(1, 50, 5, 3, 32), (2, 197, 50, 3, 64), (1, 198, 10, 2, 80), (1, 257, 1, 2, 72)]
@@ -313,7 +334,10 @@ def test_class_attention_of_another_shape():
 def test_large_logits(size):
     """No overflow, and the gradients stay those of the definition."""
     qkv, kv = inputs(dtype=torch.float32)
-    assert_as_defined(qkv * size**0.5, kv * size**0.5, tolerance=1e-6 * size)
+    assert_as_defined(
+        qkv * size**0.5,
+        kv * size**0.5,
+    )
 
 
 # ---- layouts
