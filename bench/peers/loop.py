@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -35,10 +34,6 @@ from torchvision import transforms
 from .kld import official_style_terms
 from .mpa import official_style_prompts, window_losses, windows_of
 from .vpt import OfficialStyleVPT
-
-PHASES = ("loading", "alignment", "steps", "validation", "test")
-
-Phase = Callable[[str], AbstractContextManager]
 
 
 class OfficialStylePAE(nn.Module):
@@ -114,19 +109,12 @@ class ImageFiles(Dataset):
 
 
 def load(
-    data: ImageFiles, batches: Sequence[Tensor], workers: int, device: str, phase: Phase
+    data: Dataset, batches: Sequence[Tensor], workers: int, device: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (B, 3, S, S) and labels (B,) of every list of indices; the waiting is "loading"."""
+    """Images (B, 3, S, S) and labels (B,) of every list of indices."""
     loader = DataLoader(data, batch_sampler=[b.tolist() for b in batches], num_workers=workers)
-    with phase("loading"):
-        iterator = iter(loader)
-    while True:
-        with phase("loading"):  # behind the last batch the workers end, and their time counts
-            batch = next(iterator, None)
-            batch = [part.to(device) for part in batch] if batch else None
-        if batch is None:
-            return
-        yield batch
+    for images, labels in loader:
+        yield images.to(device), labels.to(device)
 
 
 @torch.no_grad()

@@ -17,89 +17,93 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from bench import figures as style
 
 from . import runs
 
-# names agree with `bench.studies.families`, so that both studies share their runs
-ARMS = {
-    "vpt-deep-plain": {},
-    "vpt-deep-kld": {"kld": True},
-    "vpt-deep-mpa": {"mpa": True},
-    "vpt-deep-pae": {"kld": True, "mpa": True},
-    "vpt-deep-pae-gauge": {"kld": True, "mpa": True, "kld_gauge": "layernorm"},
-    "vpt-deep-mpa-probe": {"mpa": True, "mpa_head": "linear_probe"},
-    "vpt-deep-norms": {"mpa": True},
-}
-BASELINE, PAE, CONTROL = "vpt-deep-plain", "vpt-deep-pae", "vpt-deep-norms"
-TITLES = {
-    "vpt-deep-plain": "VPT-deep",
-    "vpt-deep-kld": "+ KLD",
-    "vpt-deep-mpa": "+ MPA",
-    "vpt-deep-pae": "+ PAE (both)",
-    "vpt-deep-pae-gauge": "+ PAE, gauge fixed",
-    "vpt-deep-mpa-probe": "+ MPA, probe head",
-    "vpt-deep-norms": "+ lengths of MPA alone",
-}
-COLOURS = {
-    arm: style.COLOURS[key]
-    for arm, key in zip(ARMS, ("plain", "kld", "mpa", "pae", "pae gauge", "mpa probe", "control"))
-}
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 DATASETS = ("pneumonia", "elpv-defect", "fashion-mnist")
+SEEDS = 5
 JSON = "convergence.json"
 
 
 @torch.no_grad()
-def random_directions(module) -> None:
+def random_directions(module: nn.Module) -> None:
     """Prompts of the same lengths, row by row, that point anywhere."""
     tokens = module.prompts.tokens
     noise = torch.randn_like(tokens)
     tokens.copy_(noise * (tokens.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)))
 
 
-ON_START = {"vpt-deep-norms": random_directions}
+class Arm(NamedTuple):
+    """What pages call it, its colour's role, what it changes in the settings and at the start."""
+
+    title: str
+    colour: str
+    changes: dict[str, Any]
+    on_start: Callable[[nn.Module], None] | None = None
 
 
-def cells(datasets=DATASETS, seeds=range(5), arms=tuple(ARMS)):
+# names agree with `bench.studies.families`, so that both studies share their runs
+ARMS = {
+    "vpt-deep-plain": Arm("VPT-deep", "plain", {}),
+    "vpt-deep-kld": Arm("+ KLD", "kld", {"kld": True}),
+    "vpt-deep-mpa": Arm("+ MPA", "mpa", {"mpa": True}),
+    "vpt-deep-pae": Arm("+ PAE (both)", "pae", {"kld": True, "mpa": True}),
+    "vpt-deep-pae-gauge": Arm(
+        "+ PAE, gauge fixed", "pae gauge", {"kld": True, "mpa": True, "kld_gauge": "layernorm"}
+    ),
+    "vpt-deep-mpa-probe": Arm(
+        "+ MPA, probe head", "mpa probe", {"mpa": True, "mpa_head": "linear_probe"}
+    ),
+    "vpt-deep-norms": Arm("+ lengths of MPA alone", "control", {"mpa": True}, random_directions),
+}
+BASELINE, PAE, CONTROL = "vpt-deep-plain", "vpt-deep-pae", "vpt-deep-norms"
+
+
+def cells(
+    datasets: Iterable[str] = DATASETS,
+    seeds: Iterable[int] = range(SEEDS),
+    arms: Iterable[str] = tuple(ARMS),
+) -> Iterator[runs.Cell]:
     """All runs, seeds outermost: an early stop leaves whole seeds."""
     for seed in seeds:
         for dataset in datasets:
             for name in arms:
-                yield runs.Cell(name, dataset, seed, ARMS[name], ON_START.get(name))
+                yield runs.Cell(name, dataset, seed, ARMS[name].changes, ARMS[name].on_start)
 
 
-def run(arguments) -> None:
+def run(arguments: argparse.Namespace) -> None:
     chosen = cells(arguments.datasets, arguments.seeds, arguments.arms)
-    runs.run(chosen, Path(arguments.output), arguments.test_size, **runs.sizes(arguments))
+    runs.run(chosen, arguments.output, arguments.test_size, **runs.sizes(arguments))
 
 
 # ---- from runs to numbers
 
 
-def report(arguments) -> None:
+def report(arguments: argparse.Namespace) -> None:
     """Write the numbers of all finished runs."""
-    output = Path(arguments.output)
     chosen = list(cells(arguments.datasets, arguments.seeds))
-    found = runs.collect(chosen, output)
-    if not found:
-        raise SystemExit(f"--output {output}: no finished run there")
+    found = runs.collect(chosen, arguments.output)
     results: dict[str, dict[str, dict]] = {}
     for (dataset, name), records in found.items():
         baseline = found.get((dataset, BASELINE), [])
         results.setdefault(dataset, {})[name] = summary(records, baseline)
-    numbers = {"facts": runs.facts(chosen, output), "results": results}
-    path = Path(arguments.to) / JSON
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_json(path, numbers)
+    numbers = {"facts": runs.facts(chosen, arguments.output), "results": results}
+    runs.write_json(arguments.to / JSON, numbers)
     print(blocks(numbers)["convergence table"])
 
 
-def summary(records: list[dict], baseline: list[dict]) -> dict:
+def summary(records: list[dict], baseline: list[dict]) -> dict[str, Any]:
     """One arm on one task: means, intervals, differences from the baseline seed by seed.
 
     "mean val" is the validation accuracy averaged over epochs: the area under the learning curve,
@@ -115,25 +119,22 @@ def summary(records: list[dict], baseline: list[dict]) -> dict:
             record["reached"] = next((i for i, v in enumerate(val, 1) if v >= aim), len(val))
     traces = [gradients(r["trace"]) for r in records if r["trace"]["gradient_norm"]]
     return {
-        "seeds": [r["seed"] for r in records],
+        **runs.summary(records),
         **{
-            key: _with_interval([r[key] for r in records if key in r])
-            for key in ("test", "mean val", "converged", "converged_seconds", "reached", "seconds")
+            key: runs.interval([r[key] for r in records if key in r])
+            for key in ("mean val", "converged", "converged_seconds", "reached")
         },
         "gain": runs.paired(records, baseline),
         "gain mean val": runs.paired(records, baseline, "mean val"),
         "gain reached": runs.paired(records, baseline, "reached"),
-        "tests": [r["test"] for r in records],
-        "val": [statistics.mean(v) for v in zip(*(r["val"] for r in records))],
         "val range": [[min(v), max(v)] for v in zip(*(r["val"] for r in records))],
         "gradient": {
             key: _mean_over([t[key] for t in traces]) for key in (traces[0] if traces else ())
         },
-        "parameters": records[0]["parameters"],
     }
 
 
-def gradients(trace: dict) -> dict:
+def gradients(trace: dict) -> dict[str, list]:
     """How restless the prompts' gradient is, per block. The regulariser's part is in it.
 
     norm (steps, depth); swing: standard deviation over mean of the norm, over the steps; flips:
@@ -148,25 +149,13 @@ def gradients(trace: dict) -> dict:
     }
 
 
-def _mean_over(values):
+def _mean_over(values: list) -> list:
     mean = torch.tensor(values).double().mean(0)
-    if mean.dim() == 1:
-        return [_short(v) for v in mean]
-    return [[_short(v) for v in row] for row in mean]
+    mean.apply_(runs.short)
+    return mean.tolist()
 
 
-def _short(value) -> float:
-    return float(f"{float(value):.4g}")
-
-
-def _with_interval(values: list[float]) -> dict | None:
-    if not values:
-        return None
-    low, high = runs.bootstrap(values)
-    return {"mean": _short(statistics.mean(values)), "low": _short(low), "high": _short(high)}
-
-
-# ---- from numbers to text and figures
+# ---- from numbers to text
 
 
 def blocks(numbers: dict) -> dict[str, str]:
@@ -191,41 +180,36 @@ def _setting(facts: dict) -> str:
     )
 
 
-def _table(results: dict) -> str:
-    lines = [
-        "| task | arm | seeds | test accuracy | difference, seed by seed | mean val accuracy | "
-        "epochs to 95 % of own end | to 95 % of VPT-deep's end | CPU seconds to 95 % |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def _arms(results: dict) -> Iterator[tuple[str, str, dict]]:
     for dataset, arms in results.items():
-        for name, s in arms.items():
-            cells = (
-                dataset,
-                TITLES[name],
-                str(len(s["seeds"])),
-                _interval(s["test"], ".3f"),
-                _gain(s["gain"]) if name != BASELINE else "",
-                _interval(s["mean val"], ".3f"),
-                _interval(s["converged"], ".1f"),
-                _interval(s["reached"], ".1f") if s["reached"] else "",
-                f"{s['converged_seconds']['mean']:.0f}",
-            )
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        yield from ((dataset, name, found) for name, found in arms.items())
 
 
-def _interval(value: dict, form: str) -> str:
-    return f"{value['mean']:{form}} ({value['low']:{form}} to {value['high']:{form}})"
-
-
-def _gain(gain: dict | None) -> str:
-    if gain is None:
-        return ""
-    return f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
+def _table(results: dict) -> str:
+    heading = [
+        *("task", "arm", "seeds", "test accuracy", "difference, seed by seed"),
+        *("mean val accuracy", "epochs to 95 % of own end", "to 95 % of VPT-deep's end"),
+        "CPU seconds to 95 %",
+    ]
+    lines = [
+        [
+            dataset,
+            ARMS[name].title,
+            str(len(s["seeds"])),
+            runs.shown(s["test"], ".3f"),
+            runs.shown(s["gain"], "+.3f") if name != BASELINE else "",
+            runs.shown(s["mean val"], ".3f"),
+            runs.shown(s["converged"], ".1f"),
+            runs.shown(s["reached"], ".1f"),
+            f"{s['converged_seconds']['mean']:.0f}",
+        ]
+        for dataset, name, s in _arms(results)
+    ]
+    return runs.table(heading, lines)
 
 
 ENOUGH = 4  # seeds; of three, all fall on one side by chance in one case of four
-# claim -> (arm, baseline, quantity of the summary, sign that confirms it)
+# claim -> (arm, quantity of the summary, sign that confirms it)
 CLAIMS = {
     "The regulariser raises accuracy": ("vpt-deep-kld", "gain", 1),
     "Modal Pre-Alignment raises accuracy": ("vpt-deep-mpa", "gain", 1),
@@ -237,10 +221,8 @@ CLAIMS = {
 }
 
 
-def verdict(gain: dict | None, sign: int) -> str:
+def verdict(gain: dict, sign: int) -> str:
     """In words: few seeds decide nothing, nor does an interval that contains 0."""
-    if gain is None:
-        return "not measured"
     if gain["seeds"] < ENOUGH:
         return "too few seeds"
     if gain["low"] <= 0 <= gain["high"]:
@@ -249,36 +231,27 @@ def verdict(gain: dict | None, sign: int) -> str:
 
 
 def _verdicts(results: dict) -> str:
-    lines = [
-        "| claim | " + " | ".join(results) + " |",
-        "|---|" + "---|" * len(results),
-    ]
+    lines = []
     for claim, (arm, key, sign) in CLAIMS.items():
-        cells = []
-        for arms in results.values():
-            gain = arms.get(arm, {}).get(key)
-            form = "+.1f" if key == "gain reached" else "+.3f"
-            cells.append(f"{verdict(gain, sign)} ({gain['mean']:{form}})" if gain else "")
-        lines.append(f"| {claim} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        gains = [arms.get(arm, {}).get(key) for arms in results.values()]
+        form = "+.1f" if key == "gain reached" else "+.3f"
+        said = (f"{verdict(gain, sign)} ({gain['mean']:{form}})" if gain else "" for gain in gains)
+        lines.append([claim, *said])
+    return runs.table(["claim", *results], lines)
 
 
 def _gradient_table(results: dict) -> str:
-    lines = [
-        "| task | arm | swing of the norm: first third of blocks, middle, last | gradient turns "
-        "against the step before: first, middle, last |",
-        "|---|---|---|---|",
+    heading = [
+        *("task", "arm", "swing of the norm: first third of blocks, middle, last"),
+        "gradient turns against the step before: first, middle, last",
     ]
-    for dataset, arms in results.items():
-        for name, s in arms.items():
-            if not s["gradient"]:
-                continue
+    lines = []
+    for dataset, name, s in _arms(results):
+        if s["gradient"]:
             swing, flips = (_thirds(s["gradient"][key]) for key in ("swing", "flips"))
-            lines.append(
-                f"| {dataset} | {TITLES[name]} | {', '.join(f'{v:.2f}' for v in swing)} | "
-                f"{', '.join(f'{v:.0%}' for v in flips)} |"
-            )
-    return "\n".join(lines)
+            shares = ", ".join(f"{v:.2f}" for v in swing), ", ".join(f"{v:.0%}" for v in flips)
+            lines.append([dataset, ARMS[name].title, *shares])
+    return runs.table(heading, lines)
 
 
 def _thirds(values: list[float]) -> list[float]:
@@ -287,7 +260,10 @@ def _thirds(values: list[float]) -> list[float]:
     return [statistics.mean(part) for part in parts]
 
 
-def figures(numbers: dict) -> dict:
+# ---- from numbers to figures
+
+
+def figures(numbers: dict) -> dict[str, Callable[[], Figure]]:
     results = numbers["results"]
     return {
         "convergence_curves": lambda: draw_curves(results),
@@ -299,73 +275,78 @@ def figures(numbers: dict) -> dict:
     }
 
 
-def draw_curves(results):
+def _look(name: str) -> dict[str, str]:
+    """Colour and label of an arm's line."""
+    return {"color": style.COLOURS[ARMS[name].colour], "label": ARMS[name].title}
+
+
+def _panels(results: dict, width: float, height: float) -> tuple[Figure, list[tuple[Any, dict]]]:
+    """A panel for each task, side by side: (axes, arms)."""
+    count = len(results)
+    figure, grid = style.figure(width * count, height, 1, count, squeeze=False)
+    for panel, dataset in zip(grid[0], results):
+        panel.set_title(dataset)
+    return figure, list(zip(grid[0], results.values()))
+
+
+def draw_curves(results: dict) -> Figure:
     """Validation accuracy by epoch: mean over seeds; the span of the seeds for VPT-deep and PAE."""
-    figure, panels = style.figure(3.4 * len(results), 3.0, 1, len(results))
-    for panel, (dataset, arms) in zip(_flat(panels), results.items()):
+    figure, panels = _panels(results, 3.4, 3.0)
+    for panel, arms in panels:
         for name, s in arms.items():
             epochs = range(1, len(s["val"]) + 1)
-            panel.plot(epochs, s["val"], ".-", color=COLOURS[name], label=TITLES[name], lw=1.5)
+            panel.plot(epochs, s["val"], ".-", lw=1.5, **_look(name))
             if name in (BASELINE, PAE):
                 low, high = zip(*s["val range"])
-                panel.fill_between(epochs, low, high, color=COLOURS[name], alpha=0.12, lw=0)
-        panel.set_title(dataset)
+                panel.fill_between(epochs, low, high, color=_look(name)["color"], alpha=0.12, lw=0)
         panel.set_xlabel("epoch")
-    _flat(panels)[0].set_ylabel("validation accuracy")
-    handles = _flat(panels)[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(ARMS))
+    first = panels[0][0]
+    first.set_ylabel("validation accuracy")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=len(ARMS))
     return figure
 
 
-def draw_gains(results):
+def draw_gains(results: dict) -> Figure:
     """Difference in test accuracy from VPT-deep, seed by seed, with bootstrap intervals."""
-    names = [name for name in ARMS if name != BASELINE]
-    figure, panels = style.figure(3.0 * len(results), 2.6, 1, len(results))
-    for panel, (dataset, arms) in zip(_flat(panels), results.items()):
+    names = [name for name in reversed(ARMS) if name != BASELINE]
+    figure, panels = _panels(results, 3.0, 2.6)
+    for panel, arms in panels:
         panel.axvline(0, color="black", lw=0.8)
-        base = dict(zip(arms[BASELINE]["seeds"], arms[BASELINE]["tests"]))
-        for place, name in enumerate(reversed(names)):
-            gain = arms.get(name, {}).get("gain")
+        for place, name in enumerate(names):
+            gain, colour = arms.get(name, {}).get("gain"), _look(name)["color"]
             if not gain:
                 continue
-            pairs = zip(arms[name]["seeds"], arms[name]["tests"])
-            dots = [test - base[seed] for seed, test in pairs if seed in base]
-            panel.plot(dots, [place] * len(dots), "o", ms=3, alpha=0.5, color=COLOURS[name])
-            panel.plot([gain["low"], gain["high"]], [place] * 2, color=COLOURS[name], lw=2)
-            panel.plot(gain["mean"], place, "D", ms=6, color=COLOURS[name])
-        panel.set_title(dataset)
-        panel.set_yticks(range(len(names)), [TITLES[name] for name in reversed(names)])
+            dots = runs.differences(arms[name], arms[BASELINE])
+            panel.plot(dots, [place] * len(dots), "o", ms=3, alpha=0.5, color=colour)
+            panel.plot([gain["low"], gain["high"]], [place] * 2, color=colour, lw=2)
+            panel.plot(gain["mean"], place, "D", ms=6, color=colour)
+        panel.set_yticks(range(len(names)), [ARMS[name].title for name in names])
         panel.set_xlabel("test accuracy minus VPT-deep's")
-    for panel in _flat(panels)[1:]:
+    for panel, _ in panels[1:]:
         panel.tick_params(labelleft=False)
     return figure
 
 
-def draw_gradients(dataset, arms):
+def draw_gradients(dataset: str, arms: dict) -> Figure:
     """Norm of the prompts' gradient, block by block over the steps, and how often it turns."""
     shown = [name for name in (BASELINE, "vpt-deep-kld", PAE) if name in arms]
     logs = {n: torch.tensor(arms[n]["gradient"]["norm"]).clamp_min(1e-12).log10() for n in shown}
     low = min(v.quantile(0.02).item() for v in logs.values())
     high = max(v.quantile(0.98).item() for v in logs.values())
     figure, panels = style.figure(11, 2.4, 1, len(logs) + 1)
-    *maps, turns = _flat(panels)
+    *maps, turns = panels
     for panel, (name, values) in zip(maps, logs.items()):
-        image = panel.imshow(  # one pixel a step and block, not smoothed
-            values.T.numpy(),
-            aspect="auto",
-            origin="lower",
-            interpolation="none",
-            vmin=low,
-            vmax=high,
-        )
+        # one pixel a step and block, not smoothed
+        how = {"aspect": "auto", "origin": "lower", "interpolation": "none"}
+        image = panel.imshow(values.T.numpy(), vmin=low, vmax=high, **how)
         panel.grid(False)
-        panel.set_title(f"{dataset}, {TITLES[name]}")
+        panel.set_title(f"{dataset}, {ARMS[name].title}")
         panel.set_xlabel("step")
     maps[0].set_ylabel("block")
     figure.colorbar(image, ax=maps, label="log10 |gradient|", pad=0.01)
     for name, s in arms.items():
         flips = [100 * v for v in s["gradient"]["flips"]]
-        turns.plot(range(len(flips)), flips, color=COLOURS[name], label=TITLES[name])
+        turns.plot(range(len(flips)), flips, **_look(name))
     turns.set_title("steps that turn back")
     turns.set_xlabel("block")
     turns.set_ylabel("%")
@@ -373,28 +354,11 @@ def draw_gradients(dataset, arms):
     return figure
 
 
-def _flat(panels) -> list:
-    return list(getattr(panels, "flat", [panels]))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.studies.convergence")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, work in (("run", run), ("report", report)):
-        command = commands.add_parser(name)
-        command.set_defaults(work=work)
-        command.add_argument("--output", required=True, help="folder of the runs")
-        command.add_argument("--datasets", nargs="+", default=list(DATASETS))
-        if name == "run":
-            command.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-            runs.add_arguments(command)
-            command.set_defaults(seeds=list(range(5)))
-        else:
-            command.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
-            command.add_argument("--to", default="bench/results/science")
-    arguments = parser.parse_args()
-    arguments.work(arguments)
+def options(name: str, command: argparse.ArgumentParser) -> None:
+    command.add_argument("--datasets", nargs="+", default=list(DATASETS))
+    if name == "run":
+        command.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
 
 
 if __name__ == "__main__":
-    main()
+    runs.main("convergence", {"run": run, "report": report}, options, SEEDS)

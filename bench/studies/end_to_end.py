@@ -27,16 +27,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import platform
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from torch import Tensor
 
 import pae
 from bench import figures as style
@@ -45,21 +47,25 @@ from pae.train.settings import Settings
 from . import loops, runs
 from .loops import PHASES
 
-ARMS = ("official", "reference", "pae")
-LABELS = {
-    "official": "official-style loop",
-    "reference": "our loop, reference engine",
-    "pae": "pae",
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# loop -> what pages call it, and its colour's role
+ARMS = {
+    "official": ("official-style loop", "official"),
+    "reference": ("our loop, reference engine", "sdpa"),
+    "pae": ("pae", "pae"),
 }
 PHASE_LABELS = {
-    "loading": "loading",
-    "alignment": "MPA",
-    "steps": "training steps",
-    "validation": "validation",
-    "test": "test",
-    "rest": "rest",
+    "loading": ("loading", "plain"),
+    "alignment": ("MPA", "mpa"),
+    "steps": ("training steps", "pae"),
+    "validation": ("validation", "pae recompute8"),
+    "test": ("test", "kld"),
+    "rest": ("rest", "model"),
 }
-RESULT = Path("bench/results/science/end_to_end.json")
+CLOCKS = ("process", "wall")
+JSON = "end_to_end.json"
 
 # Relative, of the mean training loss of the first epoch. Engines differ by 1e-7 there, the official
 # loop by some 1e-4, for two reasons that were found by removing them. At the start, K = L = I, the
@@ -73,94 +79,58 @@ LOSS_TOLERANCE = 1e-3
 # ---- the study
 
 
-@dataclass(frozen=True)
-class Race:
-    """All loops on one task with so many prompts per block, from one seed."""
-
-    dataset: str
-    tokens: int
-    seed: int
-
-    def folder(self, output: Path, arm: str) -> Path:
-        return Path(output) / self.dataset / f"{arm}-{self.tokens}-{self.seed}"
-
-    def order(self) -> tuple[str, ...]:
-        """Every seed another loop comes first."""
-        shift = self.seed % len(ARMS)
-        return ARMS[shift:] + ARMS[:shift]
-
-
-def race_settings(race: Race, arm: str, **common) -> Settings:
+def cell(dataset: str, arm: str, tokens: int, seed: int) -> runs.Cell:
     """fp32 everywhere: the released code knows nothing else, and the curves must agree."""
-    return Settings(
-        dataset=race.dataset,
-        num_tokens=race.tokens,
-        seed=race.seed,
-        kld=True,
-        mpa=True,
-        amp="no",
-        engine="reference" if arm == "reference" else "fast",
-        **common,
-    ).resolved()
+    changes = {"num_tokens": tokens, "kld": True, "mpa": True, "amp": "no"}
+    changes["engine"] = "reference" if arm == "reference" else "fast"
+    return runs.Cell(f"{arm}-{tokens}", dataset, seed, changes)
 
 
-def run_arm(arm: str, settings: Settings, task, folder: Path) -> dict:
+def run_arm(arm: str, settings: Settings, task: Any, folder: Path) -> dict[str, Any]:
     """Runs one loop and writes what it did to `folder`; returns that."""
     runner = loops.run_official if arm == "official" else loops.run_ours
     folder.mkdir(parents=True, exist_ok=True)
-    trace = runner(settings, task, folder)
-    torch.save(trace.prompts, folder / "first_prompts.pt")
+    trace = dataclasses.asdict(runner(settings, task, folder))
+    torch.save(trace.pop("prompts"), folder / "first_prompts.pt")
     record = {
         "settings": dataclasses.asdict(settings),
         "task": {"name": task.name, "classes": len(task.classes), **task.sizes()},
-        "rows": trace.rows,
         "machine": machine(settings.device),
-        "epochs": trace.epochs,
-        "picks": trace.picks,
-        "test": trace.test,
-        "total": trace.total,
+        **trace,
     }
     runs.write_json(folder / "race.json", record)
     return record
 
 
 @functools.cache  # asking the processor for its name takes a second
-def machine(device: str) -> dict:
+def machine(device: str) -> dict[str, Any]:
     """What the times belong to."""
     import cpuinfo  # comes with pytest-benchmark
 
     cpu = cpuinfo.get_cpu_info()["brand_raw"]
+    versions = {package.__name__: package.__version__ for package in (pae, torch, timm)}
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "pae": pae.__version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": {**versions, "python": platform.python_version()},
     }
 
 
-def races(dataset: str, tokens: list[int], seeds: list[int]) -> Iterator[Race]:
-    """Seeds outermost: an early stop leaves whole seeds."""
-    for seed in seeds:
-        for count in tokens:
-            yield Race(dataset, count, seed)
-
-
-def run(arguments) -> None:
+def run(arguments: argparse.Namespace) -> None:
+    """Seeds outermost: an early stop leaves whole seeds. Every seed another loop comes first."""
     torch.backends.cudnn.allow_tf32 = False  # the patch embedding of an fp32 network
-    for race in races(arguments.dataset, arguments.tokens, arguments.seeds):
-        for arm in race.order():
-            folder = race.folder(arguments.output, arm)
+    for seed, tokens in itertools.product(arguments.seeds, arguments.tokens):
+        shift = seed % len(ARMS)
+        for arm in (*ARMS, *ARMS)[shift : shift + len(ARMS)]:
+            chosen = cell(arguments.dataset, arm, tokens, seed)
+            folder = chosen.folder(arguments.output).path
             if (folder / "race.json").is_file():
                 continue
-            settings = race_settings(race, arm, **runs.sizes(arguments))
+            settings = chosen.settings(**runs.sizes(arguments))
             task = runs.load_task(settings, arguments.test_size)
             record = run_arm(arm, settings, task, folder)
-            process, wall = (seconds(record["total"], clock) for clock in ("process", "wall"))
+            process, wall = (seconds(record["total"], clock) for clock in CLOCKS)
             print(f"{folder}: {process:.0f} s of process time, {wall:.0f} s", flush=True)
 
 
@@ -171,55 +141,49 @@ class Disagreement(ValueError):
     """The loops did not compute the same thing, so their times say nothing."""
 
 
-def collect(dataset: str, tokens: list[int], seeds: list[int], output: Path) -> dict:
+def collect(dataset: str, tokens: list[int], seeds: list[int], output: Path) -> dict[str, Any]:
     """The parsed JSON of all finished races.
 
     Raises:
         Disagreement: loops of one race differ; or the races are of several machines or settings.
         FileNotFoundError: no race is finished.
     """
-    found, facts = [], None
-    for race in races(dataset, tokens, seeds):
-        files = {arm: race.folder(output, arm) / "race.json" for arm in ARMS}
+    found: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {}
+    for seed, count in itertools.product(seeds, tokens):
+        folders = {arm: cell(dataset, arm, count, seed).folder(output).path for arm in ARMS}
+        files = {arm: folder / "race.json" for arm, folder in folders.items()}
         if not all(file.is_file() for file in files.values()):
             continue
         records = {arm: json.loads(file.read_text()) for arm, file in files.items()}
-        prompts = {
-            arm: torch.load(file.with_name("first_prompts.pt"), weights_only=True)
-            for arm, file in files.items()
-        }
         for arm, record in records.items():
-            if facts is None:
-                facts = facts_of(record)
+            facts = facts or facts_of(record)
             if facts_of(record) != facts:
                 raise Disagreement(f"{files[arm]}: {facts_of(record)}, others have {facts}")
-        agreement = {
-            arm: agree(records["pae"], records[arm], prompts["pae"], prompts[arm])
-            for arm in ARMS
-            if arm != "pae"
+        prompts = {
+            arm: torch.load(folder / "first_prompts.pt", weights_only=True)
+            for arm, folder in folders.items()
         }
         # the lowest final accuracy, so that all reach the target; and the latest epoch that does,
         # so that all have done the same work by then
         target = runs.SHARE * min(r["epochs"][-1]["val_accuracy"] for r in records.values())
-        found.append(
-            {
-                "tokens": race.tokens,
-                "seed": race.seed,
-                "target": target,
-                "epoch": max(reached(record, target) for record in records.values()),
-                "agreement": agreement,
-                "arms": {
-                    arm: {key: record[key] for key in ("epochs", "test", "total")}
-                    for arm, record in records.items()
-                },
-            }
-        )
-    if facts is None:
+        race = {"tokens": count, "seed": seed, "target": target}
+        race["epoch"] = max(reached(record, target) for record in records.values())
+        race["agreement"] = {
+            arm: agree(records["pae"], records[arm], prompts["pae"], prompts[arm])
+            for arm in ("official", "reference")
+        }
+        race["arms"] = {
+            arm: {key: record[key] for key in ("epochs", "test", "total")}
+            for arm, record in records.items()
+        }
+        found.append(race)
+    if not found:
         raise FileNotFoundError(f"--output {output}: no finished race there")
     return {"facts": facts, "share": runs.SHARE, "races": found}
 
 
-def facts_of(record: dict) -> dict:
+def facts_of(record: dict) -> dict[str, Any]:
     """What all races of a study share."""
     recipe = ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "scheduler")
     method = ("method", "kld_dim", "kld_mode", "mpa_images", "mpa_window", "mpa_stride")
@@ -228,7 +192,7 @@ def facts_of(record: dict) -> dict:
     return {**chosen, **{key: record[key] for key in ("rows", "task", "machine")}}
 
 
-def agree(ours: dict, other: dict, prompts: torch.Tensor, other_prompts: torch.Tensor) -> dict:
+def agree(ours: dict, other: dict, prompts: Tensor, other_prompts: Tensor) -> dict[str, Any]:
     """How far two loops are apart.
 
     Returns:
@@ -253,10 +217,7 @@ def agree(ours: dict, other: dict, prompts: torch.Tensor, other_prompts: torch.T
     }
 
 
-CLOCKS = ("process", "wall")
-
-
-def seconds(spent: dict[str, list[float]], clock: str, phases=PHASES) -> float:
+def seconds(spent: dict[str, list[float]], clock: str, phases: Iterable[str] = PHASES) -> float:
     """Sum over phases."""
     return sum(spent[name][CLOCKS.index(clock)] for name in phases)
 
@@ -274,10 +235,9 @@ def to_target(race: dict, arm: str) -> dict[str, list[float]]:
     return race["arms"][arm]["epochs"][race["epoch"] - 1]["clock"]
 
 
-def report(arguments) -> None:
+def report(arguments: argparse.Namespace) -> None:
     numbers = collect(arguments.dataset, arguments.tokens, arguments.seeds, arguments.output)
-    Path(arguments.to).parent.mkdir(parents=True, exist_ok=True)
-    runs.write_json(arguments.to, numbers)
+    runs.write_json(arguments.to / JSON, numbers)
     for text in blocks(numbers).values():
         print(text, end="\n\n")
 
@@ -286,19 +246,19 @@ def report(arguments) -> None:
 
 
 def blocks(numbers: dict) -> dict[str, str]:
-    """Markdown by name: setting, agreement, table, and per number of prompts the gains in words."""
-    found = {
+    """Markdown by name: setting, agreement, table, and per number of prompts the gain in words."""
+    return {
         "end to end setting": _setting(numbers),
         "end to end agreement": _agreement(numbers),
         "end to end table": _table(numbers),
+        **{
+            f"end to end gain official {tokens}": _spread(gains(numbers, group, "official"))
+            for tokens, group in _by_tokens(numbers).items()
+        },
     }
-    for tokens, group in _by_tokens(numbers).items():
-        for other in ("official", "reference"):
-            found[f"end to end gain {other} {tokens}"] = _spread(gains(numbers, group, other))
-    return found
 
 
-def figures(numbers: dict) -> dict:
+def figures(numbers: dict) -> dict[str, Callable[[], Figure]]:
     """Drawing functions by name."""
     return {
         "end_to_end_curves": lambda: draw_curves(numbers),
@@ -339,25 +299,15 @@ def _setting(numbers: dict) -> str:
     size = f" at {facts['img_size']} px" if facts["img_size"] else ""
     threads = f"{where['threads']} thread" + "s" * (where["threads"] > 1)
     seeds = sorted({race["seed"] for race in numbers["races"]})
-    data = (
+    return (
         f"{task['name']}, {task['train']} training, {task['val']} validation and {task['test']} "
-        f"test images"
+        f"test images; {facts['model']}{size} ({facts['rows']} rows per image), {facts['method']} "
+        f"with KLD (dimension {facts['kld_dim']}, {facts['kld_mode']}) and MPA on "
+        f"{facts['mpa_images']} images; {facts['epochs']} epochs, batch {facts['batch_size']}, "
+        f"{facts['optimizer']}, lr {facts['lr']:g}, fp32; {'seeds' if len(seeds) > 1 else 'seed'} "
+        f"{', '.join(map(str, seeds))}. {where['device']}, {threads} and {facts['workers']} data "
+        f"workers, torch {where['versions']['torch']}."
     )
-    model = (
-        f"{facts['model']}{size} ({facts['rows']} rows per image), {facts['method']} with KLD "
-        f"(dimension {facts['kld_dim']}, {facts['kld_mode']}) and MPA on {facts['mpa_images']} "
-        f"images"
-    )
-    recipe = (
-        f"{facts['epochs']} epochs, batch {facts['batch_size']}, {facts['optimizer']}, lr "
-        f"{facts['lr']:g}, fp32; {'seeds' if len(seeds) > 1 else 'seed'} "
-        f"{', '.join(map(str, seeds))}"
-    )
-    place = (
-        f"{where['device']}, {threads} and {facts['workers']} data workers, torch "
-        f"{where['versions']['torch']}"
-    )
-    return f"{data}; {model}; {recipe}. {place}."
 
 
 def _agreement(numbers: dict) -> str:
@@ -376,33 +326,33 @@ def _agreement(numbers: dict) -> str:
 
 
 def _table(numbers: dict) -> str:
-    clock, share = _clock(numbers), numbers["share"]
-    parts = [PHASE_LABELS[name] for name in TO_TARGET]
+    clock = _clock(numbers)
+    parts = " / ".join(PHASE_LABELS[name][0] for name in TO_TARGET)
     unit = "s, process time" if clock == "process" else "s"
-    lines = [
-        f"| prompts | loop | to {share:.0%} of the final accuracy, {unit} | "
-        f"of it {' / '.join(parts)} | times pae's | wall clock | whole run with tests, {unit} |",
-        "|---" * 7 + "|",
-    ]
+    share = f"to {numbers['share']:.0%} of the final accuracy, {unit}"
+    heading = ["prompts", "loop", share, f"of it {parts}", "times pae's", "wall clock"]
+    lines = []
     for tokens, group in _by_tokens(numbers).items():
-        for arm in ARMS:
+        for arm, (label, _) in ARMS.items():
             spent = [to_target(race, arm) for race in group]
-            mean = statistics.mean(seconds(s, clock, TO_TARGET) for s in spent)
-            of_it = (
-                f"{statistics.mean(seconds(s, clock, [name]) for s in spent):.1f}"
-                for name in TO_TARGET
-            )
-            wall = statistics.mean(seconds(s, "wall", TO_TARGET) for s in spent)
-            total = statistics.mean(seconds(race["arms"][arm]["total"], clock) for race in group)
-            times = _spread(gains(numbers, group, arm)) if arm != "pae" else "1"
+            totals = [race["arms"][arm]["total"] for race in group]
+            of_it = " / ".join(f"{_mean(spent, clock, [name]):.1f}" for name in TO_TARGET)
             lines.append(
-                f"| {tokens} | {LABELS[arm]} | {mean:.1f} | {' / '.join(of_it)} | {times} | "
-                f"{wall:.0f} s | {total:.0f} |"
+                [
+                    *(str(tokens), label, f"{_mean(spent, clock, TO_TARGET):.1f}", of_it),
+                    _spread(gains(numbers, group, arm)) if arm != "pae" else "1",
+                    f"{_mean(spent, 'wall', TO_TARGET):.0f} s",
+                    f"{_mean(totals, clock, PHASES):.0f}",
+                ]
             )
-    return "\n".join(lines)
+    return runs.table([*heading, f"whole run with tests, {unit}"], lines)
 
 
-def draw_curves(numbers: dict):
+def _mean(spent: list[dict], clock: str, phases: Iterable[str]) -> float:
+    return statistics.mean(seconds(s, clock, phases) for s in spent)
+
+
+def draw_curves(numbers: dict) -> Figure:
     """Validation accuracy against seconds since the start: a panel per number of prompts."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
@@ -410,16 +360,16 @@ def draw_curves(numbers: dict):
     width = 1.2 + 3.2 * len(groups)
     figure, axes = style.figure(width, 3.2, 1, len(groups), sharey=True, squeeze=False)
     for panel, (tokens, group) in zip(axes[0], groups.items()):
-        for arm in ARMS:
+        for arm, (label, colour) in ARMS.items():
             for number, race in enumerate(group):
                 rows = race["arms"][arm]["epochs"]
                 panel.plot(
                     [seconds(row["clock"], clock, TO_TARGET) for row in rows],
                     [row["val_accuracy"] for row in rows],
                     "o-",
-                    color=style.COLOURS[COLOURS[arm]],
+                    color=style.COLOURS[colour],
                     alpha=0.85,
-                    label=LABELS[arm] if number == 0 else None,
+                    label=label if number == 0 else None,
                 )
         for target in sorted({race["target"] for race in group}):
             panel.axhline(target, color=style.COLOURS["model"], linewidth=0.8, linestyle=":")
@@ -435,29 +385,22 @@ def draw_curves(numbers: dict):
     return figure
 
 
-COLOURS = {"official": "official", "reference": "sdpa", "pae": "pae"}
-PHASE_COLOURS = dict(zip(PHASES, ("plain", "mpa", "pae", "pae recompute8", "kld", "model")))
-
-
-def draw_phases(numbers: dict):
+def draw_phases(numbers: dict) -> Figure:
     """Where the seconds of a whole run go, mean over seeds: one bar per loop."""
     groups, clock = _by_tokens(numbers), _clock(numbers)
     figure, axes = style.figure(7.2, 0.9 + 1.1 * len(groups))
-    places, names = [], []
-    for row, (tokens, group) in enumerate(groups.items()):
-        for line, arm in enumerate(ARMS):
-            place, left = row * (len(ARMS) + 0.7) + line, 0.0
-            places.append(place)
-            names.append(f"{LABELS[arm]}, {tokens} prompts")
-            for name in PHASES:
-                totals = (race["arms"][arm]["total"] for race in group)
-                width = statistics.mean(seconds(total, clock, [name]) for total in totals)
-                colour = style.COLOURS[PHASE_COLOURS[name]]
-                axes.barh(place, width, left=left, color=colour, height=0.8)
+    names = {}  # by place
+    for i, (tokens, group) in enumerate(groups.items()):
+        for line, (arm, (label, _)) in enumerate(ARMS.items()):
+            place, left = i * (len(ARMS) + 0.7) + line, 0.0
+            names[place] = f"{label}, {tokens} prompts"
+            for phase, (_, colour) in PHASE_LABELS.items():
+                width = _mean([race["arms"][arm]["total"] for race in group], clock, [phase])
+                axes.barh(place, width, left=left, color=style.COLOURS[colour], height=0.8)
                 left += width
-    for name in PHASES:
-        axes.barh(0, 0, color=style.COLOURS[PHASE_COLOURS[name]], label=PHASE_LABELS[name])
-    axes.set_yticks(places, names)
+    for label, colour in PHASE_LABELS.values():
+        axes.barh(0, 0, color=style.COLOURS[colour], label=label)
+    axes.set_yticks(list(names), list(names.values()))
     axes.invert_yaxis()
     axes.set_xlabel(_unit(clock))
     figure.legend(loc="outside lower center", ncols=len(PHASES))
@@ -468,23 +411,10 @@ def _unit(clock: str) -> str:
     return "process time, s" if clock == "process" else "wall clock, s"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.studies.end_to_end")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, work in (("run", run), ("report", report)):
-        command = commands.add_parser(name)
-        command.set_defaults(work=work)
-        command.add_argument("--output", required=True, type=Path, help="folder of the runs")
-        command.add_argument("--dataset", default="pneumonia", help="an image set made of files")
-        command.add_argument("--tokens", nargs="+", type=int, default=[10, 50], help="per block")
-        if name == "run":
-            runs.add_arguments(command)
-        else:
-            command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-            command.add_argument("--to", default=RESULT)
-    arguments = parser.parse_args()
-    arguments.work(arguments)
+def options(name: str, command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dataset", default="pneumonia", help="an image set made of files")
+    command.add_argument("--tokens", nargs="+", type=int, default=[10, 50], help="per block")
 
 
 if __name__ == "__main__":
-    main()
+    runs.main("end_to_end", {"run": run, "report": report}, options)

@@ -4,10 +4,10 @@
     python -m bench.studies.families time --output runs/families
     python -m bench.studies.families report --output runs/families
 
-`run` trains one model after the other and can be interrupted: what is finished is not repeated, the
-rest is resumed. One recipe for all, the default of `pae train` for prompts: no family is tuned, so
-that no family is tuned more than another. `time` races one training step of every family against
-VPT-deep. `report` writes bench/results/science/families.json; `python -m bench.report` draws it.
+`run` trains one model after the other and can be interrupted: what is finished is not repeated.
+One recipe for all, the default of `pae train` for prompts: no family is tuned, so that no family is
+tuned more than another. `time` times one training step of every family beside VPT-deep. `report`
+writes bench/results/science/families.json; `python -m bench.report` draws it.
 
 Accuracy intervals are percentile bootstraps over seeds: with three seeds they say how far the seeds
 lie apart, no more.
@@ -18,73 +18,69 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 import pae
 from bench import figures as style
-from bench.timing import CLOCKS, measure
+from bench.shapes import random_batch
+from bench.timing import CLOCKS, interleave
 from pae.train import methods
 from pae.train.settings import Settings
 
 from . import runs
 
-# what a family needs beyond the number of prompts
-FAMILIES = {
-    "vpt-deep": {},
-    "bpt": {"rank": 10},
-    "vapt": {},
-    "ivpt": {},
-    "vfpt": {},
-    "pro-vpt": {"sweep": "reuse"},
-    "e2vpt": {},
-    "da-vpt": {},
-    "lspt": {},
-    "apt": {},
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# what a family needs beyond the number of prompts, and what of PAE can be had on top: the library
+# refuses the rest and says why
+FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "vpt-deep": ({}, ("kld", "mpa")),
+    "bpt": ({"rank": 10}, ("kld", "mpa")),
+    "vapt": ({}, ("kld",)),
+    "ivpt": ({}, ("kld", "mpa")),
+    "vfpt": ({}, ("kld", "mpa")),
+    "pro-vpt": ({"sweep": "reuse"}, ("mpa",)),
+    "e2vpt": ({}, ("kld", "mpa")),
+    "da-vpt": ({}, ("kld", "mpa")),
+    "lspt": ({}, ()),
+    "apt": ({}, ()),
 }
-# what PAE can be had on top of each; the library refuses the rest and says why
-PAE = {
-    "vpt-deep": ("kld", "mpa"),
-    "bpt": ("kld", "mpa"),
-    "vapt": ("kld",),
-    "ivpt": ("kld", "mpa"),
-    "vfpt": ("kld", "mpa"),
-    "pro-vpt": ("mpa",),
-    "e2vpt": ("kld", "mpa"),
-    "da-vpt": ("kld", "mpa"),
-    "lspt": (),
-    "apt": (),
-}
-VARIANTS = ("plain", "pae")
-COLOURS = {variant: style.COLOURS[variant] for variant in VARIANTS}
+VARIANTS = {"plain": "plain", "pae": "+ PAE, as far as it applies"}
 JSON = "families.json"
 
 
-def changes(family: str, variant: str) -> dict:
+def changes(family: str, variant: str) -> dict[str, Any]:
     """What the run of one cell of the table changes in the default settings."""
-    on_top = dict.fromkeys(PAE[family] if variant == "pae" else (), True)
-    return {"method": family, "family": FAMILIES[family], **on_top}
+    options, parts = FAMILIES[family]
+    return {
+        "method": family,
+        "family": options,
+        **dict.fromkeys(parts if variant == "pae" else (), True),
+    }
 
 
-def cells(dataset, families, seeds):
+def cells(dataset: str, families: Iterable[str], seeds: Iterable[int]) -> Iterator[runs.Cell]:
     """Every run, seeds outermost: an early stop leaves whole seeds."""
     for seed in seeds:
         for family in families:
             for variant in VARIANTS:
-                if variant == "plain" or PAE[family]:
+                if variant == "plain" or FAMILIES[family][1]:
                     yield runs.Cell(f"{family}-{variant}", dataset, seed, changes(family, variant))
 
 
-def run(arguments) -> None:
+def run(arguments: argparse.Namespace) -> None:
     chosen = cells(arguments.dataset, arguments.families, arguments.seeds)
-    runs.run(chosen, Path(arguments.output), arguments.test_size, **runs.sizes(arguments))
+    runs.run(chosen, arguments.output, arguments.test_size, **runs.sizes(arguments))
 
 
-def time(arguments) -> None:
-    """Race one training step of each family with VPT-deep; write the ratios. Random weights."""
-    steps, clock = {}, arguments.clock
+def time(arguments: argparse.Namespace) -> None:
+    """Ratios of one training step of each family to VPT-deep's, in turns. Random weights."""
+    steps, device = {}, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for family in FAMILIES:
         torch.manual_seed(0)
         chosen = Settings(
@@ -93,32 +89,26 @@ def time(arguments) -> None:
             num_tokens=arguments.num_tokens,
             **changes(family, "plain"),
         ).resolved()
-        module = methods.build_method(chosen, 2)
-        module = module.to(chosen.device).train()
-        steps[family] = _step(module, chosen, arguments.batch)
-    rounds = {family: [] for family in steps}
-    for repeat in range(arguments.rounds + 1):
-        for family, step in steps.items():
-            sample = measure(step, torch.device(chosen.device))
-            if repeat:  # the first round warms up
-                rounds[family].append(sample.seconds(clock))
+        module = methods.build_method(chosen, 2).to(device).train()
+        steps[family] = _step(module, arguments.batch, device)
+        steps[family]()  # warms up
+    samples = interleave(steps, arguments.rounds, device)
+    times = {f: [s.seconds(arguments.clock) for s in seen] for f, seen in samples.items()}
     ratios = {
-        family: statistics.median(a / b for a, b in zip(times, rounds["vpt-deep"]))
-        for family, times in rounds.items()
+        family: statistics.median(a / b for a, b in zip(mine, times["vpt-deep"]))
+        for family, mine in times.items()
     }
     keep = ("model", "num_tokens", "batch", "rounds", "clock")
     record = {**{name: getattr(arguments, name) for name in keep}, "ratio": ratios}
-    runs.write_json(Path(arguments.output) / "step_time.json", record)
+    runs.write_json(arguments.output / "step_time.json", record)
     for family, ratio in ratios.items():
         print(f"{family:10} {ratio:.3f}")
 
 
-def _step(module, chosen, batch):
-    size = module.backbone.patch_embed.img_size
-    images = torch.randn(batch, 3, *size, device=chosen.device)
-    labels = torch.arange(batch, device=chosen.device) % 2
+def _step(module: pae.PromptedViT, batch: int, device: torch.device) -> Callable[[], None]:
+    images, labels = random_batch(module.backbone, 2, batch, device, torch.Generator())
 
-    def step():
+    def step() -> None:
         module.prompts.see_labels(labels)
         loss = F.cross_entropy(pae.fast_forward(module, images), labels) + module.penalty()
         loss.backward()
@@ -127,49 +117,35 @@ def _step(module, chosen, batch):
     return step
 
 
-# ---- from runs to numbers, text and figures
+# ---- from runs to numbers
 
 
-def report(arguments) -> None:
+def report(arguments: argparse.Namespace) -> None:
     """Write the numbers of all finished runs and of the step times."""
-    output = Path(arguments.output)
-    chosen = list(cells(arguments.dataset, list(FAMILIES), arguments.seeds))
-    found = runs.collect(chosen, output)
-    if not found:
-        raise SystemExit(f"--output {output}: no finished run there")
+    output, dataset = arguments.output, arguments.dataset
+    chosen = list(cells(dataset, FAMILIES, arguments.seeds))
+    found = {name: records for (_, name), records in runs.collect(chosen, output).items()}
     timing = output / "step_time.json"
-    baseline = {v: found.get((arguments.dataset, f"vpt-deep-{v}"), []) for v in VARIANTS}
-    rows = {}
+    rows: dict[str, dict] = {}
     for family in FAMILIES:
         for variant in VARIANTS:
-            records = found.get((arguments.dataset, f"{family}-{variant}"))
-            if records:
-                own = found.get((arguments.dataset, f"{family}-plain"), [])
-                rows.setdefault(family, {})[variant] = _row(records, own, baseline[variant])
+            if records := found.get(f"{family}-{variant}"):
+                rows.setdefault(family, {})[variant] = {
+                    **runs.summary(records),
+                    "gain over plain": runs.paired(records, found.get(f"{family}-plain", [])),
+                    "converged": statistics.mean(r["converged"] for r in records),
+                }
     numbers = {
         "facts": runs.facts(chosen, output),
-        "dataset": arguments.dataset,
+        "dataset": dataset,
         "step_time": json.loads(timing.read_text()) if timing.is_file() else None,
         "rows": rows,
     }
-    path = Path(arguments.to) / JSON
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_json(path, numbers)
+    runs.write_json(arguments.to / JSON, numbers)
     print(blocks(numbers)["families table"])
 
 
-def _row(records, own, deep) -> dict:
-    low, high = runs.bootstrap([r["test"] for r in records])
-    return {
-        "seeds": [r["seed"] for r in records],
-        "tests": [r["test"] for r in records],
-        "test": {"mean": statistics.mean(r["test"] for r in records), "low": low, "high": high},
-        "gain over plain": runs.paired(records, own),
-        "gain over vpt-deep": runs.paired(records, deep),
-        "converged": statistics.mean(r["converged"] for r in records),
-        "val": [statistics.mean(v) for v in zip(*(r["val"] for r in records))],
-        "parameters": records[0]["parameters"],
-    }
+# ---- from numbers to text and figures
 
 
 def blocks(numbers: dict) -> dict[str, str]:
@@ -180,7 +156,7 @@ def blocks(numbers: dict) -> dict[str, str]:
     }
 
 
-def _setting(numbers) -> str:
+def _setting(numbers: dict) -> str:
     facts, timed = numbers["facts"], numbers["step_time"]
     task = facts["tasks"][numbers["dataset"]]
     text = (
@@ -199,63 +175,51 @@ def _setting(numbers) -> str:
     return text
 
 
-def _table(numbers) -> str:
-    lines = [
-        "| family | variant | test accuracy (95 % interval) | every seed | epochs to 95 % of own "
-        "end | step time | trained |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    ratios = (numbers["step_time"] or {}).get("ratio", {})
+def _table(numbers: dict) -> str:
+    ratios, lines = (numbers["step_time"] or {}).get("ratio", {}), []
     for family, variants in numbers["rows"].items():
         for variant, row in variants.items():
-            ratio = f"{ratios[family]:.2f}x" if variant == "plain" and family in ratios else ""
-            test = row["test"]
+            plain = variant == "plain"
             lines.append(
-                f"| {family if variant == 'plain' else ''} | {_variant(family, variant)} | "
-                f"{test['mean']:.3f} ({test['low']:.3f} to {test['high']:.3f}) | "
-                f"{', '.join(f'{t:.3f}' for t in row['tests'])} | {row['converged']:.1f} | "
-                f"{ratio} | {row['parameters']:,} |"
+                [
+                    family if plain else "",
+                    "plain" if plain else "+ " + " + ".join(FAMILIES[family][1]).upper(),
+                    runs.shown(row["test"], ".3f"),
+                    ", ".join(f"{t:.3f}" for t in row["tests"]),
+                    f"{row['converged']:.1f}",
+                    f"{ratios[family]:.2f}x" if plain and family in ratios else "",
+                    f"{row['parameters']:,}",
+                ]
             )
-    return "\n".join(lines)
+    accuracy = ["test accuracy (95 % interval)", "every seed", "epochs to 95 % of own end"]
+    return runs.table(["family", "variant", *accuracy, "step time", "trained"], lines)
 
 
-def _variant(family, variant) -> str:
-    return "plain" if variant == "plain" else "+ " + " + ".join(PAE[family]).upper()
-
-
-def _verdict(rows) -> str:
+def _verdict(rows: dict) -> str:
     """Who gained and who lost, counted by code."""
-    gains = {f: v["pae"]["gain over plain"] for f, v in rows.items() if "pae" in v}
-    gains = {family: gain for family, gain in gains.items() if gain}
-    if not gains:
+    both = {f: v for f, v in rows.items() if "pae" in v and v["pae"]["gain over plain"]}
+    if not both:
         return "No family has been run with and without PAE."
+    gains = {family: v["pae"]["gain over plain"] for family, v in both.items()}
+    apart = {family: runs.differences(v["pae"], v["plain"]) for family, v in both.items()}
+    mean = statistics.mean(g["mean"] for g in gains.values())
+    seeds = max(g["seeds"] for g in gains.values())
+
+    def named(chosen: Iterable[str]) -> str:
+        return ", ".join(chosen) or "none"
+
     better = [f for f, g in gains.items() if g["mean"] > 0]
     worse = [f for f, g in gains.items() if g["mean"] < 0]
-    mean = statistics.mean(g["mean"] for g in gains.values())
-    text = (
+    clear = [f for f, d in apart.items() if all(x > 0 for x in d) or all(x < 0 for x in d)]
+    return (
         f"What PAE adds: {mean:+.3f} test accuracy on average over {len(gains)} families; "
-        f"higher in {len(better)} ({', '.join(better) or 'none'}), "
-        f"lower in {len(worse)} ({', '.join(worse) or 'none'}). "
-    )
-    clear = [f for f, v in rows.items() if "pae" in v and _same_sign(v)]
-    seeds = max(g["seeds"] for g in gains.values())
-    return text + (
-        f"All {seeds} seeds agree in sign for {', '.join(clear) or 'none'}; of {len(gains)} "
+        f"higher in {len(better)} ({named(better)}), lower in {len(worse)} ({named(worse)}). "
+        f"All {seeds} seeds agree in sign for {named(clear)}; of {len(gains)} "
         f"families, {len(gains) * 2 ** (1 - seeds):.1f} would by chance."
     )
 
 
-def _same_sign(variants) -> bool:
-    plain = dict(zip(variants["plain"]["seeds"], variants["plain"]["tests"]))
-    pairs = zip(variants["pae"]["seeds"], variants["pae"]["tests"])
-    gains = [test - plain[seed] for seed, test in pairs if seed in plain]
-    return all(g > 0 for g in gains) or all(g < 0 for g in gains)
-
-
-LABELS = {"plain": "plain", "pae": "+ PAE, as far as it applies"}
-
-
-def figures(numbers: dict) -> dict:
+def figures(numbers: dict) -> dict[str, Callable[[], Figure]]:
     rows = numbers["rows"]
     return {
         "families_accuracy": lambda: draw_accuracy(rows),
@@ -263,73 +227,59 @@ def figures(numbers: dict) -> dict:
     }
 
 
-def draw_accuracy(rows):
+def draw_accuracy(rows: dict) -> Figure:
     """Test accuracy by family: a dot per seed, a bar at the mean."""
     figure, axes = style.figure(8, 3.4)
-    for offset, variant in ((-0.13, "plain"), (0.13, "pae")):
-        colour = COLOURS[variant]
+    for offset, (variant, label) in zip((-0.13, 0.13), VARIANTS.items()):
+        colour = style.COLOURS[variant]
         for place, variants in enumerate(rows.values()):
             if variant in variants:
                 row, x = variants[variant], place + offset
                 axes.plot([x] * len(row["tests"]), row["tests"], "o", ms=4, alpha=0.6, color=colour)
                 axes.plot([x - 0.1, x + 0.1], [row["test"]["mean"]] * 2, lw=2, color=colour)
-        axes.plot([], [], "o", color=colour, label=LABELS[variant])
+        axes.plot([], [], "o", color=colour, label=label)
     axes.set_xticks(range(len(rows)), list(rows), rotation=30, ha="right")
     axes.set_ylabel("test accuracy")
     figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
-def draw_curves(rows):
+def draw_curves(rows: dict) -> Figure:
     """Validation accuracy by epoch, mean over seeds, one small panel per family."""
     columns = min(5, len(rows))
     lines = -(-len(rows) // columns)
-    figure, panels = style.figure(1.9 * columns, 1.9 * lines, lines, columns)
-    panels = list(getattr(panels, "flat", [panels]))
-    for place, (panel, (family, variants)) in enumerate(zip(panels, rows.items())):
-        for variant, row in variants.items():
+    figure, grid = style.figure(1.9 * columns, 1.9 * lines, lines, columns, squeeze=False)
+    low = min(min(row["val"]) for variants in rows.values() for row in variants.values())
+    for place, (family, panel) in enumerate(zip(rows, grid.flat)):
+        for variant, row in rows[family].items():
             epochs = range(1, len(row["val"]) + 1)
-            panel.plot(epochs, row["val"], ".-", color=COLOURS[variant])
+            panel.plot(epochs, row["val"], ".-", color=style.COLOURS[variant])
         panel.set_title(family)
         if place % columns == 0:
             panel.set_ylabel("val accuracy")
         if place >= len(rows) - columns:
             panel.set_xlabel("epoch")
-    low = min(min(row["val"]) for variants in rows.values() for row in variants.values())
-    for panel in panels:
+    for panel in grid.flat:
         panel.set_ylim(low - 0.02, 1)
-    for variant, colour in COLOURS.items():
-        panels[0].plot([], [], ".-", color=colour, label=LABELS[variant].split(",")[0])
+    for variant, label in VARIANTS.items():
+        colour = style.COLOURS[variant]
+        grid[0, 0].plot([], [], ".-", color=colour, label=label.split(",")[0])
     figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.studies.families", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, work in (("run", run), ("time", time), ("report", report)):
-        command = commands.add_parser(name)
-        command.set_defaults(work=work)
-        command.add_argument("--output", required=True, help="folder of the runs")
-        if name == "report":
-            command.add_argument("--to", default="bench/results/science")
-            command.add_argument("--dataset", default="pneumonia")
-            command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-            continue
-        if name == "run":
-            command.add_argument("--dataset", default="pneumonia")
-            command.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
-            runs.add_arguments(command)
-        else:
-            command.add_argument("--model", default="vit_base_patch16_224", help="timm name")
-            command.add_argument("--num-tokens", type=int, default=50)
-            command.add_argument("--batch", type=int, default=2)
-            command.add_argument("--rounds", type=int, default=7)
-            command.add_argument("--clock", default="process", choices=CLOCKS)
-    arguments = parser.parse_args()
-    arguments.work(arguments)
+def options(name: str, command: argparse.ArgumentParser) -> None:
+    if name == "time":
+        command.add_argument("--model", default="vit_base_patch16_224", help="timm name")
+        command.add_argument("--num-tokens", type=int, default=50)
+        command.add_argument("--batch", type=int, default=2)
+        command.add_argument("--rounds", type=int, default=7)
+        command.add_argument("--clock", default="process", choices=CLOCKS)
+    else:
+        command.add_argument("--dataset", default="pneumonia")
+    if name == "run":
+        command.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
 
 
 if __name__ == "__main__":
-    main()
+    runs.main("families", {"run": run, "time": time, "report": report}, options)

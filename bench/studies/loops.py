@@ -9,24 +9,29 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import set_seed
 from matplotlib.backends import backend_agg  # noqa: F401  what the first plotted run would import
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2
+from torch import Tensor
 
-from bench.peers import loop as official
+from bench.peers import loop as peer
 from pae.train import loop, methods, pixels
 from pae.train.report import Reporter
 from pae.train.runfolder import RunFolder
 from pae.train.settings import Settings
 
-PHASES = (*official.PHASES, "rest")  # rest: building the model, checkpoints
+# rest: building the model, checkpoints
+PHASES = ("loading", "alignment", "steps", "validation", "test", "rest")
+
+T = TypeVar("T")
 
 
 class Clock:
@@ -52,14 +57,26 @@ class Clock:
             self._book()
             self._stack.pop()
 
+    def waiting(self, make: Callable[[], Iterable[T]], name: str = "loading") -> Iterator[T]:
+        """What `make()` yields; making it and waiting for each is a phase of its own. Behind the
+        last one data workers end, and their time counts.
+        """
+        with self.phase(name):
+            items = iter(make())
+        while True:
+            with self.phase(name):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
     def read(self) -> dict[str, list[float]]:
         """Spent so far: phase -> [process, wall]."""
         self._book()
         return {name: [round(s, 4) for s in spent] for name, spent in self._spent.items()}
 
     def _book(self) -> None:
-        now = self._now()
-        spent = self._spent[self._stack[-1]]
+        now, spent = self._now(), self._spent[self._stack[-1]]
         for i in range(2):
             spent[i] += now[i] - self._since[i]
         self._since = now
@@ -68,11 +85,8 @@ class Clock:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         # a worker's time is known once it has ended and was waited for
-        own, workers = (
-            resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        )
-        process = own.ru_utime + own.ru_stime + workers.ru_utime + workers.ru_stime
-        return process, time.perf_counter()
+        used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(u.ru_utime + u.ru_stime for u in used), time.perf_counter()
 
 
 @dataclass
@@ -88,40 +102,43 @@ class Trace:
 
     epochs: list[dict]
     picks: list[int]
-    prompts: torch.Tensor
+    prompts: Tensor
     test: float
     total: dict[str, list[float]]
     rows: int
 
 
+# ---- ours
+
+
 class _Clocked(loop._Run):
     """`pae train`'s run with a clock around its parts."""
 
-    def __init__(self, clock: Clock, settings: Settings, task, folder: RunFolder) -> None:
+    def __init__(self, clock: Clock, settings: Settings, task: Any, folder: RunFolder) -> None:
         self.clock, self.stamps, self.prompts = clock, [], None
         nothing = dict.fromkeys(("name", "resume", "on_start", "on_backward"))
         accelerator, reporter = loop.make_accelerator(settings), Reporter(quiet=True)
         super().__init__(settings, task, folder, accelerator, reporter, **nothing)
 
-    def _data(self, task):
+    def _data(self, task: Any) -> list:
         with self.clock.phase("loading"):
             train, val, test = super()._data(task)
         return [_ClockedData(train, self.clock), _ClockedData(val, self.clock), test]
 
-    def _align(self):
+    def _align(self) -> None:
         with self.clock.phase("alignment"):
             super()._align()
         self.prompts = self.module.prompts.tokens.detach().cpu().clone()
 
-    def _train_epoch(self, *arguments):
+    def _train_epoch(self, *arguments: Any) -> None:
         with self.clock.phase("steps"):
             super()._train_epoch(*arguments)
 
-    def _evaluate(self, data):
+    def _evaluate(self, data: Any) -> Any:
         with self.clock.phase("test" if data is self.test_data else "validation"):
             return super()._evaluate(data)
 
-    def _finish_epoch(self):
+    def _finish_epoch(self) -> None:
         super()._finish_epoch()
         self.stamps.append(self.clock.read())
 
@@ -135,104 +152,87 @@ class _ClockedData:
     def __len__(self) -> int:
         return len(self._data)
 
-    def batches(self, *arguments):
-        with self._clock.phase("loading"):
-            iterator = iter(self._data.batches(*arguments))
-        while True:
-            with self._clock.phase("loading"):
-                batch = next(iterator, None)
-            if batch is None:
-                return
-            yield batch
+    def batches(self, *arguments: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._clock.waiting(lambda: self._data.batches(*arguments))
 
 
-def run_ours(settings: Settings, task, folder: Path) -> Trace:
+def run_ours(settings: Settings, task: Any, folder: Path) -> Trace:
     """`pae train` with these settings."""
-    clock = Clock(settings.device)
-    kept = RunFolder(folder)
+    clock, kept = Clock(settings.device), RunFolder(folder)
     run = _Clocked(clock, settings, task, kept)
-    result = run.train()
-    total = clock.read()
+    result, total = run.train(), clock.read()
     for heavy in (kept.state, kept.previous_state):
         heavy.unlink(missing_ok=True)
     keys = ("train_loss", "val_loss", "val_accuracy")
     epochs = [
         {**{k: row[k] for k in keys}, "clock": stamp} for row, stamp in zip(run.rows, run.stamps)
     ]
-    picks = run.alignment.selected.tolist()
-    rows = run.module.view.shape.num_tokens
+    picks, rows = run.alignment.selected.tolist(), run.module.view.shape.num_tokens
     return Trace(epochs, picks, run.prompts, result["test_accuracy"], total, rows)
 
 
-def run_official(settings: Settings, task, folder: Path) -> Trace:
+# ---- the official-style one
+
+
+def run_official(settings: Settings, task: Any, folder: Path) -> Trace:
     """The loop of `bench.peers.loop` from the same start; nothing is written to `folder`."""
     clock = Clock(settings.device)
     set_seed(settings.seed)
     start = methods.build_method(settings, len(task.classes)).to(settings.device)
     vit, kld = start.backbone, start.kld
-    model = official.OfficialStylePAE(
-        vit,
-        start.prompts.tokens,
-        start.head,
-        kld.lift.weight,
-        kld.K,
-        kld.L,
-        (settings.kld_consistency, settings.kld_lyapunov),
-    )
-    config = resolve_data_config({}, model=vit)
-    mean, std = pixels.normalisation(settings.norm, config)
-    size = vit.patch_embed.img_size[0]
+    operators = kld.lift.weight, kld.K, kld.L
+    weights = settings.kld_consistency, settings.kld_lyapunov
+    model = peer.OfficialStylePAE(vit, start.prompts.tokens, start.head, *operators, weights)
+    config, size = resolve_data_config({}, model=vit), vit.patch_embed.img_size[0]
+    pixel = size, config["interpolation"], *pixels.normalisation(settings.norm, config)
     train, val, test = (
-        official.ImageFiles(split.items, split.labels, size, config["interpolation"], mean, std)
+        peer.ImageFiles(split.items, split.labels, *pixel)
         for split in (task.train, task.val, task.test)
     )
 
-    def batches(data, index_lists, phase=clock.phase):
-        return official.load(data, index_lists, settings.workers, settings.device, phase)
+    def batches(data: Any, lists: list[Tensor], phase: str = "loading") -> Iterator:
+        load = lambda: peer.load(data, lists, settings.workers, settings.device)
+        return clock.waiting(load, phase)
 
-    def order(epoch):
+    def order(epoch: int) -> list[Tensor]:
         return pixels.epoch_batches(len(train), settings.batch_size, settings.seed, epoch)
 
-    def evaluated(data, phase=clock.phase):
-        index_lists = pixels.sequential_batches(len(data), settings.batch_size)
-        return official.evaluate(model, batches(data, index_lists, phase))
+    def evaluated(data: Any, phase: str = "loading") -> tuple[float, float]:
+        lists = pixels.sequential_batches(len(data), settings.batch_size)
+        return peer.evaluate(model, batches(data, lists, phase))
 
     with clock.phase("alignment"):
         first = torch.cat(order(0))[: settings.mpa_images]
         ((images, labels),) = batches(train, [first])
-        picks = official.align(model, vit, images, labels, settings.mpa_window, settings.mpa_stride)
+        grid = settings.mpa_window, settings.mpa_stride
+        picks = peer.align(model, vit, images, labels, *grid)
     prompts = model.vpt.prompts.detach().cpu().clone()
 
     optimizer, after_step = _optimizer(model, settings, math.ceil(len(train) / settings.batch_size))
     epochs, best = [], (-1.0, 0.0, 0.0)
     for epoch in range(settings.epochs):
         with clock.phase("steps"):
-            loss = official.train_epoch(model, batches(train, order(epoch)), optimizer, after_step)
+            loss = peer.train_epoch(model, batches(train, order(epoch)), optimizer, after_step)
         with clock.phase("validation"):
             val_loss, accuracy = evaluated(val)
         stamp = clock.read()
         with clock.phase("test"):  # its loading too: time to accuracy has no part in it
-            test_accuracy = evaluated(test, lambda name: clock.phase("test"))[1]
+            test_accuracy = evaluated(test, "test")[1]
         row = {"train_loss": loss, "val_loss": val_loss, "val_accuracy": accuracy}
         epochs.append({**row, "clock": stamp})
         best = max(best, (accuracy, -val_loss, test_accuracy), key=lambda found: found[:2])
     return Trace(epochs, picks, prompts, best[2], clock.read(), vit.pos_embed.shape[1])
 
 
-def _optimizer(model: official.OfficialStylePAE, settings: Settings, batches: int):
+def _optimizer(
+    model: peer.OfficialStylePAE, settings: Settings, batches: int
+) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
     """The recipe of `pae train`: its optimiser, decay on all but the head's bias, its schedule."""
     head = model.vpt.head
+    recipe = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     decayed = [model.vpt.prompts, *model.koopman_parameters(), head.weight]
-    optimizer = create_optimizer_v2(
-        [
-            {"params": decayed, "lr": settings.lr, "weight_decay": settings.weight_decay},
-            {"params": [head.bias], "lr": settings.lr, "weight_decay": 0.0},
-        ],
-        opt=settings.optimizer,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        momentum=0.9,
-    )
+    groups = [{"params": decayed, **recipe}, {"params": [head.bias], **recipe, "weight_decay": 0.0}]
+    optimizer = create_optimizer_v2(groups, opt=settings.optimizer, momentum=0.9, **recipe)
     scheduler, updates = loop._make_scheduler(settings, optimizer, batches), iter(range(1, 1 << 60))
 
     def after_step() -> None:

@@ -1,4 +1,5 @@
-"""Training runs of a study: each in a folder of its own, finished ones never repeated.
+"""What the studies share: training runs in folders of their own, trained once; means and intervals
+over seeds; command lines and Markdown.
 
 A run is `pae train`'s own loop with its own recipe. Besides accuracy per epoch it leaves a trace
 (`trace.json`): process time, and for every block the norm of the prompt gradient and its cosine
@@ -11,14 +12,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from pae.checkpoint import write_atomically
 from pae.train import loop
@@ -28,6 +30,50 @@ from pae.train.runfolder import RunFolder
 from pae.train.settings import Settings
 
 SHARE = 0.95  # "converged" is this share of the final validation accuracy
+RESULTS = Path("bench/results/science")
+
+# ---- the command line
+
+
+def main(
+    study: str,
+    commands: Mapping[str, Callable[[argparse.Namespace], None]],
+    options: Callable[[str, argparse.ArgumentParser], None],
+    seeds: int = 3,
+) -> None:
+    """`python -m bench.studies.STUDY COMMAND --output FOLDER ...`; `options` adds the study's own
+    to each command, by name.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m bench.studies.{study}")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, work in commands.items():
+        command = subparsers.add_parser(name)
+        command.set_defaults(work=work)
+        add = command.add_argument
+        add("--output", required=True, type=Path, help="folder of the runs")
+        if name in ("run", "report"):
+            add("--seeds", nargs="+", type=int, default=list(range(seeds)))
+        if name == "run":
+            add("--train-size", type=int, default=800)
+            add("--val-size", type=int, default=200)
+            add("--test-size", type=int, help="images of the test split (default: all)")
+            add("--epochs", type=int, default=10)
+            add("--img-size", type=int, help="pixels (default: the backbone's)")
+            add("--mpa-images", type=int, default=8)
+        if name == "report":
+            add("--to", type=Path, default=RESULTS, help="folder of the numbers")
+        options(name, command)
+    arguments = parser.parse_args()
+    arguments.work(arguments)
+
+
+def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The part of the settings that the options of "run" give."""
+    names = ("train_size", "val_size", "epochs", "img_size", "mpa_images")
+    return {name: getattr(arguments, name) for name in names}
+
+
+# ---- runs
 
 
 @dataclass(frozen=True)
@@ -39,32 +85,19 @@ class Cell:
     name: str
     dataset: str
     seed: int
-    changes: dict
-    on_start: Callable | None = None
+    changes: dict[str, Any]
+    on_start: Callable[[nn.Module], None] | None = None
 
     def folder(self, output: Path) -> RunFolder:
         return RunFolder(Path(output) / self.dataset / f"{self.name}-{self.seed}")
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every study may change: the seeds and the size of its runs."""
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--train-size", type=int, default=800)
-    parser.add_argument("--val-size", type=int, default=200)
-    parser.add_argument("--test-size", type=int, help="images of the test split (default: all)")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--img-size", type=int, help="pixels (default: the backbone's)")
-    parser.add_argument("--mpa-images", type=int, default=8)
+    def settings(self, **common: Any) -> Settings:
+        chosen = {"dataset": self.dataset, "seed": self.seed, **common, **self.changes}
+        return Settings(**chosen).resolved()
 
 
-def sizes(arguments) -> dict:
-    """The part of the settings that `add_arguments` gives."""
-    names = ("train_size", "val_size", "epochs", "img_size", "mpa_images")
-    return {name: getattr(arguments, name) for name in names}
-
-
-def run(cells: Iterable[Cell], output: Path, test_size: int | None, **common) -> None:
-    """Train every cell that has no result yet. One that was interrupted begins anew."""
+def run(cells: Iterable[Cell], output: Path, test_size: int | None, **common: Any) -> None:
+    """Train every cell whose folder is not there yet."""
     cells = list(cells)
     for number, cell in enumerate(cells, 1):
         folder = cell.folder(output)
@@ -73,22 +106,13 @@ def run(cells: Iterable[Cell], output: Path, test_size: int | None, **common) ->
         try:  # several processes may share one output; the folder's maker owns the run
             folder.path.mkdir(parents=True)
         except FileExistsError:
-            print(f"{folder.path} is another process's, or was interrupted: left alone", flush=True)
+            print(f"{folder.path}: left alone, another process's or interrupted", flush=True)
             continue
-        settings = Settings(
-            dataset=cell.dataset, seed=cell.seed, workers=0, **{**common, **cell.changes}
-        ).resolved()
-        task = load_task(settings, test_size)
-        trace = Trace()
-        result = loop.train(
-            settings,
-            task,
-            folder,
-            loop.make_accelerator(settings),
-            Reporter(quiet=True),
-            on_start=cell.on_start,
-            on_backward=trace,
-        )
+        settings = cell.settings(workers=0, **common)
+        task, trace = load_task(settings, test_size), Trace()
+        place = folder, loop.make_accelerator(settings), Reporter(quiet=True)
+        hooks = {"on_start": cell.on_start, "on_backward": trace}
+        result = loop.train(settings, task, *place, **hooks)
         trace.write(folder.path / "trace.json")
         for heavy in (folder.state, folder.previous_state):
             heavy.unlink(missing_ok=True)
@@ -99,7 +123,7 @@ def run(cells: Iterable[Cell], output: Path, test_size: int | None, **common) ->
         )
 
 
-def load_task(settings: Settings, test_size: int | None = None):
+def load_task(settings: Settings, test_size: int | None = None) -> Any:
     """The task of the settings, with at most `test_size` test images, the same for every seed."""
     task = loop.load_task(settings)
     if test_size is None or test_size >= len(task.test):
@@ -108,25 +132,17 @@ def load_task(settings: Settings, test_size: int | None = None):
     return dataclasses.replace(task, test=task.test.subset(kept))
 
 
-def clear_unfinished(output: Path) -> None:
-    """Remove the folders of interrupted runs, so that they can begin anew."""
-    for path in Path(output).glob("*/*/"):
-        if RunFolder(path).result() is None:
-            shutil.rmtree(path)
-            print(f"{path}: unfinished, removed")
-
-
 class Trace:
     """What happens to the prompts' gradient, step by step; the `on_backward` of a run."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.began = time.process_time()
         self.seconds: list[float] = []
         self.norms: list[list[float]] = []
         self.cosines: list[list[float]] = []
-        self._before = None
+        self._before: torch.Tensor | None = None
 
-    def __call__(self, module, update: int) -> None:
+    def __call__(self, module: nn.Module, update: int) -> None:
         self.seconds.append(time.process_time() - self.began)
         gradient = getattr(getattr(module.prompts, "tokens", None), "grad", None)
         if gradient is None or gradient.dim() != 3:  # (depth, P, D) alone has a row per block
@@ -141,23 +157,21 @@ class Trace:
 
     def write(self, path: Path) -> None:
         """Five digits are plenty for a figure."""
+        trace = {"process_seconds": [round(s, 3) for s in self.seconds]}
+        for name, rows in (("gradient_norm", self.norms), ("cosine_with_last", self.cosines)):
+            trace[name] = [[float(f"{v:.5g}") for v in row] for row in rows]
+        write_json(path, trace, indent=None)
 
-        def short(rows):
-            return [[float(f"{v:.5g}") for v in row] for row in rows]
 
-        write_json(
-            path,
-            {
-                "process_seconds": [round(s, 3) for s in self.seconds],
-                "gradient_norm": short(self.norms),
-                "cosine_with_last": short(self.cosines),
-            },
-            indent=None,
-        )
+# ---- from runs to numbers
 
 
 def collect(cells: Iterable[Cell], output: Path) -> dict[tuple[str, str], list[dict]]:
-    """Finished runs: (dataset, name) -> one record per seed, in the order of `cells`."""
+    """Finished runs: (dataset, name) -> one record per seed, in the order of `cells`.
+
+    Raises:
+        SystemExit: there is none.
+    """
     found: dict[tuple[str, str], list[dict]] = {}
     for cell in cells:
         folder = cell.folder(output)
@@ -165,26 +179,25 @@ def collect(cells: Iterable[Cell], output: Path) -> dict[tuple[str, str], list[d
         if result is None:
             continue
         rows, trace = folder.rows(), json.loads((folder.path / "trace.json").read_text())
-        val = [row["val_accuracy"] for row in rows]
+        val, seconds = [row["val_accuracy"] for row in rows], trace["process_seconds"]
         converged = epochs_to_share(val)
-        steps = len(trace["process_seconds"]) // len(rows)
-        found.setdefault((cell.dataset, cell.name), []).append(
-            {
-                "seed": cell.seed,
-                "test": result["test_accuracy"],
-                "val": val,
-                "loss": [row["train_loss"] for row in rows],
-                "converged": converged,
-                "converged_seconds": trace["process_seconds"][converged * steps - 1],
-                "seconds": trace["process_seconds"][-1],
-                "parameters": result["trained_parameters"],
-                "trace": trace,
-            }
-        )
+        record = {
+            "seed": cell.seed,
+            "test": result["test_accuracy"],
+            "val": val,
+            "converged": converged,
+            "converged_seconds": seconds[converged * (len(seconds) // len(rows)) - 1],
+            "seconds": seconds[-1],
+            "parameters": result["trained_parameters"],
+            "trace": trace,
+        }
+        found.setdefault((cell.dataset, cell.name), []).append(record)
+    if not found:
+        raise SystemExit(f"--output {output}: no finished run there")
     return found
 
 
-def facts(cells: Iterable[Cell], output: Path) -> dict:
+def facts(cells: Iterable[Cell], output: Path) -> dict[str, Any]:
     """What all runs share, read from the first finished one; sizes per image set."""
     keep = ("model", "img_size", "epochs", "num_tokens", "optimizer", "lr", "batch_size")
     shared, tasks = {}, {}
@@ -201,6 +214,18 @@ def facts(cells: Iterable[Cell], output: Path) -> dict:
     return {**shared, "tasks": tasks}
 
 
+def summary(records: list[dict]) -> dict[str, Any]:
+    """What all studies show of one arm's runs."""
+    tests = [r["test"] for r in records]
+    return {
+        "seeds": [r["seed"] for r in records],
+        "tests": tests,
+        "test": interval(tests),
+        "val": [statistics.mean(v) for v in zip(*(r["val"] for r in records))],
+        "parameters": records[0]["parameters"],
+    }
+
+
 def epochs_to_share(accuracies: list[float], share: float = SHARE) -> int:
     """First epoch (from 1) whose validation accuracy reaches `share` of the last one's."""
     return next(i for i, a in enumerate(accuracies, 1) if a >= share * accuracies[-1])
@@ -212,10 +237,23 @@ def bootstrap(values: list[float], draws: int = 10000) -> tuple[float, float]:
     With n seeds it is the spread of n numbers: honest about them, not about the seeds not run.
     """
     generator = torch.Generator().manual_seed(0)
-    values = torch.tensor(values, dtype=torch.float64)
-    index = torch.randint(len(values), (draws, len(values)), generator=generator)
-    means = values[index].mean(dim=1)
-    return tuple(torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist())
+    drawn = torch.tensor(values, dtype=torch.float64)
+    index = torch.randint(len(drawn), (draws, len(drawn)), generator=generator)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.quantile(drawn[index].mean(dim=1), ends).tolist()
+    return low, high
+
+
+def interval(values: list[float]) -> dict[str, float] | None:
+    """Mean and bootstrap interval to four digits."""
+    if not values:
+        return None
+    ends = dict(zip(("mean", "low", "high"), (statistics.mean(values), *bootstrap(values))))
+    return {name: short(value) for name, value in ends.items()}
+
+
+def short(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def paired(records: list[dict], baseline: list[dict], key: str = "test") -> dict | None:
@@ -228,6 +266,30 @@ def paired(records: list[dict], baseline: list[dict], key: str = "test") -> dict
     return {"mean": statistics.mean(gains), "low": low, "high": high, "seeds": len(gains)}
 
 
-def write_json(path: Path, value, indent: int | None = 1) -> None:
+def differences(arm: dict, baseline: dict) -> list[float]:
+    """Test accuracies of one `summary` minus another's, over the seeds that both have."""
+    before = dict(zip(baseline["seeds"], baseline["tests"]))
+    return [t - before[seed] for seed, t in zip(arm["seeds"], arm["tests"]) if seed in before]
+
+
+# ---- from numbers to files and text
+
+
+def write_json(path: Path, value: object, indent: int | None = 1) -> None:
+    """The folder too."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, indent=indent)
     write_atomically(Path(path), lambda p: p.write_text(text + "\n"))
+
+
+def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(line) + " |" for line in (heading, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(heading), *lines[1:]])
+
+
+def shown(value: Mapping[str, float] | None, form: str) -> str:
+    """A mean and its interval in the format `form`; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value['mean']:{form}} ({value['low']:{form}} to {value['high']:{form}})"

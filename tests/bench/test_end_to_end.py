@@ -79,7 +79,8 @@ class Slow(torch.utils.data.Dataset):
 def test_time_of_data_workers_is_loading():
     clock = loops.Clock()
     index_lists = pixels.sequential_batches(4, 2)
-    seen = [y.tolist() for _, y in peers_loop.load(Slow(), index_lists, 2, "cpu", clock.phase)]
+    batches = clock.waiting(lambda: peers_loop.load(Slow(), index_lists, 2, "cpu"))
+    seen = [y.tolist() for _, y in batches]
     assert seen == [[0, 1], [2, 3]]
     assert clock.read()["loading"][0] >= 0.2
 
@@ -267,7 +268,6 @@ def test_blocks_say_what_the_numbers_say():
     # three epochs: 4 + 6 + 3 times the scale, and 1 s
     assert blocks["end to end gain official 10"] == f"{40 / 14:.1f}x"
     assert blocks["end to end gain official 50"] == f"{66 / 14:.1f}x"
-    assert blocks["end to end gain reference 50"] == f"{27 / 14:.1f}x"
     rows = blocks["end to end table"].splitlines()
     assert len({row.count("|") for row in rows}) == 1 and len(rows) == 2 + 6
     assert rows[2].startswith("| 10 | official-style loop | 40.0 | 0.5 / 12.0 / 18.0 / 9.0 / 0.5 |")
@@ -314,14 +314,15 @@ def test_figures_draw_every_loop_and_phase(tokens):
 
 
 def test_collect_reads_what_the_loops_wrote(race, tmp_path):
-    chosen = end_to_end.Race("shades", 3, 0)
+
+    def folder(arm):
+        return end_to_end.cell("shades", arm, 3, 0).folder(tmp_path).path
+
     with pytest.raises(FileNotFoundError, match="no finished race"):
         end_to_end.collect("shades", [3], [0], tmp_path)
     for arm, (record, prompts) in race.items():
-        folder = chosen.folder(tmp_path, arm)
-        folder.mkdir(parents=True)
-        end_to_end.runs.write_json(folder / "race.json", record)
-        torch.save(prompts, folder / "first_prompts.pt")
+        end_to_end.runs.write_json(folder(arm) / "race.json", record)
+        torch.save(prompts, folder(arm) / "first_prompts.pt")
     found = end_to_end.collect("shades", [3, 4], [0, 1], tmp_path)
     (only,) = found["races"]
     last = [record["epochs"][-1]["val_accuracy"] for record, _ in race.values()]
@@ -330,6 +331,6 @@ def test_collect_reads_what_the_loops_wrote(race, tmp_path):
     assert found["facts"]["rows"] == 1 + 4  # 32 px in patches of 16
     assert set(end_to_end.blocks(found)) >= {"end to end table", "end to end gain official 3"}
     changed = dict(race["reference"][0], machine={"device": "another"})
-    end_to_end.runs.write_json(chosen.folder(tmp_path, "reference") / "race.json", changed)
+    end_to_end.runs.write_json(folder("reference") / "race.json", changed)
     with pytest.raises(end_to_end.Disagreement, match="another"):
         end_to_end.collect("shades", [3], [0], tmp_path)
