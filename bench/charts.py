@@ -46,51 +46,45 @@ def figures(everything: list[Run]) -> dict[str, Callable[[], Figure]]:
 
 def hero(run: Run, chosen: list[Run]) -> Figure:
     """Time and memory of a step by the number of prompts; speed of PAE's own parts."""
-    made, (time, memory, parts) = style.figure(10.4, 3.2, 1, 3, width_ratios=(1.15, 1.15, 0.8))
-    draw_steps(time, memory, shown.cases(run, "fp32"))
+    made, (*axes, parts) = style.figure(10.4, 3.2, 1, 3, width_ratios=(1.15, 1.15, 0.8))
+    draw_steps(axes, shown.cases(run, "fp32"))
     draw_parts(parts, chosen)
     return made
 
 
 def step_by_prompts(run: Run, dtype: str) -> Figure:
     """The same without PAE's parts."""
-    made, (time, memory) = style.figure(8.2, 3.0, 1, 2)
-    draw_steps(time, memory, shown.cases(run, dtype))
+    made, axes = style.figure(8.2, 3.0, 1, 2)
+    draw_steps(axes, shown.cases(run, dtype))
     return made
 
 
-def draw_steps(time: Axes, memory: Axes, steps: dict[int, list[Row]]) -> None:
+def draw_steps(both: Sequence[Axes], steps: dict[float, list[Row]]) -> None:
     unit = min(measured(rows)[shown.EXACT].median for rows in steps.values())
-    ends = {
-        time: draw_lines(time, steps, lambda row: row.median / unit, time_of),
-        memory: draw_lines(memory, steps, saved, saved_of),
-    }
-    time.set(title="Time of a training step", ylabel="fastest of pae = 1")
-    memory.set(title="Saved for backward", ylabel="MB per image")
-    for axes in ends:
-        axes.set_xlabel("prompts per block")
+    ends = [
+        draw_lines(both[0], steps, lambda row: row.median / unit, time_of),
+        draw_lines(both[1], steps, saved, saved_of),
+    ]
+    for axes in both:
         axes.set_xticks(list(steps))
         axes.set_ylim(0)
-        place_names(axes, ends[axes])
+    finish(both, ends, "prompts per block", "fastest of pae = 1")
 
 
 def scaled(axis: Axis) -> Figure:
     """Time and saved memory of a step by one size: dots measured, dashes by the cost model."""
-    made, (time, memory) = style.figure(9.2, 2.9, 1, 2)
+    made, both = style.figure(9.2, 2.9, 1, 2)
     places = {group: axis.place(group) for group in axis.groups}
     if None in places.values():  # names: at equal distances, over several magnitudes
         places = {group: float(i) for i, group in enumerate(places)}
     by_place = {places[group]: axis.groups[group] for group in sorted(places, key=places.get)}
-    ends = {
-        time: draw_lines(time, by_place, per_image, time_of, at_product_rate),
-        memory: draw_lines(memory, by_place, saved, saved_of, modelled_saved, "o"),
-    }
-    time.set(title="Time of a training step", ylabel="ms per image")
-    memory.set(title="Saved for backward", ylabel="MB per image")
-    for axes, model in ((time, "FLOPs at the rate of one product"), (memory, "cost model")):
+    ends = [
+        draw_lines(both[0], by_place, per_image, time_of, at_product_rate),
+        draw_lines(both[1], by_place, saved, saved_of, modelled_saved, "o"),
+    ]
+    for axes, model in zip(both, ("FLOPs at the rate of one product", "cost model")):
         axes.plot([], [], "--", color=style.COLOURS["model"], linewidth=1.2, label=model)
         axes.legend()
-        axes.set_xlabel(axis.title)
         if axis.name == "model":
             labels = [label(group, ("scaling", axis.name)) for group in axis.groups]
             axes.set_xticks(list(by_place), labels, fontsize=7.5)
@@ -98,8 +92,16 @@ def scaled(axis: Axis) -> Figure:
         else:
             axes.set_xticks(apart(list(by_place)))
             axes.set_ylim(0)
-        place_names(axes, ends[axes])
+    finish(both, ends, axis.title, "ms per image")
     return made
+
+
+def finish(both: Sequence[Axes], ends: Sequence[list[End]], size: str, unit: str) -> None:
+    """Titles of time, in `unit`, and memory by `size`; names at the ends of the lines."""
+    both[0].set(title="Time of a training step", xlabel=size, ylabel=unit)
+    both[1].set(title="Saved for backward", xlabel=size, ylabel="MB per image")
+    for axes, of_lines in zip(both, ends):
+        place_names(axes, of_lines)
 
 
 def time_of(a: Row, b: Row) -> float:

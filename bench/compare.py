@@ -78,25 +78,14 @@ class Comparison:
     regression: bool = False
 
 
-def bootstrap(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Ratio:
-    """Ratio B over A of medians, over rounds drawn with replacement, the same for each part.
-
-    Args:
-        a, b: of run A and B the seconds of a row, alone or with those of its baseline, round by
-            round: what is compared is the first over the second.
-    """
+def bootstrap(a: Sequence[float], b: Sequence[float]) -> Ratio:
+    """Median of `b` over that of `a`, over rounds drawn with replacement."""
     random = np.random.default_rng(0)
-
-    def medians(parts: Sequence[Sequence[float]]) -> tuple[float, np.ndarray]:
-        ratios = np.asarray(parts[0], dtype=float)
-        if len(parts) == 2:
-            ratios = ratios / np.asarray(parts[1], dtype=float)
-        drawn = random.integers(len(ratios), size=(DRAWS, len(ratios)))
-        return float(np.median(ratios)), np.median(ratios[drawn], axis=1)
-
-    (a_value, a_drawn), (b_value, b_drawn) = medians(a), medians(b)
-    low, high = np.percentile(b_drawn / a_drawn, INTERVAL)
-    return Ratio(b_value / a_value, float(low), float(high))
+    rounds = np.asarray(a), np.asarray(b)
+    drawn = (r[random.integers(len(r), size=(DRAWS, len(r)))] for r in rounds)
+    of_a, of_b = (np.median(each, axis=1) for each in drawn)
+    low, high = np.percentile(of_b / of_a, INTERVAL)
+    return Ratio(float(np.median(rounds[1]) / np.median(rounds[0])), float(low), float(high))
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -147,18 +136,14 @@ def _compare(
             reason = f" ({missing.reason})" if missing.reason else ""
             return Comparison(*key, f"only in {there}{reason}")
 
-    def seconds(name: str) -> list[Sequence[float]]:
-        """Of baseline `name` in both runs, as far as they have any."""
-        bases = (rows.get((key[0], name)) for rows in (of_a, of_b))
-        return [base.seconds for base in bases if base and base.seconds]
-
     is_baseline = key[1] in (*a.baselines, *b.baselines)
-    shared = [n for n in b.baselines if len(seconds(n)) == 2 and not is_baseline]
-    against = shared[0] if shared else ""
-    raw = bootstrap([a.seconds], [b.seconds]) if absolute else None
-    relative = None
-    if against:
-        relative = bootstrap(*zip((a.seconds, b.seconds), seconds(against)))
+    raw, relative, against = bootstrap(a.seconds, b.seconds) if absolute else None, None, ""
+    for name in () if is_baseline else b.baselines:
+        bases = [rows.get((key[0], name), Row(*key)).seconds for rows in (of_a, of_b)]
+        if all(bases):
+            ratios = (np.divide(row.seconds, base) for row, base in zip((a, b), bases))
+            relative, against = bootstrap(*ratios), name
+            break
     judged = relative or raw
     if judged is None:
         return Comparison(*key, "not compared: its time means nothing on another machine")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 import time
@@ -201,14 +200,11 @@ def _machine(config) -> dict[str, Any]:
 
 def _driver() -> str:
     """Version of the GPU's driver, as its own tool gives it."""
-    if (tool := shutil.which("nvidia-smi")) is None:
-        return "unknown"
-    ask = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout.split()
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout.split()[0]
+    except (OSError, subprocess.TimeoutExpired, IndexError):
         return "unknown"
-    return answer[0] if answer else "unknown"
 
 
 def _version(package: str) -> str:
@@ -221,12 +217,10 @@ def _version(package: str) -> str:
 def _commit() -> str:
     from pytest_benchmark.utils import get_commit_info
 
-    if given := os.environ.get("PAE_COMMIT"):  # of a copy of the tree without its history
-        return given
     info = get_commit_info()
-    if not info.get("id") or info["id"] == "unknown":
-        return "unknown"
-    return info["id"][:12] + (" and uncommitted changes" if info.get("dirty") else "")
+    dirty = " and uncommitted changes" if info.get("dirty") else ""
+    here = (info.get("id") or "unknown")[:12]
+    return os.environ.get("PAE_COMMIT") or here + dirty  # a copy of the tree has no history
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

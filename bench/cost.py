@@ -9,13 +9,10 @@ P, D wide, F hidden, L blocks, H heads; s = 2 D^2 is one row through a D x D mat
 
 Products are counted, 2 per multiply-add, whatever runs them; norms, softmax and activations are
 not: the rule of `torch.utils.flop_counter`, whose counts `tests/bench/test_costs.py` compares.
-
-    python -m bench.cost vit_base_patch16_224 50 128
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import timm
@@ -226,27 +223,3 @@ def _check(method: str, memory: str) -> None:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {MEMORY}, got {memory!r}")
-
-
-def main(arguments: list[str]) -> None:
-    """Print the model's figures for one backbone, number of prompts and batch size."""
-    if len(arguments) != 3:
-        raise SystemExit("usage: python -m bench.cost TIMM_NAME PROMPTS BATCH")
-    name, prompts, batch = arguments[0], int(arguments[1]), int(arguments[2])
-    shape = Shape.named(name)
-    ways = [("official", "keep"), ("sdpa", "keep"), *(("pae", memory) for memory in MEMORY)]
-    print("method      forward GFLOP  backward GFLOP  saved MB/image fp32  bf16")
-    for method, memory in ways:
-        work = flops(shape, prompts, batch, method, memory)
-        saved = [
-            saved_bytes(shape, prompts, batch, method, memory, e) / batch / 1e6 for e in (4, 2)
-        ]
-        label = f"pae {memory}" if method == "pae" else method
-        print(
-            f"{label:11} {work.forward / 1e9:13.1f}  {work.backward / 1e9:14.1f}  "
-            f"{saved[0]:19.1f}  {saved[1]:4.1f}"
-        )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

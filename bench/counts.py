@@ -1,6 +1,4 @@
-"""What a step does, counted instead of timed: operations, tensors, kernels, floating-point
-operations. The same number on every run and on a busy machine.
-"""
+"""What a step does, counted instead of timed: the same numbers on every run and a busy machine."""
 
 from __future__ import annotations
 
@@ -8,43 +6,18 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from unittest.mock import patch
 
-import timm
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import pae
-from pae.backbones import BackboneView
-from pae.plan import fold
-
-from . import cost
 from .memory import tensors_in
-from .peers.vpt import OfficialStyleVPT
 
 IDLE = {
     *("view", "_unsafe_view", "detach", "alias", "lift_fresh", "reshape", "promote_types"),
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
 }
-
-# PyTorch's own fused attention on a CPU, which its counter does not know in 2.11
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda d_out, q, k, v, *_, **__: sdpa_backward_flop_count(d_out, q, k, v)
-    ),
-}
-
-
-def flop_counter(formulas: dict[object, Callable] | None = None) -> FlopCounterMode:
-    """PyTorch's counter, silent, with further `formulas`."""
-    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION | (formulas or {}))
 
 
 class Work(TorchDispatchMode):
@@ -127,40 +100,3 @@ def triton_launches() -> Iterator[Counter[str]]:
         finally:
             for module, name, kernel in replaced:
                 setattr(module, name, kernel)
-
-
-def counted_flops(
-    name: str, prompts: int, batch: int, method: str = "pae", memory: str = "keep", **options
-) -> cost.Flops:
-    """`bench.cost.flops` as PyTorch's counter sees it, on tensors without values: no product is
-    computed and no weight allocated, whatever the size.
-
-    Args:
-        name: of a timm model; `options` of `timm.create_model`.
-        prompts, batch, method, memory: as `bench.cost.flops` has them.
-    """
-    with torch.device("meta"):
-        vit = timm.create_model(name, **options)
-    model = pae.PromptedViT(vit, pae.prompts.VPTDeep(prompts)).train()
-    # the quickest without values are tensors on "meta", where neither autocast nor SDPA runs
-    mode, device = nullcontext(), "meta"
-    if method != "official":
-        mode, device = FakeTensorMode(allow_non_fake_inputs=True), "cpu"
-    with mode:
-        model.to_empty(device=device)
-        embed = vit.patch_embed
-        images = torch.empty(batch, embed.proj.in_channels, *embed.img_size, device=device)
-    forward: Callable[[Tensor], Tensor] = model
-    if method == "official":
-        forward = OfficialStyleVPT(vit, model.prompts.tokens, model.head)
-    elif method == "pae":
-        plan = fold(model.view, torch.float32)
-        model.plan = lambda dtype=None: plan  # a signature of addresses would find none
-        forward = lambda x: pae.fast_forward(model, x, memory=memory)
-    # images are looked at before they are used: these have no values
-    with mode, patch.object(BackboneView, "check_images"):
-        with flop_counter() as ahead:
-            logits = forward(images)
-        with flop_counter() as back:
-            logits.sum().backward()
-    return cost.Flops(ahead.get_total_flops(), back.get_total_flops())

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import json
-import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import pae
+from pae.checkpoint import write_atomically
+from pae.prompts import METHODS, PromptFamily, VPTDeep
 
 from . import cost, counts, shapes
 from .memory import SavedBytes, tensors_in
@@ -36,27 +39,22 @@ from .memory import SavedBytes, tensors_in
 FILE = Path(__file__).parents[1] / "tests" / "costs.json"
 ROOM = 0.05  # on another PyTorch: of counts that its dispatcher decides
 ACCEPT = "python -m bench.guard --update"
+VERSION = ".".join(torch.__version__.split(".")[:2])  # as far as the dispatcher's habits go
 
 P, CLASSES, DEPTH, BATCH = 4, 10, 4, 2
-CPU = torch.device("cpu")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+WAYS = ("forward", "backward")
+# small values of what families are made with
+ARGUMENTS = {"num_tokens": P, "rank": P, "num_proxies": P, "num_classes": CLASSES}
+ARGUMENTS |= {"fraction": 0.5, "num_kv": 3, "num_reinforced": 3}
 
-# one of each, for the engine's answers to what a family asks
-FAMILIES: dict[str, Callable[[], pae.prompts.PromptFamily]] = {
-    "VPTDeep": lambda: pae.prompts.VPTDeep(P),
-    "VPTShallow": lambda: pae.prompts.VPTShallow(P),
-    "BPTDeep": lambda: pae.prompts.BPTDeep(P, P),
-    "BPTShallow": lambda: pae.prompts.BPTShallow(P, P),
-    "VFPTDeep": lambda: pae.prompts.VFPTDeep(P, 0.5),
-    "VFPTShallow": lambda: pae.prompts.VFPTShallow(P, 0.5),
-    "IVPT": lambda: pae.prompts.IVPT(P, 3),
-    "APT": lambda: pae.prompts.APT(P),
-    "E2VPT": lambda: pae.prompts.E2VPT(P, 3),
-    "DAVPT": lambda: pae.prompts.DAVPT(P, P, CLASSES),
-    "LSPT": lambda: pae.prompts.LSPT(P),
-    "ProVPT": lambda: pae.prompts.ProVPT(P),
-    "VAPT": lambda: pae.prompts.VAPT(P),
-}
+Seen = TypeVar("Seen")
+
+
+def small(family: type[PromptFamily]) -> PromptFamily:
+    """One of this class, made with those of `ARGUMENTS` that it takes."""
+    taken = inspect.signature(family).parameters
+    return family(**{name: value for name, value in ARGUMENTS.items() if name in taken})
 
 
 class Step:
@@ -64,14 +62,15 @@ class Step:
 
     def __init__(
         self,
-        family: Callable[[], pae.prompts.PromptFamily] = FAMILIES["VPTDeep"],
+        family: type[PromptFamily] = VPTDeep,
         depth: int = DEPTH,
         dtype: str = "fp32",
         kld: bool = False,
     ) -> None:
         torch.manual_seed(0)
-        vit = shapes.random_backbone(shapes.TINY, CPU, depth=depth, num_classes=CLASSES)
-        self.model = pae.PromptedViT(vit, family(), pae.KLD(16) if kld else None).train()
+        cpu = torch.device("cpu")
+        vit = shapes.random_backbone(shapes.TINY, cpu, depth=depth, num_classes=CLASSES)
+        self.model = pae.PromptedViT(vit, small(family), pae.KLD(16) if kld else None).train()
         self.images, self.labels = torch.randn(BATCH + 1, 3, 32, 32), torch.arange(BATCH + 1)
         self.dtype = DTYPES[dtype]
         self.plan = list(tensors_in(self.model.plan(self.dtype)))  # folded once, not in a step
@@ -85,6 +84,14 @@ class Step:
             logits = pae.fast_forward(self.model, self.images[:batch], memory)
         return F.cross_entropy(logits.float(), labels) + self.model.penalty()
 
+    def seen(self, counter: Callable[[], AbstractContextManager[Seen]]) -> tuple[Seen, Seen]:
+        """What a context sees of the forward, and another of the backward."""
+        with counter() as ahead:
+            loss = self.forward()
+        with counter() as back:
+            loss.backward()
+        return ahead, back
+
     def saved(self, batch: int = BATCH, memory: str = "keep") -> int:
         """Bytes of activations that the forward keeps for the backward."""
         model = self.model
@@ -97,58 +104,27 @@ class Step:
         """What one more image in the batch adds to that."""
         return self.saved(BATCH + 1, memory) - self.saved(BATCH, memory)
 
-    def work(self) -> tuple[counts.Work, counts.Work]:
-        """Operations and allocations, forward and backward."""
-        with counts.Work() as ahead:
-            loss = self.forward()
-        with counts.Work() as back:
-            loss.backward()
-        return ahead, back
-
-    def flops(self) -> cost.Flops:
-        """By PyTorch's counter."""
-        with FlopCounterMode(display=False) as ahead:
-            loss = self.forward()
-        with FlopCounterMode(display=False) as back:
-            loss.backward()
-        return cost.Flops(ahead.get_total_flops(), back.get_total_flops())
-
-    def launches(self) -> tuple[int, int]:
-        """Triton kernels, forward and backward."""
-        with counts.triton_launches() as seen:
-            loss = self.forward()
-            ahead = seen.total()
-            loss.backward()
-            return ahead, seen.total() - ahead
-
 
 def measure(*parts: str) -> dict[str, int]:
     """Name -> count of everything that is guarded, or of some of `PARTS`."""
-    found: dict[str, int] = {}
-    for part in parts or PARTS:
-        found |= {f"{part}/{name}": count for name, count in PARTS[part]()}
-    return found
-
-
-WAYS = ("forward", "backward")
+    return {f"{part}/{name}": n for part in parts or PARTS for name, n in PARTS[part]()}
 
 
 def _step() -> Iterator[tuple[str, int]]:
     """VPT-deep in both dtypes, and with KLD."""
-    for name, options in {
-        "fp32": {},
-        "bf16": {"dtype": "bf16"},
-        "fp32 with kld": {"kld": True},
-    }.items():
-        step, deeper = Step(**options), Step(depth=DEPTH + 1, **options)
-        for way, work, more in zip(WAYS, step.work(), deeper.work()):
+    for name, dtype, kld in (
+        ("fp32", "fp32", False),
+        ("bf16", "bf16", False),
+        ("fp32 with kld", "fp32", True),
+    ):
+        step, deeper = (Step(depth=depth, dtype=dtype, kld=kld) for depth in (DEPTH, DEPTH + 1))
+        for way, work, more in zip(WAYS, step.seen(counts.Work), deeper.seen(counts.Work)):
             yield f"{name}/{way}/operations", work.ops.total()
             yield f"{name}/{way}/operations in a block", more.ops.total() - work.ops.total()
             yield f"{name}/{way}/tensors allocated", work.tensors
             yield f"{name}/{way}/bytes allocated", work.bytes
-        flops = step.flops()
-        yield f"{name}/forward/FLOPs", int(flops.forward)
-        yield f"{name}/backward/FLOPs", int(flops.backward)
+        for way, flops in zip(WAYS, step.seen(lambda: FlopCounterMode(display=False))):
+            yield f"{name}/{way}/FLOPs", flops.get_total_flops()
 
 
 def _memory() -> Iterator[tuple[str, int]]:
@@ -164,13 +140,14 @@ def _memory() -> Iterator[tuple[str, int]]:
 
 
 def _families() -> Iterator[tuple[str, int]]:
-    """What one block of every family adds to a step."""
-    for name, family in FAMILIES.items():
-        step, deeper = Step(family), Step(family, DEPTH + 1)
-        for way, work, more in zip(WAYS, step.work(), deeper.work()):
-            yield f"{name}/{way}/operations in a block", more.ops.total() - work.ops.total()
-        block = deeper.saved_by_image() - step.saved_by_image()
-        yield f"{name}/bytes of an image in a block", block
+    """What one block of every family that pae ships adds to a step."""
+    for family in METHODS.values():
+        if family.__module__.startswith("pae."):
+            name, step, deeper = family.__name__, Step(family), Step(family, DEPTH + 1)
+            for way, work, more in zip(WAYS, step.seen(counts.Work), deeper.seen(counts.Work)):
+                yield f"{name}/{way}/operations in a block", more.ops.total() - work.ops.total()
+            block = deeper.saved_by_image() - step.saved_by_image()
+            yield f"{name}/bytes of an image in a block", block
 
 
 def _triton() -> Iterator[tuple[str, int]]:
@@ -178,24 +155,14 @@ def _triton() -> Iterator[tuple[str, int]]:
     if importlib.util.find_spec("triton") is None:
         return
     for name, kld in {"step": False, "step with kld": True}.items():
-        kernels = Step(dtype="bf16", kld=kld).launches()
-        deeper = Step(dtype="bf16", depth=DEPTH + 1, kld=kld).launches()
-        for way, count, more in zip(WAYS, kernels, deeper):
-            yield f"{name}/{way}/kernels", count
-            yield f"{name}/{way}/kernels in a block", more - count
+        step, deeper = (Step(depth=depth, dtype="bf16", kld=kld) for depth in (DEPTH, DEPTH + 1))
+        launched = (each.seen(counts.triton_launches) for each in (step, deeper))
+        for way, kernels, more in zip(WAYS, *launched):
+            yield f"{name}/{way}/kernels", kernels.total()
+            yield f"{name}/{way}/kernels in a block", more.total() - kernels.total()
 
 
 PARTS = {"step": _step, "memory": _memory, "family": _families, "triton": _triton}
-
-
-def version() -> str:
-    """Of PyTorch, as far as its dispatcher's habits go: "2.15"."""
-    return ".".join(torch.__version__.split(".")[:2])
-
-
-def by_dispatcher(name: str) -> bool:
-    """Whether PyTorch's version has a say in this count."""
-    return "operations" in name or "allocated" in name
 
 
 def complaint(name: str, was: int | None, now: int | None, torch_version: str) -> str:
@@ -213,10 +180,10 @@ def complaint(name: str, was: int | None, now: int | None, torch_version: str) -
     if now is None:
         return f"{name} is no longer counted (was {was}). Strike it out: {ACCEPT}"
     more = f"{name} is worse: {now}, was {was} ({now / max(was, 1) - 1:+.1%})"
-    if by_dispatcher(name) and torch_version != version():
-        if now <= was * (1 + ROOM):
-            return ""
-        return f"{more} on PyTorch {torch_version}. If it must be, there: {ACCEPT}"
+    by_dispatcher = "operations" in name or "allocated" in name
+    if by_dispatcher and torch_version != VERSION:
+        more += f" on PyTorch {torch_version}. If it must be, there: {ACCEPT}"
+        return "" if now <= was * (1 + ROOM) else more
     if now > was:
         return f"{more}. If it must be: {ACCEPT}"
     return f"{name} is better: {now}, was {was}. Keep it so: {ACCEPT}"
@@ -228,26 +195,19 @@ def read() -> tuple[str, dict[str, int]]:
     return file["torch"], file["counts"]
 
 
-def write(found: dict[str, int]) -> None:
-    """Replace the committed file, in whole."""
-    text = json.dumps({"torch": version(), "counts": found}, indent=1) + "\n"
-    new = FILE.with_suffix(".new")
-    new.write_text(text)
-    os.replace(new, FILE)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.guard", description=__doc__)
     parser.add_argument("--update", action="store_true", help="accept the counts as they are")
     update = parser.parse_args(arguments).update
     found = measure()
-    torch_version, committed = read() if FILE.exists() else (version(), {})
+    torch_version, committed = read() if FILE.exists() else (VERSION, {})
     names = dict.fromkeys([*committed, *found])
     said = [complaint(n, committed.get(n), found.get(n), torch_version) for n in names]
     said = [line for line in said if line]
     print("\n".join(said) or f"{len(found)} counts as committed")
     if update:
-        write(found)
+        text = json.dumps({"torch": VERSION, "counts": found}, indent=1) + "\n"
+        write_atomically(FILE, lambda path: path.write_text(text))
     return int(bool(said) and not update)
 
 

@@ -130,30 +130,21 @@ class Report:
         """One line for everything in the tree that `write` would change or cannot make."""
         found = []
         for path in self.pages():
-            found += [f"{path.relative_to(self.root)}: {what}" for what in self._wrong_in(path)]
-        for name, (_, description) in self.figures.items():
-            files = self._files(name)
-            missing = [path for path in files if not path.exists()]
-            found += [f"{path.relative_to(self.root)}: missing" for path in missing]
-            if not missing and description not in files[0].read_text():
-                found.append(f"{files[0].relative_to(self.root)}: drawn from other numbers")
+            page, name = path.read_text(), path.relative_to(self.root)
+            for block in BLOCK.finditer(page):
+                if block["name"] not in self.blocks:
+                    found.append(f"{name}: no source knows block '{block['name']}'")
+                elif self._rewritten(block[0]) != block[0]:
+                    found.append(f"{name}: block '{block['name']}' is not what the numbers say")
+            alone = _MARKER.findall(BLOCK.sub("", page))
+            found += [f"{name}: {marker} has no partner" for marker in alone]
+        for figure, (_, description) in self.figures.items():
+            files = [path.relative_to(self.root) for path in self._files(figure)]
+            missing = [path for path in files if not (self.root / path).exists()]
+            found += [f"{path}: missing" for path in missing]
+            if not missing and description not in (self.root / files[0]).read_text():
+                found.append(f"{files[0]}: drawn from other numbers")
         return found
-
-    def _wrong_in(self, path: Path) -> Iterator[str]:
-        page = path.read_text()
-        for found in BLOCK.finditer(page):
-            name, text = found["name"], self.blocks.get(found["name"])
-            inline = not found["text"].startswith("\n")
-            if text is None:
-                yield f"no source knows block '{name}'"
-            elif inline and "\n" in text:
-                yield f"block '{name}' has several lines, its markers stand in one"
-            elif inline and page[: found.start()].endswith("\n"):
-                yield f"block '{name}' stands at the beginning of a line"
-            elif self._rewritten(found[0]) != found[0]:
-                yield f"block '{name}' is not what the numbers say"
-        for marker in _MARKER.findall(BLOCK.sub("", page)):
-            yield f"{marker} has no partner"
 
     def _files(self, name: str) -> list[Path]:
         """Of one figure, the one whose text can be read first."""

@@ -78,51 +78,36 @@ def ratios(rows: Sequence[Row], names: Iterable[str]) -> list[str]:
     return [cell(name) for name in names]
 
 
-def _column(name: str, form: str = "") -> Callable[[Row], str | None]:
-    def cell(row: Row) -> str | None:
-        if name not in row.columns:
-            return None
-        return form.format(row.columns[name]) if form else digits(row.columns[name])
-
-    return cell
-
-
-def _rate(name: str, form: str = "", unit: float = 1.0) -> Callable[[Row], str | None]:
-    """Column `name` per second, in multiples of `unit`."""
+def _cell(
+    name: str, form: str = "", unit: float = 1.0, rate: bool = False, of: str = ""
+) -> Callable[[Row], str | None]:
+    """Column `name` in multiples of `unit`; per second if it is a `rate`, and then as a share of
+    what the device was seen to do if that is column `of`.
+    """
 
     def cell(row: Row) -> str | None:
-        if name not in row.columns:
+        if name not in row.columns or (of and of not in row.columns):
             return None
-        rate = row.columns[name] / unit / row.median
-        return form.format(rate) if form else digits(rate)
-
-    return cell
-
-
-def _share(name: str, ceiling: str) -> Callable[[Row], str | None]:
-    """Column `name` per second in thousands, as a share of what the device was seen to do."""
-
-    def cell(row: Row) -> str | None:
-        if not {name, ceiling} <= row.columns.keys():
-            return None
-        return f"{row.columns[name] / 1e3 / row.median / row.columns[ceiling]:.0%}"
+        value = row.columns[name] / unit / (row.median if rate else 1)
+        value /= row.columns[of] if of else 1
+        return form.format(value) if form else digits(value)
 
     return cell
 
 
 # heading -> cell of a row, None where it has none
-COLUMNS: dict[str, Callable[[Row], str | None]] = {
-    "saved MB/image": _column("saved_mb_per_image", "{:.1f}"),
-    "saved MB": _column("saved_mb", "{:.1f}"),
-    "weight copies MB": _column("weight_copies_mb", "{:.0f}"),
-    "peak MB": _column("peak_mb"),
-    "images/s": _rate("images", "{:.1f}"),
-    "live GFLOP/s": _rate("live_gflop", "{:.0f}"),
-    "of product": _share("live_gflop", "peak_tflops"),
-    "floor GB/s": _rate("floor_mb", unit=1e3),
-    "of copy": _share("floor_mb", "peak_gbps"),
-    "value error": _column("value_error", "{:.0e}"),
-    "gradient error": _column("gradient_error", "{:.0e}"),
+COLUMNS = {
+    "saved MB/image": _cell("saved_mb_per_image", "{:.1f}"),
+    "saved MB": _cell("saved_mb", "{:.1f}"),
+    "weight copies MB": _cell("weight_copies_mb", "{:.0f}"),
+    "peak MB": _cell("peak_mb"),
+    "images/s": _cell("images", "{:.1f}", rate=True),
+    "live GFLOP/s": _cell("live_gflop", "{:.0f}", rate=True),
+    "of product": _cell("live_gflop", "{:.0%}", 1e3, rate=True, of="peak_tflops"),
+    "floor GB/s": _cell("floor_mb", unit=1e3, rate=True),
+    "of copy": _cell("floor_mb", "{:.0%}", 1e3, rate=True, of="peak_gbps"),
+    "value error": _cell("value_error", "{:.0e}"),
+    "gradient error": _cell("gradient_error", "{:.0e}"),
 }
 RATES = ("images/s", "live GFLOP/s", "floor GB/s")  # pages show shares alone
 

@@ -124,8 +124,6 @@ def test_a_missing_figure_is_found(tree, suffix):
         (f"a {block('nobody', '1x')}", "no source knows block 'nobody'"),
         ("<!-- generated: toy table -->\ntext", "<!-- generated: toy table --> has no partner"),
         ("text <!-- end: toy table -->", "<!-- end: toy table --> has no partner"),
-        (f"a {block('toy table', '')}", "has several lines, its markers stand in one"),
-        (f"a\n{block('toy number', '3x')}", "stands at the beginning of a line"),
     ],
 )
 def test_a_block_that_cannot_be_written_is_found(tree, page, problem):
@@ -133,7 +131,7 @@ def test_a_block_that_cannot_be_written_is_found(tree, page, problem):
     tree.report().write()
     problems = tree.report().problems()
     assert len(problems) == 1 and problem in problems[0]
-    assert tree.read() == page or "toy" in page
+    assert tree.read() == page
 
 
 def test_check_writes_nothing_and_fails(tree, monkeypatch, capsys):
