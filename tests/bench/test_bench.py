@@ -220,6 +220,7 @@ def test_koopman_flops_against_counted_ones():
 def test_flops_of_a_window_of_mpa_against_counted_ones():
     """Those of our forward, but for its patch embedding."""
     shared = bench_mpa.open_batch(shapes.TINY, 8, 8, 5, 2, CPU, ranked=2)
+    shared.model.plan()  # which runs a block once to see that it is understood
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         pae.fast_forward(shared.model, shared.images)
     with FlopCounterMode(display=False) as embedding:
