@@ -1,34 +1,31 @@
 """pae: prompt-tune a frozen vision transformer, fast and exactly."""
 
-from . import analysis, prompts
-from .errors import CheckpointError, UnsupportedBackbone
-from .graphs import graphed_step
-from .kld import KLD
-from .methods.condensation import condense
-from .methods.nsp2 import NullSpace
-from .methods.official import OfficialParts, load_official
-from .methods.spt import spt_init
-from .methods.whitening import whiten_init
-from .model import PromptedViT, fast_forward
-from .mpa import MPAResult, mpa_init
-from .version import __version__
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "KLD",
-    "CheckpointError",
-    "MPAResult",
-    "NullSpace",
-    "OfficialParts",
-    "PromptedViT",
-    "UnsupportedBackbone",
-    "__version__",
-    "analysis",
-    "condense",
-    "fast_forward",
-    "graphed_step",
-    "load_official",
-    "mpa_init",
-    "prompts",
-    "spt_init",
-    "whiten_init",
-]
+from .version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .face import *  # noqa: F403 (it lists its names)
+    from .face import __all__ as __all__
+
+
+def __getattr__(name: str) -> Any:
+    """A public name or a module, imported when it is first asked for.
+
+    So the command line answers --help, and a typing error, before torch is there.
+    """
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module 'pae' has no attribute {name!r}")
+    if find_spec(f"pae.{name}") is not None:
+        return import_module(f"pae.{name}")
+    face = import_module("pae.face")
+    if name != "__all__" and name not in face.__all__:
+        raise AttributeError(f"module 'pae' has no attribute {name!r}")
+    value = globals()[name] = getattr(face, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *import_module("pae.face").__all__})

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from pae_kernels.koopman import koopman_losses
 
-MODES = ("global", "layerwise")
-FORMULATIONS = ("code", "paper")
-GAUGES = ("none", "layernorm")
+from .choices import KLD_FORMULATIONS, KLD_GAUGES, KLD_MODES
 
 
 class KLD(nn.Module):
@@ -86,11 +84,11 @@ class KLD(nn.Module):
     ):
         super().__init__()
         self.dim = _check_size("dim", dim)
-        self.mode = _check_choice("mode", mode, MODES)
+        self.mode = _check_choice("mode", mode, KLD_MODES)
         self.consistency_weight = _check_weight("consistency_weight", consistency_weight)
         self.lyapunov_weight = _check_weight("lyapunov_weight", lyapunov_weight)
-        self.formulation = _check_choice("formulation", formulation, FORMULATIONS)
-        self.gauge = _check_choice("gauge", gauge, GAUGES)
+        self.formulation = _check_choice("formulation", formulation, KLD_FORMULATIONS)
+        self.gauge = _check_choice("gauge", gauge, KLD_GAUGES)
         self.gauge_eps = _check_weight("gauge_eps", gauge_eps)
         if not isinstance(first_block, bool):
             raise TypeError(f"first_block must be True or False, got {first_block!r}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from . import engine as fast
 from .backbones import BackboneView, read_backbone
+from .choices import ENGINES
 from .kld import KLD
 from .plan import FrozenPlan, Plans
 from .prompts import PromptFamily
@@ -140,8 +141,8 @@ class PromptedViT(nn.Module):
         if engine == "fast":
             plan, x = self.plan(), self.view.embed(images)
             return self.view.readout(fast.run(plan, self.view, self.prompts, x, memory))
-        if engine != "reference":
-            raise ValueError(f"engine must be 'reference' or 'fast', got {engine!r}")
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
         view, family, at = self.view, self.prompts, self.view.num_prefix_tokens
         x, entered, attention = view.embed(images), 0, None
         for i, block in enumerate(view.blocks):

@@ -14,7 +14,6 @@ import torch
 
 import pae
 import pae_kernels
-from pae.train.settings import FAMILIES
 from tests import processes, snippets, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +37,7 @@ def rows():
 def test_every_family_has_a_row():
     table = rows()
     assert {name: row[0].strip("`") for name, row in table.items()} == {
-        name: method for method, name in FAMILIES.items()
+        family.__name__: method for method, family in pae.prompts.METHODS.items()
     }
     classes = {
         name

@@ -42,7 +42,7 @@ from torch import Tensor
 
 import pae
 from bench import figures as style
-from pae.train.settings import Settings
+from pae.train.options import Options
 
 from . import loops, runs
 from .loops import PHASES
@@ -86,7 +86,7 @@ def cell(dataset: str, arm: str, tokens: int, seed: int) -> runs.Cell:
     return runs.Cell(f"{arm}-{tokens}", dataset, seed, changes)
 
 
-def run_arm(arm: str, settings: Settings, task: Any, folder: Path) -> dict[str, Any]:
+def run_arm(arm: str, settings: Options, task: Any, folder: Path) -> dict[str, Any]:
     """Runs one loop and writes what it did to `folder`; returns that."""
     runner = loops.run_official if arm == "official" else loops.run_ours
     folder.mkdir(parents=True, exist_ok=True)

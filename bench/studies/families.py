@@ -29,7 +29,7 @@ from bench import figures as style
 from bench.shapes import random_batch
 from bench.timing import CLOCKS, interleave
 from pae.train import methods
-from pae.train.settings import Settings
+from pae.train.options import Options
 
 from . import runs
 
@@ -59,7 +59,7 @@ def changes(family: str, variant: str) -> dict[str, Any]:
     options, parts = FAMILIES[family]
     return {
         "method": family,
-        "family": options,
+        "method_args": options,
         **dict.fromkeys(parts if variant == "pae" else (), True),
     }
 
@@ -83,7 +83,7 @@ def time(arguments: argparse.Namespace) -> None:
     steps, device = {}, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for family in FAMILIES:
         torch.manual_seed(0)
-        chosen = Settings(
+        chosen = Options(
             model=arguments.model,
             pretrained=False,
             num_tokens=arguments.num_tokens,

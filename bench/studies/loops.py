@@ -24,9 +24,9 @@ from torch import Tensor
 
 from bench.peers import loop as peer
 from pae.train import loop, methods, pixels
+from pae.train.options import Options
 from pae.train.report import Reporter
 from pae.train.runfolder import RunFolder
-from pae.train.settings import Settings
 
 # rest: building the model, checkpoints
 PHASES = ("loading", "alignment", "steps", "validation", "test", "rest")
@@ -114,7 +114,7 @@ class Trace:
 class _Clocked(loop._Run):
     """`pae train`'s run with a clock around its parts."""
 
-    def __init__(self, clock: Clock, settings: Settings, task: Any, folder: RunFolder) -> None:
+    def __init__(self, clock: Clock, settings: Options, task: Any, folder: RunFolder) -> None:
         self.clock, self.stamps, self.prompts = clock, [], None
         nothing = dict.fromkeys(("name", "resume", "on_start", "on_backward"))
         accelerator, reporter = loop.make_accelerator(settings), Reporter(quiet=True)
@@ -156,7 +156,7 @@ class _ClockedData:
         return self._clock.waiting(lambda: self._data.batches(*arguments))
 
 
-def run_ours(settings: Settings, task: Any, folder: Path) -> Trace:
+def run_ours(settings: Options, task: Any, folder: Path) -> Trace:
     """`pae train` with these settings."""
     clock, kept = Clock(settings.device), RunFolder(folder)
     run = _Clocked(clock, settings, task, kept)
@@ -174,7 +174,7 @@ def run_ours(settings: Settings, task: Any, folder: Path) -> Trace:
 # ---- the official-style one
 
 
-def run_official(settings: Settings, task: Any, folder: Path) -> Trace:
+def run_official(settings: Options, task: Any, folder: Path) -> Trace:
     """The loop of `bench.peers.loop` from the same start; nothing is written to `folder`."""
     clock = Clock(settings.device)
     set_seed(settings.seed)
@@ -225,7 +225,7 @@ def run_official(settings: Settings, task: Any, folder: Path) -> Trace:
 
 
 def _optimizer(
-    model: peer.OfficialStylePAE, settings: Settings, batches: int
+    model: peer.OfficialStylePAE, settings: Options, batches: int
 ) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
     """The recipe of `pae train`: its optimiser, decay on all but the head's bias, its schedule."""
     head = model.vpt.head

@@ -29,7 +29,7 @@ from pae.mpa.forward import ZeroPromptForward
 from pae.mpa.losses import FilteredBatch
 from pae.mpa.search import rank_all, rank_by_halving
 from pae.train import embedded, loop, pixels
-from pae.train.settings import Settings
+from pae.train.options import Options
 
 HEADS = ("as_is", "linear_probe")
 
@@ -46,7 +46,7 @@ class Features:
 @torch.no_grad()
 def compute(dataset: str, images: int, stride: int, prompts: int, window: int = 16) -> Features:
     """Features of the first training images under every window, with zero prompts in place."""
-    settings = Settings(dataset=dataset, workers=1, device="cpu", amp="no").resolved()
+    settings = Options(dataset=dataset, workers=1, device="cpu", amp="no").resolved()
     task = loop.load_task(settings)
     vit = embedded.load_backbone(embedded.WEIGHTS_IMAGE_SIZE, len(task.classes))
     model = pae.PromptedViT(vit, pae.prompts.VPTDeep(prompts)).eval()

@@ -25,9 +25,9 @@ from torch import nn
 from pae.checkpoint import write_atomically
 from pae.train import loop
 from pae.train.data import stratified_cut
+from pae.train.options import Options
 from pae.train.report import Reporter
 from pae.train.runfolder import RunFolder
-from pae.train.settings import Settings
 
 SHARE = 0.95  # "converged" is this share of the final validation accuracy
 RESULTS = Path("bench/results/science")
@@ -91,9 +91,9 @@ class Cell:
     def folder(self, output: Path) -> RunFolder:
         return RunFolder(Path(output) / self.dataset / f"{self.name}-{self.seed}")
 
-    def settings(self, **common: Any) -> Settings:
-        chosen = {"dataset": self.dataset, "seed": self.seed, **common, **self.changes}
-        return Settings(**chosen).resolved()
+    def settings(self, **common: Any) -> Options:
+        chosen = {"dataset": self.dataset, "method": "vpt-deep", "seed": self.seed}
+        return Options(**{**chosen, **common, **self.changes}).resolved()
 
 
 def run(cells: Iterable[Cell], output: Path, test_size: int | None, **common: Any) -> None:
@@ -123,7 +123,7 @@ def run(cells: Iterable[Cell], output: Path, test_size: int | None, **common: An
         )
 
 
-def load_task(settings: Settings, test_size: int | None = None) -> Any:
+def load_task(settings: Options, test_size: int | None = None) -> Any:
     """The task of the settings, with at most `test_size` test images, the same for every seed."""
     task = loop.load_task(settings)
     if test_size is None or test_size >= len(task.test):

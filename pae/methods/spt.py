@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..choices import SPT_METHODS
 from ..engine import unprompted
 from ..model import PromptedViT
 from ..mpa.incoming import check_positive, undisturbed
 from ..prompts import PromptFamily
 
-METHODS = ("random", "mean_pooling", "max_pooling", "kmeans")
 IMAGES_AT_ONCE = 64  # of a tensor; a loader's batches are taken as they come
 
 
@@ -63,8 +63,8 @@ def spt_init(
 
     Numerics: the backbone's dtype, without autocast.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if method not in SPT_METHODS:
+        raise ValueError(f"method must be one of {SPT_METHODS}, got {method!r}")
     check_positive("sample", sample)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")

@@ -21,9 +21,9 @@ either: losses that cannot change the selection (`search`), or all digits of the
 Source: "Visual Prompt-Agnostic Evolution" (arXiv 2601.20232), Sec. 2.2, Eq. 2-4.
 """
 
-from .alignment import HEADS, MPAResult, mpa_init
+from .alignment import MPAResult, mpa_init
 from .near_ties import NearTies
 from .probe import fit_probe
 from .search import Halving
 
-__all__ = ["HEADS", "Halving", "MPAResult", "NearTies", "fit_probe", "mpa_init"]
+__all__ = ["Halving", "MPAResult", "NearTies", "fit_probe", "mpa_init"]

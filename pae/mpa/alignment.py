@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pae_kernels.spectrum import shortcut_pool
 
+from ..choices import MPA_HEADS, MPA_PRECISIONS, MPA_SEARCHES
 from ..engine import unprompted
 from ..model import PromptedViT
 from . import incoming
@@ -22,10 +23,6 @@ from .near_ties import NearTies, confirm
 from .probe import fit_probe
 from .ranks import Ranks
 from .search import Halving, Ranking, rank_all, rank_by_halving
-
-HEADS = ("as_is", "linear_probe")
-PRECISIONS = ("exact", "bf16")
-SEARCHES = ("exact", "halving")
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +130,10 @@ def mpa_init(
     incoming.check_positive("stride", stride)
     if chunk is not None:
         incoming.check_positive("chunk", chunk)
-    _check_one_of("head", head, HEADS)
-    _check_one_of("precision", precision, PRECISIONS)
+    _check_one_of("head", head, MPA_HEADS)
+    _check_one_of("precision", precision, MPA_PRECISIONS)
     if not isinstance(search, Halving):
-        _check_one_of("search", search, SEARCHES)
+        _check_one_of("search", search, MPA_SEARCHES)
     ranks = Ranks(devices == "ranks", model.device)
     local = _local_devices(devices, model.device)
 

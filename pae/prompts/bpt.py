@@ -146,7 +146,7 @@ class BPTDeep(_BPT):
     Source: see the module.
     """
 
-    def __init__(self, num_tokens: int, rank: int, trained_bases: int | None = None) -> None:
+    def __init__(self, num_tokens: int, rank: int = 50, trained_bases: int | None = None) -> None:
         super().__init__(num_tokens, rank)
         if trained_bases is not None:
             check_count("trained_bases", trained_bases)
@@ -200,7 +200,7 @@ class BPTShallow(_BPT):
     """BPT-shallow: the P rows of A B^T join the sequence before block 0 and run through all blocks.
 
     Args:
-        num_tokens, rank: as in `BPTDeep`.
+        num_tokens, rank: as in `BPTDeep`; the paper's rank here is 75 (of 100 prompts).
         train_basis: train B too (tWhiten, bilinear), or A alone (fWhiten).
 
     Attributes:
@@ -213,7 +213,7 @@ class BPTShallow(_BPT):
 
     enters_sequence = True
 
-    def __init__(self, num_tokens: int, rank: int, train_basis: bool = True) -> None:
+    def __init__(self, num_tokens: int, rank: int = 75, train_basis: bool = True) -> None:
         super().__init__(num_tokens, rank)
         if not isinstance(train_basis, bool):
             raise TypeError(f"train_basis must be a bool, got {train_basis!r}")

@@ -11,7 +11,7 @@ from .base import PromptFamily
 METHODS: dict[str, type[PromptFamily]] = {}
 """Method name, as in `pae train --method`, to the class of its family."""
 
-_NOT_FAMILIES = ("full", "linear")  # methods of the command line without prompts
+_NOT_FAMILIES = ("compare", "full", "linear")  # words of --method for something else
 _Family = TypeVar("_Family", bound=type[PromptFamily])
 
 
@@ -37,7 +37,7 @@ def register(method: str) -> Callable[[_Family], _Family]:
             f"method must be lower-case letters, digits and hyphens like 'vpt-deep', got {method!r}"
         )
     if method in _NOT_FAMILIES:
-        raise ValueError(f"method must not be one of {_NOT_FAMILIES}, which have no prompts")
+        raise ValueError(f"method must not be one of {_NOT_FAMILIES}, which are no families")
 
     def add(family: _Family) -> _Family:
         if not (isinstance(family, type) and issubclass(family, PromptFamily)):

@@ -3,48 +3,61 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
+from pae.train.data import Task
+from pae.train.declared import declared
 from pae.train.loop import train
-from pae.train.report import plot_curves
+from pae.train.options import RECIPE, Options
+from pae.train.report import Reporter, plot_curves
 from pae.train.runfolder import RunFolder
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 # (folder, name in the table, what distinguishes the run)
-ENTRIES = (
+ENTRIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("linear", "linear probe", {"method": "linear"}),
     ("vpt-deep", "VPT-deep", {"method": "vpt-deep"}),
     ("vpt-deep-pae", "VPT-deep + PAE", {"method": "vpt-deep", "kld": True, "mpa": True}),
 )
-# of the prompt runs unless --epochs says otherwise: the comparison is to end in minutes on a CPU
-EPOCHS = 3
-_RECIPE = ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup_epochs")
 
 
-def entries(settings):
-    """[(folder name, table name, `Settings`)]: `settings` with each entry's method.
+def entries(options: Options) -> list[tuple[str, str, Options]]:
+    """[(folder name, table name, `Options`)]: `options` with each entry's method.
 
-    The recipe in `settings` is that of the prompt runs; the probe, which trains on fixed features,
-    keeps its own.
+    The recipe and the dropout in `options` are those of the prompt runs; the probe, which trains on
+    fixed features, keeps its own.
     """
+    own = {name: option.default for name, option in declared(Options).items()}
     listed = []
     for folder, name, changes in ENTRIES:
         if changes["method"] == "linear":
-            changes = {**changes, **dict.fromkeys(_RECIPE)}
-        listed.append((folder, name, dataclasses.replace(settings, **changes).resolved()))
+            changes = {**changes, **{kept: own[kept] for kept in (*RECIPE, "dropout")}}
+        listed.append((folder, name, dataclasses.replace(options, **changes).resolved()))
     return listed
 
 
-def compare(settings, task, folder, accelerator, reporter, *, resume=None):
+def compare(
+    options: Options,
+    task: Task,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    reporter: Reporter,
+    *,
+    resume: str | None = None,
+) -> list[dict[str, Any]]:
     """Runs every entry in its own folder below `folder`, one after the other.
 
     Args:
-        settings, task, accelerator, reporter: as for `train`.
+        options, task, accelerator, reporter: as for `train`.
         folder: a `RunFolder`; results.csv gets the table, curves.png all curves.
         resume: as for `train`: finished entries are taken as they are, the others go on.
     Returns:
         The results, one dict per entry.
     """
     results, curves = [], {}
-    for name, title, changed in entries(settings):
+    for name, title, changed in entries(options):
         run = RunFolder(folder.path / name)
         how = resume if run.config.is_file() else None
         results.append(train(changed, task, run, accelerator, reporter, name=title, resume=how))

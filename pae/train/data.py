@@ -9,14 +9,15 @@ Layouts read by `read_folder`:
 * FGVC as VPT reads it: ``train.json``, ``val.json``, ``test.json``, each ``{path: class id}``.
 """
 
+from __future__ import annotations
+
 import json
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _SPLIT_FOLDERS = {
@@ -35,17 +36,17 @@ class Images:
         ValueError: the two have different lengths.
     """
 
-    items: Sequence
-    labels: list
+    items: Any
+    labels: list[int]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.items) != len(self.labels):
             raise ValueError(f"{len(self.items)} images but {len(self.labels)} labels")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices):
+    def subset(self, indices: Iterable[int]) -> Images:
         """The images at `indices`, in that order."""
         return Images([self.items[i] for i in indices], [self.labels[i] for i in indices])
 
@@ -55,12 +56,12 @@ class Task:
     """A classification task: class names and three splits; `test` is None when there is none."""
 
     name: str
-    classes: tuple
+    classes: tuple[str, ...]
     train: Images
     val: Images
     test: Images | None
 
-    def sizes(self):
+    def sizes(self) -> dict[str, int]:
         """Number of images per split."""
         return {
             "train": len(self.train),
@@ -69,7 +70,10 @@ class Task:
         }
 
 
-def stratified_cut(labels, sizes, seed):
+Splits = dict[str, Images]
+
+
+def stratified_cut(labels: Sequence[int], sizes: Sequence[int], seed: int) -> list[list[int]]:
     """Disjoint random index lists of exactly `sizes`, each with the class shares of `labels`.
 
     Every class is permuted once; each part takes its share of every class, rounded by largest
@@ -89,6 +93,8 @@ def stratified_cut(labels, sizes, seed):
             f"split sizes must be positive and add up to at most {len(labels)} images, got "
             + " + ".join(str(size) for size in sizes)
         )
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     counts = Counter(labels)
     pools = {}
@@ -110,7 +116,17 @@ def stratified_cut(labels, sizes, seed):
     return parts
 
 
-def make_task(name, classes, train, val, test, *, train_size, val_size, seed):
+def make_task(
+    name: str,
+    classes: Sequence[str],
+    train: Images,
+    val: Images | None,
+    test: Images | None,
+    *,
+    train_size: int | None,
+    val_size: int | None,
+    seed: int,
+) -> Task:
     """A `Task` whose validation images are cut from `train` when it comes without its own.
 
     Args:
@@ -134,7 +150,9 @@ def make_task(name, classes, train, val, test, *, train_size, val_size, seed):
     return Task(name, tuple(classes), train, val, test)
 
 
-def read_folder(root, *, train_size=None, val_size=None, seed=0):
+def read_folder(
+    root: str | Path, *, train_size: int | None = None, val_size: int | None = None, seed: int = 0
+) -> Task:
     """Reads a dataset folder in any of the layouts above.
 
     Raises:
@@ -162,7 +180,7 @@ def read_folder(root, *, train_size=None, val_size=None, seed=0):
     )
 
 
-def read_image_folder_split(folder, classes):
+def read_image_folder_split(folder: Path, classes: Sequence[str]) -> Images:
     """`Images` of ``folder/<class>/**``, files in sorted order; every class must have one."""
     found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if unknown := sorted(set(found) - set(classes)):
@@ -183,7 +201,7 @@ def read_image_folder_split(folder, classes):
     return Images(items, labels)
 
 
-def _read_image_folder(root):
+def _read_image_folder(root: Path) -> tuple[list[str], Splits]:
     folders = {}
     for split, names in _SPLIT_FOLDERS.items():
         for name in names:
@@ -209,7 +227,7 @@ def _read_image_folder(root):
     }
 
 
-def _read_vtab(root):
+def _read_vtab(root: Path) -> tuple[list[str], Splits]:
     splits = {}
     for split, name in _VTAB_FILES.items():
         listing = root / name
@@ -237,7 +255,7 @@ def _read_vtab(root):
     return [str(number) for number in range(count)], splits
 
 
-def _warn_about_recompression(root, path):
+def _warn_about_recompression(root: Path, path: Path) -> None:
     """The circulating VTAB-1k archives re-encoded tiny images as JPEG, which costs accuracy."""
     from PIL import Image
 
@@ -252,7 +270,7 @@ def _warn_about_recompression(root, path):
             )
 
 
-def _read_fgvc(root):
+def _read_fgvc(root: Path) -> tuple[list[str], Splits]:
     tables = {}
     for split in _SPLIT_FOLDERS:
         listing = root / f"{split}.json"
@@ -287,7 +305,7 @@ def _read_fgvc(root):
     return [str(identity) for identity in ids], splits
 
 
-def _check_files(root, splits):
+def _check_files(root: Path, splits: Splits) -> None:
     for split, images in splits.items():
         if not len(images):
             raise ValueError(f"{root}: split {split} is empty")
@@ -296,7 +314,7 @@ def _check_files(root, splits):
                 raise ValueError(f"{root}: split {split} lists a file that is absent: {path}")
 
 
-def _check_labels(name, classes, splits):
+def _check_labels(name: str, classes: Sequence[str], splits: Mapping[str, Images | None]) -> None:
     for split, images in splits.items():
         if images is None:
             continue
@@ -307,7 +325,7 @@ def _check_labels(name, classes, splits):
                 )
 
 
-def _check_coverage(name, classes, train):
+def _check_coverage(name: str, classes: Sequence[str], train: Images) -> None:
     """Our own cuts must cover every class; VTAB's published train800 lists do not all do so."""
     if missing := sorted(set(range(len(classes))) - set(train.labels)):
         raise ValueError(

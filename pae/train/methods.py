@@ -1,30 +1,42 @@
 """What is trained: the backbone, and on it a linear probe, all weights, or prompts.
 
-The three share one face, so that the loop does not ask which it has: ``forward(x, engine)``,
-``parameter_groups``, ``penalty``, ``trained_state``, ``save``, ``load``.
+The three share one face, so that the loop can step, save and go on with any of them alike:
+``forward(x, engine)``, ``parameter_groups``, ``penalty``, ``trained_state``, ``save``, ``load``. It
+asks which one it has where only one has an answer: a probe trains on features, prompts have hooks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import json
+import typing
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pae
 from pae.checkpoint import write_atomically
+from pae.mpa.incoming import prompt_count
 from pae.train import embedded
-from pae.train.settings import FAMILIES
+from pae.train.declared import Given, declared, fits, name_of, near
+from pae.train.options import Options
+
+Method: TypeAlias = "LinearProbe | FullFineTuning | pae.PromptedViT"
 
 
-def build_backbone(settings, num_classes):
+def build_backbone(options: Options, num_classes: int, skeleton: bool = False) -> nn.Module:
     """The pretrained backbone with a fresh head of `num_classes`.
 
     Args:
-        settings: a `Settings`.
+        options: resolved.
         num_classes: outputs of the head.
+        skeleton: on the meta device: its sizes without its weights, in no time.
     Returns:
         A timm model.
     Raises:
@@ -33,86 +45,201 @@ def build_backbone(settings, num_classes):
     """
     import timm
 
-    if settings.model == embedded.WEIGHTS_NAME:
-        if settings.weights is not None or not settings.pretrained:
+    if options.model == embedded.WEIGHTS_NAME:
+        if options.weights is not None or not options.pretrained:
             raise ValueError(
-                f"--model {settings.model} brings its own weights; for others give the timm name "
+                f"--model {options.model} brings its own weights; for others give the timm name "
                 f"{embedded.WEIGHTS_ARCHITECTURE}"
             )
-        return embedded.load_backbone(settings.img_size or embedded.WEIGHTS_IMAGE_SIZE, num_classes)
-    if not timm.is_model(settings.model):
-        near = difflib.get_close_matches(
-            settings.model, [embedded.WEIGHTS_NAME, *timm.list_models()]
-        )
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"--model {settings.model}: timm has no such model{hint}")
-    options = {"num_classes": num_classes}
-    if settings.img_size is not None:
-        options["img_size"] = settings.img_size
-    if settings.weights is not None:
-        options["pretrained_cfg_overlay"] = {"file": settings.weights}
+        size = options.img_size or embedded.WEIGHTS_IMAGE_SIZE
+        make = embedded.make_skeleton if skeleton else embedded.load_backbone
+        return make(size, num_classes)
+    if not timm.is_model(options.model):
+        known = [embedded.WEIGHTS_NAME, *timm.list_models()]
+        close = difflib.get_close_matches(options.model, known)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"--model {options.model}: timm has no such model{hint}")
+    more: dict[str, Any] = {"num_classes": num_classes}
+    if options.img_size is not None:
+        more["img_size"] = options.img_size
+    if options.weights is not None:
+        more["pretrained_cfg_overlay"] = {"file": options.weights}
+    pretrained = options.pretrained and not skeleton
     try:
-        return timm.create_model(settings.model, pretrained=settings.pretrained, **options)
+        with torch.device("meta") if skeleton else contextlib.nullcontext():
+            return timm.create_model(options.model, pretrained=pretrained, **more)
     # timm and the hub raise whatever their parts raise; the user needs one line and a way out
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        if not settings.pretrained:
-            raise ValueError(f"--model {settings.model}: {reason[0]}") from error
+        if not pretrained:
+            raise ValueError(f"--model {options.model}: {reason[0]}") from error
         raise ValueError(
-            f"--model {settings.model}: pretrained weights could not be loaded ({reason[0]}); "
+            f"--model {options.model}: pretrained weights could not be loaded ({reason[0]}); "
             "give a file with --weights, or --no-pretrained"
         ) from error
 
 
-def build_method(settings, num_classes):
-    """The module that `settings.method` trains, on a fresh backbone.
+def build_method(options: Options, num_classes: int, skeleton: bool = False) -> Method:
+    """The module that `options.method` trains, on a fresh backbone; `skeleton` as there.
 
     Raises:
         ValueError: as `build_backbone`; `UnsupportedBackbone` for a backbone pae cannot read.
     """
-    backbone = build_backbone(settings, num_classes)
-    if settings.method == "full":
+    backbone = build_backbone(options, num_classes, skeleton)
+    if options.method == "full":
         return FullFineTuning(backbone)
-    new_head = num_classes if settings.head_init == "vpt" else None  # None keeps the default one
-    if settings.method == "linear":
+    new_head = num_classes if options.head_init == "vpt" else None  # None keeps the default one
+    if options.method == "linear":
         return LinearProbe(pae.PromptedViT(backbone, pae.prompts.VPTDeep(0), None, new_head))
     kld = None
-    if settings.kld:
+    if options.kld:
         kld = pae.KLD(
-            dim=settings.kld_dim,
-            mode=settings.kld_mode,
-            consistency_weight=settings.kld_consistency,
-            lyapunov_weight=settings.kld_lyapunov,
-            formulation=settings.kld_formulation,
-            gauge=settings.kld_gauge,
+            dim=options.kld_dim,
+            mode=options.kld_mode,
+            consistency_weight=options.kld_consistency,
+            lyapunov_weight=options.kld_lyapunov,
+            formulation=options.kld_formulation,
+            gauge=options.kld_gauge,
         )
-    return pae.PromptedViT(backbone, build_prompts(settings, num_classes), kld, new_head)
+    return pae.PromptedViT(backbone, build_prompts(options, num_classes), kld, new_head)
 
 
-def build_prompts(settings, num_classes):
-    """The prompt family that `settings.method` names, with the arguments in `settings.family`.
+def build_prompts(
+    options: Options, num_classes: int, given: Given | None = None
+) -> pae.prompts.PromptFamily:
+    """The prompt family that `options.method` names, with its `method_args`.
 
+    Args:
+        num_classes: of the data, for the families that want to know.
+        given: who gave what, for the messages.
     Raises:
-        ValueError: an argument the family does not have, or one that it refuses.
+        ValueError: an argument that the family does not have, of another type, or that it refuses.
     """
-    family = getattr(pae.prompts, FAMILIES[settings.method])
-    known = inspect.signature(family).parameters
-    given = {"num_tokens": settings.num_tokens, "dropout": settings.dropout}
-    if "num_classes" in known:
-        given["num_classes"] = num_classes
-    if "num_proxies" in known:
-        given["num_proxies"] = settings.num_tokens
-    if "dropout" not in known and settings.dropout == 0:
-        del given["dropout"]
-    arguments = {**given, **settings.family}
-    for name in arguments:
+    called = partial(options.called, given or Given())
+    family = pae.prompts.METHODS[options.method]
+    known = _arguments(family)
+    own = {"num_tokens", "dropout", "num_classes"}  # options, and what the data say
+    for name, value in options.method_args.items():
+        if name in own:
+            where = "the number of classes of the images" if name == "num_classes" else f"--{name}"
+            raise ValueError(f"{called('method_args')}: {name} is {where.replace('_', '-')}")
         if name not in known:
-            option = f"--{name}" if name in given else f"--option {name}"
-            raise ValueError(f"{option}: {settings.method} has {', '.join(known)}")
+            free = [name for name in known if name not in own]
+            raise ValueError(
+                f"{called('method_args')}: {options.method} has no {name}; it has "
+                f"{', '.join(free) or 'no arguments'}{near(name, free)}"
+            )
+        if not fits(value, known[name]):
+            raise ValueError(
+                f"{called('method_args')}: expected {name_of(known[name])} as {name}, got {value!r}"
+            )
+    arguments: dict[str, Any] = {"num_tokens": options.num_tokens}
+    if "dropout" in known:
+        arguments["dropout"] = options.dropout
+    elif options.dropout:
+        raise ValueError(f"{called('dropout')}: {options.method} has no dropout")
+    if "num_classes" in known:
+        arguments["num_classes"] = num_classes
+    if "num_proxies" in known:
+        arguments["num_proxies"] = options.num_tokens
+    arguments.update(options.method_args)
+    missing = [
+        name
+        for name, parameter in inspect.signature(family).parameters.items()
+        if parameter.default is parameter.empty and name not in arguments
+    ]
+    if missing:
+        raise ValueError(
+            f"{called('method')} needs {', '.join(missing)}: --method-args {missing[0]}=..."
+        )
+    return family(**arguments)
+
+
+def _arguments(family: type) -> dict[str, Any]:
+    """{name: type} of what the constructor takes."""
     try:
-        return family(**arguments)
-    except TypeError as error:
-        raise ValueError(f"--method {settings.method}: {error}") from error
+        hints = typing.get_type_hints(family.__init__)  # type: ignore[misc]
+    except NameError:  # of a family elsewhere, imported for type checkers alone
+        hints = {}
+    return {name: hints.get(name, Any) for name in inspect.signature(family).parameters}
+
+
+def rehearse(options: Options, given: Given | None = None) -> None:
+    """Build what the options name, without weights and without images, so that whatever refuses
+    them speaks before anything is loaded or written.
+
+    Args:
+        options: resolved, of one run (no comparison).
+        given: who gave what, for the messages.
+    Raises:
+        ValueError: naming the option; `UnsupportedBackbone` for a backbone pae cannot read.
+    """
+    from timm.optim import create_optimizer_v2
+
+    called = partial(options.called, given or Given())
+    for name, exists, what in (("data", Path.is_dir, "folder"), ("weights", Path.is_file, "file")):
+        path = getattr(options, name)
+        if path is not None and not exists(Path(path)):
+            raise ValueError(f"{called(name)}: no such {what}")
+    if options.method in pae.prompts.METHODS:
+        with _named(options, called):
+            build_prompts(options, 2, given)
+    with _named(options, called):
+        module = build_method(options, 2, skeleton=True)
+    try:
+        create_optimizer_v2(
+            module.parameter_groups(1.0, 0.0), opt=options.optimizer, lr=1.0, momentum=0.9
+        )
+    except (AssertionError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{called('optimizer')}: {error}") from error
+    if not isinstance(module, pae.PromptedViT):
+        return
+    for name in ("mpa", "spt"):
+        if getattr(options, name):
+            try:
+                count = prompt_count(module)
+            except ValueError as error:
+                raise ValueError(f"{called(name)}: {error}") from error
+    if options.mpa:
+        _check_windows(options, called, module, count)
+
+
+@contextlib.contextmanager
+def _named(options: Options, called: Callable[[str], str]) -> Iterator[None]:
+    """Puts the option in front of what a constructor says of its argument."""
+    try:
+        yield
+    except pae.UnsupportedBackbone as error:
+        raise type(error)(f"{called('model')}: {error}") from error
+    except (TypeError, ValueError) as error:
+        first = str(error).partition(" ")[0].partition("[")[0]
+        if first in options.method_args:
+            first = "method_args"
+        if first not in declared(Options):
+            raise
+        raise ValueError(f"{called(first)}: {error}") from error
+
+
+def _check_windows(
+    options: Options, called: Callable[[str], str], module: pae.PromptedViT, count: int
+) -> None:
+    """Raise unless the images have as many windows as there are prompts."""
+    shape = module.view.shape
+    side = min(cells * patch for cells, patch in zip(shape.grid, shape.patch_size, strict=True))
+    window, stride = options.mpa_window, options.mpa_stride
+    if window > side:
+        raise ValueError(f"{called('mpa_window')}: expected at most {side}, the side of the images")
+    windows = ((side - window) // stride + 1) ** 2
+    if count > windows:
+        raise ValueError(
+            f"{called('num_tokens')}: {count} prompts, but {called('mpa_window')} and "
+            f"{called('mpa_stride')} give {windows} windows in images of side {side}"
+        )
+    if options.mpa_head == "linear_probe" and options.mpa_images < 2:
+        raise ValueError(
+            f"{called('mpa_images')}: expected at least 2 for {called('mpa_head')}, which is "
+            "judged on images that it was not fitted to"
+        )
 
 
 class LinearProbe(nn.Module):
@@ -122,52 +249,50 @@ class LinearProbe(nn.Module):
         frozen: a `PromptedViT` without prompts; its head is the one trained.
     """
 
-    def __init__(self, frozen):
+    head: nn.Linear
+
+    def __init__(self, frozen: pae.PromptedViT) -> None:
         super().__init__()
-        self.head = frozen.head
+        self.head = cast(nn.Linear, frozen.head)
         # a plain attribute would register the backbone as a part of what is trained and wrapped
         self._frozen = [frozen]
 
     @property
-    def frozen(self):
+    def frozen(self) -> pae.PromptedViT:
         """The `PromptedViT` whose features are read."""
         return self._frozen[0]
 
-    def features(self, images):
+    def features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, F), what the head sees."""
-        view = self.frozen.view
-        x = view.embed(images)
-        for block in view.blocks:
-            x = block(x)
-        return view.readout(x)
+        return self.frozen.features(images)
 
-    def _apply(self, function, recurse=True):
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearProbe:
         super()._apply(function, recurse)
         self.frozen._apply(function, recurse)
         return self
 
-    def forward(self, features, engine="fast"):
+    def forward(self, features: Tensor, engine: str = "fast") -> Tensor:
         """Logits (B, classes) of features (B, F); there is nothing for an engine to do."""
         return self.head(features)
 
-    def penalty(self):
+    def penalty(self) -> Tensor:
         """Nothing is regularised beyond weight decay."""
         return torch.zeros((), device=self.head.weight.device)
 
-    def parameter_groups(self, lr, weight_decay):
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """The head's groups of `PromptedViT.parameter_groups`."""
         groups = self.frozen.parameter_groups(lr, weight_decay)
         return [group for group in groups if group["name"] in ("head", "head_bias")]
 
-    def trained_state(self):
+    def trained_state(self) -> dict[str, Tensor]:
         """The head, by name."""
         return self.state_dict()
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """As `PromptedViT.save`: the file is a checkpoint of a model without prompts."""
         self.frozen.save(path)
 
-    def load(self, path):
+    def load(self, path: str | Path) -> None:
         """As `PromptedViT.load`."""
         self.frozen.load(path)
 
@@ -175,31 +300,35 @@ class LinearProbe(nn.Module):
 class FullFineTuning(nn.Module):
     """All weights of a timm model, the baseline that prompts are compared with."""
 
-    def __init__(self, backbone):
+    backbone: Any
+
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(True)
 
-    def forward(self, images, engine="fast"):
+    def forward(self, images: Tensor, engine: str = "fast") -> Tensor:
         """Logits (B, classes); both engines are timm's own forward, for no weight is frozen."""
         return self.backbone(images)
 
-    def penalty(self):
+    def penalty(self) -> Tensor:
         """Nothing is regularised beyond weight decay."""
         return torch.zeros((), device=next(self.parameters()).device)
 
-    def parameter_groups(self, lr, weight_decay):
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Two groups: matrices are decayed; biases, norms and embeddings are not (timm's rule)."""
         from timm.optim import param_groups_weight_decay
 
         skip = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
-        groups = param_groups_weight_decay(self.backbone, weight_decay, skip)
+        groups: list[dict[str, Any]] = param_groups_weight_decay(
+            self.backbone, weight_decay, no_weight_decay_list=skip
+        )
         return [{**group, "lr": lr} for group in groups]
 
-    def trained_state(self):
+    def trained_state(self) -> dict[str, Tensor]:
         """Every weight, by name."""
         return self.state_dict()
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Writes the timm state dict as safetensors, atomically."""
         from safetensors.torch import save_file
 
@@ -208,7 +337,7 @@ class FullFineTuning(nn.Module):
         metadata = {"pae": json.dumps({"format": "timm-state-dict", "backbone": name})}
         write_atomically(path, lambda file: save_file(state, file, metadata=metadata))
 
-    def load(self, path):
+    def load(self, path: str | Path) -> None:
         """Reads what `save` wrote.
 
         Raises:
@@ -225,7 +354,7 @@ class FullFineTuning(nn.Module):
             raise pae.CheckpointError(f"checkpoint {path} does not fit this model") from error
 
 
-def load_trained_state(module, state):
+def load_trained_state(module: Method, state: dict[str, Tensor]) -> None:
     """Puts the tensors of `module.trained_state()` back, exactly those and no others.
 
     Raises:
@@ -239,7 +368,7 @@ def load_trained_state(module, state):
     module.load_state_dict(state, strict=False)  # a frozen backbone is no part of `state`
 
 
-def trained_parameters(module):
+def trained_parameters(module: Method) -> int:
     """Number of parameters that the optimiser sees."""
     groups = module.parameter_groups(1.0, 0.0)
     return sum(p.numel() for group in groups for p in group["params"])

@@ -5,20 +5,28 @@ decoded once and kept, so that an epoch costs no decoding; random transforms run
 by (seed, epoch, image), so that a resumed run sees the very same crops.
 """
 
-import os
+from __future__ import annotations
+
 import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pae.choices import AUGMENTS, NORMS
+from pae.train.data import Images
+
 CACHE_BYTES = 2 << 30
-AUGMENTS = ("none", "crop", "timm")
-NORMS = ("model", "imagenet", "inception", "none")
+Transform = Callable[[Any], Tensor]  # of a PIL image
 
 
-def normalisation(norm, model_config):
+def normalisation(
+    norm: str, model_config: Mapping[str, Any]
+) -> tuple[Sequence[float], Sequence[float]]:
     """(mean, std) per channel on the 0..1 scale.
 
     Args:
@@ -41,7 +49,9 @@ def normalisation(norm, model_config):
     return table[norm]
 
 
-def make_transform(augment, training, image_size, interpolation):
+def make_transform(
+    augment: str, training: bool, image_size: int, interpolation: str
+) -> tuple[Transform, bool]:
     """A transform PIL -> uint8 tensor (3, S, S), and whether it is random.
 
     Args:
@@ -60,7 +70,7 @@ def make_transform(augment, training, image_size, interpolation):
     from torchvision import transforms
 
     # use_prefetcher leaves the result in uint8: it is normalised on the device, per batch
-    common = {
+    common: dict[str, Any] = {
         "input_size": image_size,
         "interpolation": interpolation,
         "use_prefetcher": True,
@@ -96,14 +106,22 @@ class PixelSplit(Dataset):
         cache_bytes: largest split kept decoded.
     """
 
-    def __init__(self, images, transform, is_random=False, seed=0, workers=2, cache_bytes=None):
+    def __init__(
+        self,
+        images: Images,
+        transform: Transform,
+        is_random: bool = False,
+        seed: int = 0,
+        workers: int = 2,
+        cache_bytes: int | None = None,
+    ) -> None:
         self.images = images
         self.transform = transform
         self.is_random = is_random
         self.seed = seed
         self.epoch = 0
         self.labels = torch.tensor(images.labels, dtype=torch.long)
-        self.pixels = None
+        self.pixels: Tensor | None = None
         sample = self._decode(0)
         limit = CACHE_BYTES if cache_bytes is None else cache_bytes
         if not is_random and sample.numel() * len(images) <= limit:
@@ -112,15 +130,15 @@ class PixelSplit(Dataset):
                 for i, pixels in enumerate(pool.map(self._decode, range(len(images)))):
                     self.pixels[i] = pixels
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, indices):
+    def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         if self.pixels is not None:
             return self.pixels[indices], self.labels[indices]
         return torch.stack([self._draw(int(i)) for i in indices]), self.labels[indices]
 
-    def _draw(self, index):
+    def _draw(self, index: int) -> Tensor:
         if not self.is_random:
             return self._decode(index)
         # the global streams belong to the model (dropout): borrow them, hand them back untouched
@@ -134,7 +152,7 @@ class PixelSplit(Dataset):
             random.setstate(python_state)
             torch.set_rng_state(torch_state)
 
-    def _decode(self, index):
+    def _decode(self, index: int) -> Tensor:
         from PIL import Image
 
         item = self.images.items[index]
@@ -149,18 +167,18 @@ class PixelSplit(Dataset):
             raise ValueError(f"unreadable image {item}: {error}") from None
 
 
-def epoch_batches(count, batch_size, seed, epoch):
+def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     """The index lists of one training epoch: every image once, shuffled by (seed, epoch)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return list(torch.randperm(count, generator=generator).split(batch_size))
 
 
-def sequential_batches(count, batch_size):
+def sequential_batches(count: int, batch_size: int) -> list[Tensor]:
     """The index lists of one evaluation pass."""
     return list(torch.arange(count).split(batch_size))
 
 
-def share(batch, rank, world):
+def share(batch: Tensor, rank: int, world: int) -> tuple[Tensor, float]:
     """(indices, weight) of one process: its part of a global batch and the weight of its mean loss.
 
     The weighted mean over processes of the per-process mean losses is the mean over the batch. A
@@ -183,24 +201,35 @@ class Pipeline:
         workers: processes that decode when the split is not cached; 0 decodes in this one.
     """
 
-    def __init__(self, split, mean, std, device, workers=0):
+    def __init__(
+        self,
+        split: PixelSplit,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str,
+        workers: int = 0,
+    ) -> None:
         self.split = split
         self.device = torch.device(device)
         self.workers = 0 if split.pixels is not None else workers
         # (x / 255 - mean) / std as one multiply-add
-        std = torch.tensor(std, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)
-        mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)
-        self.scale, self.shift = 1 / (255 * std), -mean / std
+        scale, shift = (
+            torch.tensor(values, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)
+            for values in (std, mean)
+        )
+        self.scale, self.shift = 1 / (255 * scale), -shift / scale
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.split)
 
-    def batches(self, index_lists, epoch=0):
+    def batches(
+        self, index_lists: Iterable[Tensor], epoch: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (images (B, 3, S, S) float32, labels (B,)) for every index list."""
         self.split.epoch = epoch
         loader = DataLoader(
             self.split,
-            batch_sampler=index_lists,
+            batch_sampler=cast(Any, index_lists),  # __getitems__ takes tensors as well
             collate_fn=_identity,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
@@ -215,12 +244,5 @@ class Pipeline:
             )
 
 
-def default_workers():
-    """Decoding threads or processes: the CPUs this process may use, at most 8."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(8, len(os.sched_getaffinity(0)))
-    return min(8, os.cpu_count() or 1)
-
-
-def _identity(batch):
+def _identity(batch: Any) -> Any:
     return batch

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from pae.checkpoint import write_atomically
+
+Advance = Callable[..., None]  # (steps=1, text=None): moves a progress bar
 
 
 class Reporter:
@@ -15,21 +20,20 @@ class Reporter:
         quiet: only results, no progress.
     """
 
-    def __init__(self, active=True, quiet=False):
+    def __init__(self, active: bool = True, quiet: bool = False) -> None:
         from rich.console import Console
 
         self.active = active
         self.quiet = quiet
-        self._progress = None
         self._console = Console(stderr=True, highlight=False)
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         """One line to stderr."""
         if self.active and not self.quiet:
             self._console.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
-    def progress(self, text, total, done=0):
+    def progress(self, text: str, total: int, done: int = 0) -> Iterator[Advance]:
         """A bar of `total` steps; yields a function (advance=1, text=None)."""
         # a bar drawn into a file or a pipe is noise
         if not (self.active and not self.quiet and self._console.is_terminal):
@@ -47,7 +51,7 @@ class Reporter:
             task = bar.add_task(text, total=total, completed=done)
             yield lambda advance=1, text=None: bar.update(task, advance=advance, description=text)
 
-    def table(self, title, results):
+    def table(self, title: str, results: list[dict[str, Any]]) -> None:
         """Prints one row per result to stdout.
 
         Args:
@@ -76,7 +80,7 @@ class Reporter:
         Console(highlight=False).print(table)
 
 
-def plot_curves(path, runs):
+def plot_curves(path: Path, runs: Mapping[str, list[dict[str, Any]]]) -> None:
     """Training loss and validation accuracy by epoch, one line per run, as a PNG.
 
     Args:

@@ -1,6 +1,6 @@
 """The folder of one run: what it was asked, what it measured, and where it can go on from.
 
-    config.json        the resolved settings and the versions that ran them
+    config.json        the resolved options and the versions that ran them; --config takes it
     metrics.csv        one row per epoch          metrics.json   the same, and the final result
     best.safetensors   trained parts at the best validation accuracy
     last.safetensors   trained parts at the end, or where the run was interrupted
@@ -21,12 +21,15 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pae.checkpoint import write_atomically
 from pae.errors import CheckpointError
-from pae.train.settings import Settings
+from pae.train.options import Options, read_config
+
+Rows = list[dict[str, Any]]
 
 _MAGIC = b"pae-state-1"
 
@@ -38,7 +41,7 @@ class RunFolder:
         path: the folder; made when something is first written.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.metrics_csv = self.path / "metrics.csv"
@@ -49,12 +52,12 @@ class RunFolder:
         self.previous_state = self.path / "state.previous.pt"
         self.curves = self.path / "curves.png"
 
-    def write_config(self, settings, **facts):
-        """Writes the settings and `facts` (versions, classes, sizes)."""
-        self._write_json(self.config, {"settings": dataclasses.asdict(settings), **facts})
+    def write_config(self, options: Options, **facts: Any) -> None:
+        """Writes the options and `facts` (versions, classes, sizes)."""
+        self._write_json(self.config, {"settings": dataclasses.asdict(options), **facts})
 
-    def read_config(self):
-        """The settings of the run, and whether it is a comparison of several.
+    def read_config(self) -> Options:
+        """The options of the run.
 
         Raises:
             ValueError: the folder holds no run.
@@ -63,30 +66,29 @@ class RunFolder:
         if not self.config.is_file():
             raise ValueError(f"{self.path}: no run here (config.json is missing)")
         try:
-            config = json.loads(self.config.read_text(encoding="utf-8"))
-            return Settings(**config["settings"]), config.get("comparison", False)
-        except (ValueError, KeyError, TypeError) as error:
+            return Options(**read_config(self.config))
+        except ValueError as error:
             raise CheckpointError(f"{self.config} cannot be read: {error}") from error
 
-    def write_metrics(self, rows, result=None):
+    def write_metrics(self, rows: Rows, result: dict[str, Any] | None = None) -> None:
         """Writes the rows measured so far as CSV and JSON; `result` marks the run as finished."""
         self._write_csv(self.metrics_csv, rows)
         self._write_json(self.metrics_json, {"epochs": rows, "result": result})
 
-    def write_comparison(self, results):
+    def write_comparison(self, results: Rows) -> None:
         """Writes the results of several runs, one row each, as results.csv and results.json."""
         self._write_csv(self.path / "results.csv", results)
         self._write_json(self.path / "results.json", results)
 
-    def result(self):
+    def result(self) -> dict[str, Any] | None:
         """The final result, or None while the run is unfinished."""
         return self._metrics().get("result")
 
-    def rows(self):
+    def rows(self) -> Rows:
         """The rows of metrics.json."""
         return self._metrics().get("epochs", [])
 
-    def write_state(self, state):
+    def write_state(self, state: dict[str, Any]) -> None:
         """Replaces state.pt; the one it replaces stays as state.previous.pt.
 
         The old file gets its second name before the new one takes the first: at every instant
@@ -102,9 +104,9 @@ class RunFolder:
             os.link(self.state, spare)
             os.replace(spare, self.previous_state)
         data = _MAGIC + b" " + digest + b"\n" + payload
-        write_atomically(self.state, lambda file: file.write_bytes(data))
+        self._write(self.state, data)
 
-    def read_state(self, previous=False):
+    def read_state(self, previous: bool = False) -> dict[str, Any] | None:
         """The saved state, or None when the run was stopped before the first one.
 
         Args:
@@ -126,7 +128,7 @@ class RunFolder:
             raise CheckpointError(f"{path} is half-written or damaged{advice}")
         return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
 
-    def _metrics(self):
+    def _metrics(self) -> dict[str, Any]:
         if not self.metrics_json.is_file():
             return {}
         try:
@@ -134,33 +136,45 @@ class RunFolder:
         except ValueError as error:
             raise CheckpointError(f"{self.metrics_json} cannot be read: {error}") from error
 
-    def _write_csv(self, path, rows):
+    def _write_csv(self, path: Path, rows: Rows) -> None:
         table = io.StringIO()
         writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        self._write(path, table.getvalue())
+        self._write(path, table.getvalue().encode())
 
-    def _write_json(self, path, value):
-        self._write(path, json.dumps(value, indent=2) + "\n")
+    def _write_json(self, path: Path, value: Any) -> None:
+        self._write(path, (json.dumps(value, indent=2) + "\n").encode())
 
-    def _write(self, path, text):
-        write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+    def _write(self, path: Path, data: bytes) -> None:
+        def write(file: Path) -> None:
+            file.write_bytes(data)
+
+        write_atomically(path, write)
 
 
-def new_folder(output, default_name):
+def check_output(output: str) -> Path:
+    """The folder that --output names.
+
+    Raises:
+        ValueError: it already holds something.
+    """
+    path = Path(output).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(
+            f"--output {output} is not empty; go on with --resume {output}, or give another one"
+        )
+    return path
+
+
+def new_folder(output: str | None, default_name: str) -> Path:
     """The folder of a new run: `output`, or the first free ``runs/<default_name>-NNN``.
 
     Raises:
         ValueError: `output` already holds something.
     """
     if output is not None:
-        path = Path(output).expanduser()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(
-                f"--output {output} is not empty; go on with --resume {output}, or give another one"
-            )
-        return path
+        return check_output(output)
     number = 1
     while (path := Path("runs") / f"{default_name}-{number:03d}").exists():
         number += 1

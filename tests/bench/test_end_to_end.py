@@ -11,9 +11,9 @@ import torch
 from bench.peers import loop as peers_loop
 from bench.studies import end_to_end, loops
 from pae.train import loop, pixels
+from pae.train.options import Options
 from pae.train.report import Reporter
 from pae.train.runfolder import RunFolder
-from pae.train.settings import Settings
 from tests.tiny import backbone, images
 from tests.train.helpers import BACKBONE, save_shades
 
@@ -41,7 +41,7 @@ def shades(tmp_path_factory):
 
 
 def settings(shades, **changes):
-    return Settings(**{**TINY, "data": str(shades), **changes}).resolved()
+    return Options(**{**TINY, "data": str(shades), **changes}).resolved()
 
 
 def spin(seconds):

@@ -251,9 +251,22 @@ def test_a_wheel_with_the_library_serves_every_python_of_its_platform(tree, tmp_
 
 
 def test_a_wheel_without_the_library_serves_all(tree, tmp_path):
-    (tag,), names = tags(build_wheel(tree, tmp_path / "wheel", PAE_CUDA="off"))
+    wheel = build_wheel(tree, tmp_path / "wheel", PAE_CUDA="off")
+    (tag,), names = tags(wheel)
     assert tag == "py3-none-any"
     assert "pae_kernels/_native.so" not in names and "pae_kernels/_native_build.json" in names
+    # `pae train --config vpt-deep` finds the published settings in it by name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "out")
+    code = "from pae.train.options import find_config; print(find_config('vpt-deep'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "out")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(tmp_path / "out" / "pae" / "configs" / "vpt-deep.toml")
 
 
 def test_building_needs_neither_torch_nor_the_package():

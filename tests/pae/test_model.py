@@ -619,7 +619,7 @@ def test_unknown_engine():
     x = images(model.backbone)
     refused(
         ValueError,
-        "engine must be 'reference' or 'fast', got 'turbo'",
+        r"engine must be one of \('fast', 'reference'\), got 'turbo'",
         lambda: model(x, engine="turbo"),
     )
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pae
 from bench.peers import mpa as peers
 from pae import mpa
+from pae.choices import MPA_HEADS
 from pae.mpa import losses as mpa_losses
 from pae.mpa import probe as mpa_probe
 from pae.prompts import VPTDeep, VPTShallow
@@ -299,7 +300,7 @@ def random_states(generator):
     )
 
 
-@pytest.mark.parametrize("head", mpa.HEADS)
+@pytest.mark.parametrize("head", MPA_HEADS)
 @pytest.mark.parametrize("family", [VPTDeep, VPTShallow])
 def test_only_the_prompts_change(family, head):
     model = small_model(prompts=family(3, dropout=0.5)).train()
@@ -332,7 +333,7 @@ def test_only_the_prompts_change(family, head):
     assert tokens.is_leaf
 
 
-@pytest.mark.parametrize("head", mpa.HEADS)
+@pytest.mark.parametrize("head", MPA_HEADS)
 def test_a_failure_leaves_the_model_as_it_was(head, monkeypatch):
     model = small_model().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -3,16 +3,15 @@ settings load.
 """
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 import pae
-from pae.train import cli
+from pae.train import cli, declared, options
 from pae.train.methods import build_prompts
-from pae.train.settings import FAMILIES, Settings
-from tests.train.helpers import save_shades
+from pae.train.options import Options
+from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, save_shades
 from tests.train.test_train_loop import (
     PAE,
     Stop,
@@ -23,19 +22,20 @@ from tests.train.test_train_loop import (
     stop_after,
 )
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+CONFIGS = list(options.shipped().values())
 
+BPT = ["--method", "bpt", "--method-args"]
 RUNS = {
-    "bpt": {"family": {"rank": 4}},
-    "bpt-shallow": {"family": {"rank": 4}},
+    "bpt": {"method_args": {"rank": 4}},
+    "bpt-shallow": {"method_args": {"rank": 4}},
     "vapt": {"dropout": 0.1},
-    "ivpt": {"family": {"num_reinforced": 3}},
-    "vfpt": {"family": {"fraction": 0.5}},
+    "ivpt": {"method_args": {"num_reinforced": 3}},
+    "vfpt": {"method_args": {"fraction": 0.5}},
     "vfpt-shallow": {},
-    "pro-vpt": {"dropout": 0.2, "family": {"sweep": "extra"}},
-    "e2vpt": {"family": {"num_kv": 2, "masks": "learned", "pieces": 8}},
+    "pro-vpt": {"dropout": 0.2, "method_args": {"sweep": "extra"}},
+    "e2vpt": {"method_args": {"num_kv": 2, "masks": "learned", "pieces": 8}},
     "da-vpt": {"num_tokens": 3},
-    "lspt": {"family": {"hidden": 8}},
+    "lspt": {"method_args": {"hidden": 8}},
     "apt": {},
 }
 
@@ -46,8 +46,7 @@ def shades(tmp_path_factory):
 
 
 def test_every_family_is_run_here():
-    assert {"vpt-deep", "vpt-shallow", *RUNS} == set(FAMILIES)
-    assert all(hasattr(pae.prompts, name) for name in FAMILIES.values())
+    assert {"vpt-deep", "vpt-shallow", *RUNS} == set(pae.prompts.METHODS)
 
 
 @pytest.mark.parametrize("method", RUNS)
@@ -59,7 +58,7 @@ def test_learns(shades, tmp_path, method):
     model = pae.PromptedViT.from_file(
         tmp_path / "best.safetensors", backbone(shades, method, tmp_path)
     )
-    assert type(model.prompts).__name__ == FAMILIES[method]
+    assert type(model.prompts) is pae.prompts.METHODS[method]
 
 
 def backbone(shades, method, folder):
@@ -127,8 +126,8 @@ def test_spt_start(shades, tmp_path, spt):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_published_settings(path):
     """They load, are complete, and fit a ViT-B/16."""
-    given = cli._with_config(str(path), {})
-    chosen = Settings(**given).resolved()
+    given = options.read_config(path)
+    chosen = Options(**given).resolved()
     assert {"method", "optimizer", "lr", "weight_decay", "epochs", "batch_size"} <= given.keys()
     prompts = build_prompts(chosen, 100)
     shape = pae.prompts.BackboneShape(12, 768, 12, (16, 16), 3, 197, 1, (14, 14), 64, True)
@@ -137,20 +136,18 @@ def test_published_settings(path):
 
 
 def test_every_family_has_published_settings():
-    methods = {cli._with_config(str(path), {})["method"] for path in CONFIGS}
-    assert methods >= set(FAMILIES) - {"vfpt-shallow"}
+    methods = {options.read_config(path)["method"] for path in CONFIGS}
+    assert methods >= set(pae.prompts.METHODS) - {"vfpt-shallow"}
 
 
 def test_command_line_wins_over_the_file(tmp_path):
     path = tmp_path / "a.toml"
-    path.write_text('method = "bpt"\nlr = 0.5\nnum_tokens = 7\n[family]\nrank = 3\n')
-    given = cli._with_config(str(path), {"lr": 0.25, "family": {"trained_bases": 1}})
-    assert given == {
-        "method": "bpt",
-        "lr": 0.25,
-        "num_tokens": 7,
-        "family": {"rank": 3, "trained_bases": 1},
-    }
+    path.write_text('method = "bpt"\nlr = 0.5\nnum_tokens = 7\n[method_args]\nrank = 3\n')
+    line = {"lr": 0.25, "method_args": {"trained_bases": 1}}
+    chosen, given = options.combine(path, options.read_config(path), line)
+    expected = {"rank": 3, "trained_bases": 1}
+    assert chosen == Options(method="bpt", lr=0.25, num_tokens=7, method_args=expected)
+    assert given.files == {"method": str(path), "num_tokens": str(path)}
 
 
 @pytest.mark.parametrize(
@@ -166,28 +163,33 @@ def test_command_line_wins_over_the_file(tmp_path):
     ],
 )
 def test_option_values(text, expected):
-    assert cli._name_and_value(text) == expected
+    assert declared.name_and_value(text, "--method-args") == expected
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--option", "rank"], "expected NAME=VALUE"),
-        (["--method", "bpt", "--option", "rnk=3"], "--option rnk: bpt has num_tokens, rank"),
-        (["--method", "bpt"], "rank"),
-        (["--method", "bpt", "--option", "rank=3", "--dropout", "0.1"], "--dropout: bpt has"),
-        (["--method", "linear", "--option", "rank=3"], "--option needs a --method with prompts"),
+        (["--method-args", "rank"], "--method-args rank: expected NAME=VALUE"),
+        ([*BPT, "rnk=3"], "bpt has no rnk; it has rank, trained_bases; did you mean rank?"),
+        ([*BPT, "rank=x"], "--method-args rank=x: expected an integer as rank, got 'x'"),
+        ([*BPT, "rank=3.0"], "--method-args rank=3.0: expected an integer as rank"),
+        ([*BPT, "rank=0"], "--method-args rank=0: rank must be at least 1, got 0"),
+        ([*BPT, "rank=65"], "--method-args rank=65: rank must be at most the backbone's width 64"),
+        ([*BPT, "num_tokens=3"], "num_tokens is --num-tokens"),
+        ([*BPT, "rank=3", "--dropout", "0.1"], "--dropout 0.1: bpt has no dropout"),
+        (["--method", "vfpt", "--method-args", "blocks=[0.5]"], "or a list, each an integer"),
+        (["--method", "linear", "--method-args", "rank=3"], "rank=3 needs a --method with prompts"),
+        (["--method", "linear", "--dropout", "0.1"], "--dropout 0.1 needs a --method with prompts"),
+        (["--method", "da-vpt", "--method-args", "num_classes=3"], "number of classes of the"),
         (["--method", "vpt-deep", "--mpa", "--spt", "random"], "exclude each other"),
-        (["--method", "bpt-shallow", "--kld", "--option", "rank=3"], "block 0 alone"),
-        (["--method", "apt", "--kld"], "kld pairs the prompts"),
-        (["--method", "pro-vpt", "--kld"], "moves prompts"),
-        (["--method", "vapt", "--mpa"], "computes its prompts"),
+        (["--method", "bpt-shallow", "--kld"], "block 0 alone"),
+        (["--method", "apt", "--kld"], "--kld: kld pairs the prompts"),
+        (["--method", "pro-vpt", "--kld"], "--kld: kld pairs prompt j"),
+        (["--method", "vapt", "--mpa"], "--mpa: model.prompts (VAPT) computes its prompts"),
         (["--config", "gone.toml"], "gone.toml"),
     ],
 )
 def test_combinations_that_cannot_be(shades, capsys, flags, message):
-    from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS
-
     assert cli.main(["train", "--data", str(shades), *BACKBONE_FLAGS, *CPU_FLAGS, *flags]) != 0
     assert message in capsys.readouterr().err
 
@@ -196,8 +198,11 @@ def test_combinations_that_cannot_be(shades, capsys, flags, message):
     "text, message",
     [
         ("lr = ", "a.toml"),
-        ("learning_rate = 1", "there is no option learning_rate"),
-        ('method = "bpt"', "--method vapt: the configuration is for bpt"),
+        ("learning_rate = 1", "a.toml: there is no option learning_rate"),
+        ("num_token = 1", "a.toml: there is no option num_token; did you mean num_tokens"),
+        ('method = "bpt"', "a.toml is for bpt"),
+        ("lr = 1\nlr = 2", "a.toml: "),
+        ("family = {}\nmethod_args = {}", "method_args is given twice, once by its former name"),
     ],
 )
 def test_bad_configuration(tmp_path, capsys, text, message):

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 import pae
 from pae.train import loop, methods, pixels, runfolder
 from pae.train.cli import main
+from pae.train.options import Options
 from pae.train.report import Reporter
 from pae.train.runfolder import RunFolder
-from pae.train.settings import Settings
 from tests import processes
 from tests.train.helpers import BACKBONE, BACKBONE_FLAGS, CPU_FLAGS, save_shades
 
-RECIPE = {"epochs": 3, "batch_size": 8, "lr": 0.01, "num_tokens": 2}
+RECIPE = {"method": "vpt-deep", "epochs": 3, "batch_size": 8, "lr": 0.01, "num_tokens": 2}
 PAE = {"kld": True, "kld_dim": 8, "mpa": True, "mpa_window": 8, "mpa_images": 6}
 
 
@@ -34,7 +34,7 @@ def shades(tmp_path_factory):
 def settings(shades, **changes):
     machine = {"amp": "no", "device": "cpu", "workers": 1}
     values = {"dataset": None, "data": str(shades), **BACKBONE, **machine, **RECIPE, **changes}
-    return Settings(**values).resolved()
+    return Options(**values).resolved()
 
 
 def run(shades, folder, resume=None, **changes):

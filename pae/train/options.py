@@ -1,0 +1,423 @@
+"""What a run is made of: one frozen record of options, written to config.json, enough to run it
+again. An option is declared here, once, and nowhere else; see `pae.train.declared`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pae import choices
+from pae.train.declared import Given, check, declared, near, option, parsed, read_table
+from pae.train.embedded import DATASETS, WEIGHTS_IMAGE_SIZE, WEIGHTS_NAME
+
+SCHEDULERS = ("cosine", "step", "poly", "none")
+AMPS = ("auto", "bf16", "fp16", "no")
+DEVICES = ("auto", "cpu", "cuda")
+HEAD_INITS = ("default", "vpt")
+
+COMPARE = "compare"  # three methods side by side
+PROMPTLESS = ("linear", "full")
+
+_MAX = 10**9  # of counts that nothing else bounds
+# the groups of the help
+_images = partial(option, "images")
+_backbone = partial(option, "backbone")
+_method = partial(option, "method")
+_recipe = partial(
+    option,
+    "recipe (defaults depend on the method and are printed in config.json; in a comparison these "
+    "apply to the prompt runs)",
+)
+_machine = partial(option, "machine")
+_folder = partial(option, "run folder")
+_ITS_OWN = "the method's own"
+
+
+def methods() -> tuple[str, ...]:
+    """What --method takes. The families are those that are registered, so torch gets imported."""
+    from pae.prompts import METHODS
+
+    return (COMPARE, *PROMPTLESS, *METHODS)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that decides the numbers of a run; what each means is its declaration's text.
+
+    A type without None is that of resolved options; until then, None stands for what `unset` says.
+    """
+
+    dataset: str | None = _images(
+        None, "an embedded image set", choices=tuple(DATASETS), metavar="NAME", unset="pneumonia"
+    )
+    data: str | None = _images(
+        None,
+        "a folder: train/CLASS/ with optional val/ and test/; or images/ with "
+        "train800.txt, val200.txt, test.txt (VTAB-1k); or train.json, val.json, test.json"
+        " (FGVC)",
+        metavar="FOLDER",
+    )
+    train_size: int | None = _images(
+        None, "training images, a stratified choice", low=1, high=_MAX, unset="all; embedded: 800"
+    )
+    val_size: int | None = _images(
+        None,
+        "validation images cut from training",
+        low=1,
+        high=_MAX,
+        unset="a fifth; embedded: 200",
+    )
+    augment: str = _images(
+        "none",
+        "none: squash to a square, VTAB's protocol; crop: random crop and flip, VPT's "
+        "protocol for FGVC; timm: timm's random resized crop, flip, jitter",
+        choices=choices.AUGMENTS,
+    )
+    norm: str = _images(
+        "model",
+        "channel normalisation: the backbone's own (model) or another",
+        choices=choices.NORMS,
+    )
+
+    model: str = _backbone(
+        WEIGHTS_NAME, f"{WEIGHTS_NAME} (embedded), any timm vision transformer", metavar="NAME"
+    )
+    weights: str | None = _backbone(None, "local file of weights for a timm model", metavar="FILE")
+    pretrained: bool = _backbone(True, "load pretrained weights; without, they are random")
+    img_size: int | None = _backbone(
+        None,
+        "image side in pixels",
+        low=1,
+        high=16_384,
+        unset=f"the model's own; embedded: {WEIGHTS_IMAGE_SIZE}",
+    )
+
+    method: str = _method(
+        COMPARE,
+        "compare: linear, vpt-deep, and vpt-deep with --kld --mpa",
+        choices=methods,
+        metavar="NAME",
+    )
+    method_args: dict[str, Any] = _method(  # noqa: RUF009 (a field, like the others)
+        dict,
+        "further arguments of the method's prompt family, e.g. rank=16; values are JSON or text",
+    )
+    engine: str = _method(
+        "fast",
+        "fast: pae.fast_forward; reference: the definition; the curves agree",
+        choices=choices.ENGINES,
+    )
+    num_tokens: int = _method(10, "prompts per block", low=0, high=100_000)
+    dropout: float = _method(0.0, "prompt dropout, one mask per batch", low=0, below=1, metavar="P")
+    spt: str | None = _method(
+        None, "start from tokens of training images", choices=choices.SPT_METHODS
+    )
+    head_init: str = _method(
+        "default", "default: PyTorch's; vpt: Kaiming fan-out and bias -log 99", choices=HEAD_INITS
+    )
+    kld: bool = _method(False, "add the Koopman-Lyapunov regulariser of PAE")
+    kld_dim: int = _method(256, "its width", low=1, high=65_536)
+    kld_mode: str = _method("global", "one operator, or one per block", choices=choices.KLD_MODES)
+    kld_formulation: str = _method(
+        "code", "as in the released code or in the paper", choices=choices.KLD_FORMULATIONS
+    )
+    kld_gauge: str = _method(
+        "none", "layernorm: see prompts as the network does", choices=choices.KLD_GAUGES
+    )
+    kld_consistency: float = _method(0.5, "weight of its consistency term", low=0, metavar="W")
+    kld_lyapunov: float = _method(0.2, "weight of its stability term", low=0, metavar="W")
+    mpa: bool = _method(False, "initialise prompts by Modal Pre-Alignment (PAE)")
+    mpa_images: int = _method(
+        None, "training images it looks at", low=1, high=10**6, unset="8 on a CPU, 64 on a GPU"
+    )
+    mpa_window: int = _method(16, "side of its frequency windows", low=1, high=16_384)
+    mpa_stride: int = _method(8, "step of its frequency windows", low=1, high=16_384)
+    mpa_head: str = _method(
+        "as_is",
+        "what ranks the windows: the untrained head (published) or a probe",
+        choices=choices.MPA_HEADS,
+    )
+    mpa_search: str = _method(
+        "exact",
+        "every window on every image, or halving: drop those that cannot win",
+        choices=choices.MPA_SEARCHES,
+    )
+    mpa_precision: str = _method(
+        "exact",
+        "rank in the backbone's precision, or in bf16 with near-ties checked",
+        choices=choices.MPA_PRECISIONS,
+    )
+
+    epochs: int = _recipe(
+        None,
+        "passes over the training images",
+        low=1,
+        high=10**6,
+        unset=f"{_ITS_OWN}; comparison: 3",
+    )
+    batch_size: int = _recipe(
+        None, "images per step, over all processes", low=1, high=10**6, unset=_ITS_OWN
+    )
+    optimizer: str = _recipe(None, "any of timm's, e.g. adamw, sgd", metavar="NAME", unset=_ITS_OWN)
+    lr: float = _recipe(None, "peak learning rate", above=0, metavar="LR", unset=_ITS_OWN)
+    weight_decay: float = _recipe(
+        None, "not on the head's bias", low=0, metavar="W", unset=_ITS_OWN
+    )
+    scheduler: str = _recipe("cosine", "learning rate over the steps", choices=SCHEDULERS)
+    warmup_epochs: float = _recipe(
+        None, "of linear warm-up", low=0, metavar="N", unset=f"{_ITS_OWN}, at most a quarter"
+    )
+    seed: int = _recipe(0, "of cut, initialisation, order, dropout", low=0, high=2**32 - 1)
+
+    device: str = _machine("auto", "auto: the GPU if there is one", choices=DEVICES)
+    amp: str = _machine(
+        "auto", "mixed precision; auto: bf16 where the hardware has it", choices=AMPS
+    )
+    workers: int = _machine(
+        None, "decoding threads or processes", low=0, high=1024, unset="the CPUs, up to 8"
+    )
+
+    save_every_steps: int = _folder(
+        0, "also save the state every N steps, not only after every epoch", low=0, high=_MAX
+    )
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether it stands for the three runs of `pae.train.compare`."""
+        return self.method == COMPARE
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether prompts are trained (in a comparison, where the method leaves it open)."""
+        return self.method not in PROMPTLESS
+
+    def resolved(self, given: Given | None = None) -> Options:
+        """A copy in which every None of the recipe and every "auto" is the value it stands for.
+
+        Args:
+            given: who gave what, for the messages.
+        Raises:
+            ValueError: an option that is of another type, out of range, unknown, or contradicts
+                another.
+        """
+        called = partial(self.called, given or Given())
+        values = check(self, given or Given())
+        self._check_together(called)
+        recipe = _RECIPES.get(self.method, _PROMPTS)
+        values.update({name: value for name, value in recipe.items() if values[name] is None})
+        if self.warmup_epochs is None:
+            values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 4)
+        device = values["device"] = _resolve_device(self.device, called)
+        values["amp"] = _resolve_amp(self.amp, device, called)
+        if self.mpa_images is None:
+            values["mpa_images"] = 64 if device == "cuda" else 8
+        if self.workers is None:
+            values["workers"] = _default_workers()
+        if self.data is None and self.dataset is None:
+            values["dataset"] = "pneumonia"
+        for name in ("data", "weights"):  # a resumed run may start elsewhere
+            if values[name] is not None:
+                values[name] = os.path.abspath(os.path.expanduser(values[name]))
+        return Options(**values)
+
+    def called(self, given: Given, name: str) -> str:
+        """What a message calls option `name` with its value."""
+        return given.call(declared(Options)[name], getattr(self, name))
+
+    def _check_together(self, called: Callable[[str], str]) -> None:
+        """Raises ValueError for the first options that contradict each other."""
+
+        def both(first: str, second: str) -> None:
+            if getattr(self, first) and getattr(self, second):
+                raise ValueError(f"{called(first)} and {called(second)} exclude each other")
+
+        both("data", "dataset")
+        both("mpa", "spt")
+        for name in ("kld", "mpa", "spt", "method_args"):
+            if getattr(self, name) and self.is_comparison:
+                includes = "; the comparison includes it" if name in ("kld", "mpa") else ""
+                raise ValueError(f"{called(name)} needs a --method with prompts{includes}")
+        for name in ("kld", "mpa", "spt", "method_args", "dropout"):
+            if getattr(self, name) and not self.has_prompts:
+                raise ValueError(f"{called(name)} needs a --method with prompts, not {self.method}")
+        if self.method == "full" and self.head_init == "vpt":
+            raise ValueError(
+                f"{called('head_init')} is for linear and for methods with prompts, not full"
+            )
+        if self.kld and self.method.endswith("-shallow"):
+            raise ValueError(
+                f"{called('kld')} couples the prompts of successive blocks, and {self.method} has "
+                "some in block 0 alone"
+            )
+        if self.num_tokens == 0 and (self.kld or self.mpa):
+            first = called("kld" if self.kld else "mpa")
+            raise ValueError(f"{called('num_tokens')}: expected at least 1 with {first}")
+        if self.weights is not None and not self.pretrained:
+            raise ValueError(f"{called('weights')} and {called('pretrained')} exclude each other")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to run, not what: options of the command line that no file holds."""
+
+    config: str | None = _folder(
+        None,
+        "options (num_tokens = 10, ...) and a table [method_args]; or the config.json of "
+        "a run; or published settings by name, e.g. vpt-deep. Options given here win",
+        metavar="FILE",
+    )
+    output: str | None = _folder(
+        None, "folder of the run", metavar="FOLDER", unset="runs/<data>-NNN"
+    )
+    resume: str | None = _folder(
+        None, "go on with the run in this folder; its options hold", metavar="FOLDER"
+    )
+    previous_state: bool = _folder(
+        False, "with --resume: go on from the state before the last one", negated=False
+    )
+    quiet: bool = _folder(False, "print the result only", negated=False)
+    debug: bool = _folder(False, "show tracebacks", negated=False)
+
+
+# what None means, per method; found on validation images only, never on test images
+_PROMPTS = {
+    "epochs": 10,
+    "batch_size": 16,
+    "optimizer": "adamw",
+    "lr": 1e-2,
+    "weight_decay": 1e-4,
+    "warmup_epochs": 0.5,
+}
+_RECIPES: dict[str, dict[str, Any]] = {
+    "linear": {
+        "epochs": 50,
+        "batch_size": 64,
+        "optimizer": "adamw",
+        "lr": 2e-3,
+        "weight_decay": 1e-2,
+        "warmup_epochs": 0.0,
+    },
+    "full": {
+        "epochs": 10,
+        "batch_size": 32,
+        "optimizer": "adamw",
+        "lr": 3e-5,
+        "weight_decay": 0.05,
+        "warmup_epochs": 1.0,
+    },
+    COMPARE: {**_PROMPTS, "epochs": 3},  # it is to end in minutes on a CPU
+}
+RECIPE = tuple(_PROMPTS)  # the options that a recipe is made of
+
+
+# ---- files
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# what options of older files are called now
+_FORMER_NAMES = {"family": "method_args"}
+_FORMER_WORDS = {("engine", "textbook"): "reference"}
+
+
+def shipped() -> dict[str, Path]:
+    """The published settings that come with the package, by name."""
+    return {path.stem: path for path in sorted(CONFIGS.glob("*.toml"))}
+
+
+def find_config(name: str) -> Path:
+    """The file that --config names: a path, or the name of published settings.
+
+    Raises:
+        ValueError: neither; the message lists what there is.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = shipped()
+    if name in known:
+        return known[name]
+    raise ValueError(
+        f"--config {name}: expected a file or one of {', '.join(known)}{near(path.stem, known)}"
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The checked options of a TOML or a JSON file, or those of a run in its config.json.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: an unknown name, or a value that an option does not take.
+    """
+    record = parsed(path)
+    if "settings" in record:  # the config.json of a run: the rest of it are facts, e.g. versions
+        facts, record = record, record["settings"]
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: settings: expected a table of options")
+        if facts.get("comparison") is True:  # formerly beside the settings
+            record = {**record, "method": COMPARE}
+    return read_table(path, record, Options, _FORMER_NAMES, _FORMER_WORDS)
+
+
+def combine(
+    path: Path | None, in_file: Mapping[str, Any], on_line: Mapping[str, Any]
+) -> tuple[Options, Given]:
+    """The options of a file and of the command line, which wins, and who gave which.
+
+    `method_args` are joined name by name. A folder of images on one side replaces the image set of
+    the other.
+
+    Raises:
+        ValueError: another method on the command line than in the file.
+    """
+    in_file = dict(in_file)
+    method = declared(Options)["method"]
+    if "method" in in_file and on_line.get("method", in_file["method"]) != in_file["method"]:
+        raise ValueError(
+            f"{Given().call(method, on_line['method'])}: {path} is for {in_file['method']}"
+        )
+    if {"data", "dataset"} & on_line.keys():
+        in_file.pop("data", None)
+        in_file.pop("dataset", None)
+    values = {**in_file, **on_line}
+    arguments = {**in_file.get("method_args", {}), **on_line.get("method_args", {})}
+    if arguments:
+        values["method_args"] = arguments
+    return Options(**values), Given({name: str(path) for name in in_file.keys() - on_line.keys()})
+
+
+# ---- the machine
+
+
+def _resolve_device(device: str, called: Callable[[str], str]) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{called('device')}: no usable GPU here")
+    return device
+
+
+def _resolve_amp(amp: str, device: str, called: Callable[[str], str]) -> str:
+    """bf16 pays only where the hardware multiplies it; elsewhere it is emulated and slower."""
+    import torch
+
+    if amp == "fp16" and device == "cpu":
+        raise ValueError(f"{called('amp')}: a GPU is needed; use bf16 or no on the CPU")
+    if amp != "auto":
+        return amp
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16")) else "no"
+
+
+def _default_workers() -> int:
+    """The CPUs that this process may use, at most 8."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
