@@ -20,6 +20,7 @@ from tests.train.helpers import BACKBONE, save_shades
 TINY = {
     **BACKBONE,
     "dataset": None,
+    "method": "vpt-deep",
     "amp": "no",
     "device": "cpu",
     "workers": 1,
