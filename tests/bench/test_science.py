@@ -42,34 +42,34 @@ def shades(tmp_path, monkeypatch):
 
 def test_a_study_from_runs_to_figures(shades, capsys):
     output, arms = shades / "runs", ("vpt-deep-plain", "vpt-deep-norms")
-    cells = list(convergence.cells(["shades"], [0, 1], arms))
+    cells = list(convergence.cells(["mnist"], [0, 1], arms))
     runs.run(cells, output, 6, **SMALL)
     assert capsys.readouterr().out.count(": test ") == len(cells) == 4
     runs.run(cells, output, 6, **SMALL)  # nothing is left to do
     assert capsys.readouterr().out == ""
 
     found = runs.collect(cells, output)
-    assert [r["seed"] for r in found["shades", "vpt-deep-norms"]] == [0, 1]
-    trace = found["shades", "vpt-deep-norms"][0]["trace"]
+    assert [r["seed"] for r in found["mnist", "vpt-deep-norms"]] == [0, 1]
+    trace = found["mnist", "vpt-deep-norms"][0]["trace"]
     steps = 2 * -(-30 // 6)  # 36 training images, 7 of them validate
     assert len(trace["process_seconds"]) == len(trace["gradient_norm"]) == steps
     assert len(trace["cosine_with_last"]) == steps - 1
     assert trace["process_seconds"] == sorted(trace["process_seconds"])
     facts = runs.facts(cells, output)
-    assert facts["tasks"]["shades"]["test"] == 6 and facts["num_tokens"] == 2
+    assert facts["tasks"]["mnist"]["test"] == 6 and facts["num_tokens"] == 2
 
-    baseline = found["shades", "vpt-deep-plain"]
-    results = {"shades": {n: convergence.summary(found["shades", n], baseline) for n in arms}}
+    baseline = found["mnist", "vpt-deep-plain"]
+    results = {"mnist": {n: convergence.summary(found["mnist", n], baseline) for n in arms}}
     numbers = json.loads(json.dumps({"facts": facts, "results": results}))
     row = convergence.blocks(numbers)["convergence table"].splitlines()[2]
     mean = statistics.mean(r["test"] for r in baseline)
-    assert row.startswith(f"| shades | VPT-deep | 2 | {mean:.3f} (")
+    assert row.startswith(f"| mnist | VPT-deep | 2 | {mean:.3f} (")
     for draw in convergence.figures(numbers).values():
         draw().canvas.draw()
 
 
 def test_an_interrupted_run_is_left_to_its_owner(shades, capsys):
-    cell = runs.Cell("vpt-deep-plain", "shades", 0, {})
+    cell = runs.Cell("vpt-deep-plain", "mnist", 0, {})
     cell.folder(shades).path.mkdir(parents=True)
     runs.run([cell], shades, None, **SMALL)
     assert "left alone" in capsys.readouterr().out
@@ -146,7 +146,7 @@ def test_cells_of_both_studies_agree():
     shared = {c.name: c for c in families.cells("pneumonia", ["vpt-deep"], [0])}
     for cell in convergence.cells(["pneumonia"], [0]):
         if cell.name in shared:
-            ours = {"method": "vpt-deep", "family": {}, **cell.changes}
+            ours = {"method": "vpt-deep", "method_args": {}, **cell.changes}
             assert shared[cell.name].changes == ours
 
 
