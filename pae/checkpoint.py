@@ -9,17 +9,38 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from . import prompts
 from .errors import CheckpointError
+from .kld import KLD
 
 FORMAT = "pae-1"
 DESCRIPTION = ("backbone", "fingerprint", "num_classes", "prompts", "kld")
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+class Trained(Protocol):
+    """What a checkpoint reads and writes of a `PromptedViT`."""
+
+    backbone: nn.Module
+    prompts: prompts.PromptFamily
+    kld: KLD | None
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def trained_state(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
+
+
+_Model = TypeVar("_Model", bound=Trained)
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step.
 
     A crash at any moment leaves the old file or the new one, never a part.
@@ -71,7 +92,7 @@ def backbone_name(backbone: nn.Module) -> str:
     return f"{name}.{get('tag', None)}" if get("tag", None) else name
 
 
-def save(model, path: str | Path, extra: Mapping[str, str] | None = None) -> None:
+def save(model: Trained, path: str | Path, extra: Mapping[str, str] | None = None) -> None:
     """See `PromptedViT.save`."""
     from safetensors.torch import save_file
 
@@ -117,18 +138,15 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return state, meta
 
 
-def load(model, path: str | Path) -> None:
+def load(model: Trained, path: str | Path) -> None:
     """See `PromptedViT.load`."""
     state, meta = read(path)
     _check_backbone(path, meta, model.backbone)
     _fill(model, path, state)
 
 
-def build(cls, path: str | Path, backbone: nn.Module):
+def build(cls: Callable[..., _Model], path: str | Path, backbone: nn.Module) -> _Model:
     """See `PromptedViT.from_file`."""
-    from . import prompts
-    from .kld import KLD
-
     state, meta = read(path)
     _check_backbone(path, meta, backbone)
     try:
@@ -143,7 +161,7 @@ def build(cls, path: str | Path, backbone: nn.Module):
     return model
 
 
-def _check_backbone(path, meta: dict, backbone: nn.Module) -> None:
+def _check_backbone(path: str | Path, meta: dict, backbone: nn.Module) -> None:
     found = fingerprint(backbone)
     if meta["fingerprint"] != found:
         raise CheckpointError(
@@ -152,7 +170,7 @@ def _check_backbone(path, meta: dict, backbone: nn.Module) -> None:
         )
 
 
-def _fill(model, path, state: dict[str, Tensor]) -> None:
+def _fill(model: Trained, path: str | Path, state: dict[str, Tensor]) -> None:
     own = model.trained_state()
     for name in sorted(own.keys() | state.keys()):
         have = tuple(own[name].shape) if name in own else None

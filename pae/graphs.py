@@ -60,7 +60,7 @@ def graphed_step(
     counts = model.prompts.prompt_counts
     of_batch = model.prompts.depends_on_input or bool(model.prompts.observed)
     on_device = _penalty_on_device(model)
-    if of_batch and not on_device:
+    if of_batch and not on_device and model.kld is not None:
         raise ValueError(
             f"model.kld on {type(model.prompts).__name__} must be captured with the batch that it "
             f"reads, but has no kernels on {model.device} in {model.kld.K.dtype}"

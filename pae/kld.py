@@ -71,6 +71,10 @@ class KLD(nn.Module):
     Source: PAE (arXiv 2601.20232), Sec. 2.3, Eq. 6-11.
     """
 
+    lift: nn.Linear
+    K: nn.Parameter
+    L: nn.Parameter
+
     def __init__(
         self,
         dim: int = 256,
@@ -81,7 +85,7 @@ class KLD(nn.Module):
         gauge: str = "none",
         gauge_eps: float = 1e-6,
         first_block: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.dim = _check_size("dim", dim)
         self.mode = _check_choice("mode", mode, KLD_MODES)
@@ -94,7 +98,7 @@ class KLD(nn.Module):
             raise TypeError(f"first_block must be True or False, got {first_block!r}")
         self.first_block = first_block
         self.depth: int | None = None
-        self.lift: nn.Linear | None = None
+        self.register_module("lift", None)
         self.register_parameter("K", None)
         self.register_parameter("L", None)
 
@@ -130,9 +134,9 @@ class KLD(nn.Module):
         """
         rows = self._blocks_of(prompts)
         dtype = torch.promote_types(torch.promote_types(rows.dtype, self.K.dtype), torch.float32)
-        inputs = (t.to(dtype) for t in (rows, self.lift.weight, self.K, self.L))
+        rows, lift, K, L = (t.to(dtype) for t in (rows, self.lift.weight, self.K, self.L))
         consistency, lyapunov = koopman_losses(
-            *inputs, self.formulation, self.gauge, self.gauge_eps
+            rows, lift, K, L, self.formulation, self.gauge, self.gauge_eps
         )
         return self.consistency_weight * consistency, self.lyapunov_weight * lyapunov
 
@@ -183,9 +187,10 @@ class KLD(nn.Module):
         if len(set(shapes)) > 1:
             but = "" if self.first_block else " but the first"
             raise ValueError(f"prompts must have the same P in every block{but}, got {shapes}")
-        if isinstance(prompts, Tensor):
+        if isinstance(rows, Tensor):
             return rows
-        return torch.stack(list(rows)) if rows else self.lift.weight.new_empty(0, 1, width)
+        given = [p for p in rows if p is not None]
+        return torch.stack(given) if given else self.lift.weight.new_empty(0, 1, width)
 
 
 def _check_size(name: str, value: int) -> int:

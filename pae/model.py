@@ -293,7 +293,8 @@ def fast_forward(model: nn.Module, images: Tensor, memory: str = "keep") -> Tens
         memory: what a middle block keeps for the backward, per image, with S = N D elements:
             "keep": 10 S. No extra work.
             "recompute8": 3 S and 8-bit derivatives of the activation (4 S bytes). q, k, v are
-            computed again, one eighth more product work; approximate.
+            computed again, one eighth more product work; approximate, by as much as the table of
+            docs/numbers.md says.
             "recompute": 3 S. q, k, v and the MLP's hidden rows are computed again, a third more
             product work; exact.
 

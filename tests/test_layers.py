@@ -18,19 +18,23 @@ from tests import processes
 ROOT = Path(__file__).parent.parent
 
 
-def imported(file):
-    """Absolute names of all modules that a source file imports, at any depth of its code."""
+def imports_of(file):
+    """(module, name or None) of every import in a source file, at any depth of its code."""
     package = ".".join(file.relative_to(ROOT).with_suffix("").parts[:-1])
-    names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             start = package.split(".")[: len(package.split(".")) + 1 - node.level]
             base = ".".join(start) if node.level else ""
             base = ".".join(filter(None, [base, node.module]))
-            names |= {f"{base}.{alias.name}" for alias in node.names} | {base}
-    return names
+            yield from ((base, alias.name) for alias in node.names)
+
+
+def imported(file):
+    """Absolute names of all modules that a source file imports, at any depth of its code."""
+    found = set(imports_of(file))
+    return {base for base, _ in found} | {f"{base}.{name}" for base, name in found if name}
 
 
 def sources(*parts):
@@ -68,6 +72,47 @@ def test_families_know_no_engine():
     for file in sources("pae", "prompts"):
         inner = [n for n in imported(file) if within(n, "pae")]
         assert all(within(n, "pae.prompts") for n in inner), (file, inner)
+
+
+def edges(packages):
+    """Module -> modules of these packages that it imports, inside functions too: those named, and
+    the packages around them that it is not in itself.
+    """
+    files = {f: f.relative_to(ROOT).with_suffix("").parts for p in packages for f in sources(p)}
+    files = {f: ".".join(p[:-1] if p[-1] == "__init__" else p) for f, p in files.items()}
+    modules, found = set(files.values()), {}
+    for file, own in files.items():
+        below = set()
+        for base, name in imports_of(file):
+            target = f"{base}.{name}" if f"{base}.{name}" in modules else base
+            parts = target.split(".")
+            around = {".".join(parts[:k]) for k in range(1, len(parts))}
+            below |= {target} | {p for p in around if not within(own, p)}
+        found[own] = below & modules - {own}
+    return found
+
+
+def circle(graph):
+    """Modules that import each other, directly or through others; empty when there are none."""
+    graph = dict(graph)
+    while done := [m for m, below in graph.items() if not below & graph.keys()]:
+        for module in done:
+            del graph[module]
+    path = list(graph)[:1]
+    while path and path[-1] not in path[:-1]:  # what is left leads on for ever
+        path.append(min(graph[path[-1]] & graph.keys()))
+    return path[path.index(path[-1]) :] if path else []
+
+
+@pytest.mark.parametrize("packages", [("pae_kernels", "pae"), ("pae_kernels", "pae", "bench")])
+def test_no_module_imports_itself_through_others(packages):
+    assert not circle(edges(packages))
+
+
+def test_circles_are_found():
+    graph = {"a": {"b", "d"}, "b": {"c"}, "c": {"a"}, "d": set(), "e": {"a"}}
+    assert sorted(circle(graph)[:-1]) == ["a", "b", "c"]
+    assert circle({"a": {"b"}, "b": set()}) == []
 
 
 def test_nothing_below_imports_the_training_loop():

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from .koopman import KoopmanAnalysis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.collections import PathCollection
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by the colour-blind, also in grey
@@ -39,17 +40,21 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """`draw` in the style of this file, whatever the user's matplotlib is set to."""
 
     @wraps(draw)
-    def inner(*args, **options) -> Figure:
+    def inner(*args: Any, **options: Any) -> Figure:
         from matplotlib import rc_context, rcParamsDefault
 
-        defaults = {k: v for k, v in rcParamsDefault.items() if not k.startswith("backend")}
+        defaults: dict[Any, Any] = {
+            k: v for k, v in rcParamsDefault.items() if not k.startswith("backend")
+        }
         with rc_context(defaults | _STYLE):
             return draw(*args, **options)
 
     return inner
 
 
-def _panels(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+def _panels(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, Any]:
     """A figure of that many inches and its axes."""
     from matplotlib.figure import Figure
 
@@ -87,9 +92,9 @@ def draw_eigenvalues(analysis: KoopmanAnalysis) -> Figure:
     return figure
 
 
-def _dots(ax: Axes, values: np.ndarray, blocks: tuple[int, ...]):
+def _dots(ax: Axes, values: np.ndarray, blocks: tuple[int, ...]) -> PathCollection:
     """One operator: blue inside the circle and red beyond; several: coloured by block."""
-    style = {"s": 9, "linewidths": 0, "alpha": 0.8, "zorder": 3}
+    style: dict[str, Any] = {"s": 9, "linewidths": 0, "alpha": 0.8, "zorder": 3}
     if len(values) == 1:
         colours = np.where(np.abs(values) > UNIT, RED, BLUE)
         return ax.scatter(values.real, values.imag, c=colours[0].tolist(), **style)
@@ -188,14 +193,14 @@ def draw_window_losses(result: MPAResult, image_size: tuple[int, int] | None = N
     for s in result.selected.tolist():
         row, column = divmod(s, len(centres[1]))
         corner = (float(centres[1][column]) - half, float(centres[0][row]) - half)
-        box = {"fill": False, "edgecolor": RED, "linewidth": 1.1}
-        ax.add_patch(Rectangle(corner, result.stride, result.stride, **box))
+        side = result.stride
+        ax.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=RED, linewidth=1.1))
     outline = {"path_effects": [withStroke(linewidth=2.5, foreground="black")]}
     ax.plot(0, 0, marker="+", color="white", markersize=8, markeredgewidth=1.2, **outline)
     ax.annotate("DC", (0, 0), (5, 5), textcoords="offset points", color="white", **outline)
     ax.set_xlabel("horizontal frequency (cycles per image)")
     ax.set_ylabel("vertical frequency (cycles per image)")
     ax.set_title(f"outlined: the {len(result.selected)} selected of {len(result.losses)} windows")
-    for side in ax.spines.values():
-        side.set_visible(False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
     return figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,11 +123,11 @@ def analyse(
     amplitudes = torch.linalg.solve(basis.mT, now.mT.to(basis.dtype)).mT  # a W = z
     left, singular_values, _ = torch.linalg.svd(K)
     value = _lyapunov(L, kld.formulation)
-    first = kld.depth - len(rows)
+    depth = len(prompts)
     return KoopmanAnalysis(
         mode=kld.mode,
         formulation=kld.formulation,
-        blocks=tuple(range(first, kld.depth)),
+        blocks=tuple(range(depth - len(rows), depth)),
         eigenvalues=eigenvalues,
         singular_values=singular_values,
         departure=departure,
@@ -202,7 +202,7 @@ def _orthonormal(modes: Tensor) -> Tensor:
     return torch.linalg.qr(modes.mT).Q.mT
 
 
-def _lyapunov(L: Tensor, formulation: str):
+def _lyapunov(L: Tensor, formulation: str) -> Callable[[Tensor], Tensor]:
     """V as the regulariser takes it, per prompt: states (m, P, k) -> (m, P)."""
     if formulation == "paper":
         return lambda z: (z @ L.mT).square().sum(-1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,10 +42,7 @@ def write_report(path: str | Path, folder: str | Path | None = None) -> list[Pat
     folder = path.with_name(f"{path.stem}-analysis") if folder is None else Path(folder)
     analysis = analyse(*_parts(path))
     for name, draw in _FIGURES.items():
-        figure = draw(analysis)
-        checkpoint.write_atomically(
-            folder / name, lambda file, figure=figure: figure.savefig(file, format="png")
-        )
+        checkpoint.write_atomically(folder / name, partial(draw(analysis).savefig, format="png"))
     numbers = json.dumps(_numbers(analysis), indent=1)
     checkpoint.write_atomically(folder / "koopman.json", lambda file: file.write_text(numbers))
     return [folder / name for name in (*_FIGURES, "koopman.json")]
@@ -78,7 +77,7 @@ def _numbers(analysis: KoopmanAnalysis) -> dict:
     return numbers
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(v) for v in value]
     return value if math.isfinite(value) else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -148,8 +149,9 @@ def _canonical(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
     for outer in ("model", "state_dict"):
-        if isinstance(state_dict.get(outer), Mapping):
-            state_dict = state_dict[outer]
+        inner: object = state_dict.get(outer)
+        if isinstance(inner, Mapping):
+            state_dict = inner
     found: dict[str, tuple[str, Tensor]] = {}
     for key, tensor in state_dict.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
@@ -202,18 +204,20 @@ def _factors(family: BPTDeep | BPTShallow, found: Mapping) -> dict[str, Tensor]:
 
 
 def _adaptive(family: VAPT, found: Mapping) -> dict[str, Tensor]:
-    targets = {
+    targets: dict[str, Tensor] = {
         "prompt_embeddings": family.tokens[:1],
         "deep_prompt_embeddings": family.tokens[1:],
     }
-    for j, mixer in enumerate(family.mixers):
+    mixers = cast(Iterable[Any], family.mixers)
+    bottlenecks = cast(Iterable[Any], family.bottlenecks)
+    for j, mixer in enumerate(mixers):
         targets[f"deep_prompt_norm.{j}.weight"] = mixer.gain
         targets[f"deep_prompt_norm.{j}.bias"] = mixer.offset
         if mixer.kernel is not None:
             targets[f"deep_prompt_downsample.{j}.conv.kernel"] = mixer.kernel
         targets[f"deep_prompt_downsample.{j}.linear.weight"] = mixer.weight
         targets[f"deep_prompt_downsample.{j}.linear.bias"] = mixer.bias
-    for j, pair in enumerate(family.bottlenecks):
+    for j, pair in enumerate(bottlenecks):
         own = "deep_prompt_embeddings_mlp" + ("" if family.share_bottleneck else f".{j}")
         targets[f"{own}.block.0.weight"] = pair.down
         targets[f"{own}.block.2.weight"] = pair.up
@@ -231,7 +235,7 @@ _FAMILIES: dict[tuple[type, ...], Callable[..., dict[str, Tensor]]] = {
 
 
 def _kld_targets(kld: KLD, found: Mapping) -> dict[str, Tensor]:
-    targets = {"koopman_in.weight": kld.lift.weight}
+    targets: dict[str, Tensor] = {"koopman_in.weight": kld.lift.weight}
     for letter, parameter in (("k", kld.K), ("l", kld.L)):
         if kld.mode == "global":
             targets[f"{letter}_global"] = parameter

@@ -7,6 +7,7 @@ Source: Wang et al., "Revisiting the Power of Prompt for Visual Tuning" (ICML 20
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,9 +94,10 @@ def spt_init(
                 f"images must give at least {count} tokens for the prompts of block {block}, got "
                 f"{reservoir.seen}"
             )
-        prompts[block] = reservoir.rows
-        if method == "kmeans":
-            prompts[block] = _centres(reservoir.rows, count, seed)
+        rows = reservoir.rows
+        if method == "kmeans" and rows is not None:
+            rows = _centres(rows, count, seed)
+        prompts[block] = rows
     model.prompts.set_prompts(prompts)
 
 
@@ -153,7 +155,7 @@ def _pool(tokens: Tensor, count: int, method: str) -> Tensor:
     return torch.stack([part.amax(1) for part in parts], dim=1)
 
 
-def _kmeans():
+def _kmeans() -> Any:
     try:
         from sklearn.cluster import KMeans
     except ImportError as error:
@@ -192,7 +194,7 @@ def _batches(model: PromptedViT, images: Tensor | Iterable) -> Iterator[Tensor]:
         images = images.split(IMAGES_AT_ONCE) if images.dim() else [images]
     elif not isinstance(images, Iterable):
         raise TypeError(f"images must be a tensor or a loader, got {type(images).__name__}")
-    like = next(model.backbone.blocks.parameters())
+    like = model.view.like
     for batch in images:
         batch = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(batch, Tensor):

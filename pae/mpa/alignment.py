@@ -207,7 +207,7 @@ def _ranking(
     if search == "exact":
         ranking = rank_all(losses.in_dtype(used), losses.windows, len(labels))
     else:
-        how = Halving() if search == "halving" else search
+        how = search if isinstance(search, Halving) else Halving()
         ranking = rank_by_halving(losses.in_dtype(used), losses.windows, labels.cpu(), count, how)
     if used == losses.dtype:
         return ranking, None
@@ -222,12 +222,13 @@ def _ranking_head(
     own = model.head
     try:
         if head == "linear_probe":
+            model_classes = model.num_classes
             model.head = nn.Identity()
             # zero prompts are in place here too: they move the features by more than a probe bears
             dtype = backbone_dtype(model)
             forward = ZeroPromptForward(model, count, dtype)
             features = [forward(model.view.embed(part)) for part in images.to(dtype).split(_PROBED)]
-            model.head = fit_probe(torch.cat(features), labels, own.out_features)
+            model.head = fit_probe(torch.cat(features), labels, model_classes)
         if ranks.world > 1:
             model.head = copy.deepcopy(model.head)
             for p in model.head.parameters():
@@ -257,7 +258,7 @@ def _through_blocks(model: PromptedViT, rows: Tensor) -> list[Tensor | None]:
     return [x[0] for x in islice(unprompted(model.plan(), rows[None]), depth)]
 
 
-def _check_one_of(name: str, value, allowed: tuple[str, ...]) -> None:
+def _check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 

@@ -64,7 +64,7 @@ def checked_batch(
     model: PromptedViT, images: Tensor, labels: Tensor, head: str
 ) -> tuple[Tensor, Tensor]:
     """The batch on the model's device, images in at least float32, or an error that names it."""
-    like = model.view.blocks[0].attn.qkv.weight
+    like = model.view.like
     floating = isinstance(images, Tensor) and images.is_floating_point()
     model.view.check_images(images.to(like) if floating else images)
     needed = 2 if head == "linear_probe" else 1  # a probe is judged on images it was not fitted to
@@ -90,7 +90,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @contextmanager
-def undisturbed(model: PromptedViT, loader) -> Iterator[None]:
+def undisturbed(model: PromptedViT, loader: object) -> Iterator[None]:
     """Eval mode without autocast inside; training flags and random states as before afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     generator = getattr(loader, "generator", None)

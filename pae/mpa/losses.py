@@ -36,7 +36,7 @@ class FilteredBatch:
     def __init__(self, model: PromptedViT, spectrum: Tensor, origins: Tensor, window: int) -> None:
         self._view, self._spectrum = model.view, spectrum
         self._origins, self._window = origins, window
-        self._size = tuple(spectrum.shape[-2:])
+        self._size = spectrum.shape[-2], spectrum.shape[-1]
         self._dtype = backbone_dtype(model)
         self.num_prefix_tokens = model.view.num_prefix_tokens
         self._stem = model.view.patch_convolution(self._size)
@@ -57,7 +57,7 @@ class FilteredBatch:
 
 def backbone_dtype(model: PromptedViT) -> torch.dtype:
     """Of the frozen weights."""
-    return model.view.blocks[0].attn.qkv.weight.dtype
+    return model.view.like.dtype
 
 
 def images_per_forward(model: PromptedViT, size: tuple[int, int]) -> int:
@@ -108,7 +108,7 @@ class WindowLosses:
     ) -> None:
         self.windows, self.dtype = len(origins), backbone_dtype(model)
         self._ranks, self._chunk, self._advance = ranks, chunk, advance
-        self._room = images_per_forward(model, tuple(spectrum.shape[-2:]))
+        self._room = images_per_forward(model, (spectrum.shape[-2], spectrum.shape[-1]))
         self._workers = []
         for device in devices:
             own = model if device == model.device else copy.deepcopy(model).to(device)

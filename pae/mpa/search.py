@@ -128,13 +128,18 @@ class _Known:
     ) -> None:
         self._losses_of, self._labels, self._risk = losses_of, labels, risk
         self._order = _balanced_order(labels, how.seed)
-        self.table: Tensor | None = None
+        self._table: Tensor | None = None
         self.seen = torch.zeros(windows, dtype=torch.int64)
         self.means, self.errors = torch.zeros(2, windows, dtype=torch.float64)
 
     @property
     def whole(self) -> Tensor:
         return self.seen == len(self._labels)
+
+    @property
+    def table(self) -> Tensor:
+        assert self._table is not None  # its dtype is that of the first losses
+        return self._table
 
     def measure(self, windows: Tensor, images: int) -> None:
         """Windows that have seen equally many images see the order's first `images`."""
@@ -143,8 +148,8 @@ class _Known:
         new, sample = self._order[int(self.seen[windows[0]]) : images], self._order[:images]
         losses = self._losses_of(windows, new)
         check_finite(losses)
-        if self.table is None:
-            self.table = losses.new_zeros(len(self.seen), len(self._labels))
+        if self._table is None:
+            self._table = losses.new_zeros(len(self.seen), len(self._labels))
         self.table[windows[:, None], new], self.seen[windows] = losses, images
         means, variances, freedom = _stratified(
             self.table[windows][:, sample], sample, self._labels
