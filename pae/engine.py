@@ -33,6 +33,7 @@ from .block import (
 )
 from .plan import FrozenPlan
 from .prompts import PromptFamily
+from .prompts.contracts import check_rows
 from .sequence import between_blocks, cut_rows, insert_rows, touches_rows
 
 
@@ -73,6 +74,7 @@ def run(
     """
     if memory not in MEMORY_MODES:
         raise ValueError(f"memory must be one of {MEMORY_MODES}, got {memory!r}")
+    family.start_forward()
     at, class_only = view.num_prefix_tokens, view.reads_class_only
     with torch.autocast(x.device.type, enabled=False):
         entered = 0
@@ -159,7 +161,10 @@ def _answers(
 
     def ask(i: int, x: Tensor) -> BlockPrompts:
         rows, head_kv = family.block_prompts(i, x), family.head_keys_values(i, x)
-        return prompts(i, rows, family.group_index(x), head_kv)
+        group = family.group_index(x)
+        if rows is not None:
+            check_rows(family, i, rows, group)
+        return prompts(i, rows, group, head_kv)
 
     if family.enters_sequence:  # its rows are in the stream
         return lambda i, x: prompts(i, None, None, None)

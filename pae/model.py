@@ -20,6 +20,7 @@ from .choices import ENGINES
 from .kld import KLD
 from .plan import FrozenPlan, Plans
 from .prompts import PromptFamily
+from .prompts.contracts import check_rows
 from .sequence import between_blocks, cut_rows, insert_rows, touches_rows
 
 
@@ -144,6 +145,7 @@ class PromptedViT(nn.Module):
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
         view, family, at = self.view, self.prompts, self.view.num_prefix_tokens
+        family.start_forward()
         x, entered, attention = view.embed(images), 0, None
         for i, block in enumerate(view.blocks):
             if touches_rows(family, i):
@@ -153,6 +155,7 @@ class PromptedViT(nn.Module):
             count = 0
             if rows is not None:
                 group, count = family.group_index(x), rows.shape[-2]
+                check_rows(family, i, rows, group)
                 x = insert_rows(x, rows if group is None else rows[group], at)
             if family.reads_class_attention and i + 1 < len(view.blocks):
                 attention = view.class_attention(block, x, kv)

@@ -25,7 +25,7 @@ def touches_rows(family, index: int) -> bool:
     """Whether `between_blocks` does anything before block `index`."""
     if family is None:
         return False
-    changes = family.rewrites_rows or family.adjusts_rows
+    changes = family.rewrites_rows or family.adjusts_rows or family.reads_class_attention
     return index in family.observed or (index > 0 and changes)
 
 
@@ -50,7 +50,9 @@ def between_blocks(
         rows, image = x[:, at : at + entered], cut_rows(x, at, entered)
         x = insert_rows(image, family.next_rows(index, rows, image), at)
     if index > 0 and family.adjusts_rows:
-        x = family.adjust_rows(index, x, class_attention).to(x.dtype)
+        x = family.adjust_rows(index, x).to(x.dtype)
+    if index > 0 and family.reads_class_attention:
+        x = family.adjust_attended_rows(index, x, class_attention).to(x.dtype)
     if index in family.observed:
         family.observe(index, cut_rows(x, at, entered), class_query(x))
     return x

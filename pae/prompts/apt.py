@@ -40,6 +40,10 @@ class APT(PromptFamily):
         ValueError, TypeError: naming the argument, what it was and what was expected.
     """
 
+    keys: nn.Parameter
+    values: nn.Parameter
+    scales: nn.Parameter
+
     def __init__(
         self, num_tokens: int, start: int = 0, end: int | None = None, dropout: float = 0.0
     ) -> None:
@@ -54,15 +58,12 @@ class APT(PromptFamily):
             self.register_parameter(name, None)
 
     def bind(self, shape: BackboneShape) -> None:
-        if self.keys is not None:
-            raise RuntimeError("this APT already belongs to a model; build a new one")
         last = shape.depth - 1 if self.end is None else self.end
         if not self.start <= last < shape.depth:
             raise ValueError(
                 f"start and end must satisfy 0 <= start <= end < {shape.depth}, got {self.start} "
                 f"and {self.end}"
             )
-        self._depth, self._heads = shape.depth, shape.num_heads
         self._blocks = range(self.start, last + 1)
         size = len(self._blocks), self.num_tokens, shape.head_width
         fan = shape.in_chans * shape.patch_size[0] * shape.patch_size[1] + shape.head_width
@@ -73,10 +74,10 @@ class APT(PromptFamily):
 
     @property
     def prompt_counts(self) -> list[int]:
-        return [0] * self._depth
+        return [0] * self.shape.depth
 
     def raw_prompts(self) -> list[Tensor | None]:
-        return [None] * self._depth
+        return [None] * self.shape.depth
 
     def block_prompts(self, index: int, x: Tensor) -> Tensor | None:
         return None
@@ -91,15 +92,4 @@ class APT(PromptFamily):
         scales = torch.where(scales >= 1, scales, 1.0)
         pair = pair * scales.t()[..., None]
         pair = F.dropout(pair, self.dropout, self.training)
-        return pair[:, :, None].expand(-1, -1, self._heads, -1)
-
-    def config(self) -> dict:
-        return {
-            "num_tokens": self.num_tokens,
-            "start": self.start,
-            "end": self.end,
-            "dropout": self.dropout,
-        }
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
+        return pair[:, :, None].expand(-1, -1, self.shape.num_heads, -1)

@@ -4,11 +4,17 @@ else.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from . import contracts
 
 
 @dataclass(frozen=True)
@@ -40,43 +46,133 @@ class BackboneShape:
     has_class_token: bool
 
 
+class PerThread(threading.local):
+    """Values of which every thread has its own; a copy or a pickle has none."""
+
+    def __init__(self) -> None:
+        self.values: dict[Any, Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PerThread:
+        return PerThread()
+
+    def __reduce__(self) -> tuple[type[PerThread], tuple[()]]:
+        return PerThread, ()
+
+
 class PromptFamily(nn.Module):
     """Base class of all prompt families.
 
     A family knows how its prompts come about; it knows neither the backbone's code nor the engine.
     `PromptedViT` calls `bind` once with the backbone's sizes; from then on both forwards ask
-    `block_prompts`.
+    `block_prompts`, and what else the class overrides.
+
+    What a family overrides is asked: three attributes follow from that when the class is made, and
+    an instance may set its own to False when an option of its leaves that part out.
+
+    Attributes:
+        adjusts_rows: `adjust_rows` is overridden. reads_class_attention: `adjust_attended_rows` is
+            overridden (iVPT); otherwise no class attention is computed. rewrites_rows: `next_rows`
+            is overridden (LSPT).
+
+    Three are facts that no method shows. A class says them:
 
     Attributes:
         enters_sequence: prompt rows given at block 0 stay in the sequence through all blocks
             (VPT-shallow). Otherwise the rows of block i are only read as keys and values of block i
             and then cut off.
-        rewrites_rows: `next_rows` replaces those rows between blocks (LSPT); needs enters_sequence.
-        depends_on_input: `block_prompts` reads the values of `x` (not only its batch size).
-        adjusts_rows: `adjust_rows` changes image rows at the inputs of blocks 1, 2, ... (iVPT).
-        reads_class_attention: it is given the class row's attention, which otherwise is never
-            computed; needs adjusts_rows.
-        observed: blocks whose input rows `observe` is shown (DA-VPT).
+        depends_on_input: `block_prompts`, `head_keys_values` or `group_index` reads the values of
+            `x` (not only its batch size).
         moves_prompts: prompts change their block in training (PRO-VPT), so `prompt_counts` change
             and prompts of the same number in two blocks have nothing to do with each other.
+
+    Raises:
+        TypeError: when a class is made whose parts contradict each other, or in which something
+            would never be asked: a flag without its method, `next_rows` without `enters_sequence`,
+            `observe` without `observed`, a method under nearly the name of a question, or with
+            arguments that nobody gives. When a family is bound whose answers contradict what it
+            says of itself.
     """
 
-    enters_sequence: bool = False
-    rewrites_rows: bool = False
-    depends_on_input: bool = False
     adjusts_rows: bool = False
     reads_class_attention: bool = False
-    observed: frozenset[int] = frozenset()
+    rewrites_rows: bool = False
+    enters_sequence: bool = False
+    depends_on_input: bool = False
     moves_prompts: bool = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._shape: BackboneShape | None = None
+        self._binding = False
+        self._threads = PerThread()
+        self._remembers = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        contracts.complete(cls, PromptFamily)
+        if "bind" in vars(cls):
+            cls.bind = _bound_once(cls.bind)  # type: ignore[method-assign]
+
+    # ---- belonging to a model
+
+    @property
+    def shape(self) -> BackboneShape:
+        """Sizes of the backbone that this family belongs to; also there inside `bind`.
+
+        Raises:
+            RuntimeError: it belongs to none yet.
+        """
+        if self._shape is None:
+            raise RuntimeError(
+                f"this {type(self).__name__} belongs to no model yet: give it to pae.PromptedViT"
+            )
+        return self._shape
+
     def bind(self, shape: BackboneShape) -> None:
-        """Allocate and initialise the parameters for a backbone of these sizes."""
-        raise NotImplementedError
+        """Allocate and initialise the parameters for a backbone of these sizes.
+
+        `PromptedViT` calls it. Whatever class overrides it, a family is bound once, and its answers
+        are then compared with what it says of itself.
+
+        Raises:
+            RuntimeError: this family already belongs to a model.
+            TypeError, ValueError: the answers contradict each other, or the sizes do not fit.
+        """
+        raise self._unanswered("bind")
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments as plain JSON values, enough to build the family again.
+
+        They are read from the attributes of the same names.
+
+        Raises:
+            TypeError: an argument is kept under another name or not at all, or is no JSON value.
+        """
+        found = {}
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            owner = f"{type(self).__name__}.config()"
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise TypeError(f"{owner} must be overridden: the constructor takes *{name}")
+            if not hasattr(self, name):
+                raise TypeError(
+                    f"{owner} needs argument {name!r} as an attribute of that name: keep it, or "
+                    "override config"
+                )
+            found[name] = _as_json(getattr(self, name), f"{owner}: argument {name!r}")
+        return found
+
+    def extra_repr(self) -> str:
+        try:
+            return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+        except TypeError:  # a family that cannot be saved can still be printed
+            return ""
+
+    # ---- what both forwards ask
 
     @property
     def prompt_counts(self) -> list[int]:
         """Number of prompt rows given to each block, (depth,)."""
-        raise NotImplementedError
+        raise self._unanswered("prompt_counts")
 
     def block_prompts(self, index: int, x: Tensor) -> Tensor | None:
         """Prompts of block `index`, given the rows `x` (B, N, D) that enter it.
@@ -85,11 +181,14 @@ class PromptFamily(nn.Module):
             (P, D) shared by the batch, (B, P, D) per sample, (G, P, D) picked by `group_index`, or
             None.
         """
-        raise NotImplementedError
+        raise self._unanswered("block_prompts")
 
     def all_prompts(self, x: Tensor) -> list[Tensor | None]:
-        """`block_prompts` of every block at once, in block order; only asked when
-        `depends_on_input` is False.
+        """`block_prompts` of every block at once, in block order, with the same draws of dropout.
+
+        Override it where that is cheaper. Not asked where prompts depend on the input, enter the
+        sequence, or come with `head_keys_values`. A subclass that overrides `block_prompts` alone
+        does not inherit it.
         """
         return [self.block_prompts(i, x) for i in range(len(self.prompt_counts))]
 
@@ -108,22 +207,28 @@ class PromptFamily(nn.Module):
         """
         return None
 
-    def adjust_rows(self, index: int, x: Tensor, class_attention: Tensor | None) -> Tensor:
-        """Image rows that enter block `index` >= 1, changed; asked when `adjusts_rows`.
+    def adjust_rows(self, index: int, x: Tensor) -> Tensor:
+        """Image rows that enter block `index` >= 1, changed.
 
         Args:
             x: (B, N, D), prefix tokens first.
-            class_attention: (B, H, N), how much the class row of block `index` - 1 looked at each
-                image row; a softmax over all keys, prompts included. Without gradient. None unless
-                `reads_class_attention`.
 
         Returns:
             (B, N, D), differentiable; not `x` changed in place.
         """
-        raise NotImplementedError
+        raise self._unanswered("adjust_rows")
+
+    def adjust_attended_rows(self, index: int, x: Tensor, class_attention: Tensor) -> Tensor:
+        """As `adjust_rows`, given what the class row looked at; asked behind it.
+
+        Args:
+            class_attention: (B, H, N), how much the class row of block `index` - 1 looked at each
+                image row; a softmax over all keys, prompts included. Without gradient.
+        """
+        raise self._unanswered("adjust_attended_rows")
 
     def next_rows(self, index: int, rows: Tensor, x: Tensor) -> Tensor:
-        """Prompt rows that enter block `index` >= 1; asked when `rewrites_rows`.
+        """Prompt rows that enter block `index` >= 1; needs `enters_sequence`.
 
         Args:
             rows: (B, P, D), the prompt rows of block `index` - 1's output.
@@ -132,7 +237,12 @@ class PromptFamily(nn.Module):
         Returns:
             (B, P, D), differentiable.
         """
-        raise NotImplementedError
+        raise self._unanswered("next_rows")
+
+    @property
+    def observed(self) -> frozenset[int]:
+        """Blocks whose input rows `observe` is shown; overridden together with it."""
+        return frozenset()
 
     def observe(self, index: int, x: Tensor, class_query: Tensor) -> None:
         """Shown the rows (B, N, D) that enter block `index`, for every index in `observed`.
@@ -141,26 +251,48 @@ class PromptFamily(nn.Module):
             class_query: (B, H d) of the class row, as the block's query projection gives it, before
                 any per-head norm. Both are differentiable.
         """
+        raise self._unanswered("observe")
+
+    def start_forward(self) -> None:
+        """Called by both forwards before anything else: `this_forward` is empty again."""
+        if self._remembers:
+            self._threads_values().clear()
+
+    @property
+    def this_forward(self) -> dict[Any, Any]:
+        """What the forward in progress leaves for its later blocks and for the penalty behind it.
+
+        Every thread has its own, and nothing of one forward belongs anywhere else: a model that is
+        shared by threads has one family. Empty when a forward starts; copies of the family do not
+        have it.
+        """
+        if not self._remembers:
+            self._remembers = True
+        return self._threads_values()
+
+    @torch.compiler.disable  # which thread runs is no part of a graph
+    def _threads_values(self) -> dict[Any, Any]:
+        return self._threads.values
+
+    # ---- what regularisers and initialisers ask
 
     def raw_prompts(self) -> list[Tensor | None]:
         """Per block the dropout-free prompts (P, D) as differentiable tensors: what a regulariser
         sees.
         """
-        raise NotImplementedError
+        raise self._unanswered("raw_prompts")
 
     def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
         """Overwrite the learned prompts with one (P, D) tensor per block (None where a block has
         none).
         """
-        raise NotImplementedError
-
-    def config(self) -> dict:
-        """Constructor arguments as plain JSON values, enough to build the family again."""
-        raise NotImplementedError
+        raise self._unanswered("set_prompts")
 
     def penalty(self) -> Tensor | None:
         """Scalar added to the training loss, or None."""
         return None
+
+    # ---- what the training loop calls
 
     def start_of_epoch(
         self,
@@ -195,6 +327,45 @@ class PromptFamily(nn.Module):
     def end_of_epoch(self) -> None:
         """Called by the training loop after every epoch."""
 
+    def _unanswered(self, name: str) -> NotImplementedError:
+        return NotImplementedError(f"{type(self).__name__} does not answer {name}")
+
+
+def _bound_once(bind: Callable[[Any, BackboneShape], None]) -> Callable[..., None]:
+    """`bind` with what belongs to every family: see `PromptFamily.bind`."""
+
+    @functools.wraps(bind)
+    def bound(self: PromptFamily, shape: BackboneShape) -> None:
+        if self._binding:  # a subclass asks for `super().bind(shape)`
+            bind(self, shape)
+            return
+        if self._shape is not None:
+            raise RuntimeError(
+                f"this {type(self).__name__} already belongs to a model; build a new one"
+            )
+        self._shape, self._binding = shape, True
+        try:
+            bind(self, shape)
+            contracts.check_answers(self, PromptFamily)
+        except BaseException:
+            self._shape = None
+            raise
+        finally:
+            self._binding = False
+
+    return bound
+
+
+def _as_json(value: Any, what: str) -> Any:
+    """A copy of `value` as JSON gives it back, tuples as lists; TypeError where there is none."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_as_json(v, what) for v in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _as_json(v, what) for key, v in value.items()}
+    raise TypeError(f"{what} must be a JSON value, got {type(value).__name__}: override config")
+
 
 def check_prompts(
     name: str, prompts: Sequence[Tensor | None], counts: list[int], width: int
@@ -215,10 +386,18 @@ def check_probability(name: str, value: float) -> float:
     return float(value)
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+def check_flag(name: str, value: bool) -> bool:
+    """Return `value`, or raise unless it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
     """Return `value`, or raise unless it is one of `choices`."""
+    choices = tuple(choices)
     if value not in choices:
-        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
     return value
 
 

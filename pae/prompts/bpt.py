@@ -28,34 +28,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import BackboneShape, PromptFamily, check_count, check_prompts
+from .base import BackboneShape, PromptFamily, check_count, check_flag, check_prompts
 from .registry import register
 
 
 class _BPT(PromptFamily):
     """What deep and shallow share: `sets` pairs of factors, one per prompted block."""
 
+    coefficients: nn.Parameter
+    basis: nn.Parameter | None
+    frozen_basis: Tensor | None
+    whitened: Tensor
+
     def __init__(self, num_tokens: int, rank: int) -> None:
         super().__init__()
         self.num_tokens = _at_least_one("num_tokens", num_tokens)
         self.rank = _at_least_one("rank", rank)
         self.fit_errors: list[float] | None = None
-        self._depth = 0
         self.register_parameter("coefficients", None)
         self.register_parameter("basis", None)
         self.register_buffer("frozen_basis", None)
         self.register_buffer("whitened", torch.tensor(False))
 
     def _allocate(self, shape: BackboneShape, sets: int, trained: int) -> None:
-        if self.coefficients is not None:
-            raise RuntimeError(
-                f"this {type(self).__name__} already belongs to a model; build a new one"
-            )
         if self.rank > shape.width:
             raise ValueError(
                 f"rank must be at most the backbone's width {shape.width}, got {self.rank}"
             )
-        self._depth = shape.depth
         self.coefficients = nn.Parameter(torch.empty(sets, self.num_tokens, self.rank))
         nn.init.normal_(self.coefficients, std=0.02)
         bases = torch.empty(sets, shape.width, self.rank)
@@ -72,6 +71,13 @@ class _BPT(PromptFamily):
         parts = [part for part in (self.frozen_basis, self.basis) if part is not None]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _basis(self, index: int) -> Tensor:
+        """`bases[index]`, alone."""
+        frozen = 0 if self.frozen_basis is None else len(self.frozen_basis)
+        part = self.frozen_basis if index < frozen else self.basis
+        assert part is not None  # one of the two has it
+        return part[index if index < frozen else index - frozen]
+
     def products(self) -> Tensor:
         """(sets, P, D): A_i B_i^T of every prompted block, in one batched product."""
         return torch.bmm(self.coefficients, self.bases.transpose(1, 2))
@@ -87,24 +93,25 @@ class _BPT(PromptFamily):
         Raises:
             ValueError: on another shape.
         """
-        expected = (len(self.coefficients), self._width(), self.rank)
+        expected = (len(self.coefficients), self.shape.width, self.rank)
         if tuple(bases.shape) != expected:
             raise ValueError(f"bases must have shape {expected}, got {tuple(bases.shape)}")
         frozen = 0 if self.frozen_basis is None else len(self.frozen_basis)
-        if frozen:
+        if self.frozen_basis is not None:
             self.frozen_basis.copy_(bases[:frozen])
         if self.basis is not None:
             self.basis.copy_(bases[frozen:])
         self.whitened.fill_(whitened)
 
     @torch.no_grad()
-    def _fit(self, prompts: Sequence[Tensor]) -> None:
-        """Best factors of one (P, D) target per set, in fp64 on the CPU."""
+    def _fit(self, prompts: Sequence[Tensor | None]) -> None:
+        """Best factors of one (P, D) target per set, in fp64 on the CPU; checked before."""
         frozen = 0 if self.frozen_basis is None else len(self.frozen_basis)
         whitened, bases, errors = bool(self.whitened), self.bases, []
         for i, rows in enumerate(prompts):
+            assert rows is not None  # no set has 0 prompts
             target, basis = rows.detach().double().cpu(), bases[i].detach().double().cpu()
-            if i < frozen or whitened:
+            if i < frozen or whitened or self.basis is None:
                 coefficients = torch.linalg.lstsq(basis, target.T, driver="gelsd").solution.T
             else:
                 coefficients, basis = _truncated_factors(target, basis)
@@ -113,12 +120,6 @@ class _BPT(PromptFamily):
             missed = (target - coefficients @ basis.T).norm() / target.norm().clamp_min(1e-300)
             errors.append(missed.item())
         self.fit_errors = errors
-
-    def _width(self) -> int:
-        return (self.basis if self.frozen_basis is None else self.frozen_basis).shape[1]
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
 
 
 @register("bpt")
@@ -162,7 +163,7 @@ class BPTDeep(_BPT):
 
     @property
     def prompt_counts(self) -> list[int]:
-        return [self.num_tokens] * self._depth
+        return [self.num_tokens] * self.shape.depth
 
     def raw_prompts(self) -> list[Tensor | None]:
         return list(self.products().unbind(0))
@@ -171,9 +172,7 @@ class BPTDeep(_BPT):
         return self.raw_prompts()
 
     def block_prompts(self, index: int, x: Tensor) -> Tensor | None:
-        frozen = 0 if self.frozen_basis is None else len(self.frozen_basis)
-        basis = self.frozen_basis[index] if index < frozen else self.basis[index - frozen]
-        return self.coefficients[index] @ basis.T
+        return self.coefficients[index] @ self._basis(index).T
 
     def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
         """Factors of the best fit to one (P, D) tensor per block; `fit_errors` says how good.
@@ -184,15 +183,8 @@ class BPTDeep(_BPT):
         squares: what is missed is the part of the prompts outside the span of its columns, nothing
         at rank D.
         """
-        check_prompts("prompts", prompts, self.prompt_counts, self._width())
+        check_prompts("prompts", prompts, self.prompt_counts, self.shape.width)
         self._fit(prompts)
-
-    def config(self) -> dict:
-        return {
-            "num_tokens": self.num_tokens,
-            "rank": self.rank,
-            "trained_bases": self.trained_bases,
-        }
 
 
 @register("bpt-shallow")
@@ -215,34 +207,25 @@ class BPTShallow(_BPT):
 
     def __init__(self, num_tokens: int, rank: int = 75, train_basis: bool = True) -> None:
         super().__init__(num_tokens, rank)
-        if not isinstance(train_basis, bool):
-            raise TypeError(f"train_basis must be a bool, got {train_basis!r}")
-        self.train_basis = train_basis
+        self.train_basis = check_flag("train_basis", train_basis)
 
     def bind(self, shape: BackboneShape) -> None:
         self._allocate(shape, 1, int(self.train_basis))
 
     @property
     def prompt_counts(self) -> list[int]:
-        return [self.num_tokens] + [0] * (self._depth - 1)
+        return [self.num_tokens] + [0] * (self.shape.depth - 1)
 
     def raw_prompts(self) -> list[Tensor | None]:
-        return [self.products()[0]] + [None] * (self._depth - 1)
+        return [self.products()[0], *[None] * (self.shape.depth - 1)]
 
     def block_prompts(self, index: int, x: Tensor) -> Tensor | None:
         return self.products()[0] if index == 0 else None
 
     def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
         """As in `BPTDeep`, for block 0."""
-        check_prompts("prompts", prompts, self.prompt_counts, self._width())
+        check_prompts("prompts", prompts, self.prompt_counts, self.shape.width)
         self._fit(prompts[:1])
-
-    def config(self) -> dict:
-        return {
-            "num_tokens": self.num_tokens,
-            "rank": self.rank,
-            "train_basis": self.train_basis,
-        }
 
 
 def _truncated_factors(target: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

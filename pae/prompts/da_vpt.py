@@ -6,13 +6,13 @@ Source: Ren et al., "DA-VPT: Semantic-Guided Visual Prompt Tuning for Vision Tra
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import BackboneShape, check_choice, check_count
+from .base import BackboneShape, PerThread, check_choice, check_count
 from .registry import register
 from .vpt import VPTDeep
 
@@ -58,6 +58,9 @@ class DAVPT(VPTDeep):
         ValueError, TypeError: naming the argument, what it was and what was expected.
     """
 
+    class_map: Tensor
+    centroids: Tensor
+
     def __init__(
         self,
         num_tokens: int,
@@ -89,8 +92,8 @@ class DAVPT(VPTDeep):
         if not init_divisor > 0:
             raise ValueError(f"init_divisor must be above 0, got {init_divisor}")
         self.init_divisor = float(init_divisor)
-        self._labels: Tensor | None = None
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._observed: frozenset[int] = frozenset()
+        self._next = PerThread()  # labels of this thread's next forward
 
     def bind(self, shape: BackboneShape) -> None:
         blocks = self.proxy_blocks
@@ -107,19 +110,20 @@ class DAVPT(VPTDeep):
                 f"DAVPT compares queries of width {shape.num_heads * shape.head_width} with "
                 f"prompts of width {shape.width}: they must be equal"
             )
-        self._prefix, self.observed = shape.num_prefix_tokens, frozenset(blocks)
+        self._observed = frozenset(blocks)
         super().bind(shape)
         self.register_buffer("class_map", torch.arange(self.num_classes) % self.num_proxies)
         self.register_buffer("centroids", torch.zeros(self.num_proxies, shape.width))
         with torch.no_grad():
-            for i, rows in enumerate(super().raw_prompts()):
+            for i, rows in enumerate(super()._blocks()):
                 group = len(blocks) if i in self.observed else shape.depth - len(blocks)
                 if len(rows):
                     bound = (6 / ((len(rows) + group) * shape.width)) ** 0.5 / self.init_divisor
                     rows.uniform_(-bound, bound)
 
     def _counts_of(self, depth: int) -> list[int]:
-        return [self.num_proxies if i in self.observed else self.num_tokens for i in range(depth)]
+        others = super()._counts_of(depth)
+        return [self.num_proxies if i in self._observed else n for i, n in enumerate(others)]
 
     def _normed(self, rows: Tensor) -> Tensor:
         if self.norm == "l2":
@@ -128,18 +132,13 @@ class DAVPT(VPTDeep):
             return F.layer_norm(rows, rows.shape[-1:])
         return rows
 
-    def raw_prompts(self) -> list[Tensor | None]:
-        """Prompts as they enter, norm included, without dropout."""
-        return [self._normed(rows) for rows in super().raw_prompts()]
+    def _blocks(self) -> Sequence[Tensor]:
+        return [self._normed(rows) for rows in super()._blocks()]
 
-    def block_prompts(self, index: int, x: Tensor) -> Tensor | None:
-        rows = self.raw_prompts()[index]
-        return self._drop(rows, x) if len(rows) else None
+    def _block(self, index: int) -> Tensor:
+        return self._normed(super()._block(index))
 
-    def all_prompts(self, x: Tensor) -> list[Tensor | None]:
-        return [self._drop(rows, x) if len(rows) else None for rows in self.raw_prompts()]
-
-    def set_prompts(self, prompts) -> None:
+    def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
         """Overwrite the tokens; a norm then acts on them, so it must be "none"."""
         if self.norm != "none":
             raise ValueError(f"prompts cannot be set under norm {self.norm!r}, only under 'none'")
@@ -151,26 +150,33 @@ class DAVPT(VPTDeep):
             raise ValueError(
                 f"labels must be integers (B,), got {tuple(labels.shape)} {labels.dtype}"
             )
-        self._labels = labels
+        self._next.values["labels"] = labels
+
+    @property
+    def observed(self) -> frozenset[int]:
+        return self._observed
 
     def observe(self, index: int, x: Tensor, class_query: Tensor) -> None:
         if self.training:
-            self._seen[index] = (x[:, self._prefix :].mean(dim=1), class_query)
+            patches = x[:, self.shape.num_prefix_tokens :]
+            seen = self.this_forward.setdefault("seen", {})
+            seen[index] = patches.mean(dim=1), class_query
 
     def penalty(self) -> Tensor | None:
         """The proxy-anchor term of the last training forward; it is used up."""
-        seen, labels = self._seen, self._labels
-        self._seen, self._labels = {}, None
+        seen: dict[int, tuple[Tensor, Tensor]] = self.this_forward.pop("seen", {})
+        labels = self._next.values.pop("labels", None)
         if not seen:
             return None
-        if labels is None or len(labels) != len(next(iter(seen.values()))[0]):
+        images = len(next(iter(seen.values()))[0])
+        if labels is None or len(labels) != images:
             got = "none" if labels is None else len(labels)
             raise ValueError(
-                f"labels of the {len(next(iter(seen.values()))[0])} images must be given to "
-                f"see_labels before the forward, got {got}"
+                f"labels of the {images} images must be given to see_labels before the forward, "
+                f"got {got}"
             )
         owner = self.class_map[labels.to(self.class_map.device)]  # (B,)
-        prompts = self.raw_prompts()
+        prompts = self._blocks()
         terms = [
             self.patch_weight * self._proxy_anchor(patch, prompts[i], owner)
             + self.class_weight * self._proxy_anchor(query, prompts[i], owner)
@@ -187,7 +193,8 @@ class DAVPT(VPTDeep):
             pull = (-self.alpha * (s - self.delta)).masked_fill(~own, -torch.inf)
             push = (self.alpha * (s + self.delta)).masked_fill(own, -torch.inf)
             # log(1 + sum exp): a zero logit beside the batch; without images it is log 1 = 0
-            return sum(F.pad(t, (0, 1)).logsumexp(dim=1).mean() for t in (pull, push))
+            pull, push = (F.pad(t, (0, 1)).logsumexp(dim=1).mean() for t in (pull, push))
+            return pull + push
 
     @torch.no_grad()
     def remap(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -224,7 +231,9 @@ class DAVPT(VPTDeep):
             self.centroids
         )
 
-    def _class_means(self, model, batches) -> tuple[Tensor, Tensor]:
+    def _class_means(
+        self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
         width = self.centroids.shape[1]
         sums = torch.zeros(self.num_classes, width, dtype=torch.float64)
         counts = torch.zeros(self.num_classes, dtype=torch.float64)
@@ -244,24 +253,3 @@ class DAVPT(VPTDeep):
         if not counts.any():
             raise ValueError("batches must hold at least one image, got none")
         return sums, counts
-
-    def __getstate__(self) -> dict:
-        # a copy has not seen the last forward
-        return {**self.__dict__, "_seen": {}, "_labels": None}
-
-    def config(self) -> dict:
-        return {
-            "num_tokens": self.num_tokens,
-            "num_proxies": self.num_proxies,
-            "num_classes": self.num_classes,
-            "proxy_blocks": self.proxy_blocks,
-            "norm": self.norm,
-            "patch_weight": self.patch_weight,
-            "class_weight": self.class_weight,
-            "kappa": self.kappa,
-            "alpha": self.alpha,
-            "delta": self.delta,
-            "init_divisor": self.init_divisor,
-            "dropout": self.dropout,
-            "dropout_scope": self.dropout_scope,
-        }

@@ -6,7 +6,7 @@ Source: Han et al., "E^2VPT: An Effective and Efficient Approach for Visual Prom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,10 @@ class E2VPT(_VPT):
     Raises:
         ValueError, TypeError: naming the argument, what it was and what was expected.
     """
+
+    keys_values: nn.Parameter | None
+    token_mask: Tensor
+    piece_mask: Tensor
 
     def __init__(
         self,
@@ -120,16 +124,13 @@ class E2VPT(_VPT):
         rows = self._masked(index)
         return self._drop(rows, x) if len(rows) else None
 
-    def all_prompts(self, x: Tensor) -> list[Tensor | None]:
-        return [self._drop(rows, x) if len(rows) else None for rows in self.raw_prompts()]
-
     def head_keys_values(self, index: int, x: Tensor) -> Tensor | None:
         if self.keys_values is None:
             return None
         pair = self.keys_values[index]  # (T', 1 or 2, H, d)
         return F.dropout(pair.expand(-1, 2, -1, -1), self.kv_dropout, self.training)
 
-    def set_prompts(self, prompts) -> None:
+    def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
         """Make these the effective prompts: tokens = prompts / mask; refused where a mask is 0."""
         check_prompts("prompts", prompts, self.prompt_counts, self.tokens.shape[-1])
         mask = self._mask()
@@ -137,7 +138,7 @@ class E2VPT(_VPT):
             raise ValueError("prompts cannot be set where a mask is 0")
         if self.num_tokens:
             with torch.no_grad():
-                wanted = torch.stack([p.to(self.tokens) for p in prompts])
+                wanted = torch.stack([p.to(self.tokens) for p in prompts if p is not None])
                 self.tokens.copy_(wanted if mask is None else wanted / mask)
 
     def rewound(
@@ -207,19 +208,6 @@ class E2VPT(_VPT):
             return tokens.index_select(-2, kept) * mask[kept]
         return tokens * mask
 
-    def config(self) -> dict:
-        return {
-            "num_tokens": self.num_tokens,
-            "num_kv": self.num_kv,
-            "share_kv": self.share_kv,
-            "dropout": self.dropout,
-            "dropout_scope": self.dropout_scope,
-            "kv_dropout": self.kv_dropout,
-            "masks": self.masks,
-            "pieces": self.pieces,
-            "pruned": self.pruned,
-        }
-
 
 @dataclass(frozen=True, eq=False)
 class E2VPTImportance:
@@ -230,7 +218,7 @@ class E2VPTImportance:
 
 
 def e2vpt_importance(
-    model,
+    model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     absolute: bool = False,
@@ -254,7 +242,7 @@ def e2vpt_importance(
         raise TypeError(f"model.prompts must be E2VPT, got {type(family).__name__}")
     if family.masks != "learned":
         raise ValueError(f"model.prompts must have masks='learned', got {family.masks!r}")
-    masks, count = [family.token_mask, family.piece_mask], 0
+    masks, count = (family.token_mask, family.piece_mask), 0
     sums = [torch.zeros_like(m) for m in masks]
     for images, labels in batches:
         value = loss(model(images, engine="fast"), labels)

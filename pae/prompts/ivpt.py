@@ -7,6 +7,8 @@ Tuning by Cross-layer Dynamic Connection" (arXiv 2404.05207); in its journal ver
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +65,10 @@ class IVPT(_VPT):
             `PromptedViT` when the backbone has no class token.
     """
 
+    mix: nn.Parameter
+    mix_bias: nn.Parameter
+    added: nn.Parameter
+
     def __init__(
         self,
         num_tokens: int,
@@ -81,13 +87,13 @@ class IVPT(_VPT):
         self.reinforced = check_choice("reinforced", reinforced, REINFORCED)
         self.reduction = check_choice("reduction", reduction, REDUCTIONS)
         self.match = check_choice("match", match, MATCHES)
-        self.adjusts_rows = reinforced == "all" or num_reinforced > 0
-        self.reads_class_attention = self.adjusts_rows and reinforced == "topk"
+        self.adjusts_rows = reinforced == "all"
+        self.reads_class_attention = reinforced == "topk" and num_reinforced > 0
         for name in ("mix", "mix_bias", "added"):
             self.register_parameter(name, None)
 
     def bind(self, shape: BackboneShape) -> None:
-        pairs, count, self._prefix = shape.depth - 1, self.num_tokens, shape.num_prefix_tokens
+        pairs, count = shape.depth - 1, self.num_tokens
         patches = shape.num_tokens - shape.num_prefix_tokens
         if self.reads_class_attention and self.num_reinforced > patches:
             raise ValueError(
@@ -98,7 +104,7 @@ class IVPT(_VPT):
         bound = count**-0.5
         self.mix = nn.Parameter(torch.empty(pairs, count, count).uniform_(-bound, bound))
         self.mix_bias = nn.Parameter(torch.empty(pairs, count).uniform_(-bound, bound))
-        if self.adjusts_rows:
+        if self.adjusts_rows or self.reads_class_attention:
             rows = patches if self.reinforced == "all" else self.num_reinforced
             rows = 1 if self.match == "shared" else rows
             self.added = nn.Parameter(torch.zeros(pairs, rows, shape.width))
@@ -128,37 +134,31 @@ class IVPT(_VPT):
     def _mixed(own: Tensor, mix: Tensor, before: Tensor, bias: Tensor) -> Tensor:
         return own + (mix @ before + bias[..., None])
 
-    def adjust_rows(self, index: int, x: Tensor, class_attention: Tensor | None) -> Tensor:
-        added = self.added[index - 1].to(x.dtype)
-        if self.reinforced == "all":
-            patches = x.shape[1] - self._prefix
-            if len(added) not in (1, patches):
-                raise ValueError(
-                    f"images must have {len(added)} patches, one per learned row, got {patches}"
-                )
-            return torch.cat([x[:, : self._prefix], x[:, self._prefix :] + added], dim=1)
-        patches = class_attention[..., self._prefix :]
+    def adjust_rows(self, index: int, x: Tensor) -> Tensor:
+        added, prefix = self.added[index - 1].to(x.dtype), self.shape.num_prefix_tokens
+        patches = x.shape[1] - prefix
+        if len(added) not in (1, patches):
+            raise ValueError(
+                f"images must have {len(added)} patches, one per learned row, got {patches}"
+            )
+        return torch.cat([x[:, :prefix], x[:, prefix:] + added], dim=1)
+
+    def adjust_attended_rows(self, index: int, x: Tensor, class_attention: Tensor) -> Tensor:
+        added, prefix = self.added[index - 1].to(x.dtype), self.shape.num_prefix_tokens
+        patches = class_attention[..., prefix:]
         ranking = patches.mean(1) if self.reduction == "mean" else patches.amax(1)
-        chosen = ranking.topk(self.num_reinforced).indices + self._prefix  # (B, k), distinct
+        chosen = ranking.topk(self.num_reinforced).indices + prefix  # (B, k), distinct
         rows = added.expand(len(x), self.num_reinforced, -1)
         return x.scatter_add(1, chosen[..., None].expand_as(rows), rows)
 
-    def set_prompts(self, prompts) -> None:
+    def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
         """Make these the effective prompts P~: P_l = given_l - M_l P_{l-1} - c_l in block order."""
         check_prompts("prompts", prompts, self.prompt_counts, self.tokens.shape[-1])
         with torch.no_grad():
-            self.tokens[0].copy_(prompts[0])
-            for l in range(1, len(self.tokens)):
-                shared = self.mix[l - 1] @ self.tokens[l - 1] + self.mix_bias[l - 1][:, None]
-                self.tokens[l].copy_(prompts[l].to(shared) - shared)
-
-    def config(self) -> dict:
-        return {
-            "num_tokens": self.num_tokens,
-            "num_reinforced": self.num_reinforced,
-            "reinforced": self.reinforced,
-            "reduction": self.reduction,
-            "match": self.match,
-            "dropout": self.dropout,
-            "dropout_scope": self.dropout_scope,
-        }
+            for l, rows in enumerate(prompts):
+                assert rows is not None  # checked: every block has prompts
+                rows = rows.to(self.tokens)
+                if l > 0:
+                    shared = self.mix[l - 1] @ self.tokens[l - 1] + self.mix_bias[l - 1][:, None]
+                    rows = rows - shared
+                self.tokens[l].copy_(rows)

@@ -46,8 +46,6 @@ class LSPT(VPTShallow):
         ValueError, TypeError: naming the argument, what it was and what was expected.
     """
 
-    rewrites_rows = True
-
     def __init__(
         self,
         num_tokens: int,
@@ -63,36 +61,26 @@ class LSPT(VPTShallow):
             raise ValueError(f"hidden must be at least 1, got {hidden}")
         self.hidden = hidden
         self.memory = check_choice("memory", memory, MEMORIES)
-        self.cell: nn.LSTMCell | None = None
         self.back: nn.Linear | None = None
-        self._states: tuple[Tensor, Tensor] | None = None
 
     def bind(self, shape: BackboneShape) -> None:
         super().bind(shape)
-        self._prefix = shape.num_prefix_tokens
-        self.cell = nn.LSTMCell(shape.width, self.hidden or shape.width)
-        if self.hidden not in (None, shape.width):
-            self.back = nn.Linear(self.hidden, shape.width)
+        hidden = self.hidden or shape.width
+        self.cell = nn.LSTMCell(shape.width, hidden)
+        if hidden != shape.width:
+            self.back = nn.Linear(hidden, shape.width)
 
     def next_rows(self, index: int, rows: Tensor, x: Tensor) -> Tensor:
         batch, count, width = rows.shape
-        spatial = rows + x[:, self._prefix :].mean(dim=1, keepdim=True)
+        spatial = rows + x[:, self.shape.num_prefix_tokens :].mean(dim=1, keepdim=True)
         # one sequence per image and slot; it starts anew with every forward
-        states = None if index == 1 else self._states
+        states = self.this_forward.pop("states", None)
         dtype = self.cell.weight_ih.dtype
         h, c = self.cell(spatial.reshape(batch * count, width).to(dtype), states)
-        self._states = (h, c) if index + 1 < self._depth else None
+        if index + 1 < self.shape.depth:
+            self.this_forward["states"] = h, c
         out = (h if self.back is None else self.back(h)).view(batch, count, width).to(rows.dtype)
         return rows + out if self.memory == "add" else out
 
     # the LSTM makes the prompts of all blocks but the first
     set_prompts = PromptFamily.set_prompts
-
-    def config(self) -> dict:
-        return {
-            "num_tokens": self.num_tokens,
-            "hidden": self.hidden,
-            "memory": self.memory,
-            "dropout": self.dropout,
-            "dropout_scope": self.dropout_scope,
-        }

@@ -6,14 +6,14 @@ Source: Shang et al., "Iterative Prompt Relocation for Distribution-Adaptive Vis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import BackboneShape, check_choice, check_count, check_prompts
+from .base import BackboneShape, check_choice, check_count, check_flag, check_prompts
 from .registry import register
 from .relocation import POLICIES
 from .vpt import VPTDeep
@@ -62,16 +62,11 @@ class ProVPT(VPTDeep):
     out: dL/dg_k = eps / (var_k + eps) <dL/dy_k, y_k> with y_k the normalised row. At eps 1e-6 and
     VPT's initial variance 1.3e-3 that is a thousandth of <dL/dy_k, y_k>, while a prompt that has
     just moved has variance 1e-9 and counts in full. So the released criterion looks first at
-    prompts that moved lately: in the runs below the prompt that had moved last was the next to move
-    7 times of 32. This follows from the definition and is kept.
+    prompts that moved lately. This follows from the definition and is kept.
 
-    The two sweeps, measured by `bench/studies/prompt_scores.py`: a ViT-S/14 at 56 pixels, 96
-    prompts, 96 images in 3 steps per epoch, Adam, two learning rates, two seeds. The extra pass
-    takes as long as an epoch of training (1.01 to 1.04); the gates of "reuse" take no time (a step
-    1.01 times VPT-deep's; 1.00 at ViT-B with 50 prompts, 1.06 with unequal counts). In each of the
-    four runs both chose the same prompt in 4 of 9 epochs; the rank correlation of all scores was
-    0.87 and 0.06 at lr 2e-4, -0.35 and -0.51 at lr 2e-3. When prompts change much within an epoch,
-    "reuse" is another criterion, not an approximation.
+    The extra pass takes as long as an epoch of training, the gates of "reuse" next to nothing. When
+    prompts change much within an epoch, "reuse" is another criterion, not an approximation.
+    `bench/studies/prompt_scores.py` measures both.
 
     Args:
         num_tokens: prompts per block at first: one integer, or one per block (0 allowed, not all).
@@ -126,9 +121,7 @@ class ProVPT(VPTDeep):
         self.sweep = check_choice("sweep", sweep, SWEEPS)
         self.score = check_choice("score", score, SCORES)
         self.allocation = check_choice("allocation", allocation, POLICIES)
-        if not isinstance(faithful, bool):
-            raise TypeError(f"faithful must be True or False, got {faithful!r}")
-        if faithful and (sweep, score) != ("extra", "taylor"):
+        if check_flag("faithful", faithful) and (sweep, score) != ("extra", "taylor"):
             raise ValueError(
                 "faithful must be False unless sweep is 'extra' and score 'taylor', the released "
                 f"scoring pass; got sweep {sweep!r}, score {score!r}"
@@ -166,23 +159,13 @@ class ProVPT(VPTDeep):
 
     def all_prompts(self, x: Tensor) -> list[Tensor | None]:
         blocks = self._gated().index_select(0, self.table).split(self._counts)
-        return [self._drop(rows, x) if len(rows) else None for rows in blocks]
+        return self._drop_each(blocks, x)
 
     def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
         check_prompts("prompts", prompts, self._counts, self.tokens.shape[-1])
         rows = torch.cat([p for p in prompts if p is not None])
         with torch.no_grad():
             self.tokens[self.table] = rows.to(self.tokens)
-
-    def config(self) -> dict:
-        return {
-            **super().config(),
-            "sweep": self.sweep,
-            "score": self.score,
-            "allocation": self.allocation,
-            "faithful": self.faithful,
-            "seed": self.seed,
-        }
 
     def _gated(self) -> Tensor:
         if self._gates is None or not self.training:
@@ -215,6 +198,7 @@ class ProVPT(VPTDeep):
         if self.sweep == "reuse" and self.score == "taylor":
             if self._gates is None or self._gates.device != self.tokens.device:
                 self._gates = self._new_gates()
+            if self._gates.grad is None:
                 self._gates.grad = torch.zeros_like(self._gates)
             self._gates.grad.zero_()  # in place: a captured step adds to this very tensor
 
@@ -255,26 +239,29 @@ class ProVPT(VPTDeep):
                 "head must hold the head's trained parameters where faithful is True: they are "
                 "clipped together with the gates; got none"
             )
-        if self.sweep == "reuse" and last_loss is None:
+        if self.score == "norm":
+            blocks = self.tokens.detach().index_select(0, self.table).split(self._counts)
+            norms = [rows.double().norm(dim=1) for rows in blocks]
+            shares = torch.cat([-n / n.sum() for n in norms])
+            norm_scores = torch.empty_like(shares).index_copy_(0, self.table, shares).cpu()
+        if self.sweep == "extra":
+            scores, loss = self._pass(losses, head)
+            return norm_scores if self.score == "norm" else scores, loss
+        if last_loss is None:
             raise ValueError(
                 "last_loss must be the mean training loss of the epoch before, because sweep "
                 "'reuse' measures none, got None"
             )
         if self.score == "norm":
-            norms = [rows.detach().double().norm(dim=1) for rows in self.raw_prompts()]
-            shares = torch.cat([-n / n.sum() for n in norms])
-            scores = torch.empty_like(shares).index_copy_(0, self.table, shares).cpu()
-            return scores, last_loss if self.sweep == "reuse" else self._pass(losses)[1]
-        if self.sweep == "extra":
-            return self._pass(losses, head)
-        if self._steps == 0:
+            return norm_scores, last_loss
+        if self._steps == 0 or self._gates is None or self._gates.grad is None:
             raise RuntimeError(
                 "end_of_step must be called after every step where sweep is 'reuse'; it was not "
                 "called since the last start_of_epoch"
             )
         grad = self._gates.grad
-        *scores, ranks = _sum_over_ranks(torch.cat([grad, grad.new_ones(1)])).tolist()
-        return torch.tensor(scores, dtype=torch.float64) / (ranks * self._steps), last_loss
+        *sums, ranks = _sum_over_ranks(torch.cat([grad, grad.new_ones(1)])).tolist()
+        return torch.tensor(sums, dtype=torch.float64) / (ranks * self._steps), last_loss
 
     def _pass(
         self,
@@ -350,18 +337,27 @@ class ProVPT(VPTDeep):
             "previous_loss": torch.tensor(self._previous_loss, dtype=torch.float64),
             "awaits_reward": torch.tensor(self._awaits_reward),
             "score_sum": torch.zeros(len(self.tokens), dtype=torch.float64)
-            if gates is None
+            if gates is None or gates.grad is None
             else gates.grad.double().cpu(),
             **{f"policy.{name}": tensor for name, tensor in self.policy.state().items()},
         }
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self._host_state().items():
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(
-        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
     ) -> None:
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected, errors

@@ -169,7 +169,10 @@ class ThompsonPolicy:
         self.outcomes.copy_(tensors["outcomes"])
 
 
-POLICIES = {"ppo": PPOPolicy, "thompson": ThompsonPolicy}
+POLICIES: dict[str, type[PPOPolicy] | type[ThompsonPolicy]] = {
+    "ppo": PPOPolicy,
+    "thompson": ThompsonPolicy,
+}
 
 
 class _Perceptron:

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from pae_kernels.adaptive import prompt_bottleneck, token_mix
 from pae_kernels.adaptive.reference import ACTIVATIONS
 
-from .base import BackboneShape, check_count, check_probability
+from .base import BackboneShape, check_choice, check_count, check_flag, check_probability
 from .registry import register
 from .vpt import _VPT
 
@@ -104,22 +104,13 @@ class VAPT(_VPT):
         if padding >= max(kernel, 1):
             raise ValueError(f"padding must be smaller than kernel, {kernel}, got {padding}")
         self.hidden = check_count("hidden", hidden)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
-        self.activation = activation
+        self.activation = check_choice("activation", activation, sorted(ACTIVATIONS))
         self.static_blocks = check_count("static_blocks", static_blocks)
-        for name, value in (
-            ("kernel_per_channel", kernel_per_channel),
-            ("share_bottleneck", share_bottleneck),
-            ("learn_scale", learn_scale),
-        ):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
-            setattr(self, name, value)
+        self.kernel_per_channel = check_flag("kernel_per_channel", kernel_per_channel)
+        self.share_bottleneck = check_flag("share_bottleneck", share_bottleneck)
+        self.learn_scale = check_flag("learn_scale", learn_scale)
         self.channel_dropout = check_probability("channel_dropout", channel_dropout)
         self.hidden_dropout = check_probability("hidden_dropout", hidden_dropout)
-        self._depth = 0
-        self._last: list[Tensor | tuple[Tensor, Tensor] | None] = []
 
     def bind(self, shape: BackboneShape) -> None:
         if self.static_blocks > shape.depth:
@@ -134,7 +125,6 @@ class VAPT(_VPT):
                 f"padded by {self.padding}, got {self.kernel}"
             )
         self._allocate(shape, self.static_blocks, self.num_tokens)
-        self._depth = shape.depth
         adaptive = shape.depth - self.static_blocks
         self.mixers = nn.ModuleList(
             _Mixer(shape, self.num_tokens, self.kernel, self.padding, self.kernel_per_channel)
@@ -144,11 +134,10 @@ class VAPT(_VPT):
         self.bottlenecks = nn.ModuleList(
             _Bottleneck(shape.width, self.hidden, self.learn_scale) for _ in range(pairs)
         )
-        self._last = [None] * adaptive
 
     @property
     def prompt_counts(self) -> list[int]:
-        return [self.num_tokens] * self._depth
+        return [self.num_tokens] * self.shape.depth
 
     def block_prompts(self, index: int, x: Tensor) -> Tensor:
         """(P, D) in static blocks; (B, P, D) of the rows `x` (B, N, D) in the others.
@@ -166,14 +155,14 @@ class VAPT(_VPT):
         # what `raw_prompts` needs: with a graph the mixed rows, which the backward keeps anyway;
         # without one the mean, since nothing else would keep them
         if u.requires_grad:
-            self._last[number] = u, shift
+            self.this_forward["mixed", number] = u, shift
         else:
             dropped = channels is not None or units is not None
             whole = self._finish(number, u, shift) if dropped else prompts
-            self._last[number] = whole.mean(0)
+            self.this_forward["mixed", number] = whole.mean(0)
         return prompts
 
-    def raw_prompts(self) -> list[Tensor]:
+    def raw_prompts(self) -> list[Tensor | None]:
         """Per block (P, D): the static prompts, and the mean over the last batch of the adaptive
         ones, both without dropout.
 
@@ -183,23 +172,16 @@ class VAPT(_VPT):
         Raises:
             RuntimeError: no batch has been seen.
         """
-        if any(last is None for last in self._last):
-            raise RuntimeError(
-                "VAPT makes its prompts from images: run a forward before asking for them"
-            )
-        means = (
-            last if isinstance(last, Tensor) else self._finish(j, *last).mean(0)
-            for j, last in enumerate(self._last)
-        )
-        return [*self.tokens.unbind(0), *means]
-
-    def config(self) -> dict:
-        names = (
-            "num_tokens", "kernel", "padding", "hidden", "activation", "static_blocks",
-            "kernel_per_channel", "share_bottleneck", "learn_scale", "channel_dropout",
-            "hidden_dropout", "dropout", "dropout_scope",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        prompts: list[Tensor | None] = [*self.tokens.unbind(0)]
+        for j in range(len(self.mixers)):
+            mixed = self.this_forward.get(("mixed", j))
+            if mixed is None:
+                raise RuntimeError(
+                    "VAPT makes its prompts from images: run a forward before asking for them"
+                )
+            own = mixed if isinstance(mixed, Tensor) else self._finish(j, *mixed).mean(0)
+            prompts.append(own)
+        return prompts
 
     def _finish(
         self,
@@ -210,8 +192,8 @@ class VAPT(_VPT):
         units: Tensor | None = None,
     ) -> Tensor:
         """Prompts (B, P, D) of an adaptive block from what its mixer made."""
-        mixer = self.mixers[number]
-        pair = self.bottlenecks[0 if self.share_bottleneck else number]
+        mixer: _Mixer = self.mixers[number]  # type: ignore[assignment]
+        pair: _Bottleneck = self.bottlenecks[0 if self.share_bottleneck else number]  # type: ignore[assignment]
         return prompt_bottleneck(
             u, mixer.gain, shift, mixer.bias, pair.down, pair.scaled_up(), self.activation,
             channel_mask=channels, hidden_mask=units,
@@ -222,10 +204,6 @@ class VAPT(_VPT):
         if not self.training or probability == 0.0:
             return None
         return F.dropout(like.new_ones(size), probability, training=True)
-
-    def __getstate__(self) -> dict:
-        # copies and pickles leave the last batch, which hangs on a graph, behind
-        return {**self.__dict__, "_last": [None] * len(self._last)}
 
 
 class _Mixer(nn.Module):

@@ -5,7 +5,7 @@ Source: Jia et al., "Visual Prompt Tuning", ECCV 2022.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .base import (
     BackboneShape,
     PromptFamily,
+    check_choice,
     check_count,
     check_probability,
     check_prompts,
@@ -21,16 +22,18 @@ from .base import (
 )
 from .registry import register
 
+DROPOUT_SCOPES = ("batch", "sample")
+
 
 class _VPT(PromptFamily):
     """What deep and shallow share: learned `tokens`, and dropout with an explicit scope."""
 
+    tokens: nn.Parameter
+
     def __init__(self, dropout: float, dropout_scope: str) -> None:
         super().__init__()
         self.dropout = check_probability("dropout", dropout)
-        if dropout_scope not in ("batch", "sample"):
-            raise ValueError(f"dropout_scope must be 'batch' or 'sample', got {dropout_scope!r}")
-        self.dropout_scope = dropout_scope
+        self.dropout_scope = check_choice("dropout_scope", dropout_scope, DROPOUT_SCOPES)
         self.register_parameter("tokens", None)
 
     def _drop(self, rows: Tensor, x: Tensor) -> Tensor:
@@ -40,16 +43,13 @@ class _VPT(PromptFamily):
             rows = rows.expand(x.shape[0], -1, -1)
         return F.dropout(rows, self.dropout, training=True)
 
+    def _drop_each(self, blocks: Iterable[Tensor], x: Tensor) -> list[Tensor | None]:
+        """`_drop` block by block; None where a block has no rows."""
+        return [self._drop(rows, x) if rows.shape[-2] else None for rows in blocks]
+
     def _allocate(self, shape: BackboneShape, *size: int) -> None:
-        if self.tokens is not None:
-            raise RuntimeError(
-                f"this {type(self).__name__} already belongs to a model; build a new one"
-            )
         self.tokens = nn.Parameter(torch.empty(*size, shape.width))
         uniform_init_(self.tokens, shape)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
 
 
 @register("vpt-deep")
@@ -113,22 +113,26 @@ class VPTDeep(_VPT):
         return list(self._counts)
 
     def raw_prompts(self) -> list[Tensor | None]:
-        if self.tokens.dim() == 3:
-            return list(self.tokens.unbind(0))
-        return list(self.tokens.split(self._counts))
+        return [*self._blocks()]
 
     def block_prompts(self, index: int, x: Tensor) -> Tensor | None:
-        if self._counts[index] == 0:
-            return None
-        if self.tokens.dim() == 3:
-            rows = self.tokens[index]
-        else:
-            start = sum(self._counts[:index])
-            rows = self.tokens[start : start + self._counts[index]]
-        return self._drop(rows, x)
+        return self._drop(self._block(index), x) if self._counts[index] else None
 
     def all_prompts(self, x: Tensor) -> list[Tensor | None]:
-        return [self._drop(rows, x) if len(rows) else None for rows in self.raw_prompts()]
+        return self._drop_each(self._blocks(), x)
+
+    def _blocks(self) -> Sequence[Tensor]:
+        """Rows of every block before dropout."""
+        if self.tokens.dim() == 3:
+            return self.tokens.unbind(0)
+        return self.tokens.split(self._counts)
+
+    def _block(self, index: int) -> Tensor:
+        """`_blocks()[index]`, alone."""
+        if self.tokens.dim() == 3:
+            return self.tokens[index]
+        start = sum(self._counts[:index])
+        return self.tokens[start : start + self._counts[index]]
 
     def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
         check_prompts("prompts", prompts, self._counts, self.tokens.shape[-1])
@@ -136,13 +140,6 @@ class VPTDeep(_VPT):
         if rows:
             with torch.no_grad():
                 self.tokens.copy_(torch.cat(rows).view_as(self.tokens))
-
-    def config(self) -> dict:
-        return {
-            "num_tokens": self.num_tokens,
-            "dropout": self.dropout,
-            "dropout_scope": self.dropout_scope,
-        }
 
 
 @register("vpt-shallow")
@@ -168,18 +165,16 @@ class VPTShallow(_VPT):
     def __init__(self, num_tokens: int, dropout: float = 0.0, dropout_scope: str = "batch") -> None:
         super().__init__(dropout, dropout_scope)
         self.num_tokens = check_count("num_tokens", num_tokens)
-        self._depth = 0
 
     def bind(self, shape: BackboneShape) -> None:
         self._allocate(shape, self.num_tokens)
-        self._depth = shape.depth
 
     @property
     def prompt_counts(self) -> list[int]:
-        return [self.num_tokens] + [0] * (self._depth - 1)
+        return [self.num_tokens] + [0] * (self.shape.depth - 1)
 
     def raw_prompts(self) -> list[Tensor | None]:
-        return [self.tokens] + [None] * (self._depth - 1)
+        return [self.tokens, *[None] * (self.shape.depth - 1)]
 
     def block_prompts(self, index: int, x: Tensor) -> Tensor | None:
         if index > 0 or self.num_tokens == 0:
@@ -191,10 +186,3 @@ class VPTShallow(_VPT):
         if prompts[0] is not None:
             with torch.no_grad():
                 self.tokens.copy_(prompts[0])
-
-    def config(self) -> dict:
-        return {
-            "num_tokens": self.num_tokens,
-            "dropout": self.dropout,
-            "dropout_scope": self.dropout_scope,
-        }

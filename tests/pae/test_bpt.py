@@ -180,7 +180,7 @@ def test_arguments():
     refused(ValueError, "trained_bases must be at least 0, got -1", lambda: BPTDeep(2, 2, -1))
     message = "trained_bases must be at most the number of blocks 3, got 4"
     refused(ValueError, message, lambda: model_of(BPTDeep(2, 2, 4)))
-    refused(TypeError, "train_basis must be a bool, got 1", lambda: BPTShallow(2, 2, 1))
+    refused(TypeError, "train_basis must be True or False, got 1", lambda: BPTShallow(2, 2, 1))
     family = model_of(BPTDeep(2, 2)).prompts
     message = re.escape("bases must have shape (3, 32, 2), got (2, 32, 2)")
     refused(ValueError, message, lambda: family.set_bases(torch.zeros(2, 32, 2)))

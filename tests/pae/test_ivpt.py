@@ -56,7 +56,7 @@ def test_reinforced_rows_by_hand(feature, prefix, reduction):
         made.prompts.added.normal_()
     x, attention = rows_and_attention(prefix)
     attention[..., :prefix] = 9  # the class token and registers are never chosen
-    got = made.prompts.adjust_rows(1, x, attention)
+    got = made.prompts.adjust_attended_rows(1, x, attention)
     for b in range(3):
         a = attention[b, :, prefix:]
         a = a.mean(0) if reduction == "mean" else a.max(0).values
@@ -70,7 +70,7 @@ def test_gradient_of_the_added_rows_is_a_gather():
     made = prompted(4, 3)
     x, attention = rows_and_attention(1)
     weights = torch.randn_like(x)
-    (made.prompts.adjust_rows(2, x, attention) * weights).sum().backward()
+    (made.prompts.adjust_attended_rows(2, x, attention) * weights).sum().backward()
     chosen = attention[..., 1:].mean(1).topk(3).indices + 1
     expected = sum(weights[b, chosen[b]] for b in range(3))
     assert error(made.prompts.added.grad[1], expected) < 1e-12
@@ -82,7 +82,7 @@ def test_shared_vector_and_all_rows():
     shared = prompted(4, 3, match="shared")
     with torch.no_grad():
         shared.prompts.added.normal_()
-    moved = shared.prompts.adjust_rows(1, x, attention) - x
+    moved = shared.prompts.adjust_attended_rows(1, x, attention) - x
     touched = moved.abs().sum(-1) > 0
     assert (touched.sum(1) == 3).all()
     assert error(moved[touched], shared.prompts.added[0, 0].expand(9, -1)) < 1e-12
@@ -90,7 +90,7 @@ def test_shared_vector_and_all_rows():
     assert every.prompts.added.shape == (2, 16, 32)
     with torch.no_grad():
         every.prompts.added.normal_()
-    moved = every.prompts.adjust_rows(1, x, None) - x
+    moved = every.prompts.adjust_rows(1, x) - x
     assert error(moved[:, 1:], every.prompts.added[0].expand(3, -1, -1)) < 1e-12
     assert not moved[:, 0].any()
 
@@ -101,14 +101,14 @@ def test_the_most_attended_patch_is_reinforced():
     with torch.no_grad():
         made.prompts.added.normal_()
     seen = []
-    adjust = made.prompts.adjust_rows
+    adjust = made.prompts.adjust_attended_rows
 
     def spy(index, x, attention):
         out = adjust(index, x, attention)
         seen.append((attention, (out - x).abs().sum(-1) > 0))
         return out
 
-    made.prompts.adjust_rows = spy
+    made.prompts.adjust_attended_rows = spy
     made(tiny.images(made.backbone), engine="fast")
     assert len(seen) == 2
     for attention, touched in seen:

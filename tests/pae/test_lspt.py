@@ -50,7 +50,7 @@ def test_forwards_are_independent():
     first = made(x)
     made(tiny.images(made.backbone, batch=2, seed=5))
     assert torch.equal(made(x), first)
-    assert made.prompts._states is None  # no graph is kept alive
+    assert not made.prompts.this_forward  # no graph is kept alive
 
 
 def test_an_interrupted_forward_leaves_no_state_behind():

@@ -237,10 +237,13 @@ def test_what_a_family_must_answer():
         lambda: family.block_prompts(0, ROWS),
         lambda: family.raw_prompts(),
         lambda: family.set_prompts([]),
-        lambda: family.config(),
+        lambda: family.adjust_rows(1, ROWS),
+        lambda: family.adjust_attended_rows(1, ROWS, ROWS),
+        lambda: family.next_rows(1, ROWS, ROWS),
+        lambda: family.observe(1, ROWS, ROWS),
     ]
     for ask in questions:
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(NotImplementedError, match="PromptFamily does not answer"):
             ask()
 
 
@@ -295,7 +298,7 @@ def test_bad_dropout(family):
         message = re.escape(f"dropout must be a number in [0, 1), got {wrong!r}")
         refused(ValueError, message, lambda w=wrong: family(2, dropout=w))
     for wrong in ("image", None, 1):
-        message = f"dropout_scope must be 'batch' or 'sample', got {wrong!r}"
+        message = re.escape(f"dropout_scope must be one of ('batch', 'sample'), got {wrong!r}")
         refused(ValueError, message, lambda w=wrong: family(2, dropout_scope=w))
 
 

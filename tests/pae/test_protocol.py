@@ -38,8 +38,6 @@ class WithKeys(tiny.Given):
 class Adjusting(pae.prompts.VPTDeep):
     """Adds learned rows to the k image rows the class row looked at most (per head mean)."""
 
-    adjusts_rows = reads_class_attention = True
-
     def __init__(self, num_tokens, k=3):
         super().__init__(num_tokens)
         self.k, self.seen = k, []
@@ -48,7 +46,7 @@ class Adjusting(pae.prompts.VPTDeep):
         super().bind(shape)
         self.added = nn.Parameter(torch.randn(shape.depth, self.k, shape.width))
 
-    def adjust_rows(self, index, x, class_attention):
+    def adjust_attended_rows(self, index, x, class_attention):
         self.seen.append(class_attention)
         assert class_attention.shape[0::2] == x.shape[:2]
         top = class_attention.mean(1).topk(self.k).indices
@@ -58,8 +56,6 @@ class Adjusting(pae.prompts.VPTDeep):
 
 class Rewriting(pae.prompts.VPTShallow):
     """Live rows that are mapped, and moved by the image's mean, between blocks."""
-
-    rewrites_rows = True
 
     def bind(self, shape):
         super().bind(shape)

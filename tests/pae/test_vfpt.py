@@ -269,10 +269,10 @@ def test_dropout_comes_before_the_transform(location, scope):
 
 
 def test_one_transform_for_all_blocks_and_images(monkeypatch):
+    model = model_of(VFPTDeep(6, 0.5, dropout=0.2))
     calls = []
     rfftn = torch.fft.rfftn
     monkeypatch.setattr(torch.fft, "rfftn", lambda *a, **k: calls.append(1) or rfftn(*a, **k))
-    model = model_of(VFPTDeep(6, 0.5, dropout=0.2))
     pae.fast_forward(model, tiny.images(model.backbone, 7)).sum().backward()
     assert len(calls) == 2  # forward and backward
 
