@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -85,6 +86,7 @@ def pytest_sessionstart(session):
     cache = Path(tempfile.gettempdir()) / f"pae_bench_inductor_{option('threads')}_threads"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     config._benchmarksession.quiet = True  # the table below says more in less
+    gc.freeze()  # collections between groups need not look at what imports left
     if size != "smoke" and not option("collectonly"):
         try:
             state.clock_test = clock.check(device, reading)

@@ -27,8 +27,10 @@ case $size in
   quick) limits=(180 60 40 35 80) ;;
   default) limits=(180 85 50 45 120) ;;
   full) limits=(600 900 300 600 5400 1800 900 600) ;;
-  tune) limits=(180 0 0 0 0) ;;
+  tune) limits=(180) ;;
 esac
+parts=(attention pointwise kld step)
+[ "$size" = full ] && parts+=(scaling mpa spectrum)
 build_limit=60 versions_limit=30 tune_limit=300
 
 work=$(mktemp -d) || exit 2
@@ -67,23 +69,9 @@ install() {
   return 1
 }
 
-# run NAME SECONDS COMMAND...: its output to the log, its outcome to gates
-gates=() failed=
-run() {
-  local name=$1 seconds=$2 start=$SECONDS code
-  shift 2
-  if [ -n "$dry" ]; then
-    echo "$name (${seconds}s): $*"
-    return
-  fi
-  echo "== $name"
-  timeout -k 10 "$seconds" "$@" >"$work/$name.log" 2>&1
-  code=$?
-  gate "$name" $code $((SECONDS - start))
-}
-
-# side NAME SECONDS COMMAND...: the same beside others; join waits for all of them
-side_names=() side_pids=()
+# side NAME SECONDS COMMAND...: its output to the log, beside others; join waits for all of them, and
+# their outcomes go to gates. run is one alone.
+gates=() failed= names=() pids=() started=()
 side() {
   local name=$1 seconds=$2
   shift 2
@@ -92,17 +80,21 @@ side() {
     return
   fi
   timeout -k 10 "$seconds" "$@" >"$work/$name.log" 2>&1 &
-  side_names+=("$name") side_pids+=($!)
+  names+=("$name") pids+=($!) started+=("$SECONDS")
 }
 
 join() {
-  local start=$1 i
-  for i in "${!side_pids[@]}"; do
-    wait "${side_pids[i]}"
-    local code=$?
-    echo "== ${side_names[i]}"
-    gate "${side_names[i]}" "$code" $((SECONDS - start))
+  local i
+  for i in "${!pids[@]}"; do
+    wait "${pids[i]}"
+    gate "${names[i]}" $? $((SECONDS - started[i]))
   done
+  names=() pids=() started=()
+}
+
+run() {
+  side "$@"
+  join
 }
 
 gate() {
@@ -116,6 +108,7 @@ gate() {
   fi
   [[ $outcome == failed || ($name == tests* && $outcome != passed) ]] && failed=yes
   gates+=(--gate "$name=$outcome")
+  echo "== $name"
   echo "   $outcome after ${seconds}s: $(grep -E '(passed|failed|skipped|error).* in [0-9]' "$work/$name.log" | tail -1)"
   [ "$outcome" = passed ] || grep -E '^(FAILED|ERROR|E  |=====+ [A-Z])' "$work/$name.log" | cut -c1-160 | head -20
 }
@@ -124,7 +117,7 @@ gate() {
 # the compiled kernels under the sanitizer, each tensor an allocation of its own: an access past its
 # end is then one past an allocation.
 tests() {
-  local seconds=$1 start=$SECONDS file name tool
+  local seconds=$1 file name tool
   local pytest=("$python" -m pytest -q -p no:cacheprovider) others=()
   for file in tests/*/test_gpu_*.py; do [ -e "$file" ] && others+=("$file"); done
   side tests-attention "$seconds" "${pytest[@]}" tests/pae/test_gpu.py -k attention
@@ -149,7 +142,7 @@ tests() {
       --tool "$tool" "${filter[@]}" --report-api-errors no --error-exitcode 3 \
       "${pytest[@]}" -m sanitize -k "gpu" tests/kernels/test_native.py "${others[@]}"
   done
-  join "$start"
+  join
 }
 
 # benchmark NAME SECONDS: no group starts in the last quarter
@@ -185,15 +178,7 @@ tests "${limits[0]}"
 if [ "$size" = tune ]; then
   run tune "$tune_limit" "$python" -m bench.studies.tune_attention --seconds $((tune_limit - 30))
 else
-  benchmark attention "${limits[1]}"
-  benchmark pointwise "${limits[2]}"
-  benchmark kld "${limits[3]}"
-  benchmark step "${limits[4]}"
-  if [ "$size" = full ]; then
-    benchmark scaling "${limits[5]}"
-    benchmark mpa "${limits[6]}"
-    benchmark spectrum "${limits[7]}"
-  fi
+  for i in "${!parts[@]}"; do benchmark "${parts[i]}" "${limits[i + 1]}"; done
 fi
 [ -n "$dry" ] && exit
 
@@ -201,11 +186,11 @@ for log in "$work"/*.log; do printf '\n===== %s\n' "$(basename "$log" .log)"; ca
 if [ "$size" = tune ]; then
   tee "$stem-tiles.md" <"$work/tune.log"
 else
-  parts=()
-  for part in attention pointwise kld step scaling mpa spectrum; do
-    [ -s "$work/$part.json" ] && parts+=("$work/$part.json")
+  written=()
+  for part in "${parts[@]}"; do
+    [ -s "$work/$part.json" ] && written+=("$work/$part.json")
   done
-  if [ ${#parts[@]} -gt 0 ] && "$python" -m bench.merge "$stem.json" "${parts[@]}" "${gates[@]}"; then
+  if [ ${#written[@]} -gt 0 ] && "$python" -m bench.merge "$stem.json" "${written[@]}" "${gates[@]}"; then
     "$python" -m bench.table "$stem.json" | tee "$stem.md"
   else
     echo "no benchmark finished; see $stem.log" >&2
