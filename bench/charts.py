@@ -26,7 +26,6 @@ LINES = {
 }
 LINE = 0.075  # height of a name, as a share of the axes'
 
-Value = Callable[[Row], float | None]
 End = tuple[float, float, str, str]  # x, y, what is written there, colour
 
 
@@ -74,10 +73,7 @@ def draw_steps(both: Sequence[Axes], steps: dict[float, list[Row]]) -> None:
 def scaled(axis: Axis) -> Figure:
     """Time and saved memory of a step by one size: dots measured, dashes by the cost model."""
     made, both = style.figure(9.2, 2.9, 1, 2)
-    places = {group: axis.place(group) for group in axis.groups}
-    if None in places.values():  # names: at equal distances, over several magnitudes
-        places = {group: float(i) for i, group in enumerate(places)}
-    by_place = {places[group]: axis.groups[group] for group in sorted(places, key=places.get)}
+    by_place = axis.by_place()
     ends = [
         draw_lines(both[0], by_place, per_image, time_of, at_product_rate),
         draw_lines(both[1], by_place, saved, saved_of, modelled_saved, "o"),
@@ -133,10 +129,10 @@ def modelled_saved(row: Row) -> float | None:
 
 def draw_lines(
     axes: Axes,
-    by_place: dict[float, Sequence[Row]],
-    value: Value,
+    by_place: dict[float, list[Row]],
+    value: Callable[[Row], float],
     compare: Callable[[Row, Row], float],
-    model: Value = lambda row: None,
+    model: Callable[[Row], float | None] = lambda row: None,
     line: str = "o-",
 ) -> list[End]:
     """A line per provider over the keys of `by_place`. Returns the ends of the lines, where the
@@ -150,8 +146,8 @@ def draw_lines(
             continue
         colour = style.COLOURS[role]
         axes.plot(list(here), [value(row) for row in here.values()], line, color=colour)
-        predicted = [model(row) for row in here.values()]
-        if None not in predicted:
+        predicted = [m for row in here.values() if (m := model(row)) is not None]
+        if len(predicted) == len(here):
             axes.plot(list(here), predicted, "--", color=colour, linewidth=1.2)
         if last in here and provider != shown.EXACT:
             name += f"  {ratio(compare(here[last], measured(by_place[last])[shown.EXACT]))}"

@@ -12,10 +12,8 @@ from collections.abc import Callable
 import torch
 
 from . import timing
-from .timing import Sample
 
 Work = Callable[[], object]
-Measure = Callable[[Work], Sample]
 Repeat = Callable[[int], Work]  # n -> work of n times the same
 
 NAP = 0.02  # seconds
@@ -31,15 +29,8 @@ class BadClock(Exception):
     """What the clock got wrong, in one line."""
 
 
-def check(
-    device: torch.device, clock: str, measure: Measure | None = None, repeat: Repeat | None = None
-) -> dict[str, float]:
-    """Known work under `clock`; what was found, by name.
-
-    Args:
-        clock: one of `timing.CLOCKS`, the one whose readings will be printed.
-        measure: `timing.measure` on `device` unless given.
-        repeat: the known work, about a millisecond for 1; `products` on `device` unless given.
+def check(device: torch.device, clock: str) -> dict[str, float]:
+    """Known work under `clock`, that of `timing.CLOCKS` whose readings will be printed.
 
     Returns:
         work_x2: reading of twice the work over that of the work. agreement: the reading of a
@@ -50,11 +41,10 @@ def check(
         BadClock: a finding is out of bounds in every one of `ATTEMPTS`.
     """
     with timing.one_stream(device):
-        measure = measure or (lambda work: timing.measure(work, device))
-        repeat = repeat or products(device)
+        repeat = products(device)
         for _ in range(ATTEMPTS):
             try:
-                return _findings(device, clock, measure, repeat)
+                return _findings(device, clock, repeat)
             except BadClock as error:
                 reason = error
     raise BadClock(f"{clock} clock: {reason}")
@@ -68,15 +58,15 @@ def summary(found: dict[str, float]) -> str:
     )
 
 
-def _findings(
-    device: torch.device, clock: str, measure: Measure, repeat: Repeat
-) -> dict[str, float]:
+def _findings(device: torch.device, clock: str, repeat: Repeat) -> dict[str, float]:
     def shortest(*works: Work, rounds: int = ROUNDS) -> list[float]:
         """Of every work, in turns: interruptions only ever add."""
-        readings = [[measure(work).seconds(clock) for work in works] for _ in range(rounds)]
+        readings = [
+            [timing.measure(w, device).seconds(clock) for w in works] for _ in range(rounds)
+        ]
         return [min(of_work) for of_work in zip(*readings)]
 
-    nap = measure(lambda: time.sleep(NAP))
+    nap = timing.measure(lambda: time.sleep(NAP), device)
     for seconds, wrong, kind in (
         (nap.wall, nap.wall < NAP, "wall"),
         (nap.process, nap.process > NAP / 4, "CPU"),

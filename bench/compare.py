@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .results import Row, Run
 from .table import markdown
@@ -78,7 +79,7 @@ class Comparison:
     regression: bool = False
 
 
-def bootstrap(a: Sequence[float], b: Sequence[float]) -> Ratio:
+def bootstrap(a: npt.ArrayLike, b: npt.ArrayLike) -> Ratio:
     """Median of `b` over that of `a`, over rounds drawn with replacement."""
     random = np.random.default_rng(0)
     rounds = np.asarray(a), np.asarray(b)
@@ -141,8 +142,8 @@ def _compare(
     for name in () if is_baseline else b.baselines:
         bases = [rows.get((key[0], name), Row(*key)).seconds for rows in (of_a, of_b)]
         if all(bases):
-            ratios = (np.divide(row.seconds, base) for row, base in zip((a, b), bases))
-            relative, against = bootstrap(*ratios), name
+            relative = bootstrap(np.divide(a.seconds, bases[0]), np.divide(b.seconds, bases[1]))
+            against = name
             break
     judged = relative or raw
     if judged is None:
@@ -192,15 +193,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.threshold >= 0:
         parser.error(f"--threshold must be 0 or more, got {options.threshold}")
     try:
-        runs = [_read(path) for path in (options.a, options.b)]
-        found = compare(*runs, options.threshold, options.force_ratios)
+        a, b = _read(options.a), _read(options.b)
+        found = compare(a, b, options.threshold, options.force_ratios)
     except NotComparable as reasons:
         print(f"not comparable:\n{reasons}", file=sys.stderr)
         return 2
-    machines = [identity(run) for run in runs]
-    for line in differences(*machines, IDENTITY):
+    for line in differences(identity(a), identity(b), IDENTITY):
         print(f"NOT THE SAME MACHINE, ratios only: {line}")
-    print(*differences(*machines, CIRCUMSTANCES), sep="\n")
+    print(*differences(identity(a), identity(b), CIRCUMSTANCES), sep="\n")
     print(f"\n{render(found)}\n\n{overall(found, options.threshold)}")
     return int(any(c.regression for c in found))
 

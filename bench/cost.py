@@ -14,10 +14,10 @@ not: the rule of `torch.utils.flop_counter`, whose counts `tests/bench/test_cost
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 METHODS = ("official", "sdpa", "pae")
 MEMORY = ("keep", "recompute8", "recompute")
@@ -44,7 +44,7 @@ class Shape:
             raise ValueError(f"depth must be at least 2, got {self.depth}")
 
     @classmethod
-    def of(cls, vit: nn.Module, classes: int | None = None) -> Shape:
+    def of(cls, vit: Any, classes: int | None = None) -> Shape:
         """Sizes of a timm VisionTransformer; `classes` where its head was taken away."""
         block, embed = vit.blocks[0], vit.patch_embed
         return cls(
@@ -59,7 +59,7 @@ class Shape:
         )
 
     @classmethod
-    def named(cls, name: str, **options) -> Shape:
+    def named(cls, name: str, **options: Any) -> Shape:
         """Sizes of `timm.create_model(name, **options)`, of which no weight is allocated."""
         with torch.device("meta"):
             return cls.of(timm.create_model(name, **options))

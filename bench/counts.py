@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 from torch import Tensor
@@ -35,7 +36,9 @@ class Work(TorchDispatchMode):
         self.tensors = 0
         self.bytes = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         if not func.is_view and name not in IDLE:
@@ -57,16 +60,16 @@ def _storage(t: Tensor) -> int:
 class _Recorded:
     """Stands in for a Triton kernel: a launch is counted and nothing runs."""
 
-    def __init__(self, kernel, launches: Counter[str]) -> None:
+    def __init__(self, kernel: Any, launches: Counter[str]) -> None:
         self._kernel, self._launches = kernel, launches
 
-    def __getitem__(self, grid) -> Callable[..., None]:
+    def __getitem__(self, grid: object) -> Callable[..., None]:
         return self
 
-    def __call__(self, *args, **kwargs) -> None:
+    def __call__(self, *args: object, **kwargs: object) -> None:
         self._launches[self._kernel.fn.__name__] += 1
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._kernel, name)
 
 

@@ -38,7 +38,7 @@ def blocks(numbers: dict[str, dict]) -> dict[str, str]:
 
 
 def figures(numbers: dict[str, dict]) -> dict[str, Callable]:
-    """Every figure: name -> the function that draws it."""
+    """The function that draws every figure, by name."""
     return charts.figures(runs(numbers))
 
 

@@ -34,13 +34,13 @@ PARTS = {
 }
 
 
-def cases(run: Run, dtype: str, step: str = STEP) -> dict[int, list[Row]]:
+def cases(run: Run, dtype: str, step: str = STEP) -> dict[float, list[Row]]:
     """Measured groups of one backbone's step by the number of prompts, at the commonest batch."""
     found = []
     for group, rows in run.matching(step).items():
-        prompts, of, batch = re.fullmatch(r"P(\d+)/(\w+)/B(\d+)", group[len(step) :]).groups()
+        prompts, of, batch = group.removeprefix(step).split("/")
         if of == dtype:
-            found.append((int(prompts), int(batch), rows))
+            found.append((int(prompts[1:]), int(batch[1:]), rows))
     batch = statistics.mode(b for _, b, _ in found) if found else 0
     return {p: rows for p, b, rows in sorted(found, key=lambda c: c[:2]) if b == batch}
 
@@ -94,10 +94,13 @@ class Axis:
     def title(self) -> str:
         return _TITLES.get(self.name, self.name)
 
-    def place(self, group: str) -> float | None:
-        """Where a group stands on the axis; None if its value is a name."""
-        number = re.search(r"\d+", group.split("/")[2])
-        return None if self.name == "model" or number is None else float(number[0])
+    def by_place(self) -> dict[float, list[Row]]:
+        """Groups by where they stand on the axis; models at equal distances."""
+        places: list[float] = [*map(float, range(len(self.groups)))]
+        if self.name != "model":
+            places = [float(re.sub(r"\D", "", group.split("/")[2])) for group in self.groups]
+        along = zip(places, self.groups.values(), strict=True)
+        return dict(sorted(along, key=lambda pair: pair[0]))
 
     def fixed(self) -> str:
         """The sizes that stay."""

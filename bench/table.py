@@ -126,9 +126,11 @@ def markdown(lines: Sequence[Sequence[str]], aligned: bool = False) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in padded)
 
 
-def rows_table(groups: dict[str, list[Row]], hidden: Collection[str] = RATES, **options) -> str:
+def rows_table(
+    groups: dict[str, list[Row]], hidden: Collection[str] = RATES, aligned: bool = False
+) -> str:
     """One line per row: time, its ratio to our first row's, the columns that some row has and that
-    are not `hidden`; then who could not run, and why. `options` are those of `markdown`.
+    are not `hidden`; then who could not run, and why.
     """
     everything = [row for rows in groups.values() for row in measured(rows).values()]
     extra = {
@@ -151,7 +153,7 @@ def rows_table(groups: dict[str, list[Row]], hidden: Collection[str] = RATES, **
                     *(cell(row) or "" for cell in extra.values()),
                 ]
             )
-    return markdown(lines, **options) + _left_out(groups)
+    return markdown(lines, aligned) + _left_out(groups)
 
 
 def _left_out(groups: dict[str, list[Row]]) -> str:

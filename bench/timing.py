@@ -1,16 +1,11 @@
-"""One clock for all benchmarks, and providers of a group timed in turns.
-
-pytest-benchmark runs one row after the other, so a machine that slows down half-way would change
-the ratios. Here all providers of a group take turns, and each row then replays its own
-samples to pytest-benchmark.
-"""
+"""One clock for all benchmarks, and providers of a group timed in turns."""
 
 from __future__ import annotations
 
 import gc
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -81,7 +76,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def one_stream(device: torch.device):
+def one_stream(device: torch.device) -> AbstractContextManager:
     """Context in which all work of a group is prepared and run: a graph cannot be captured on the
     default stream, and a backward runs on the stream of its forward. Nothing without CUDA.
     """

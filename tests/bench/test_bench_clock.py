@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 class Machine:
     """A machine whose time passes by what runs on it alone: the same findings on every run.
 
-    `measure` reads its clocks as `timing.measure` does those of the real one, and sends every
+    Its `measure` reads its clocks as `timing.measure` does those of the real one, and sends every
     sample through `change`.
     """
 
@@ -34,6 +34,8 @@ class Machine:
             sleep=self.sleep, perf_counter=lambda: self.wall, process_time=lambda: self.process
         )
         monkeypatch.setattr(clock, "time", module)
+        monkeypatch.setattr(clock.timing, "measure", self.measure)
+        monkeypatch.setattr(clock, "products", lambda device: self.repeat)
 
     def sleep(self, seconds):
         self.wall += seconds
@@ -45,7 +47,7 @@ class Machine:
     def repeat(self, n):
         return lambda: self.work(n * 1e-3)
 
-    def measure(self, work):
+    def measure(self, work, device):
         wall, process = self.wall, self.process
         work()
         self.work(1e-6)  # its own time
@@ -53,7 +55,7 @@ class Machine:
         return self.change(Sample(self.wall - wall, self.process - process))
 
     def check(self, name="process"):
-        return clock.check(CPU, name, self.measure, self.repeat)
+        return clock.check(CPU, name)
 
 
 def test_a_good_clock_passes(monkeypatch):

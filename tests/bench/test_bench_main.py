@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import subprocess
 import sys
 
@@ -35,3 +37,31 @@ def test_report_of_what_passed_alone(monkeypatch, code):
     monkeypatch.setattr(bench_main.report, "main", lambda arguments: called.append(1) or 0)
     assert bench_main.main() == code
     assert len(called) == (code == 0)
+
+
+def imported(module, tree):
+    """Names of the modules of bench that this one imports, inside of functions too."""
+    package = module.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
+
+
+def test_no_import_circle():
+    """A package's own module is left out: it is imported with each of its modules."""
+    root = bench_main.ROOT
+    modules = {
+        ".".join(path.relative_to(root).with_suffix("").parts): path
+        for path in sorted((root / "bench").rglob("*.py"))
+        if path.name != "__init__.py"
+    }
+    graph = {
+        name: {*imported(name, ast.parse(path.read_text()))} & modules.keys() - {name}
+        for name, path in modules.items()
+    }
+    assert "bench.results" in graph["bench.pages"] and "bench.runner" in graph["bench.bench_kld"]
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
