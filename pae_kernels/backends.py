@@ -21,6 +21,7 @@ import torch
 from . import native
 
 BACKENDS = ("reference", "triton", "cuda")
+_UP_TO_32_BITS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _interpreted() -> bool:
+    return "TRITON_INTERPRET" in os.environ and os.environ["TRITON_INTERPRET"] == "1"
+
+
 def anywhere(device_type: str, dtype: torch.dtype) -> str | None:
     """Predicate of a version that runs on every device, in every float dtype."""
     return None
@@ -61,9 +66,9 @@ def with_triton(device_type: str, dtype: torch.dtype) -> str | None:
     """Predicate of Triton kernels: a GPU (or the interpreter) and at most 32 bits."""
     if not _has_triton():
         return "package triton is not installed"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if dtype not in _UP_TO_32_BITS:
         return f"computes in fp32 at most, not {dtype}"
-    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device_type == "cpu" and not _interpreted():
         return "needs a GPU"
     if device_type not in ("cpu", "cuda"):
         return f"does not know device {device_type}"
@@ -72,7 +77,7 @@ def with_triton(device_type: str, dtype: torch.dtype) -> str | None:
 
 def with_cuda(device_type: str, dtype: torch.dtype) -> str | None:
     """Predicate of compiled CUDA kernels: a library with code for this GPU, and at most 32 bits."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if dtype not in _UP_TO_32_BITS:
         return f"computes in fp32 at most, not {dtype}"
     if device_type not in ("cpu", "cuda"):
         return f"does not know device {device_type}"
@@ -93,8 +98,7 @@ def registered() -> dict[str, list[Version]]:
 
 def forced() -> str | None:
     """The version demanded by `PAE_BACKEND`, or None."""
-    name = os.environ.get("PAE_BACKEND", "auto")
-    if name in ("", "auto"):
+    if "PAE_BACKEND" not in os.environ or (name := os.environ["PAE_BACKEND"]) in ("", "auto"):
         return None
     if name not in BACKENDS:
         raise ValueError(f"PAE_BACKEND must be auto or one of {BACKENDS}, got {name!r}")
@@ -108,17 +112,15 @@ def choose(op: str, device: torch.device | str, dtype: torch.dtype = torch.float
         RuntimeError: `PAE_BACKEND` names a version that this op does not have or that cannot run on
         `device`.
     """
-    device_type = torch.device(device).type
+    # asked at every call of an op: a device in words is taken apart without making one
+    device_type = device.partition(":")[0] if isinstance(device, str) else device.type
     name = forced()
-    reasons = []
-    for version in _OPS[op]:
-        if name is not None and version.name != name:
-            continue
-        reason = version.unavailable(device_type, dtype)
-        if reason is None:
+    asked = _OPS[op] if name is None else [v for v in _OPS[op] if v.name == name]
+    for version in asked:
+        if version.unavailable(device_type, dtype) is None:
             return version.load()
-        reasons.append(f"{version.name}: {reason}")
-    what = "; ".join(reasons) or f"{op} has no such version, only {[v.name for v in _OPS[op]]}"
+    what = "; ".join(f"{v.name}: {v.unavailable(device_type, dtype)}" for v in asked)
+    what = what or f"{op} has no such version, only {[v.name for v in _OPS[op]]}"
     raise RuntimeError(f"PAE_BACKEND={name} cannot run {op} on {device_type}: {what}")
 
 

@@ -1,12 +1,14 @@
-"""The ops `token_mix` and `prompt_bottleneck`: signatures, checks, registration, autograd."""
+"""The ops `token_mix` and `prompt_bottleneck`: signatures, checks, declarations."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import backends
+from .. import backends, registration
+from ..checks import says
 from . import reference
 
 for _op in ("token_mix", "prompt_bottleneck"):
@@ -44,17 +46,14 @@ def token_mix(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 
     Source: VAPT (arXiv 2501.18936), its LayerNorm, convolution and token projection folded.
     """
-    _check_float("x", x, "(B, N, D)", 3)
-    _check_float("weight", weight, "(P, N)", 2)
+    _float("x", x, "(B, N, D)", 3)
+    _float("weight", weight, "(P, N)", 2)
     _check_shape("weight", weight, (weight.shape[0], x.shape[1]), x)
     if x.shape[-1] == 0:
-        raise ValueError(f"x must have D >= 1, got {_says(x)}")
+        raise ValueError(f"x must have D >= 1, got {says(x)}")
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps > 0:
         raise ValueError(f"eps must be a positive number, got {eps!r}")
-    args = (x, weight, float(eps))
-    if torch.compiler.is_compiling():
-        return torch.ops.pae.token_mix_fwd(*args)[0]
-    return _TokenMix.apply(*args)
+    return _token_mix(x, weight, float(eps))
 
 
 def prompt_bottleneck(
@@ -97,9 +96,9 @@ def prompt_bottleneck(
 
     Source: VAPT (arXiv 2501.18936); formulas of the released code.
     """
-    _check_float("u", u, "(B, P, D)", 3)
+    _float("u", u, "(B, P, D)", 3)
     batch, count, width = u.shape
-    _check_float("down", down, "(r, D)", 2)
+    _float("down", down, "(r, D)", 2)
     hidden = down.shape[0]
     for name, t, shape in (
         ("gain", gain, (width,)),
@@ -112,7 +111,7 @@ def prompt_bottleneck(
     ):
         if t is None and name.endswith("mask"):
             continue
-        _check_float(name, t, str(shape), len(shape))
+        t = _float(name, t, str(shape), len(shape))
         _check_shape(name, t, shape, u)
         if name.endswith("mask") and t.requires_grad:
             raise ValueError(f"{name} must not require a gradient: it gets none")
@@ -120,166 +119,49 @@ def prompt_bottleneck(
         raise ValueError(
             f"activation must be one of {sorted(reference.ACTIVATIONS)}, got {activation!r}"
         )
-    args = (u, gain, shift, bias, down, up, activation, channel_mask, hidden_mask)
-    if torch.compiler.is_compiling():
-        return torch.ops.pae.prompt_bottleneck_fwd(*args)
-    return _PromptBottleneck.apply(*args)
+    return _prompt_bottleneck(u, gain, shift, bias, down, up, activation, channel_mask, hidden_mask)
 
 
-def _says(t) -> str:
-    if not isinstance(t, Tensor):
-        return type(t).__name__
-    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
-
-
-def _check_float(name: str, t, shape: str, dims: int) -> None:
+def _float(name: str, t: Any, shape: str, dims: int) -> Tensor:
     if not isinstance(t, Tensor) or not t.is_floating_point():
-        raise TypeError(f"{name} must be a float tensor {shape}, got {_says(t)}")
+        raise TypeError(f"{name} must be a float tensor {shape}, got {says(t)}")
     if t.dim() != dims:
-        raise ValueError(f"{name} must be {shape}, got {_says(t)}")
+        raise ValueError(f"{name} must be {shape}, got {says(t)}")
+    return t
 
 
 def _check_shape(name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     if tuple(t.shape) != shape or t.device != like.device:
-        raise ValueError(f"{name} must be {shape} on {like.device}, got {_says(t)}")
+        raise ValueError(f"{name} must be {shape} on {like.device}, got {says(t)}")
 
 
-_lib = torch.library.Library("pae", "FRAGMENT")
-_lib.define("token_mix_fwd(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
-_lib.define(
-    "token_mix_bwd(Tensor d_u, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool need_x) "
-    "-> (Tensor, Tensor)"
+def _mixed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    u = weight.new_empty(x.shape[0], weight.shape[0], x.shape[2])
+    wide = torch.promote_types(registration.widest(x, weight), torch.float32)
+    mean, rstd = (x.new_empty(*x.shape[:2], 1, dtype=wide) for _ in range(2))
+    return u, mean, rstd
+
+
+_token_mix = registration.differentiable(
+    "token_mix",
+    "(Tensor x, Tensor weight, float eps) -> (Tensor u, Tensor mean, Tensor rstd)",
+    "(Tensor d_u, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool need_x) "
+    "-> (Tensor d_x, Tensor d_weight)",
+    run=("token_mix", "token_mix_backward"),
+    fake=_mixed,
+    returned=1,
+    dtype=registration.widest,
 )
 _PARTS = (
     "Tensor u, Tensor gain, Tensor shift, Tensor bias, Tensor down, Tensor up, str activation, "
     "Tensor? channel_mask, Tensor? hidden_mask"
 )
-_lib.define(f"prompt_bottleneck_fwd({_PARTS}) -> Tensor")
-_lib.define(
-    f"prompt_bottleneck_bwd(Tensor d_out, {_PARTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_prompt_bottleneck = registration.differentiable(
+    "prompt_bottleneck",
+    f"({_PARTS}) -> (Tensor out)",
+    f"(Tensor d_out, {_PARTS}) -> (Tensor d_u, Tensor d_gain, Tensor d_shift, Tensor d_bias, "
+    "Tensor d_down, Tensor d_up)",
+    run=("prompt_bottleneck", "prompt_bottleneck_backward"),
+    fake=lambda u, *_: u.new_empty(u.shape),
+    dtype=registration.widest,
 )
-
-
-def _dense(args):
-    """Tensors contiguous, so that outputs are, as the fakes below say."""
-    return [a.contiguous() if isinstance(a, Tensor) else a for a in args]
-
-
-def _widest(first, *rest) -> torch.dtype:
-    dtype = first.dtype
-    for t in rest:
-        dtype = torch.promote_types(dtype, t.dtype) if isinstance(t, Tensor) else dtype
-    return dtype
-
-
-# autocast reaches into an op's implementation: products stay in the dtype that came in
-def _mix(x, weight, eps):
-    with torch.autocast(x.device.type, enabled=False):
-        version = backends.choose("token_mix", x.device, _widest(x, weight))
-        return version.token_mix(*_dense((x, weight, eps)))
-
-
-def _mix_backward(d_u, x, weight, *rest):
-    with torch.autocast(x.device.type, enabled=False):
-        version = backends.choose("token_mix", x.device, _widest(x, weight))
-        return version.token_mix_backward(*_dense((d_u, x, weight, *rest)))
-
-
-def _bottleneck(u, *rest):
-    with torch.autocast(u.device.type, enabled=False):
-        version = backends.choose("prompt_bottleneck", u.device, _widest(u, *rest))
-        return version.prompt_bottleneck(*_dense((u, *rest)))
-
-
-def _bottleneck_backward(d_out, u, *rest):
-    with torch.autocast(u.device.type, enabled=False):
-        version = backends.choose("prompt_bottleneck", u.device, _widest(u, *rest))
-        return version.prompt_bottleneck_backward(*_dense((d_out, u, *rest)))
-
-
-for _key in ("CPU", "CUDA"):
-    _lib.impl("token_mix_fwd", _mix, _key)
-    _lib.impl("token_mix_bwd", _mix_backward, _key)
-    _lib.impl("prompt_bottleneck_fwd", _bottleneck, _key)
-    _lib.impl("prompt_bottleneck_bwd", _bottleneck_backward, _key)
-
-
-@torch.library.register_fake("pae::token_mix_fwd", lib=_lib)
-def _(x, weight, eps):
-    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    u = weight.new_empty(x.shape[0], weight.shape[0], x.shape[2])
-    mean = x.new_empty(*x.shape[:2], 1, dtype=wide)
-    return u, mean, torch.empty_like(mean)
-
-
-@torch.library.register_fake("pae::token_mix_bwd", lib=_lib)
-def _(d_u, x, weight, mean, rstd, need_x):
-    return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape)
-
-
-@torch.library.register_fake("pae::prompt_bottleneck_fwd", lib=_lib)
-def _(u, gain, shift, bias, down, up, activation, channel_mask, hidden_mask):
-    return u.new_empty(u.shape)
-
-
-@torch.library.register_fake("pae::prompt_bottleneck_bwd", lib=_lib)
-def _(d_out, u, gain, shift, bias, down, up, activation, channel_mask, hidden_mask):
-    return tuple(t.new_empty(t.shape) for t in (u, gain, shift, bias, down, up))
-
-
-def _save_mix(ctx, inputs, output):
-    x, weight, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, weight, mean, rstd)
-
-
-def _mix_grads(ctx, d_u, *_):
-    need_x = ctx.needs_input_grad[0]
-    d_x, d_weight = torch.ops.pae.token_mix_bwd(d_u, *ctx.saved_tensors, need_x)
-    return d_x if need_x else None, d_weight, None
-
-
-def _save_bottleneck(ctx, inputs, output):
-    *tensors, ctx.activation, channel_mask, hidden_mask = inputs
-    ctx.save_for_backward(*tensors, channel_mask, hidden_mask)
-
-
-def _bottleneck_grads(ctx, d_out):
-    *tensors, channel_mask, hidden_mask = ctx.saved_tensors
-    grads = torch.ops.pae.prompt_bottleneck_bwd(
-        d_out, *tensors, ctx.activation, channel_mask, hidden_mask
-    )
-    return *grads, None, None, None
-
-
-torch.library.register_autograd("pae::token_mix_fwd", _mix_grads, setup_context=_save_mix, lib=_lib)
-torch.library.register_autograd(
-    "pae::prompt_bottleneck_fwd", _bottleneck_grads, setup_context=_save_bottleneck, lib=_lib
-)
-
-
-class _TokenMix(torch.autograd.Function):
-    """Eager path: the same two ops with a third of `register_autograd`'s cost per call."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = torch.ops.pae.token_mix_fwd(*inputs)
-        x, weight, _ = inputs
-        ctx.save_for_backward(x, weight, *output[1:])
-        return output[0]
-
-    backward = staticmethod(once_differentiable(_mix_grads))
-
-
-class _PromptBottleneck(torch.autograd.Function):
-    """Eager path, as above."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = torch.ops.pae.prompt_bottleneck_fwd(*inputs)
-        _save_bottleneck(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(once_differentiable(_bottleneck_grads))

@@ -1,14 +1,16 @@
-"""The op `prompt_attention`: signature, checks, registration, autograd. Reads top to bottom as
-every op does. `class_attention` shows one row of its softmax.
+"""The op `prompt_attention`: signature, checks, declaration. Reads top to bottom as every op does.
+`class_attention` shows one row of its softmax.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import backends
+from .. import backends, registration
+from ..checks import says
 from . import reference
 
 backends.register(
@@ -56,10 +58,7 @@ def prompt_attention(
     _check(qkv, kv_prompt, group, queries, log_multiplicity)
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     group = None if group is None else group.long()
-    args = (qkv, kv_prompt, group, scale, queries == "class", log_multiplicity)
-    if torch.compiler.is_compiling():
-        return torch.ops.pae.prompt_attention_fwd(*args)
-    return _PromptAttention.apply(*args)
+    return _prompt_attention(qkv, kv_prompt, group, scale, queries == "class", log_multiplicity)
 
 
 @torch.no_grad()
@@ -93,31 +92,37 @@ def class_attention(
     batch, tokens, _, heads, width = qkv.shape
     if tuple(lse.shape) not in ((batch, heads, tokens), (batch, heads, 1)):
         raise ValueError(
-            f"lse must be ({batch}, {heads}, {tokens}) or ({batch}, {heads}, 1), got {_says(lse)}"
+            f"lse must be ({batch}, {heads}, {tokens}) or ({batch}, {heads}, 1), got {says(lse)}"
         )
     scale = width**-0.5 if scale is None else float(scale)
     with torch.autocast(qkv.device.type, enabled=False):
         return reference.class_attention(qkv, kv_prompt, lse, group, scale, log_multiplicity)
 
 
-def _check(qkv, kv_prompt, group, queries, log_multiplicity) -> None:
+def _check(
+    qkv: Tensor,
+    kv_prompt: Tensor,
+    group: Tensor | None,
+    queries: str,
+    log_multiplicity: Tensor | None,
+) -> None:
     if qkv.dim() != 5 or qkv.shape[2] != 3 or not qkv.is_floating_point():
-        raise ValueError(f"qkv must be a float tensor (B, N, 3, H, d), got {_says(qkv)}")
+        raise ValueError(f"qkv must be a float tensor (B, N, 3, H, d), got {says(qkv)}")
     if qkv.shape[1] == 0:
-        raise ValueError(f"qkv must have at least one row per image, got {_says(qkv)}")
+        raise ValueError(f"qkv must have at least one row per image, got {says(qkv)}")
     tail = tuple(qkv.shape[3:])
     if kv_prompt.dim() != 5 or kv_prompt.shape[2] != 2 or tuple(kv_prompt.shape[3:]) != tail:
         raise ValueError(
-            f"kv_prompt must be (G, P, 2, {tail[0]}, {tail[1]}), got {_says(kv_prompt)}"
+            f"kv_prompt must be (G, P, 2, {tail[0]}, {tail[1]}), got {says(kv_prompt)}"
         )
     if kv_prompt.dtype != qkv.dtype or kv_prompt.device != qkv.device:
-        raise TypeError(f"kv_prompt must be like qkv ({_says(qkv)}), got {_says(kv_prompt)}")
+        raise TypeError(f"kv_prompt must be like qkv ({says(qkv)}), got {says(kv_prompt)}")
     indices = (torch.int32, torch.int64)
     if group is not None and (
         group.dtype not in indices or group.shape != qkv.shape[:1] or group.device != qkv.device
     ):
         raise ValueError(
-            f"group must be int32 or int64 ({qkv.shape[0]},) on {qkv.device}, got {_says(group)}"
+            f"group must be int32 or int64 ({qkv.shape[0]},) on {qkv.device}, got {says(group)}"
         )
     if queries not in ("all", "class"):
         raise ValueError(f"queries must be 'all' or 'class', got {queries!r}")
@@ -131,109 +136,35 @@ def _check(qkv, kv_prompt, group, queries, log_multiplicity) -> None:
     ):
         raise ValueError(
             f"log_multiplicity must be float ({sets}, {prompts}) on {qkv.device}, "
-            f"got {_says(log_multiplicity)}"
+            f"got {says(log_multiplicity)}"
         )
 
 
-def _says(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
-
-
-_lib = torch.library.Library("pae", "FRAGMENT")
-_lib.define(
-    "prompt_attention_fwd(Tensor qkv, Tensor kv_prompt, Tensor? group, float scale, "
-    "bool class_only, Tensor? log_multiplicity) -> (Tensor, Tensor)"
-)
-_lib.define(
-    "prompt_attention_bwd(Tensor d_out, Tensor qkv, Tensor kv_prompt, Tensor? group, float scale, "
-    "bool class_only, Tensor? log_multiplicity, Tensor out, Tensor lse, bool need_qkv) "
-    "-> (Tensor, Tensor)"
-)
-
-
-def _dense(t: Tensor) -> Tensor:
-    """`t` with its last axis contiguous: what every version may rely on (PyTorch's CPU kernel reads
-    out of bounds otherwise).
-    """
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-# autocast reaches into an op's implementation: products stay in the dtype that came in
-def _forward(qkv, *rest):
-    version = backends.choose("prompt_attention", qkv.device, qkv.dtype)
-    with torch.autocast(qkv.device.type, enabled=False):
-        return version.forward(_dense(qkv), *rest)
-
-
-def _backward(d_out, qkv, *rest):
-    version = backends.choose("prompt_attention", qkv.device, qkv.dtype)
-    with torch.autocast(d_out.device.type, enabled=False):
-        return version.backward(_dense(d_out), _dense(qkv), *rest)
-
-
-for _key in ("CPU", "CUDA"):
-    _lib.impl("prompt_attention_fwd", _forward, _key)
-    _lib.impl("prompt_attention_bwd", _backward, _key)
-
-
-@torch.library.register_fake("pae::prompt_attention_fwd", lib=_lib)
-def _(qkv, kv_prompt, group, scale, class_only, log_multiplicity):
+def _outputs(
+    qkv: Tensor,
+    kv_prompt: Tensor,
+    group: Any,
+    scale: float,
+    class_only: bool,
+    log_multiplicity: Any,
+) -> tuple[Tensor, Tensor]:
     batch, tokens, _, heads, width = qkv.shape
     rows = 1 if class_only else tokens
-    lse = torch.promote_types(qkv.dtype, torch.float32)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
     return (
         qkv.new_empty(batch, rows, heads * width),
-        qkv.new_empty(batch, heads, rows, dtype=lse),
+        qkv.new_empty(batch, heads, rows, dtype=wide),
     )
 
 
-@torch.library.register_fake("pae::prompt_attention_bwd", lib=_lib)
-def _(d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, out, lse, need_qkv):
-    d_qkv = (
-        torch.empty_like(qkv, memory_format=torch.contiguous_format)
-        if need_qkv
-        else qkv.new_empty(0)
-    )
-    return d_qkv, torch.empty_like(kv_prompt, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx, inputs, output):
-    qkv, kv_prompt, group, ctx.scale, ctx.class_only, log_multiplicity = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, kv_prompt, group, log_multiplicity, out, lse)
-
-
-def _grads(ctx, d_out, _d_lse):
-    qkv, kv_prompt, group, log_multiplicity, out, lse = ctx.saved_tensors
-    need_qkv = ctx.needs_input_grad[0]
-    d_qkv, d_kv = torch.ops.pae.prompt_attention_bwd(
-        d_out,
-        qkv,
-        kv_prompt,
-        group,
-        ctx.scale,
-        ctx.class_only,
-        log_multiplicity,
-        out,
-        lse,
-        need_qkv,
-    )
-    return d_qkv if need_qkv else None, d_kv, None, None, None, None
-
-
-torch.library.register_autograd(
-    "pae::prompt_attention_fwd", _grads, setup_context=_setup_context, lib=_lib
+_prompt_attention = registration.differentiable(
+    "prompt_attention",
+    "(Tensor qkv, Tensor kv_prompt, Tensor? group, float scale, bool class_only, "
+    "Tensor? log_multiplicity) -> (Tensor out, Tensor lse)",
+    "(Tensor d_out, Tensor qkv, Tensor kv_prompt, Tensor? group, float scale, bool class_only, "
+    "Tensor? log_multiplicity, Tensor out, Tensor lse, bool need_qkv) "
+    "-> (Tensor d_qkv, Tensor d_kv_prompt)",
+    run=("forward", "backward"),
+    fake=_outputs,
+    layout=registration.contiguous_rows,  # PyTorch's CPU kernel reads out of bounds otherwise
 )
-
-
-class _PromptAttention(torch.autograd.Function):
-    """Eager path: the same two ops with a third of `register_autograd`'s cost per call."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = torch.ops.pae.prompt_attention_fwd(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(once_differentiable(_grads))

@@ -1,12 +1,15 @@
-"""The op `koopman_losses`: signature, checks, registration, autograd. Reads as every op does."""
+"""The op `koopman_losses`: signature, checks, declaration. Reads as every op does."""
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import backends
+from .. import backends, registration
+from ..checks import says
 from . import reference
 
 backends.register(
@@ -71,10 +74,9 @@ def koopman_losses(
     Source: PAE (arXiv 2601.20232), Eq. 6-11.
     """
     _check(prompts, lift, K, L, formulation, gauge, eps)
-    eps = float(eps) if gauge == "layernorm" else None
-    if torch.compiler.is_compiling():
-        return torch.ops.pae.koopman_losses_fwd(prompts, lift, K, L, formulation, eps)[:2]
-    return _KoopmanLosses.apply(prompts, lift, K, L, formulation, eps)
+    return _koopman_losses(
+        prompts, lift, K, L, formulation, float(eps) if gauge == "layernorm" else None
+    )
 
 
 def runs_on_device(device: torch.device | str, dtype: torch.dtype = torch.float32) -> bool:
@@ -105,22 +107,24 @@ def koopman_rollout(z0: Tensor, K: Tensor, steps: int) -> Tensor:
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
     if z0.dim() < 2:
-        raise ValueError(f"z0 must be (..., P, k), got {_says(z0)}")
+        raise ValueError(f"z0 must be (..., P, k), got {says(z0)}")
     k = z0.shape[-1]
     if K.dim() < 2 or tuple(K.shape) not in ((k, k), (*z0.shape[:-2], k, k)):
         raise ValueError(
             f"K must be {(k, k)} or {(*z0.shape[:-2], k, k)} for z0 {tuple(z0.shape)}, "
-            f"got {_says(K)}"
+            f"got {says(K)}"
         )
     if K.dtype != z0.dtype or K.device != z0.device:
-        raise TypeError(f"K must be like z0 ({_says(z0)}), got {_says(K)}")
+        raise TypeError(f"K must be like z0 ({says(z0)}), got {says(K)}")
     states = [z0]
     for _ in range(steps):
         states.append(states[-1] @ K)
     return torch.stack(states)
 
 
-def _check(prompts, lift, K, L, formulation, gauge, eps) -> None:
+def _check(
+    prompts: Tensor, lift: Tensor, K: Tensor, L: Tensor, formulation: str, gauge: str, eps: Any
+) -> None:
     if formulation not in FORMULATIONS:
         raise ValueError(f"formulation must be one of {FORMULATIONS}, got {formulation!r}")
     if gauge not in GAUGES:
@@ -130,83 +134,52 @@ def _check(prompts, lift, K, L, formulation, gauge, eps) -> None:
     if prompts.dim() not in (3, 4) or 0 in prompts.shape[-2:] or 0 in prompts.shape[:-3]:
         raise ValueError(
             "prompts must be (J, P >= 1, D >= 1) or (R >= 1, J, P >= 1, D >= 1), "
-            f"got {_says(prompts)}"
+            f"got {says(prompts)}"
         )
     if prompts.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"prompts must be float32 or float64, got {_says(prompts)}")
+        raise TypeError(f"prompts must be float32 or float64, got {says(prompts)}")
     *runs, blocks, _, width = prompts.shape
     if 0 in lift.shape or lift.dim() < 2 or (*lift.shape[:-2], lift.shape[-1]) != (*runs, width):
         expected = ", ".join(map(str, (*runs, "k >= 1", width)))
         raise ValueError(
-            f"lift must be ({expected}) for prompts {tuple(prompts.shape)}, got {_says(lift)}"
+            f"lift must be ({expected}) for prompts {tuple(prompts.shape)}, got {says(lift)}"
         )
     k = lift.shape[-2]
     for name, operator in (("K", K), ("L", L)):
         if tuple(operator.shape) not in ((*runs, k, k), (*runs, blocks, k, k)):
             raise ValueError(
                 f"{name} must be {(*runs, k, k)} or {(*runs, blocks, k, k)} for prompts "
-                f"{tuple(prompts.shape)} and lift {tuple(lift.shape)}, got {_says(operator)}"
+                f"{tuple(prompts.shape)} and lift {tuple(lift.shape)}, got {says(operator)}"
             )
     if K.dim() != L.dim():
-        raise ValueError(f"K and L must have the same shape, got {_says(K)} and {_says(L)}")
+        raise ValueError(f"K and L must have the same shape, got {says(K)} and {says(L)}")
     for name, t in (("lift", lift), ("K", K), ("L", L)):
         if t.dtype != prompts.dtype or t.device != prompts.device:
-            raise TypeError(f"{name} must be like prompts ({_says(prompts)}), got {_says(t)}")
+            raise TypeError(f"{name} must be like prompts ({says(prompts)}), got {says(t)}")
 
 
-def _says(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+def _forward(version: ModuleType, prompts: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Versions expect an axis of runs."""
+    lift, K, L, formulation, eps = rest
+    if prompts.dim() == 4:
+        return version.forward(prompts, lift, K, L, formulation, eps)
+    packed = (t[None] for t in (prompts, lift, K, L))
+    consistency, lyapunov, *saved = version.forward(*packed, formulation, eps)
+    return consistency.reshape(()), lyapunov.reshape(()), *saved
 
 
-_lib = torch.library.Library("pae", "FRAGMENT")
-_SAVED = (
-    "states", "predicted", "images", "pull", "radial", "spin", "left", "right", "statistics",
-)  # fmt: skip
-_saved = ", ".join(f"Tensor {name}" for name in _SAVED)
-_inputs = "Tensor prompts, Tensor lift, Tensor K, Tensor L, str formulation, float? eps"
-_lib.define(f"koopman_losses_fwd({_inputs}) -> (Tensor consistency, Tensor lyapunov, {_saved})")
-_lib.define(
-    f"koopman_losses_bwd(Tensor d_consistency, Tensor d_lyapunov, {_inputs}, {_saved}) -> "
-    "(Tensor d_prompts, Tensor d_lift, Tensor d_K, Tensor d_L)"
-)
-
-
-def _version(t: Tensor):
-    return backends.choose("koopman_losses", t.device, t.dtype)
-
-
-def _packed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """With an axis of runs, which every version expects."""
-    return tuple(t[None] for t in tensors)
-
-
-# autocast would reach the products inside: the regulariser is never computed in half precision
-def _forward(prompts, lift, K, L, formulation, eps):
-    single = prompts.dim() == 3
-    inputs = _packed(prompts, lift, K, L) if single else (prompts, lift, K, L)
-    with torch.autocast(prompts.device.type, enabled=False):
-        consistency, lyapunov, *saved = _version(prompts).forward(*inputs, formulation, eps)
-    if single:
-        consistency, lyapunov = consistency.reshape(()), lyapunov.reshape(())
-    return consistency, lyapunov, *saved
-
-
-def _backward(d_consistency, d_lyapunov, prompts, lift, K, L, formulation, eps, *saved):
-    single = prompts.dim() == 3
-    inputs = _packed(prompts, lift, K, L) if single else (prompts, lift, K, L)
+def _backward(version: ModuleType, *given: Any) -> tuple[Tensor, ...]:
+    d_consistency, d_lyapunov, prompts, lift, K, L, *rest = given
     ends = d_consistency.reshape(-1), d_lyapunov.reshape(-1)
-    with torch.autocast(prompts.device.type, enabled=False):
-        gradients = _version(prompts).backward(*ends, *inputs, formulation, eps, *saved)
-    return tuple(g[0] for g in gradients) if single else tuple(gradients)
+    if prompts.dim() == 4:
+        return version.backward(*ends, prompts, lift, K, L, *rest)
+    packed = (t[None] for t in (prompts, lift, K, L))
+    return tuple(d[0] for d in version.backward(*ends, *packed, *rest))
 
 
-for _key in ("CPU", "CUDA"):
-    _lib.impl("koopman_losses_fwd", _forward, _key)
-    _lib.impl("koopman_losses_bwd", _backward, _key)
-
-
-@torch.library.register_fake("pae::koopman_losses_fwd", lib=_lib)
-def _(prompts, lift, K, L, formulation, eps):
+def _outputs(
+    prompts: Tensor, lift: Tensor, K: Tensor, L: Tensor, formulation: str, eps: float | None
+) -> tuple[Tensor, ...]:
     *runs, blocks, count, _ = prompts.shape
     k = lift.shape[-2]
     packed = runs[0] if runs else 1
@@ -228,43 +201,18 @@ def _(prompts, lift, K, L, formulation, eps):
     )
 
 
-@torch.library.register_fake("pae::koopman_losses_bwd", lib=_lib)
-def _(d_consistency, d_lyapunov, prompts, lift, K, L, *rest):
-    return tuple(t.new_empty(t.shape) for t in (prompts, lift, K, L))
-
-
-def _setup_context(ctx, inputs, output):
-    prompts, lift, K, L, ctx.formulation, ctx.eps = inputs
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(prompts, lift, K, L, *output[2:])
-
-
-def _grads(ctx, d_consistency, d_lyapunov, *_):
-    prompts, lift, K, L, *saved = ctx.saved_tensors
-    return (
-        *torch.ops.pae.koopman_losses_bwd(
-            d_consistency, d_lyapunov, prompts, lift, K, L, ctx.formulation, ctx.eps, *saved
-        ),
-        None,
-        None,
-    )
-
-
-torch.library.register_autograd(
-    "pae::koopman_losses_fwd", _grads, setup_context=_setup_context, lib=_lib
+_INPUTS = "Tensor prompts, Tensor lift, Tensor K, Tensor L, str formulation, float? eps"
+_SAVED = (
+    "Tensor states, Tensor predicted, Tensor images, Tensor pull, Tensor radial, Tensor spin, "
+    "Tensor left, Tensor right, Tensor statistics"
 )
-
-
-class _KoopmanLosses(torch.autograd.Function):
-    """Eager path: the same two ops with a third of `register_autograd`'s cost per call."""
-
-    @staticmethod
-    def forward(ctx, prompts, lift, K, L, formulation, eps):
-        consistency, lyapunov, *saved = torch.ops.pae.koopman_losses_fwd(
-            prompts, lift, K, L, formulation, eps
-        )
-        ctx.formulation, ctx.eps = formulation, eps
-        ctx.save_for_backward(prompts, lift, K, L, *saved)
-        return consistency, lyapunov
-
-    backward = staticmethod(once_differentiable(_grads))
+_koopman_losses = registration.differentiable(
+    "koopman_losses",
+    f"({_INPUTS}) -> (Tensor consistency, Tensor lyapunov, {_SAVED})",
+    f"(Tensor d_consistency, Tensor d_lyapunov, {_INPUTS}, {_SAVED}) "
+    "-> (Tensor d_prompts, Tensor d_lift, Tensor d_K, Tensor d_L)",
+    run=(_forward, _backward),
+    fake=_outputs,
+    returned=2,
+    layout=None,
+)

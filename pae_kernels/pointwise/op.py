@@ -1,13 +1,15 @@
-"""The pointwise ops: checks, registration. They live inside the engine's own autograd functions,
+"""The pointwise ops: checks, declarations. They live inside the engine's own autograd functions,
 one op a direction.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, registration
 from . import reference
 
 backends.register(
@@ -32,7 +34,7 @@ def layer_norm(x: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple
 
     Gradients: none recorded; `layer_norm_backward` is the adjoint.
     """
-    return torch.ops.pae.layer_norm_fwd(x, eps, dtype or x.dtype)
+    return _layer_norm_fwd(x, eps, dtype or x.dtype)
 
 
 def add_layer_norm(
@@ -50,7 +52,7 @@ def add_layer_norm(
 
     Gradients: none recorded; both x and delta get `layer_norm_backward`'s.
     """
-    return torch.ops.pae.add_layer_norm_fwd(x, delta, eps, dtype or x.dtype)
+    return _add_layer_norm_fwd(x, delta, eps, dtype or x.dtype)
 
 
 def layer_norm_backward(
@@ -71,9 +73,7 @@ def layer_norm_backward(
         dtype: of the result; that of rstd when None.
         narrow: return a second copy in this dtype, for the product that reads it next.
     """
-    dx, copy = torch.ops.pae.layer_norm_bwd(
-        d_xhat, xhat, rstd, residual, dtype or rstd.dtype, narrow
-    )
+    dx, copy = _layer_norm_bwd(d_xhat, xhat, rstd, residual, dtype or rstd.dtype, narrow)
     return dx if narrow is None else (dx, copy)
 
 
@@ -90,14 +90,14 @@ def activation(u: Tensor, kind: str, code: bool = False) -> tuple[Tensor, Tensor
     """
     _check_kind(kind)
     if code:
-        return torch.ops.pae.activation_coded_fwd(u, kind)
-    return torch.ops.pae.activation_fwd(u, kind), None
+        return _activation_coded_fwd(u, kind)
+    return _activation_fwd(u, kind), None
 
 
 def activation_backward(d: Tensor, u_or_code: Tensor, kind: str) -> Tensor:
     """d act'(u), from u itself or from its coded derivative (uint8)."""
     _check_kind(kind)
-    return torch.ops.pae.activation_bwd(d, u_or_code, kind)
+    return _activation_bwd(d, u_or_code, kind)
 
 
 def _check_kind(kind: str) -> None:
@@ -105,93 +105,47 @@ def _check_kind(kind: str) -> None:
         raise ValueError(f"kind must be one of {sorted(reference.ACTIVATIONS)}, got {kind!r}")
 
 
-_lib = torch.library.Library("pae", "FRAGMENT")
-_lib.define("layer_norm_fwd(Tensor x, float eps, ScalarType dtype) -> (Tensor, Tensor)")
-_lib.define(
-    "add_layer_norm_fwd(Tensor x, Tensor delta, float eps, ScalarType dtype) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_lib.define(
-    "layer_norm_bwd(Tensor d_xhat, Tensor xhat, Tensor rstd, Tensor? residual, ScalarType dtype, "
-    "ScalarType? narrow) -> (Tensor, Tensor)"
-)
-_lib.define("activation_fwd(Tensor u, str kind) -> Tensor")
-_lib.define("activation_coded_fwd(Tensor u, str kind) -> (Tensor, Tensor)")
-_lib.define("activation_bwd(Tensor d, Tensor u_or_code, str kind) -> Tensor")
-
-
-def _version(t: Tensor):
-    return backends.choose("pointwise", t.device, t.dtype)
-
-
-# inputs are made contiguous, so that outputs are, as the fakes below say
-
-
-def _layer_norm_fwd(x, eps, dtype):
-    return _version(x).layer_norm(x.contiguous(), eps, dtype)
-
-
-def _add_layer_norm_fwd(x, delta, eps, dtype):
-    return _version(x).add_layer_norm(x.contiguous(), delta.contiguous(), eps, dtype)
-
-
-def _layer_norm_bwd(d_xhat, xhat, rstd, residual, dtype, narrow):
-    residual = None if residual is None else residual.contiguous()
-    rows = d_xhat.contiguous(), xhat.contiguous(), rstd.contiguous()
-    return _version(rstd).layer_norm_backward(*rows, residual, dtype, narrow)
-
-
-def _activation_fwd(u, kind):
-    return _version(u).activation(u.contiguous(), kind)
-
-
-def _activation_coded_fwd(u, kind):
-    return _version(u).activation_coded(u.contiguous(), kind)
-
-
-def _activation_bwd(d, u_or_code, kind):
-    return _version(d).activation_backward(d.contiguous(), u_or_code.contiguous(), kind)
-
-
-for _key in ("CPU", "CUDA"):
-    _lib.impl("layer_norm_fwd", _layer_norm_fwd, _key)
-    _lib.impl("add_layer_norm_fwd", _add_layer_norm_fwd, _key)
-    _lib.impl("layer_norm_bwd", _layer_norm_bwd, _key)
-    _lib.impl("activation_fwd", _activation_fwd, _key)
-    _lib.impl("activation_coded_fwd", _activation_coded_fwd, _key)
-    _lib.impl("activation_bwd", _activation_bwd, _key)
-
-
-def _rstd_like(x):
+def _rstd_of(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], 1), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@torch.library.register_fake("pae::layer_norm_fwd", lib=_lib)
-def _(x, eps, dtype):
-    return x.new_empty(x.shape, dtype=dtype), _rstd_like(x)
+def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.register_fake("pae::add_layer_norm_fwd", lib=_lib)
-def _(x, delta, eps, dtype):
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), _rstd_like(x)
+_op = partial(registration.op, versions="pointwise")
 
-
-@torch.library.register_fake("pae::layer_norm_bwd", lib=_lib)
-def _(d_xhat, xhat, rstd, residual, dtype, narrow):
-    dx = d_xhat.new_empty(d_xhat.shape, dtype=dtype)
-    return dx, rstd.new_empty(0) if narrow is None else torch.empty_like(dx, dtype=narrow)
-
-
-@torch.library.register_fake("pae::activation_fwd", lib=_lib)
-def _(u, kind):
-    return u.new_empty(u.shape)
-
-
-@torch.library.register_fake("pae::activation_coded_fwd", lib=_lib)
-def _(u, kind):
-    return u.new_empty(u.shape), u.new_empty(u.shape, dtype=torch.uint8)
-
-
-@torch.library.register_fake("pae::activation_bwd", lib=_lib)
-def _(d, u_or_code, kind):
-    return d.new_empty(d.shape)
+_layer_norm_fwd = _op(
+    "layer_norm_fwd(Tensor x, float eps, ScalarType dtype) -> (Tensor xhat, Tensor rstd)",
+    "layer_norm",
+    lambda x, eps, dtype: (_like(x, dtype), _rstd_of(x)),
+)
+_add_layer_norm_fwd = _op(
+    "add_layer_norm_fwd(Tensor x, Tensor delta, float eps, ScalarType dtype) "
+    "-> (Tensor y, Tensor xhat, Tensor rstd)",
+    "add_layer_norm",
+    lambda x, delta, eps, dtype: (_like(x), _like(x, dtype), _rstd_of(x)),
+)
+_layer_norm_bwd = _op(
+    "layer_norm_bwd(Tensor d_xhat, Tensor xhat, Tensor rstd, Tensor? residual, ScalarType dtype, "
+    "ScalarType? narrow) -> (Tensor dx, Tensor copy)",
+    "layer_norm_backward",
+    lambda d_xhat, xhat, rstd, residual, dtype, narrow: (
+        _like(d_xhat, dtype),
+        rstd.new_empty(0) if narrow is None else _like(d_xhat, narrow),
+    ),
+    dtype=lambda d_xhat, xhat, rstd, *_: rstd.dtype,
+)
+_activation_fwd = _op(
+    "activation_fwd(Tensor u, str kind) -> Tensor", "activation", lambda u, kind: _like(u)
+)
+_activation_coded_fwd = _op(
+    "activation_coded_fwd(Tensor u, str kind) -> (Tensor y, Tensor code)",
+    "activation_coded",
+    lambda u, kind: (_like(u), _like(u, torch.uint8)),
+)
+_activation_bwd = _op(
+    "activation_bwd(Tensor d, Tensor u_or_code, str kind) -> Tensor",
+    "activation_backward",
+    lambda d, u_or_code, kind: _like(d),
+)

@@ -1,14 +1,19 @@
-"""The ops `shortcut_images`, `shortcut_tokens` and `shortcut_pool`: signatures, checks, schemas.
+"""The ops `shortcut_images`, `shortcut_tokens` and `shortcut_pool`: signatures, checks,
+declarations.
 
 All are statistics of what enters a frozen network: they have no gradient, and say so when asked.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, registration
+from ..checks import says
 from . import reference
 
 _REFERENCE = backends.Version("reference", reference, backends.anywhere)
@@ -16,8 +21,8 @@ _TRITON = backends.Version("triton", f"{__package__}.triton", backends.with_trit
 _CUDA = backends.Version("cuda", f"{__package__}.cuda", backends.with_cuda)
 
 backends.register("shortcut_images", _REFERENCE)
-for _op in ("shortcut_tokens", "shortcut_pool"):
-    backends.register(_op, _CUDA, _TRITON, _REFERENCE)
+backends.register("shortcut_tokens", _CUDA, _TRITON, _REFERENCE)
+backends.register("shortcut_pool", _CUDA, _TRITON, _REFERENCE)
 
 
 def shortcut_images(
@@ -49,7 +54,7 @@ def shortcut_images(
     """
     _check_spectrum(spectrum, window, size)
     _check_origins(origins, window, size)
-    return torch.ops.pae.shortcut_images_fwd(spectrum, origins.to(spectrum.device), window)
+    return _images(spectrum, origins.to(spectrum.device), window)
 
 
 def shortcut_tokens(
@@ -96,9 +101,7 @@ def shortcut_tokens(
     dtype = weight.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise TypeError(f"dtype must be a float type of 16 bits or more, got {dtype!r}")
-    return torch.ops.pae.shortcut_tokens_fwd(
-        spectrum, origins.to(spectrum.device), window, weight, bias, rows, dtype
-    )
+    return _tokens(spectrum, origins.to(spectrum.device), window, weight, bias, rows, dtype)
 
 
 def shortcut_pool(tokens: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -123,22 +126,22 @@ def shortcut_pool(tokens: Tensor, rows: Tensor | None = None) -> Tensor:
     Source: PAE (arXiv 2601.20232), Eq. 3.
     """
     if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
-        raise TypeError(f"tokens must be a float tensor (S, B, N, D), got {_says(tokens)}")
+        raise TypeError(f"tokens must be a float tensor (S, B, N, D), got {says(tokens)}")
     if tokens.dim() != 4 or 0 in tokens.shape[1:3]:
-        raise ValueError(f"tokens must be (S, B, N, D) with B, N >= 1, got {_says(tokens)}")
+        raise ValueError(f"tokens must be (S, B, N, D) with B, N >= 1, got {says(tokens)}")
     _refuse_gradient("tokens", tokens)
     _check_added("rows", rows, tuple(tokens.shape[2:]), tokens.device)
-    return torch.ops.pae.shortcut_pool_fwd(tokens, rows)
+    return _pool(tokens, rows)
 
 
 def _check_spectrum(spectrum: Tensor, window: int, size: tuple[int, int]) -> None:
     complex_types = (torch.complex64, torch.complex128)
     if not isinstance(spectrum, Tensor) or spectrum.dtype not in complex_types:
-        raise TypeError(f"spectrum must be complex64 or complex128, got {_says(spectrum)}")
+        raise TypeError(f"spectrum must be complex64 or complex128, got {says(spectrum)}")
     if spectrum.dim() != 4 or tuple(spectrum.shape[2:]) != tuple(size):
         raise ValueError(
             f"spectrum must be the full fft2 (B, C, H, W) of images of size {tuple(size)}, "
-            f"got {_says(spectrum)}"
+            f"got {says(spectrum)}"
         )
     if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= min(size):
         raise ValueError(f"window must be an int from 1 to min(H, W) = {min(size)}, got {window!r}")
@@ -147,9 +150,9 @@ def _check_spectrum(spectrum: Tensor, window: int, size: tuple[int, int]) -> Non
 
 def _check_origins(origins: Tensor, window: int, size: tuple[int, int]) -> None:
     if not isinstance(origins, Tensor) or origins.dtype != torch.int64:
-        raise TypeError(f"origins must be an int64 tensor (S, 2), got {_says(origins)}")
+        raise TypeError(f"origins must be an int64 tensor (S, 2), got {says(origins)}")
     if origins.dim() != 2 or origins.shape[1] != 2:
-        raise ValueError(f"origins must be (S, 2), got {_says(origins)}")
+        raise ValueError(f"origins must be (S, 2), got {says(origins)}")
     last = (size[0] - window, size[1] - window)
     if _readable(origins) and bool(((origins < 0) | (origins > origins.new_tensor(last))).any()):
         raise ValueError(
@@ -163,9 +166,9 @@ def _check_embedding(
 ) -> None:
     channels, height, width = spectrum.shape[1:]
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"weight must be a float tensor (D, C, ph, pw), got {_says(weight)}")
+        raise TypeError(f"weight must be a float tensor (D, C, ph, pw), got {says(weight)}")
     if weight.dim() != 4 or 0 in weight.shape or weight.shape[1] != channels:
-        raise ValueError(f"weight must be (D, {channels}, ph, pw), got {_says(weight)}")
+        raise ValueError(f"weight must be (D, {channels}, ph, pw), got {says(weight)}")
     ph, pw = weight.shape[2:]
     if height % ph or width % pw:
         raise ValueError(
@@ -183,9 +186,9 @@ def _check_added(name: str, t: Tensor | None, shape: tuple[int, ...], device: to
     if t is None:
         return
     if not isinstance(t, Tensor) or not t.is_floating_point():
-        raise TypeError(f"{name} must be a float tensor {shape} or None, got {_says(t)}")
+        raise TypeError(f"{name} must be a float tensor {shape} or None, got {says(t)}")
     if tuple(t.shape) != shape or t.device != device:
-        raise ValueError(f"{name} must be {shape} on {device}, got {_says(t)}")
+        raise ValueError(f"{name} must be {shape} on {device}, got {says(t)}")
     _refuse_gradient(name, t)
 
 
@@ -204,75 +207,42 @@ def _refuse_gradient(name: str, t: Tensor) -> None:
 _NO_GRADIENT = "shortcut statistics have none: detach it or use torch.no_grad()"
 
 
-def _says(t) -> str:
-    if not isinstance(t, Tensor):
-        return type(t).__name__
-    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+def _token_types(spectrum: Tensor, *given: Any) -> torch.dtype:
+    """The widest of what is computed and what is returned decides who can."""
+    return torch.promote_types(spectrum.dtype.to_real(), given[-1])
 
 
-_lib = torch.library.Library("pae", "FRAGMENT")
-_lib.define("shortcut_images_fwd(Tensor spectrum, Tensor origins, int window) -> Tensor")
-_lib.define(
-    "shortcut_tokens_fwd(Tensor spectrum, Tensor origins, int window, Tensor weight, Tensor? bias, "
-    "Tensor? rows, ScalarType dtype) -> Tensor"
-)
-_lib.define("shortcut_pool_fwd(Tensor tokens, Tensor? rows) -> Tensor")
-
-
-def _images(spectrum, origins, window):
-    # autocast reaches into an op's implementation; a bf16 product would drown small frequencies
-    with torch.autocast(spectrum.device.type, enabled=False):
-        version = backends.choose("shortcut_images", spectrum.device)
-        return version.shortcut_images(spectrum, origins, window)
-
-
-def _tokens(spectrum, origins, window, weight, bias, rows, dtype):
-    with torch.autocast(spectrum.device.type, enabled=False):
-        # the widest of what is computed and what is returned decides who can
-        wide = torch.promote_types(spectrum.dtype.to_real(), dtype)
-        version = backends.choose(
-            "shortcut_tokens", spectrum.device, dtype if wide == torch.float32 else wide
-        )
-        return version.shortcut_tokens(spectrum, origins, window, weight, bias, rows, dtype)
-
-
-def _pool(tokens, rows):
-    with torch.autocast(tokens.device.type, enabled=False):
-        version = backends.choose("shortcut_pool", tokens.device, tokens.dtype)
-        return version.shortcut_pool(tokens, rows)
-
-
-_IMPLEMENTATIONS = {
-    "shortcut_images_fwd": _images,
-    "shortcut_tokens_fwd": _tokens,
-    "shortcut_pool_fwd": _pool,
-}
-for _name, _implementation in _IMPLEMENTATIONS.items():
-    for _key in ("CPU", "CUDA"):
-        _lib.impl(_name, _implementation, _key)
-
-
-@torch.library.register_fake("pae::shortcut_images_fwd", lib=_lib)
-def _(spectrum, origins, window):
-    return spectrum.new_empty((origins.shape[0], *spectrum.shape), dtype=spectrum.dtype.to_real())
-
-
-@torch.library.register_fake("pae::shortcut_tokens_fwd", lib=_lib)
-def _(spectrum, origins, window, weight, bias, rows, dtype):
+def _embedded(
+    spectrum: Tensor, origins: Tensor, window: int, weight: Tensor, bias: Any, rows: Any, dtype: Any
+) -> Tensor:
     batch, _, height, width = spectrum.shape
     dim, _, ph, pw = weight.shape
     tokens = (height // ph) * (width // pw)
     return spectrum.new_empty((origins.shape[0], batch, tokens, dim), dtype=dtype)
 
 
-@torch.library.register_fake("pae::shortcut_pool_fwd", lib=_lib)
-def _(tokens, rows):
-    return tokens.new_empty(tokens.shape[0], tokens.shape[3])
+_op = partial(registration.op, layout=None, no_gradient=_NO_GRADIENT)
 
-
-def _no_gradient(ctx, grad):
-    raise RuntimeError(f"a gradient was asked for, but {_NO_GRADIENT}")
-
-
-for _name in _IMPLEMENTATIONS:
-    torch.library.register_autograd(f"pae::{_name}", _no_gradient, lib=_lib)
+_images = _op(
+    "shortcut_images_fwd(Tensor spectrum, Tensor origins, int window) -> Tensor",
+    "shortcut_images",
+    lambda spectrum, origins, window: spectrum.new_empty(
+        (origins.shape[0], *spectrum.shape), dtype=spectrum.dtype.to_real()
+    ),
+    versions="shortcut_images",
+    dtype=lambda spectrum, *_: spectrum.dtype.to_real(),
+)
+_tokens = _op(
+    "shortcut_tokens_fwd(Tensor spectrum, Tensor origins, int window, Tensor weight, Tensor? bias, "
+    "Tensor? rows, ScalarType dtype) -> Tensor",
+    "shortcut_tokens",
+    _embedded,
+    versions="shortcut_tokens",
+    dtype=_token_types,
+)
+_pool = _op(
+    "shortcut_pool_fwd(Tensor tokens, Tensor? rows) -> Tensor",
+    "shortcut_pool",
+    lambda tokens, rows: tokens.new_empty(tokens.shape[0], tokens.shape[3]),
+    versions="shortcut_pool",
+)

@@ -1,0 +1,229 @@
+"""Ops from declarations: `op` for one direction, `differentiable` for a forward and its backward.
+
+A declaration is a functional schema per direction (fresh outputs, nothing mutated), what the
+outputs look like, and which function of a version's module computes them. What PyTorch wants to
+know follows from it: definition, both device keys, fakes, and autograd twice. `register_autograd`
+serves `torch.compile` and `torch.export`; eager calls go through an `autograd.Function` over the
+same two ops and the same backward, which costs a third per call.
+
+The schemas name all that passes from a forward to its backward, so nothing else connects them:
+
+    d_y      argument of the backward: the gradient of the output y. Outputs without one are not
+             differentiable, and come last.
+    x, y     argument of the backward: an input or an output of the forward, kept for it.
+    need_x   argument of the backward: whether x needs a gradient; d_x is empty if not.
+    d_x      return of the backward: the gradient of the input x.
+
+Implementations run with autocast off, which would reach into them: products stay in the dtype that
+came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backends
+
+_LIBRARY = torch.library.Library("pae", "FRAGMENT")
+
+
+def contiguous_rows(t: Tensor) -> Tensor:
+    """A layout: the last axis is contiguous, the others have whatever strides they have."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def widest(*arguments: Any) -> torch.dtype:
+    """The dtype that holds the values of all tensors."""
+    dtype = arguments[0].dtype
+    for a in arguments:
+        if isinstance(a, Tensor) and a.dtype != dtype:
+            dtype = torch.promote_types(dtype, a.dtype)
+    return dtype
+
+
+def op(
+    schema: str,
+    run: str | Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    versions: str,
+    layout: Callable[[Tensor], Tensor] | None = Tensor.contiguous,
+    dtype: Callable[..., torch.dtype] | None = None,
+    no_gradient: str | None = None,
+) -> Any:
+    """Register one op without a backward.
+
+    Args:
+        schema: "name(Tensor x, ...) -> (Tensor y, ...)". The first argument is a tensor: the op
+            runs on its device.
+        run: name of a version's function that takes the schema's arguments; or a function of the
+            version's module and these arguments.
+        fake: of the schema's arguments: empty outputs of the right shape, dtype and layout.
+        versions: what `backends.register` calls the versions.
+        layout: what versions may rely on, applied to every tensor among the arguments; None leaves
+            their strides to the versions.
+        dtype: of the arguments: what the version has to be capable of; that of the first argument
+            when None.
+        no_gradient: why there is none, for the error of asking for one.
+
+    Returns:
+        `torch.ops.pae.<name>`, its only overload.
+    """
+    made = _defined(schema)
+    _implement(made, run, fake, versions, layout, dtype)
+    if no_gradient is not None:
+
+        def refuse(ctx: Any, *_: Any) -> None:
+            raise RuntimeError(f"a gradient was asked for, but {no_gradient}")
+
+        torch.library.register_autograd(made.name(), refuse, lib=_LIBRARY)
+    return made
+
+
+def differentiable(
+    name: str,
+    forward: str,
+    backward: str,
+    run: tuple[str | Callable[..., Any], str | Callable[..., Any]],
+    fake: Callable[..., Any],
+    *,
+    returned: int | None = None,
+    layout: Callable[[Tensor], Tensor] | None = Tensor.contiguous,
+    dtype: Callable[..., torch.dtype] | None = None,
+) -> Callable[..., Any]:
+    """Register `<name>_fwd` and `<name>_bwd`, once differentiable.
+
+    Args:
+        name: of the op and of its versions.
+        forward, backward: schemas without their names, as the head of this module says.
+        run: as in `op`, for both directions.
+        fake: as in `op`, for the forward; gradients look like their inputs.
+        returned: how many outputs the caller sees, the first ones; all when None.
+        layout, dtype: as in `op`.
+
+    Returns:
+        The differentiable function of the forward's arguments.
+
+    Raises:
+        ValueError: an argument or a return of the backward is none of what the head lists.
+    """
+    forward_op, backward_op = _defined(f"{name}_fwd{forward}"), _defined(f"{name}_bwd{backward}")
+    inputs, outputs = _names(forward_op)
+    asked, gradients = _names(backward_op)
+    tensors = {a.name for a in forward_op._schema.arguments if "Tensor" in str(a.type)}
+    count = sum(f"d_{y}" in asked for y in outputs)  # differentiable outputs
+    kept = [a for a in asked if a in tensors or a in outputs]
+    constants = [a for a in asked if a in inputs and a not in tensors]
+    optional = [i for i, x in enumerate(inputs) if f"need_{x}" in asked]
+    known = [f"d_{y}" for y in outputs[:count]] + kept + constants + [f"need_{x}" for x in inputs]
+    if strange := {*asked} - {*known} | {*gradients} - {f"d_{x}" for x in inputs}:
+        raise ValueError(f"{name}: nothing in the forward explains {sorted(strange)}")
+
+    take_kept = _take(kept, [*inputs, *outputs])
+    take_constants = _take(constants, inputs)
+    take_asked = _take(asked, known)
+    with_gradient = [f"d_{x}" if f"d_{x}" in gradients else "" for x in inputs]
+    take_gradients = _take(with_gradient, ["", *gradients])
+
+    def seen(output: Any) -> Any:
+        if returned is None:
+            return output
+        return output[0] if returned == 1 else output[:returned]
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        made = output if isinstance(output, tuple) else (output,)
+        ctx.mark_non_differentiable(*made[count:])
+        ctx.save_for_backward(*take_kept((*inputs, *made)))
+        ctx.constants = take_constants(inputs)
+
+    def grads(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        given = take_asked((*d_outputs[:count], *ctx.saved_tensors, *ctx.constants, *needs))
+        found = backward_op(*given)
+        results = take_gradients((None, *found) if isinstance(found, tuple) else (None, found))
+        for i in optional:
+            if not needs[i]:
+                results = (*results[:i], None, *results[i + 1 :])
+        return results
+
+    def look_alike(*given: Any) -> Any:
+        values = dict(zip(asked, given))
+        made = []
+        for d in gradients:
+            x = values[d.removeprefix("d_")]
+            made.append(x.new_empty(x.shape if values.get(f"need{d[1:]}", True) else 0))
+        return tuple(made) if len(made) > 1 else made[0]
+
+    def eager(ctx: Any, *inputs: Any) -> Any:
+        output = forward_op(*inputs)
+        save(ctx, inputs, output)
+        return seen(output)
+
+    methods = {"forward": staticmethod(eager), "backward": staticmethod(once_differentiable(grads))}
+    camel = name.title().replace("_", "")  # what `grad_fn` and profilers show
+    apply = type(camel, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return seen(forward_op(*inputs))
+        return apply(*inputs)
+
+    _implement(forward_op, run[0], fake, name, layout, dtype)
+    _implement(backward_op, run[1], look_alike, name, layout, dtype)
+    torch.library.register_autograd(forward_op.name(), grads, setup_context=save, lib=_LIBRARY)
+    return call
+
+
+def _defined(schema: str) -> Any:
+    """The op of this schema, without an implementation."""
+    _LIBRARY.define(schema)
+    return getattr(torch.ops.pae, schema[: schema.index("(")]).default
+
+
+def _implement(
+    op: Any,
+    run: str | Callable[..., Any],
+    fake: Callable[..., Any],
+    versions: str,
+    layout: Any,
+    dtype: Callable[..., torch.dtype] | None,
+) -> None:
+    arguments = op._schema.arguments
+    tensors = [i for i, a in enumerate(arguments) if layout and "Tensor" in str(a.type)]
+
+    def implementation(*given: Any) -> Any:
+        kind = given[0].device.type
+        wanted = given[0].dtype if dtype is None else dtype(*given)
+        version = backends.choose(versions, kind, wanted)
+        function = getattr(version, run) if isinstance(run, str) else partial(run, version)
+        laid = list(given)
+        for i in tensors:
+            if laid[i] is not None:
+                laid[i] = layout(laid[i])
+        if not torch.is_autocast_enabled(kind):
+            return function(*laid)
+        with torch.autocast(kind, enabled=False):
+            return function(*laid)
+
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(op.name().removeprefix("pae::"), implementation, key)
+    torch.library.register_fake(op.name(), fake, lib=_LIBRARY)
+
+
+def _names(op: Any) -> tuple[list[str], list[str]]:
+    return [a.name for a in op._schema.arguments], [r.name for r in op._schema.returns]
+
+
+def _take(names: Sequence[str], among: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What takes the entries `names`, in this order, out of a tuple that is laid out as `among`."""
+    indices = [among.index(name) for name in names]
+    if len(indices) > 1:  # fewer, and it would not return a tuple
+        return itemgetter(*indices)
+    return lambda entries: tuple(entries[i] for i in indices)
