@@ -94,6 +94,7 @@ def differentiable(
     run: tuple[str | Callable[..., Any], str | Callable[..., Any]],
     fake: Callable[..., Any],
     *,
+    fake_gradients: Callable[..., Any] | None = None,
     returned: int | None = None,
     layout: Callable[[Tensor], Tensor] | None = Tensor.contiguous,
     dtype: Callable[..., torch.dtype] | None = None,
@@ -104,7 +105,9 @@ def differentiable(
         name: of the op and of its versions.
         forward, backward: schemas without their names, as the head of this module says.
         run: as in `op`, for both directions.
-        fake: as in `op`, for the forward; gradients look like their inputs.
+        fake: as in `op`, for the forward.
+        fake_gradients: as in `op`, for the backward. When None, gradients look like their inputs,
+            which the backward then must get.
         returned: how many outputs the caller sees, the first ones; all when None.
         layout, dtype: as in `op`.
 
@@ -112,12 +115,17 @@ def differentiable(
         The differentiable function of the forward's arguments.
 
     Raises:
-        ValueError: an argument or a return of the backward is none of what the head lists.
+        ValueError: an argument or a return of the backward is none of what the head lists, or the
+            shape of a gradient does not follow.
     """
-    forward_op, backward_op = _defined(f"{name}_fwd{forward}"), _defined(f"{name}_bwd{backward}")
-    inputs, outputs = _names(forward_op)
-    asked, gradients = _names(backward_op)
-    tensors = {a.name for a in forward_op._schema.arguments if "Tensor" in str(a.type)}
+    forward, backward = f"{name}_fwd{forward}", f"{name}_bwd{backward}"
+    schema, schema_back = torch._C.parse_schema(forward), torch._C.parse_schema(backward)
+    inputs, outputs = [a.name for a in schema.arguments], [r.name for r in schema.returns]
+    asked, gradients = (
+        [a.name for a in schema_back.arguments],
+        [r.name for r in schema_back.returns],
+    )
+    tensors = {a.name for a in schema.arguments if _is_tensor(a)}
     count = sum(f"d_{y}" in asked for y in outputs)  # differentiable outputs
     kept = [a for a in asked if a in tensors or a in outputs]
     constants = [a for a in asked if a in inputs and a not in tensors]
@@ -125,12 +133,16 @@ def differentiable(
     known = [f"d_{y}" for y in outputs[:count]] + kept + constants + [f"need_{x}" for x in inputs]
     if strange := {*asked} - {*known} | {*gradients} - {f"d_{x}" for x in inputs}:
         raise ValueError(f"{name}: nothing in the forward explains {sorted(strange)}")
+    if fake_gradients is None and (missing := {d[2:] for d in gradients} - {*asked}):
+        raise ValueError(f"{name}: fake_gradients is needed, the backward lacks {sorted(missing)}")
 
     take_kept = _take(kept, [*inputs, *outputs])
     take_constants = _take(constants, inputs)
     take_asked = _take(asked, known)
     with_gradient = [f"d_{x}" if f"d_{x}" in gradients else "" for x in inputs]
     take_gradients = _take(with_gradient, ["", *gradients])
+
+    forward_op, backward_op = _defined(forward), _defined(backward)
 
     def seen(output: Any) -> Any:
         if returned is None:
@@ -176,7 +188,7 @@ def differentiable(
         return apply(*inputs)
 
     _implement(forward_op, run[0], fake, name, layout, dtype)
-    _implement(backward_op, run[1], look_alike, name, layout, dtype)
+    _implement(backward_op, run[1], fake_gradients or look_alike, name, layout, dtype)
     torch.library.register_autograd(forward_op.name(), grads, setup_context=save, lib=_LIBRARY)
     return call
 
@@ -195,8 +207,7 @@ def _implement(
     layout: Any,
     dtype: Callable[..., torch.dtype] | None,
 ) -> None:
-    arguments = op._schema.arguments
-    tensors = [i for i, a in enumerate(arguments) if layout and "Tensor" in str(a.type)]
+    tensors = [i for i, a in enumerate(op._schema.arguments) if layout and _is_tensor(a)]
 
     def implementation(*given: Any) -> Any:
         kind = given[0].device.type
@@ -217,8 +228,8 @@ def _implement(
     torch.library.register_fake(op.name(), fake, lib=_LIBRARY)
 
 
-def _names(op: Any) -> tuple[list[str], list[str]]:
-    return [a.name for a in op._schema.arguments], [r.name for r in op._schema.returns]
+def _is_tensor(argument: Any) -> bool:
+    return "Tensor" in str(argument.type)
 
 
 def _take(names: Sequence[str], among: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
