@@ -39,6 +39,7 @@ from . import reference
 # one compiled kernel serves all sizes
 _SIZES = ("tokens", "prompts", "hidden", "rows", "batch", "images")
 _MOST_UNITS = 64  # wider bottlenecks are products worth a library's
+_FORWARD_WARPS, _UNITS_WARPS = 4, 8  # of the kernels that hold whole rows of the bottleneck
 _SLOTS = 16  # programs that share the images of one tile of parameter gradients
 
 
@@ -343,15 +344,18 @@ def _mix_backward_launch(narrow: bool, prompts: int, width: int) -> dict:
     }
 
 
-def _rows_launch(hidden: int, width: int) -> dict:
-    """Whole rows of the bottleneck: 16 entries of g a thread."""
+def _rows_launch(hidden: int, width: int, warps: int) -> dict:
+    """Whole rows of the bottleneck, 4096 entries of g. The forward holds little else: 4 warps, 32
+    entries a thread; with 8 warps the compiler caps registers and spills some of them. Its
+    gradients take twice as much: 8 warps, 16 entries.
+    """
     block = triton.next_power_of_2(width)
     return {
         "WIDTH": width,
         "BLOCK_D": block,
         "BLOCK_R": _power(hidden, 2, _MOST_UNITS),
         "ROWS": _power(4096 // block, 1, 16),
-        "num_warps": 8,
+        "num_warps": warps,
     }
 
 
@@ -435,7 +439,7 @@ def prompt_bottleneck(
     if u.numel() == 0:
         return out
     batch, prompts, width = u.shape
-    tile = _rows_launch(len(down), width)
+    tile = _rows_launch(len(down), width, _FORWARD_WARPS)
     with _on(u.device):
         prompt_bottleneck_fwd_kernel[(batch * triton.cdiv(prompts, tile["ROWS"]),)](
             u, gain, shift, bias.float(), down, up.t().contiguous(),
@@ -474,7 +478,7 @@ def prompt_bottleneck_backward(
 
     units, d_units = workspace(batch, prompts, hidden), workspace(batch, prompts, hidden)
     d_bias = workspace(batch, prompts)
-    rows, sums = _rows_launch(hidden, width), _sums_launch(hidden, width)
+    rows, sums = _rows_launch(hidden, width, _UNITS_WARPS), _sums_launch(hidden, width)
     images = triton.cdiv(batch, _SLOTS)
     slots, tiles = triton.cdiv(batch, images), triton.cdiv(prompts, sums["BLOCK_P"])
     d_gain, d_shift = workspace(slots * tiles, width), workspace(slots, prompts, width)
@@ -543,12 +547,13 @@ def _mix_launches(
 def _bottleneck_launches(
     own: str, hidden: int, width: int, kind: str = "relu", masks: bool = True
 ) -> list[Launch]:
-    rows, sums = _rows_launch(hidden, width), _sums_launch(hidden, width)
+    forward = _rows_launch(hidden, width, _FORWARD_WARPS)
+    units, sums = _rows_launch(hidden, width, _UNITS_WARPS), _sums_launch(hidden, width)
     switches = {"KIND": kind, "HAS_CHANNELS": masks, "HAS_UNITS": masks}
     name = f"bottleneck {kind} r={hidden}"
     return [
-        _launch(f"{name} fwd", prompt_bottleneck_fwd_kernel, own, rows, own, **switches),
-        _launch(f"{name} units", prompt_bottleneck_bwd_units_kernel, own, rows, own, **switches),
+        _launch(f"{name} fwd", prompt_bottleneck_fwd_kernel, own, forward, own, **switches),
+        _launch(f"{name} units", prompt_bottleneck_bwd_units_kernel, own, units, own, **switches),
         _launch(f"{name} bwd", prompt_bottleneck_bwd_kernel, own, sums, own, HAS_CHANNELS=masks),
     ]
 
