@@ -19,17 +19,15 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from bench import figures as style
 
 from . import runs
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 DATASETS = ("pneumonia", "elpv-defect", "fashion-mnist")
 SEEDS = 5
@@ -114,9 +112,8 @@ def summary(records: list[dict], baseline: list[dict]) -> dict[str, Any]:
     target = {r["seed"]: runs.SHARE * r["val"][-1] for r in baseline}
     for record in records:
         record["mean val"] = statistics.mean(record["val"])
-        aim, val = target.get(record["seed"]), record["val"]
-        if aim is not None:
-            record["reached"] = next((i for i, v in enumerate(val, 1) if v >= aim), len(val))
+        if record["seed"] in target:
+            record["reached"] = runs.first_at(record["val"], target[record["seed"]])
     traces = [gradients(r["trace"]) for r in records if r["trace"]["gradient_norm"]]
     return {
         **runs.summary(records),
@@ -265,14 +262,13 @@ def _thirds(values: list[float]) -> list[float]:
 
 def figures(numbers: dict) -> dict[str, Callable[[], Figure]]:
     results = numbers["results"]
-    return {
-        "convergence_curves": lambda: draw_curves(results),
-        "convergence_gains": lambda: draw_gains(results),
-        **{
-            f"convergence_gradients_{dataset}": partial(draw_gradients, dataset, arms)
-            for dataset, arms in results.items()
-        },
+    drawn: dict[str, Callable[[], Figure]] = {
+        f"convergence_gradients_{dataset}": partial(draw_gradients, dataset, arms)
+        for dataset, arms in results.items()
     }
+    drawn["convergence_curves"] = partial(draw_curves, results)
+    drawn["convergence_gains"] = partial(draw_gains, results)
+    return drawn
 
 
 def _look(name: str) -> dict[str, str]:

@@ -34,10 +34,11 @@ import platform
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import pae
@@ -46,9 +47,6 @@ from pae.train.options import Options
 
 from . import loops, runs
 from .loops import PHASES
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # loop -> what pages call it, and its colour's role
 ARMS = {
@@ -166,9 +164,10 @@ def collect(dataset: str, tokens: list[int], seeds: list[int], output: Path) -> 
         }
         # the lowest final accuracy, so that all reach the target; and the latest epoch that does,
         # so that all have done the same work by then
-        target = runs.SHARE * min(r["epochs"][-1]["val_accuracy"] for r in records.values())
+        curves = [[row["val_accuracy"] for row in r["epochs"]] for r in records.values()]
+        target = runs.SHARE * min(curve[-1] for curve in curves)
         race = {"tokens": count, "seed": seed, "target": target}
-        race["epoch"] = max(reached(record, target) for record in records.values())
+        race["epoch"] = max(runs.first_at(curve, target) for curve in curves)
         race["agreement"] = {
             arm: agree(records["pae"], records[arm], prompts["pae"], prompts[arm])
             for arm in ("official", "reference")
@@ -225,11 +224,6 @@ def seconds(spent: dict[str, list[float]], clock: str, phases: Iterable[str] = P
 TO_TARGET = tuple(name for name in PHASES if name != "test")
 
 
-def reached(record: dict, target: float) -> int:
-    """First epoch (from 1) whose validation accuracy is at least `target`."""
-    return next(i for i, row in enumerate(record["epochs"], 1) if row["val_accuracy"] >= target)
-
-
 def to_target(race: dict, arm: str) -> dict[str, list[float]]:
     """What was spent when the target was reached by all."""
     return race["arms"][arm]["epochs"][race["epoch"] - 1]["clock"]
@@ -246,34 +240,30 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def blocks(numbers: dict) -> dict[str, str]:
-    """Markdown by name: setting, agreement, table, and per number of prompts the gain in words."""
+    gained = {
+        f"end to end gain official {tokens}": _spread(gains(numbers, group, "official"))
+        for tokens, group in _by_tokens(numbers).items()
+    }
     return {
         "end to end setting": _setting(numbers),
         "end to end agreement": _agreement(numbers),
         "end to end table": _table(numbers),
-        **{
-            f"end to end gain official {tokens}": _spread(gains(numbers, group, "official"))
-            for tokens, group in _by_tokens(numbers).items()
-        },
+        **gained,
     }
 
 
 def figures(numbers: dict) -> dict[str, Callable[[], Figure]]:
-    """Drawing functions by name."""
-    return {
-        "end_to_end_curves": lambda: draw_curves(numbers),
-        "end_to_end_phases": lambda: draw_phases(numbers),
-    }
+    names = {"end_to_end_curves": draw_curves, "end_to_end_phases": draw_phases}
+    return {name: functools.partial(draw, numbers) for name, draw in names.items()}
 
 
 def gains(numbers: dict, group: list[dict], other: str) -> list[float]:
     """Per seed: how many times the seconds of "pae" another loop takes to the target."""
-    clock = _clock(numbers)
-    return [
-        seconds(to_target(race, other), clock, TO_TARGET)
-        / seconds(to_target(race, "pae"), clock, TO_TARGET)
-        for race in group
-    ]
+
+    def spent(race: dict, arm: str) -> float:
+        return seconds(to_target(race, arm), _clock(numbers), TO_TARGET)
+
+    return [spent(race, other) / spent(race, "pae") for race in group]
 
 
 def _by_tokens(numbers: dict) -> dict[int, list[dict]]:

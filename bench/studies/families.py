@@ -19,10 +19,12 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import pae
 from bench import figures as style
@@ -32,9 +34,6 @@ from pae.train import methods
 from pae.train.options import Options
 
 from . import runs
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # what a family needs beyond the number of prompts, and what of PAE can be had on top: the library
 # refuses the rest and says why
@@ -57,11 +56,8 @@ JSON = "families.json"
 def changes(family: str, variant: str) -> dict[str, Any]:
     """What the run of one cell of the table changes in the default settings."""
     options, parts = FAMILIES[family]
-    return {
-        "method": family,
-        "method_args": options,
-        **dict.fromkeys(parts if variant == "pae" else (), True),
-    }
+    on_top = dict.fromkeys(parts if variant == "pae" else (), True)
+    return {"method": family, "method_args": options, **on_top}
 
 
 def cells(dataset: str, families: Iterable[str], seeds: Iterable[int]) -> Iterator[runs.Cell]:
@@ -220,11 +216,8 @@ def _verdict(rows: dict) -> str:
 
 
 def figures(numbers: dict) -> dict[str, Callable[[], Figure]]:
-    rows = numbers["rows"]
-    return {
-        "families_accuracy": lambda: draw_accuracy(rows),
-        "families_curves": lambda: draw_curves(rows),
-    }
+    names = {"families_accuracy": draw_accuracy, "families_curves": draw_curves}
+    return {name: partial(draw, numbers["rows"]) for name, draw in names.items()}
 
 
 def draw_accuracy(rows: dict) -> Figure:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,14 +58,14 @@ class Clock:
             self._book()
             self._stack.pop()
 
-    def waiting(self, make: Callable[[], Iterable[T]], name: str = "loading") -> Iterator[T]:
-        """What `make()` yields; making it and waiting for each is a phase of its own. Behind the
-        last one data workers end, and their time counts.
+    def waiting(self, batches: Callable[..., Iterable[T]], *arguments: Any) -> Iterator[T]:
+        """What `batches(*arguments)` yields; making it and waiting for each is "loading". Behind
+        the last one data workers end, and their time counts.
         """
-        with self.phase(name):
-            items = iter(make())
+        with self.phase("loading"):
+            items = iter(batches(*arguments))
         while True:
-            with self.phase(name):
+            with self.phase("loading"):
                 item = next(items, None)
             if item is None:
                 return
@@ -120,10 +121,12 @@ class _Clocked(loop._Run):
         accelerator, reporter = loop.make_accelerator(settings), Reporter(quiet=True)
         super().__init__(settings, task, folder, accelerator, reporter, **nothing)
 
-    def _data(self, task: Any) -> list:
+    def _data(self, task: Any) -> tuple:
         with self.clock.phase("loading"):
             train, val, test = super()._data(task)
-        return [_ClockedData(train, self.clock), _ClockedData(val, self.clock), test]
+        for data in (train, val):
+            data.batches = partial(self.clock.waiting, data.batches)
+        return train, val, test
 
     def _align(self) -> None:
         with self.clock.phase("alignment"):
@@ -141,19 +144,6 @@ class _Clocked(loop._Run):
     def _finish_epoch(self) -> None:
         super()._finish_epoch()
         self.stamps.append(self.clock.read())
-
-
-class _ClockedData:
-    """A pipeline whose waiting is "loading"."""
-
-    def __init__(self, data: pixels.Pipeline, clock: Clock) -> None:
-        self._data, self._clock = data, clock
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def batches(self, *arguments: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._clock.waiting(lambda: self._data.batches(*arguments))
 
 
 def run_ours(settings: Options, task: Any, folder: Path) -> Trace:
@@ -190,20 +180,18 @@ def run_official(settings: Options, task: Any, folder: Path) -> Trace:
         for split in (task.train, task.val, task.test)
     )
 
-    def batches(data: Any, lists: list[Tensor], phase: str = "loading") -> Iterator:
-        load = lambda: peer.load(data, lists, settings.workers, settings.device)
-        return clock.waiting(load, phase)
+    def batches(data: Any, lists: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        return peer.load(data, lists, settings.workers, settings.device)
 
     def order(epoch: int) -> list[Tensor]:
         return pixels.epoch_batches(len(train), settings.batch_size, settings.seed, epoch)
 
-    def evaluated(data: Any, phase: str = "loading") -> tuple[float, float]:
-        lists = pixels.sequential_batches(len(data), settings.batch_size)
-        return peer.evaluate(model, batches(data, lists, phase))
+    def all_of(data: Any) -> list[Tensor]:
+        return pixels.sequential_batches(len(data), settings.batch_size)
 
     with clock.phase("alignment"):
         first = torch.cat(order(0))[: settings.mpa_images]
-        ((images, labels),) = batches(train, [first])
+        ((images, labels),) = clock.waiting(batches, train, [first])
         grid = settings.mpa_window, settings.mpa_stride
         picks = peer.align(model, vit, images, labels, *grid)
     prompts = model.vpt.prompts.detach().cpu().clone()
@@ -212,12 +200,13 @@ def run_official(settings: Options, task: Any, folder: Path) -> Trace:
     epochs, best = [], (-1.0, 0.0, 0.0)
     for epoch in range(settings.epochs):
         with clock.phase("steps"):
-            loss = peer.train_epoch(model, batches(train, order(epoch)), optimizer, after_step)
+            given = clock.waiting(batches, train, order(epoch))
+            loss = peer.train_epoch(model, given, optimizer, after_step)
         with clock.phase("validation"):
-            val_loss, accuracy = evaluated(val)
+            val_loss, accuracy = peer.evaluate(model, clock.waiting(batches, val, all_of(val)))
         stamp = clock.read()
         with clock.phase("test"):  # its loading too: time to accuracy has no part in it
-            test_accuracy = evaluated(test, "test")[1]
+            _, test_accuracy = peer.evaluate(model, batches(test, all_of(test)))
         row = {"train_loss": loss, "val_loss": val_loss, "val_accuracy": accuracy}
         epochs.append({**row, "clock": stamp})
         best = max(best, (accuracy, -val_loss, test_accuracy), key=lambda found: found[:2])

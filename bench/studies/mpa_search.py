@@ -15,9 +15,9 @@ computes 169 x 96 forwards of the embedded ViT-S at 112 pixels: some minutes on 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,12 @@ from pae.mpa import Halving, fit_probe
 from pae.mpa.forward import ZeroPromptForward
 from pae.mpa.losses import FilteredBatch
 from pae.mpa.search import rank_all, rank_by_halving
-from pae.train import embedded, loop, pixels
-from pae.train.options import Options
+from pae.train import embedded, pixels
 
-HEADS = ("as_is", "linear_probe")
+from . import runs
 
 
-@dataclass(frozen=True)
-class Features:
+class Features(NamedTuple):
     """What a head reads: of (window, image) pairs (S, N, F), of the images themselves (N, F)."""
 
     filtered: Tensor
@@ -46,38 +44,24 @@ class Features:
 @torch.no_grad()
 def compute(dataset: str, images: int, stride: int, prompts: int, window: int = 16) -> Features:
     """Features of the first training images under every window, with zero prompts in place."""
-    settings = Options(dataset=dataset, workers=1, device="cpu", amp="no").resolved()
-    task = loop.load_task(settings)
+    task = embedded.load_task(dataset)
     vit = embedded.load_backbone(embedded.WEIGHTS_IMAGE_SIZE, len(task.classes))
     model = pae.PromptedViT(vit, pae.prompts.VPTDeep(prompts)).eval()
     model.head = nn.Identity()
-    batch, labels = _first_images(task, vit, images)
+    order = pixels.epoch_batches(len(task.train), images, 0, 0)[0]
+    batch, labels = runs.decoded(task.train, vit, order)
     sides = [torch.arange(0, side - window + 1, stride) for side in batch.shape[-2:]]
-    rows = FilteredBatch(model, torch.fft.fft2(batch), torch.cartesian_prod(*sides), window)
+    origins = torch.cartesian_prod(*sides)
+    rows = FilteredBatch(model, torch.fft.fft2(batch), origins, window)
     forward = ZeroPromptForward(model, prompts, torch.float32)
     whole = torch.cat([forward(model.view.embed(part)) for part in batch.split(16)])
-    windows = len(sides[0]) * len(sides[1])
-    filtered = torch.empty(windows, *whole.shape)
+    filtered = torch.empty(len(origins), *whole.shape)
     parts = torch.arange(len(batch)).split(24)
-    forward.expect(len(parts[0]) * model.view.shape.num_tokens, windows * len(parts))
-    for window_number in range(windows):
+    forward.expect(len(parts[0]) * model.view.shape.num_tokens, len(origins) * len(parts))
+    for number in range(len(origins)):
         for part in parts:
-            filtered[window_number, part] = forward(rows.rows(torch.tensor([window_number]), part))
+            filtered[number, part] = forward(rows.rows(torch.tensor([number]), part))
     return Features(filtered, whole, labels)
-
-
-def _first_images(task, vit: nn.Module, count: int) -> tuple[Tensor, Tensor]:
-    from timm.data import resolve_data_config
-
-    config = resolve_data_config({}, model=vit)
-    mean_, std = pixels.normalisation("model", config)
-    side = vit.patch_embed.img_size[0]
-    transform, is_random = pixels.make_transform("none", True, side, config["interpolation"])
-    split = pixels.PixelSplit(task.train, transform, is_random, 0, 1)
-    pipeline = pixels.Pipeline(split, mean_, std, torch.device("cpu"), 1)
-    order = torch.cat(pixels.epoch_batches(len(task.train), 16, 0, 0))[:count]
-    ((images, labels),) = pipeline.batches([order])
-    return images, labels
 
 
 @torch.no_grad()
@@ -91,26 +75,18 @@ def losses_of_a_batch(
     if head == "linear_probe":
         classifier = fit_probe(features.whole[chosen], labels, classes)
     else:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            classifier = nn.Linear(features.whole.shape[1], classes)
+        torch.manual_seed(seed)
+        classifier = nn.Linear(features.whole.shape[1], classes)
     logits = classifier(features.filtered[:, chosen]).flatten(0, 1)
     losses = F.cross_entropy(logits, labels.repeat(len(features.filtered)), reduction="none")
     return losses.view(-1, batch), labels
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One seed: share of the exact search's forwards, share of its selection that was found, and
-    how much worse the mean loss of the selection is, relative to the spread of all windows' losses.
+def compare(losses: Tensor, labels: Tensor, count: int, how: Halving) -> tuple[float, float, float]:
+    """Share of the exact search's forwards, share of its selection that was found, and how much
+    worse the mean loss of the selection is, relative to the spread of all windows' losses.
     """
 
-    work: float
-    overlap: float
-    gap: float
-
-
-def compare(losses: Tensor, labels: Tensor, count: int, how: Halving) -> Comparison:
     def look_up(windows: Tensor, images: Tensor) -> Tensor:
         return losses[windows][:, images]
 
@@ -118,25 +94,24 @@ def compare(losses: Tensor, labels: Tensor, count: int, how: Halving) -> Compari
     halved = rank_by_halving(look_up, len(losses), labels, count, how)
     best, found = exact.complete[:count], halved.complete[:count]
     worse = exact.losses[found].mean() - exact.losses[best].mean()
-    return Comparison(
-        work=int(halved.images_seen.sum()) / losses.numel(),
-        overlap=len(set(best.tolist()) & set(found.tolist())) / count,
-        gap=(worse / exact.losses.std()).item(),
-    )
+    overlap = len(set(best.tolist()) & set(found.tolist())) / count
+    work = int(halved.images_seen.sum()) / losses.numel()
+    return work, overlap, (worse / exact.losses.std()).item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="pneumonia")
-    parser.add_argument("--images", type=int, default=96, help="features of so many images")
-    parser.add_argument("--batch", type=int, default=64, help="images that windows are ranked on")
-    parser.add_argument("--prompts", type=int, default=10)
-    parser.add_argument("--stride", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--risk", type=float, default=Halving.risk)
-    parser.add_argument("--first", type=int, default=Halving.first)
-    parser.add_argument("--growth", type=float, default=Halving.growth)
-    parser.add_argument("--keep", type=Path, help="file that keeps the features for the next call")
+    add = parser.add_argument
+    add("--dataset", default="pneumonia")
+    add("--images", type=int, default=96, help="features of so many images")
+    add("--batch", type=int, default=64, help="images that windows are ranked on")
+    add("--prompts", type=int, default=10)
+    add("--stride", type=int, default=8)
+    add("--seeds", type=int, default=20)
+    add("--risk", type=float, default=Halving.risk)
+    add("--first", type=int, default=Halving.first)
+    add("--growth", type=float, default=Halving.growth)
+    add("--keep", type=Path, help="file that keeps the features for the next call")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.keep and given.keep.is_file():
@@ -144,29 +119,31 @@ def main() -> None:
     else:
         features = compute(given.dataset, given.images, given.stride, given.prompts)
         if given.keep:
-            torch.save(vars(features), given.keep)
-    windows = len(features.filtered)
+            torch.save(features._asdict(), given.keep)
     print(
-        f"{given.dataset}: {given.prompts} of {windows} windows on {given.batch} of "
+        f"{given.dataset}: {given.prompts} of {len(features.filtered)} windows on {given.batch} of "
         f"{len(features.labels)} images, {given.seeds} seeds, risk {given.risk}, first "
         f"{given.first}, growth {given.growth}"
     )
-    columns = ["head", "same selection", "overlap, mean / least", "work, mean / median / most"]
-    print("| " + " | ".join([*columns, "loss gap, most"]) + " |")
-    print("|---|---|---|---|---|")
-    for head in HEADS:
-        runs = []
+    lines = []
+    for head in ("as_is", "linear_probe"):
+        seen = []
         for seed in range(given.seeds):
-            losses, labels = losses_of_a_batch(features, head, given.batch, seed)
+            batch = losses_of_a_batch(features, head, given.batch, seed)
             how = Halving(given.risk, given.first, given.growth, seed)
-            runs.append(compare(losses, labels, given.prompts, how))
-        same = sum(run.overlap == 1 for run in runs)
-        print(
-            f"| {head} | {same} of {len(runs)} "
-            f"| {mean(r.overlap for r in runs):.3f} / {min(r.overlap for r in runs):.2f} "
-            f"| {mean(r.work for r in runs):.3f} / {median(r.work for r in runs):.3f} / "
-            f"{max(r.work for r in runs):.3f} | {max(r.gap for r in runs):.4f} |"
+            seen.append(compare(*batch, given.prompts, how))
+        work, overlap, gap = zip(*seen)
+        lines.append(
+            [
+                head,
+                f"{overlap.count(1)} of {given.seeds}",
+                f"{mean(overlap):.3f} / {min(overlap):.2f}",
+                f"{mean(work):.3f} / {median(work):.3f} / {max(work):.3f}",
+                f"{max(gap):.4f}",
+            ]
         )
+    columns = ["head", "same selection", "overlap, mean / least", "work, mean / median / most"]
+    print(runs.table([*columns, "loss gap, most"], lines))
 
 
 if __name__ == "__main__":

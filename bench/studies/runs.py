@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from timm.data import resolve_data_config
+from torch import Tensor, nn
 
 from pae.checkpoint import write_atomically
-from pae.train import loop
-from pae.train.data import stratified_cut
-from pae.train.options import Options
+from pae.train import loop, pixels
+from pae.train.data import Images, stratified_cut
 from pae.train.report import Reporter
 from pae.train.runfolder import RunFolder
 
@@ -132,6 +132,16 @@ def load_task(settings: Options, test_size: int | None = None) -> Any:
     return dataclasses.replace(task, test=task.test.subset(kept))
 
 
+def decoded(images: Images, vit: nn.Module, order: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 3, S, S) images of a split and their labels, as `pae train` sees them unaugmented."""
+    config, side = resolve_data_config({}, model=vit), vit.patch_embed.img_size[0]
+    transform, is_random = pixels.make_transform("none", True, side, config["interpolation"])
+    split = pixels.PixelSplit(images, transform, is_random, 0, 1)
+    mean, std = pixels.normalisation("model", config)
+    (batch,) = pixels.Pipeline(split, mean, std, torch.device("cpu"), 1).batches([order])
+    return batch
+
+
 class Trace:
     """What happens to the prompts' gradient, step by step; the `on_backward` of a run."""
 
@@ -140,7 +150,7 @@ class Trace:
         self.seconds: list[float] = []
         self.norms: list[list[float]] = []
         self.cosines: list[list[float]] = []
-        self._before: torch.Tensor | None = None
+        self._before: Tensor | None = None
 
     def __call__(self, module: nn.Module, update: int) -> None:
         self.seconds.append(time.process_time() - self.began)
@@ -180,7 +190,7 @@ def collect(cells: Iterable[Cell], output: Path) -> dict[tuple[str, str], list[d
             continue
         rows, trace = folder.rows(), json.loads((folder.path / "trace.json").read_text())
         val, seconds = [row["val_accuracy"] for row in rows], trace["process_seconds"]
-        converged = epochs_to_share(val)
+        converged = first_at(val, SHARE * val[-1])
         record = {
             "seed": cell.seed,
             "test": result["test_accuracy"],
@@ -226,9 +236,9 @@ def summary(records: list[dict]) -> dict[str, Any]:
     }
 
 
-def epochs_to_share(accuracies: list[float], share: float = SHARE) -> int:
-    """First epoch (from 1) whose validation accuracy reaches `share` of the last one's."""
-    return next(i for i, a in enumerate(accuracies, 1) if a >= share * accuracies[-1])
+def first_at(accuracies: list[float], target: float) -> int:
+    """First epoch (from 1) whose accuracy is at least `target`; the last one if none is."""
+    return next((i for i, a in enumerate(accuracies, 1) if a >= target), len(accuracies))
 
 
 def bootstrap(values: list[float], draws: int = 10000) -> tuple[float, float]:

@@ -13,26 +13,31 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from bench import timing
 from bench.runner import relative
 from pae_kernels.attention import tiles, triton
 from pae_kernels.attention.tiles import Tile
 
-CHOICES = {"block_m": (16, 32, 64, 128, 256), "block_n": (16, 32, 64, 128), "warps": (4, 8)}
-CHOICES["stages"] = (1, 2, 3, 4)
+CHOICES = {
+    "block_m": (16, 32, 64, 128, 256),
+    "block_n": (16, 32, 64, 128),
+    "warps": (4, 8),
+    "stages": (1, 2, 3, 4),
+}
 WORTH = 0.98  # a tile replaces another when it needs at most this share of its time
 
 
-@dataclass(frozen=True)
-class Target:
-    """One entry of one table, and the shape that it is tuned for."""
+class Target(NamedTuple):
+    """One entry of one table, "FORWARD", "SPLIT" or "WHOLE", and the shape it is tuned for."""
 
-    table: str  # "FORWARD", "SPLIT" or "WHOLE"
+    table: str
     key: tuple
     tokens: int
     heads: int
@@ -53,6 +58,8 @@ TARGETS = [
     Target("SPLIT", (True, False, 64), 197, 12, 64, torch.float32),
 ]
 
+Seconds = Callable[[Tile], "float | None"]  # of a tile; None when it cannot run
+
 
 def neighbours(tile: Tile, fixed_rows: bool) -> Iterator[Tile]:
     """Tiles one step away in one property; the one-pass backward holds all rows, so block_m is
@@ -67,14 +74,9 @@ def neighbours(tile: Tile, fixed_rows: bool) -> Iterator[Tile]:
                 yield replace(tile, **{name: choices[step]})
 
 
-def walk(
-    tile: Tile, seconds: Callable[[Tile], float | None], fixed_rows: bool, deadline: float
-) -> dict[Tile, float]:
-    """Times of all tiles that were visited: downhill, until no neighbour is faster.
-
-    Args:
-        seconds: time of a tile, None when it cannot run.
-        deadline: of `time.monotonic()`.
+def walk(tile: Tile, seconds: Seconds, fixed_rows: bool, deadline: float) -> dict[Tile, float]:
+    """Times of all tiles that were visited: downhill, until no neighbour is faster, or until the
+    `deadline` of `time.monotonic()`.
     """
     seen: dict[Tile, float | None] = {tile: seconds(tile)}
     best, here = tile, None
@@ -89,46 +91,39 @@ def walk(
     return {visited: t for visited, t in seen.items() if t is not None}
 
 
-def stopwatch(target: Target, device: torch.device) -> Callable[[Tile], float | None]:
+def stopwatch(target: Target, device: torch.device) -> Seconds:
     """Median time of the target's kernel with a given tile, whose values are checked first."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw(*size: int) -> torch.Tensor:
+    def draw(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=device).to(target.dtype)
 
     tail = target.heads, target.head_width
     qkv = draw(target.batch, target.tokens, 3, *tail)
     kv = draw(1, target.prompts, 2, *tail)
     d_out = draw(target.batch, target.tokens, target.heads * target.head_width)
-    scale = target.head_width**-0.5
-    out, lse = triton.forward(qkv, kv, None, scale, False, None)
+    call = qkv, kv, None, target.head_width**-0.5, False, None
+    out, lse = triton.forward(*call)
 
-    def work():
+    def run() -> tuple[Tensor, ...]:
         if target.table == "FORWARD":
-            return triton.forward(qkv, kv, None, scale, False, None)
-        return triton.backward(d_out, qkv, kv, None, scale, False, None, out, lse, True)
-
-    def run() -> list[torch.Tensor]:
+            return triton.forward(*call)
         # the two-pass tiles are tuned where the one-pass backward would be taken, too
-        if target.table != "SPLIT":
-            return work()
-        with mock.patch.object(tiles, "backward_whole", lambda *_: None):
-            return work()
+        whole = tiles.backward_whole if target.table == "WHOLE" else lambda *_: None
+        with mock.patch.object(tiles, "backward_whole", whole):
+            return triton.backward(d_out, *call, out, lse, True)
 
     expected = run()
 
     def seconds(tile: Tile) -> float | None:
-        table = getattr(tiles, target.table)
-        with mock.patch.dict(table, {target.key: tile}):
+        with mock.patch.dict(getattr(tiles, target.table), {target.key: tile}):
             try:
-                for got, want in zip(run(), expected):
-                    if not relative(got, want) < 1e-2:
-                        return None
+                if not all(relative(got, want) < 1e-2 for got, want in zip(run(), expected)):
+                    return None
                 replay = timing.captured(run, device)
             except Exception:  # does not compile or does not fit: no candidate
                 return None
-            samples = [timing.measure(replay, device).device for _ in range(25)]
-        return statistics.median(samples)
+            return statistics.median(timing.measure(replay, device).device for _ in range(25))
 
     return seconds
 
@@ -141,19 +136,18 @@ def report(target: Target, shipped: Tile, times: dict[Tile, float]) -> str:
     if shipped in times and times[best] > WORTH * times[shipped]:
         best = shipped
     us = {tile: f"{1e6 * t:.1f} us" for tile, t in times.items()}
-    was = us.get(shipped, "does not run")
-    name = str(target.dtype).removeprefix("torch.")
     return (
         f"{target.table}: {target.key}: Tile({best.block_m}, {best.block_n}, {best.warps}, "
-        f"{best.stages}),  # {us[best]}, shipped {was}; {len(times)} tiles, {name} "
-        f"N {target.tokens} H {target.heads} d {target.head_width} B {target.batch}"
+        f"{best.stages}),  # {us[best]}, shipped {us.get(shipped, 'does not run')}; {len(times)} "
+        f"tiles, {str(target.dtype).removeprefix('torch.')} N {target.tokens} H {target.heads} "
+        f"d {target.head_width} B {target.batch}"
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=300.0, help="for all kernels together")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -161,15 +155,16 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"tiles.py, {torch.cuda.get_device_name(device)}: what to write where", flush=True)
     end = time.monotonic() + options.seconds
     for i, target in enumerate(TARGETS):
-        if target.table == "WHOLE":
-            target = replace(target, key=(hopper, target.key[1]))
+        whole = target.table == "WHOLE"
+        if whole:
+            target = target._replace(key=(hopper, target.key[1]))
         shipped = getattr(tiles, target.table).get(target.key)
         if shipped is None:
             continue
         share = (end - time.monotonic()) / (len(TARGETS) - i)
         with timing.one_stream(device):
             seconds = stopwatch(target, device)
-            times = walk(shipped, seconds, target.table == "WHOLE", time.monotonic() + share)
+            times = walk(shipped, seconds, whole, time.monotonic() + share)
         print(report(target, shipped, times), flush=True)
 
 

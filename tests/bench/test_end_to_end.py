@@ -80,7 +80,7 @@ class Slow(torch.utils.data.Dataset):
 def test_time_of_data_workers_is_loading():
     clock = loops.Clock()
     index_lists = pixels.sequential_batches(4, 2)
-    batches = clock.waiting(lambda: peers_loop.load(Slow(), index_lists, 2, "cpu"))
+    batches = clock.waiting(peers_loop.load, Slow(), index_lists, 2, "cpu")
     seen = [y.tolist() for _, y in batches]
     assert seen == [[0, 1], [2, 3]]
     assert clock.read()["loading"][0] >= 0.2

@@ -104,9 +104,10 @@ def test_control_keeps_lengths_alone():
     assert torch.cosine_similarity(after, before, dim=-1).abs().max() < 0.6
 
 
-def test_epochs_to_share():
-    assert runs.epochs_to_share([0.5, 0.94, 0.96, 1.0]) == 3
-    assert runs.epochs_to_share([1.0, 0.5]) == 1
+def test_first_epoch_at_an_accuracy():
+    assert runs.first_at([0.5, 0.94, 0.96, 1.0], 0.95) == 3
+    assert runs.first_at([1.0, 0.5], 0.475) == 1
+    assert runs.first_at([0.1, 0.2], 0.3) == 2  # never: as if at the end
 
 
 def test_bootstrap_interval():
