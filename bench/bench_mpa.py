@@ -33,6 +33,7 @@ LIMITS = {"losses": 1e-5, "bf16 losses": 2e-2, "prompts": 1e-4}
 RANKED = {"cuda": 16, "cpu": 8}
 
 Logits = Callable[[Tensor], Tensor]
+Case = tuple[str, int, int, int, int]  # backbone, window, stride, prompts, batch
 
 
 @dataclass
@@ -100,16 +101,9 @@ def in_timm(shared: Batch) -> Logits:
     return lambda images: peers.prompted_logits(vit, head, images, zeros, deep=True)
 
 
-def open_batch(
-    name: str,
-    window: int,
-    stride: int,
-    prompts: int,
-    batch: int,
-    device: torch.device,
-    ranked: int | None = None,
-) -> Batch:
+def open_batch(case: Case, device: torch.device, ranked: int | None = None) -> Batch:
     """`ranked`: how many windows, spread over all; None takes every one."""
+    name, window, stride, prompts, batch = case
     vit = shapes.random_backbone(name, device)
     model = pae.PromptedViT(vit, pae.prompts.VPTDeep(prompts)).eval()
     generator = torch.Generator().manual_seed(1)
@@ -190,12 +184,11 @@ def groups(settings: Settings) -> list[Group]:
 
 def group(
     kind: str,
-    case: tuple[str, int, int, int, int],
+    case: Case,
     settings: Settings,
     ranked: int | None = None,
     left_out: str = "",
 ) -> Group:
-    """`case`: backbone, window, stride, prompts, batch."""
     name, window, stride, prompts, batch = case
     if kind == "mpa_ranking":
         narrow = settings.on_gpu or settings.size in ("full", "smoke")
@@ -209,7 +202,7 @@ def group(
         start, grid, ours = start_both, f"stride{stride}/", [Provider("pae", start_ours)]
     return Group(
         name=f"{kind}/{name}/window{window}/{grid}P{prompts}/B{batch}",
-        open=lambda: open_batch(*case, settings.device, ranked),
+        open=lambda: open_batch(case, settings.device, ranked),
         providers=[
             Provider(OFFICIAL, partial(start, released)),
             Provider(TIMM, partial(start, in_timm)),

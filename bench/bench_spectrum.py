@@ -59,7 +59,9 @@ class Batch:
     bias: Tensor
     filtered: Tensor
 
-    def row(self, work: Callable[[], Tensor], expected: Tensor, moved: float, **how) -> Runnable:
+    def row(
+        self, work: Callable[[], Tensor], expected: Tensor, moved: float, **how: Any
+    ) -> Runnable:
         """`work` for all windows of the case, each of which moves `moved` bytes at least."""
         columns, units = {"floor_mb": moved / 1e6}, self.case.windows
         return row(lambda: [work()], {"result": expected}, LIMITS, columns, units=units, **how)

@@ -29,9 +29,8 @@ DTYPES = ("fp32", "bf16")
 # of `fast_forward` ("recompute8" keeps the activation's derivative in 8 bits), in bf16 so often
 # what the official-style step loses under autocast (rounding alone scatters that by a third).
 FP32_LIMITS = {"logits": 1e-5, "d_prompts": 1e-4}
-FP32_LOW_LIMITS = {"logits": 1e-5, "d_prompts": 5e-3}
+RECOMPUTE8_LIMITS = {"logits": 1e-5, "d_prompts": 5e-3}
 BF16_FACTOR = 1.5
-
 SLICE = 16  # images of the reference that are computed at one time
 
 
@@ -96,7 +95,7 @@ class Step:
 
     def checked(self, logits: Tensor, gradients: Tensor, memory: str) -> dict[str, float]:
         """Columns of a row whose values are right; an AssertionError otherwise."""
-        limits = FP32_LOW_LIMITS if memory == "recompute8" else FP32_LIMITS
+        limits = RECOMPUTE8_LIMITS if memory == "recompute8" else FP32_LIMITS
         return checked([logits, gradients], self.expected, self.limits or limits) | {
             "live_gflop": cost.live_step_flops(*self.sizes()) / 1e9,
             "floor_mb": cost.live_step_bytes(*self.sizes(), self.itemsize) / 1e6,
@@ -116,8 +115,8 @@ class Step:
 def open_step(case: Case, device: torch.device) -> Step:
     """Everything of a group, and in bf16 the errors that the official-style step shows itself."""
     changes = {"img_size": case.image, "depth": case.depth}
-    changes = {name: size for name, size in changes.items() if size is not None}
-    vit = shapes.random_backbone(case.backbone, device, **changes)
+    given = {name: size for name, size in changes.items() if size is not None}
+    vit = shapes.random_backbone(case.backbone, device, **given)
     model = pae.PromptedViT(vit, pae.prompts.VPTDeep(case.prompts)).train()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -216,7 +215,8 @@ def ours(memory: str) -> Provider:
 def providers(compile_too: bool, settings: Settings) -> list[Provider]:
     slow, slowest = settings.why_not_compile(compile_too), settings.why_not_compile(False)
     no_gpu, autotuned = settings.why_not_cuda(), partial(start_compiled, mode="max-autotune")
-    rows = [
+    more = [ours("recompute")] if settings.size in ("full", "smoke") else []
+    return [
         Provider(OFFICIAL, lambda step: prepare(step, step.official, official=True)),
         Provider(REFERENCE, lambda step: prepare(step, step.model)),
         Provider("timm + SDPA cuDNN", start_cudnn, left_out=no_gpu),
@@ -224,12 +224,9 @@ def providers(compile_too: bool, settings: Settings) -> list[Provider]:
         Provider("timm + SDPA, compiled max-autotune", autotuned, left_out=no_gpu or slowest),
         ours("keep"),
         ours("recompute8"),
-        ours("recompute"),
+        *more,
         Provider("pae graphed", start_graphed, left_out=no_gpu),
     ]
-    if settings.size not in ("full", "smoke"):
-        rows = [row for row in rows if row.name != "pae recompute"]
-    return rows
 
 
 def cases(settings: Settings) -> Iterator[tuple[Case, bool, bool]]:

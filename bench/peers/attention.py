@@ -22,44 +22,44 @@ BACKENDS = {
 }
 
 
-def concatenated(qkv: Tensor, kv_prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, H, N, d) queries and (B, H, P + N, d) keys and values."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    k_p, v_p = kv_prompt.expand(len(qkv), -1, -1, -1, -1).permute(2, 0, 3, 1, 4)
-    return q, torch.cat([k_p, k], dim=2), torch.cat([v_p, v], dim=2)
-
-
-def eager(qkv: Tensor, kv_prompt: Tensor) -> Tensor:
-    """The softmax written out."""
-    q, k, v = concatenated(qkv, kv_prompt)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
-
-
-def sdpa(backend: str | None = None) -> Attend:
-    """scaled_dot_product_attention, pinned to one of `BACKENDS` or as PyTorch chooses."""
+def attend_by(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
+    """`kernel` maps queries (B, H, N, d), keys and values (B, H, P + N, d) to (B, H, N, d)."""
 
     def attend(qkv: Tensor, kv_prompt: Tensor) -> Tensor:
-        q, k, v = concatenated(qkv, kv_prompt)
-        if backend is None:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            with sdpa_kernel(BACKENDS[backend]):
-                out = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        k_p, v_p = kv_prompt.expand(len(qkv), -1, -1, -1, -1).permute(2, 0, 3, 1, 4)
+        out = kernel(q, torch.cat([k_p, k], dim=2), torch.cat([v_p, v], dim=2))
         return out.transpose(1, 2).flatten(2)
 
     return attend
 
 
+@attend_by
+def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The softmax written out."""
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+
+
+def sdpa(backend: str | None = None) -> Attend:
+    """scaled_dot_product_attention, pinned to one of `BACKENDS` or as PyTorch chooses."""
+    if backend is None:
+        return attend_by(F.scaled_dot_product_attention)
+
+    def pinned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(BACKENDS[backend]):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return attend_by(pinned)
+
+
 def flash_attn() -> Attend:
-    """The package of that name, where it is installed; it takes 16 bit alone."""
+    """The package of that name, where it is installed; it takes 16 bit alone, and rows first."""
     from flash_attn import flash_attn_func
 
-    def attend(qkv: Tensor, kv_prompt: Tensor) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in concatenated(qkv, kv_prompt))
-        return flash_attn_func(q, k, v).flatten(2)
+    def rows_first(*qkv: Tensor) -> Tensor:
+        return flash_attn_func(*(t.transpose(1, 2) for t in qkv)).transpose(1, 2)
 
-    return attend
+    return attend_by(rows_first)
 
 
 def flex() -> Attend:
@@ -67,10 +67,4 @@ def flex() -> Attend:
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.reset()
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def attend(qkv: Tensor, kv_prompt: Tensor) -> Tensor:
-        out = compiled(*concatenated(qkv, kv_prompt))
-        return out.transpose(1, 2).flatten(2)
-
-    return attend
+    return attend_by(torch.compile(flex_attention, dynamic=False))

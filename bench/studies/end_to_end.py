@@ -88,13 +88,13 @@ def run_arm(arm: str, settings: Options, task: Any, folder: Path) -> dict[str, A
     """Runs one loop and writes what it did to `folder`; returns that."""
     runner = loops.run_official if arm == "official" else loops.run_ours
     folder.mkdir(parents=True, exist_ok=True)
-    trace = dataclasses.asdict(runner(settings, task, folder))
-    torch.save(trace.pop("prompts"), folder / "first_prompts.pt")
+    found = runner(settings, task, folder)
+    torch.save(found.pop("prompts"), folder / "first_prompts.pt")
     record = {
         "settings": dataclasses.asdict(settings),
         "task": {"name": task.name, "classes": len(task.classes), **task.sizes()},
         "machine": machine(settings.device),
-        **trace,
+        **found,
     }
     runs.write_json(folder / "race.json", record)
     return record

@@ -1,7 +1,10 @@
 """The loops that `bench.studies.end_to_end` compares, each under a clock that knows its phases.
 
-Both give a `Trace` of the same task and settings: `run_ours` is `pae train`, `run_official` is
-`bench.peers.loop` from the same start.
+`run_ours` is `pae train`, `run_official` is `bench.peers.loop` from the same start. Both return
+what a run leaves: "epochs", for each "train_loss", "val_loss", "val_accuracy" and "clock", what was
+spent when it was validated; "test", the accuracy of the best epoch; "picks", the windows behind the
+prompts, best first, and "prompts" (depth, P, D) that they gave; "total", what was spent in all; and
+"rows" of an image, class token included, that enter block 0.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,25 +92,6 @@ class Clock:
         return sum(u.ru_utime + u.ru_stime for u in used), time.perf_counter()
 
 
-@dataclass
-class Trace:
-    """What a loop leaves behind.
-
-    Attributes:
-        epochs: per epoch "train_loss", "val_loss", "val_accuracy", and "clock", what was spent when
-            it was validated. test: accuracy of the best epoch.
-        picks: windows behind the prompts, best first. prompts: (depth, P, D) that they gave.
-        total: what was spent in all. rows: of an image, class token included, that enter block 0.
-    """
-
-    epochs: list[dict]
-    picks: list[int]
-    prompts: Tensor
-    test: float
-    total: dict[str, list[float]]
-    rows: int
-
-
 # ---- ours
 
 
@@ -146,7 +129,7 @@ class _Clocked(loop._Run):
         self.stamps.append(self.clock.read())
 
 
-def run_ours(settings: Options, task: Any, folder: Path) -> Trace:
+def run_ours(settings: Options, task: Any, folder: Path) -> dict[str, Any]:
     """`pae train` with these settings."""
     clock, kept = Clock(settings.device), RunFolder(folder)
     run = _Clocked(clock, settings, task, kept)
@@ -157,14 +140,20 @@ def run_ours(settings: Options, task: Any, folder: Path) -> Trace:
     epochs = [
         {**{k: row[k] for k in keys}, "clock": stamp} for row, stamp in zip(run.rows, run.stamps)
     ]
-    picks, rows = run.alignment.selected.tolist(), run.module.view.shape.num_tokens
-    return Trace(epochs, picks, run.prompts, result["test_accuracy"], total, rows)
+    return {
+        "epochs": epochs,
+        "test": result["test_accuracy"],
+        "picks": run.alignment.selected.tolist(),
+        "prompts": run.prompts,
+        "total": total,
+        "rows": run.module.view.shape.num_tokens,
+    }
 
 
 # ---- the official-style one
 
 
-def run_official(settings: Options, task: Any, folder: Path) -> Trace:
+def run_official(settings: Options, task: Any, folder: Path) -> dict[str, Any]:
     """The loop of `bench.peers.loop` from the same start; nothing is written to `folder`."""
     clock = Clock(settings.device)
     set_seed(settings.seed)
@@ -210,7 +199,8 @@ def run_official(settings: Options, task: Any, folder: Path) -> Trace:
         row = {"train_loss": loss, "val_loss": val_loss, "val_accuracy": accuracy}
         epochs.append({**row, "clock": stamp})
         best = max(best, (accuracy, -val_loss, test_accuracy), key=lambda found: found[:2])
-    return Trace(epochs, picks, prompts, best[2], clock.read(), vit.pos_embed.shape[1])
+    found = {"epochs": epochs, "test": best[2], "picks": picks, "prompts": prompts}
+    return {**found, "total": clock.read(), "rows": vit.pos_embed.shape[1]}
 
 
 def _optimizer(
