@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pae.checkpoint import write_atomically
 from pae.train import loop, pixels
 from pae.train.data import Images, stratified_cut
+from pae.train.options import Options
 from pae.train.report import Reporter
 from pae.train.runfolder import RunFolder
 

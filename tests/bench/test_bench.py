@@ -41,7 +41,7 @@ from bench.peers import kld as peers_kld  # noqa: E402
 from bench.peers import vpt as peers  # noqa: E402
 
 CPU = torch.device("cpu")
-SETTINGS = runner.Options("default", 1, None, None, CPU, "process")
+SETTINGS = runner.Settings("default", 1, None, None, CPU, "process")
 
 
 def spin(seconds: float) -> None:
@@ -220,6 +220,7 @@ def test_koopman_flops_against_counted_ones():
 def test_flops_of_a_window_of_mpa_against_counted_ones():
     """Those of our forward, but for its patch embedding."""
     shared = bench_mpa.open_batch((shapes.TINY, 8, 8, 5, 2), CPU, ranked=2)
+    shared.model.plan()  # which runs a block once to see that it is understood
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         pae.fast_forward(shared.model, shared.images)
     with FlopCounterMode(display=False) as embedding:
@@ -275,7 +276,7 @@ def test_a_gpu_has_groups_of_its_own(module, size):
     """What would run there, without running it: sizes nest, and names are unique."""
 
     def running(size):
-        settings = runner.Options(size, 1, None, None, torch.device("cuda"), "device")
+        settings = runner.Settings(size, 1, None, None, torch.device("cuda"), "device")
         groups = module.groups(settings)
         assert len({g.name for g in groups}) == len(groups)
         return {g.name for g in groups if not g.left_out}
@@ -307,7 +308,7 @@ def test_peak_on_a_cpu_is_the_most_at_one_time():
 
 def test_a_cpu_lists_what_only_a_gpu_can_run():
     def rows(module, device):
-        settings = runner.Options("default", 1, None, None, torch.device(device), "process")
+        settings = runner.Settings("default", 1, None, None, torch.device(device), "process")
         return {p.name: p.left_out for p in module.groups(settings)[0].providers}
 
     for module in (bench_step, bench_attention):
