@@ -35,6 +35,7 @@ STUDIES = {"convergence": convergence, "families": families}
 
 @pytest.fixture
 def shades(tmp_path, monkeypatch):
+    """Whatever image set is asked for, a tiny one comes."""
     folder = save_shades(tmp_path / "shades")
     monkeypatch.setattr(loop, "load_task", lambda settings: read_folder(folder, seed=settings.seed))
     return tmp_path
