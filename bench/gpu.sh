@@ -118,18 +118,23 @@ gate() {
 # end is then one past an allocation.
 tests() {
   local seconds=$1 file name tool
-  local pytest=("$python" -m pytest -q -p no:cacheprovider) others=()
-  for file in tests/*/test_gpu_*.py; do [ -e "$file" ] && others+=("$file"); done
-  side tests-attention "$seconds" "${pytest[@]}" tests/pae/test_gpu.py -k attention
-  side tests-pointwise "$seconds" "${pytest[@]}" tests/pae/test_gpu.py tests/bench/test_bench.py \
-    tests/bench/test_bench_clock.py -k "pointwise or device_clock"
+  local pytest=("$python" -m pytest -q -p no:cacheprovider -p no:xdist) suites=() compiled=()
+  for file in tests/kernels/test_*.py; do
+    grep -q '^@each(' "$file" && suites+=("$file")
+    grep -qE 'mark\.sanitize|sanitized\(' "$file" && compiled+=("$file")
+  done
+  for file in "${suites[@]}" tests/kernels/test_native.py; do
+    name=$(basename "$file" .py)
+    side "tests-${name#test_}" "$seconds" "${pytest[@]}" "$file" -k gpu
+  done
   side tests-engine "$seconds" "${pytest[@]}" tests/pae/test_gpu.py tests/pae/test_graphs.py \
-    -k "engine or replays_follow"
-  side tests-native "$seconds" "${pytest[@]}" tests/kernels/test_native.py -k gpu
-  for file in "${others[@]}"; do
+    -k "test_gpu or replays_follow"
+  for file in tests/pae/test_gpu_*.py; do
     name=$(basename "$file" .py)
     side "tests-${name#test_gpu_}" "$seconds" "${pytest[@]}" "$file"
   done
+  side tests-clock "$seconds" "${pytest[@]}" tests/bench/test_bench.py \
+    tests/bench/test_bench_clock.py -k device_clock
   for tool in memcheck racecheck initcheck; do
     if [ -z "$dry" ] && ! command -v compute-sanitizer >"$work/which"; then
       gates+=(--gate "sanitizer-$tool=not installed")
@@ -140,7 +145,7 @@ tests() {
     [ "$tool" = racecheck ] && filter=(--kernel-name kns=pae)
     side "sanitizer-$tool" "$seconds" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
       --tool "$tool" "${filter[@]}" --report-api-errors no --error-exitcode 3 \
-      "${pytest[@]}" -m sanitize -k "gpu" tests/kernels/test_native.py "${others[@]}"
+      "${pytest[@]}" -m sanitize -k "gpu" "${compiled[@]}"
   done
   join
 }

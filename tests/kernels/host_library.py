@@ -9,10 +9,10 @@ Objects are compiled with g++ and kept in `build/host/`, under the hash of what 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from pae_kernels import native
+from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
@@ -46,14 +47,21 @@ ORDERS = (0, 1, 7)
 
 def sanitizing_environment() -> dict[str, str]:
     """For a Python process whose emulated libraries are built with sanitizers."""
-    runtime = subprocess.run(
-        [_compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not Path(runtime).is_file():
-        pytest.skip("libasan is not installed")
-    # the runtime comes first in the process, and does not mind what the interpreter never frees
-    extra = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PAE_HOST_SANITIZERS": "1"}
-    return {**os.environ, **extra}
+    # The runtime comes first in the process. It looks up what C++ throws with as it starts, so that
+    # the C++ library must be there too: not every extension module of Python brings it.
+    preloaded = [_runtime(name) for name in ("libasan.so", "libstdc++.so.6")]
+    return {
+        "LD_PRELOAD": ":".join(preloaded),
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter never frees all it has
+        "PAE_HOST_SANITIZERS": "1",
+    }
+
+
+def _runtime(name: str) -> str:
+    found = run([_compiler(), f"-print-file-name={name}"]).stdout.strip()
+    if not Path(found).is_file():  # the compiler gives the name back
+        pytest.skip(f"{name} is not installed")
+    return found
 
 
 @lru_cache
@@ -71,22 +79,27 @@ def _key(*parts: bytes) -> str:
     return digest.hexdigest()[:20]
 
 
-def _run(command: list[str], target: Path) -> None:
+def _compile(command: list[str], target: Path) -> None:
     """Runs a compiler whose output file appears all at once, or not at all."""
     unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    command = [*command, "-o", str(unfinished)]
-    done = subprocess.run(command, env=plain, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    run([*command, "-o", str(unfinished)], env={"LD_PRELOAD": None})
     unfinished.replace(target)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """No other process compiles meanwhile: what two need is compiled once."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _object(source: Path, headers: bytes) -> Path:
     target = CACHE / f"{source.stem}-{_key(source.read_bytes(), headers)}.o"
     if not target.is_file():
         language = ["-x", "c++"]
-        _run([_compiler(), *FLAGS, f"-I{SOURCES}", *language, "-c", str(source)], target)
+        _compile([_compiler(), *FLAGS, f"-I{SOURCES}", *language, "-c", str(source)], target)
     return target
 
 
@@ -97,20 +110,20 @@ def library(*sources: str | Path) -> native.Library:
     Args:
         sources: names in `csrc/`, or paths of other files.
     """
-    CACHE.mkdir(parents=True, exist_ok=True)
     names = sources or sorted(path.name for path in SOURCES.glob("*.cu"))
     files = [SOURCES / name for name in dict.fromkeys(("library.cu", *names))]
     files.append(SOURCES / "host" / "emulation.cpp")
     headers = sorted(p for p in SOURCES.rglob("*") if p.suffix in (".h", ".cuh"))
-    version = subprocess.run([_compiler(), "--version"], capture_output=True).stdout
+    version = run([_compiler(), "--version"]).stdout.encode()
     depends = b"".join((version, repr(FLAGS).encode(), *(p.read_bytes() for p in headers)))
-    with ThreadPoolExecutor(2) as pool:
+    with _alone(), ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda file: _object(file, depends), files))
-    exports = SOURCES / "exports.map"
-    target = CACHE / f"pae-{_key(*(o.name.encode() for o in objects), exports.read_bytes())}.so"
-    if not target.is_file():
-        link = ["-shared", f"-Wl,--version-script={exports}", *map(str, objects)]
-        _run([_compiler(), *FLAGS, *link], target)
+        exports = SOURCES / "exports.map"
+        key = _key(*(o.name.encode() for o in objects), exports.read_bytes())
+        target = CACHE / f"pae-{key}.so"
+        if not target.is_file():
+            link = ["-shared", f"-Wl,--version-script={exports}", *map(str, objects)]
+            _compile([_compiler(), *FLAGS, *link], target)
     return native.Library(target)
 
 

@@ -1,12 +1,19 @@
-"""`token_mix` and `prompt_bottleneck` against their definitions."""
+"""`token_mix` and `prompt_bottleneck` in every execution, against their definitions."""
+
+from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from pae_kernels import backends
 from pae_kernels.adaptive import prompt_bottleneck, reference, token_mix
-from tests.tiny import error
+from tests.errors import error
+from tests.kernels.executions import BF16, FP16, FP32, FP64, KERNELS, each, sanitized
 
+OP = "token_mix"  # and prompt_bottleneck, by the same versions
 OPS = torch.ops.pae
 ACTIVATIONS = sorted(reference.ACTIVATIONS)
 
@@ -61,37 +68,92 @@ def grads_of(function, tensors, d_out):
 # ---- token_mix
 
 
-@pytest.mark.parametrize("eps", [1e-5, 0.3])
-@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 1, 2), (2, 9, 1), (0, 4, 3)], ids=str)
-def test_mix_equals_the_definition(shape, eps):
-    x, weight = randn(*shape), randn(3, shape[1], seed=1)
-    d_u = randn(shape[0], 3, shape[2], seed=2)
-    got, got_grads = grads_of(lambda x, w: token_mix(x, w, eps), (x, weight), d_u)
-    expected, expected_grads = grads_of(lambda x, w: mixed(x, w, eps), (x, weight), d_u)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    for a, b in zip(got_grads, expected_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+def check(execution, function, plain, tensors, d_out):
+    """Value and every gradient of a version, after comparing them with PyTorch and fp64."""
+    *tensors, d_out = (t.to(execution.device) for t in (*tensors, d_out))
+    exact = grads_of(plain, [t.double() for t in tensors], d_out)
+    theirs = grads_of(plain, tensors, d_out)
+    got = grads_of(function, tensors, d_out)
+    triples = zip((got[0], *got[1]), (theirs[0], *theirs[1]), (exact[0], *exact[1]), strict=True)
+    for i, (a, b, c) in enumerate(triples):
+        floor = execution.pick(gpu=2e-6, other=1e-6)
+        execution.assert_as_exact(a, b, c, "gradient" if i else "value", floor)
+    return got
+
+
+# batch, rows, width, prompts; tiled: part-full tiles in every direction, several of each
+SIZES = [(3, 5, 7, 3), (1, 1, 2, 3), (2, 9, 1, 3), (0, 4, 3, 3), (2, 0, 8, 3)]
+TILED = [(2, 70, 150, 70), (3, 17, 64, 5), (1, 1, 1, 1), (2, 33, 40, 16)]
+REAL = [(4, 197, 768, 50), (3, 257, 1280, 100), (2, 50, 384, 5), (1, 577, 1024, 10), (5, 7, 33, 3)]
+NEAR_ZERO = [(scale, (2, 9, 32, 3), FP32, 1e-5) for scale in (0.0, 1e-6, 1e-3)]
+
+
+@each(
+    OP,
+    "scale, size, dtype, eps",
+    reference=[
+        *itertools.product([2.0], SIZES, [FP64, FP32], [1e-5, 0.3]),
+        *itertools.product([2.0], [(2, 50, 64, 7)], [BF16, FP16], [1e-5]),
+        *NEAR_ZERO,
+    ],
+    interpreter=[
+        *itertools.product([2.0], TILED, [FP32, FP16], [1e-5]),
+        *((2.0, size, FP32, 0.3) for size in SIZES[3:]),
+        *NEAR_ZERO,
+    ],
+    gpu=[
+        *itertools.product([2.0], REAL, [BF16, FP16, FP32], [1e-5]),
+        *(sanitized(2.0, (2, 70, 72, 18), dtype, 1e-5) for dtype in (BF16, FP32)),
+        (1e-6, (2, 197, 768, 50), FP32, 1e-5),
+    ],
+)
+def test_mix_equals_the_definition(execution, scale, size, dtype, eps):
+    """Near-zero rows too, where eps decides: a floor of the variance would show."""
+    batch, rows, width, prompts = size
+    x = (scale * (randn(batch, rows, width) + 0.25)).to(dtype)
+    weight = (randn(prompts, rows, seed=1) / max(rows, 1) ** 0.5).to(dtype)
+    d_u = randn(batch, prompts, width, seed=2, dtype=dtype)
+    if width == 1 and dtype != FP64:  # no variance: the result is the row minus itself
+        d_u = d_u * 0
+    mix = lambda x, w: token_mix(x, w, eps)
+    _, (d_x, _) = check(execution, mix, lambda x, w: mixed(x, w, eps), (x, weight), d_u)
+    if scale == 0:
+        centred = d_u.double() - d_u.double().mean(-1, keepdim=True)
+        slope = weight.double().t() @ centred / eps**0.5
+        torch.testing.assert_close(d_x.double().cpu(), slope, rtol=1e-5, atol=1e-3)
+
+
+@each(OP, "narrow", reference=[BF16, FP16], interpreter=[FP16], gpu=[BF16, FP16])
+def test_mix_of_narrow_rows_with_a_wide_weight(execution, narrow):
+    """As good as the definition with a narrow weight."""
+    x, d_u = randn(2, 50, 64, dtype=narrow), randn(2, 7, 64, seed=2, dtype=narrow)
+    weight = (randn(7, 50, seed=1) / 50**0.5).to(narrow)
+    x, d_u, weight = execution.moved(x, d_u, weight)
+    got, got_grads = grads_of(token_mix, (x, weight.float()), d_u)
+    exact, exact_grads = grads_of(mixed, (x.double(), weight.double()), d_u)
+    plain, plain_grads = grads_of(mixed, (x, weight), d_u)
+    assert got.dtype == FP32 and [g.dtype for g in got_grads] == [narrow, FP32]
+    triples = zip((got, *got_grads), (plain, *plain_grads), (exact, *exact_grads), strict=True)
+    for a, b, c in triples:
+        execution.assert_as_exact(a, b.to(a.dtype), c)
+
+
+@each(OP)
+def test_mix_needs_no_gradient_of_rows_below_the_first_prompts(execution):
+    x, weight = randn(2, 20, 48, dtype=FP32), randn(5, 20, seed=1, dtype=FP32)
+    x, weight, d_u = execution.moved(x, weight.requires_grad_(), randn(2, 5, 48, dtype=FP32))
+    token_mix(x, weight).sum().backward()
+    assert weight.grad is not None
+    weight = weight.detach()
+    args = d_u, x, weight, *OPS.token_mix_fwd(x, weight, 1e-5)[1:]
+    none, d_weight = OPS.token_mix_bwd(*args, False)
+    assert none.numel() == 0 and none.dtype == FP32
+    assert torch.equal(d_weight, OPS.token_mix_bwd(*args, True)[1])
 
 
 def test_mix_passes_gradcheck():
     x, weight = randn(2, 4, 5).requires_grad_(), randn(3, 4, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(token_mix, (x, weight))
-
-
-@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-3])
-def test_mix_of_near_zero_rows_obeys_eps(scale):
-    """At 0 the slope is exactly 1 / sqrt(eps): a floor of the variance would show."""
-    x, weight = scale * randn(2, 4, 8, dtype=torch.float32), randn(3, 4, seed=1).float()
-    d_u = randn(2, 3, 8, seed=2).float()
-    got, got_grads = grads_of(token_mix, (x, weight), d_u)
-    expected, expected_grads = grads_of(mixed, (x.double(), weight.double()), d_u)
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
-    for a, b in zip(got_grads, expected_grads, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-6 * b.abs().max().item())
-    if scale == 0:
-        centred = d_u.double() - d_u.double().mean(-1, keepdim=True)
-        slope = weight.double().t() @ centred / 1e-5**0.5
-        torch.testing.assert_close(got_grads[0].double(), slope, rtol=1e-5, atol=1e-3)
 
 
 def test_mix_of_rows_far_from_zero():
@@ -110,33 +172,6 @@ def test_mix_leaves_out_rows_with_columns_of_zeros():
     got, (d_x, _) = grads_of(token_mix, (x, weight), d_u)
     assert error(got, mixed(x[:, 2:], weight[:, 2:])) < 1e-12
     assert not d_x[:, :2].any() and d_x[:, 2:].abs().min() > 0
-
-
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kept", ["both", "x"])
-def test_mix_in_16_bits_is_as_good_as_plain_pytorch(narrow, kept):
-    """Rule: at most twice the error of the definition in the same precision, against fp64."""
-    x, d_u = randn(2, 50, 64, dtype=narrow), randn(2, 7, 64, seed=2, dtype=narrow)
-    weight = randn(7, 50, seed=1, dtype=narrow)
-    truth, true_grads = grads_of(mixed, (x.double(), weight.double()), d_u)
-    plain, plain_grads = grads_of(mixed, (x, weight), d_u)
-    given = weight if kept == "both" else weight.float()
-    got, got_grads = grads_of(token_mix, (x, given), d_u)
-    assert got.dtype == given.dtype and got_grads[0].dtype == narrow
-    assert got_grads[1].dtype == given.dtype
-    assert error(got, truth) <= 2 * error(plain, truth)
-    for a, b, true in zip(got_grads, plain_grads, true_grads, strict=True):
-        assert error(a, true) <= 2 * error(b, true)
-
-
-def test_mix_needs_no_gradient_of_rows_below_the_first_prompts():
-    x, weight = randn(2, 4, 5), randn(3, 4, seed=1).requires_grad_()
-    token_mix(x, weight).sum().backward()
-    assert weight.grad is not None
-    d_x, d_weight = OPS.token_mix_bwd(
-        randn(2, 3, 5), x, weight.detach(), *OPS.token_mix_fwd(x, weight.detach(), 1e-5)[1:], False
-    )
-    assert d_x.numel() == 0 and d_weight.shape == (3, 4)
 
 
 def test_mix_saves_its_inputs_and_two_numbers_per_row():
@@ -167,6 +202,80 @@ def test_bottleneck_equals_the_definition(activation, masks):
         assert error(a, b) < 1e-12
 
 
+def plain_bottleneck(activation, channel_mask=None, hidden_mask=None):
+    def plain(u, gain, shift, bias, down, up):
+        g = u * gain + shift
+        g = (g if channel_mask is None else g * channel_mask.to(u)[:, None]) + bias[:, None]
+        z = reference.ACTIVATIONS[activation](F.linear(g, down))
+        return g + F.linear(z if hidden_mask is None else z * hidden_mask.to(u), up)
+
+    return plain
+
+
+# batch (more than there are slots, and not a multiple), prompts, width, units
+TILED_BOTTLENECKS = [
+    ((17, 3, 20, 2), "relu", True),
+    ((2, 18, 70, 3), "gelu", False),
+    ((3, 17, 33, 20), "softmax", True),
+    ((1, 1, 1, 1), "sigmoid", True),
+    ((2, 4, 24, 0), "relu", True),
+    ((0, 4, 6, 5), "relu", True),
+]
+REAL_BOTTLENECKS = [(33, 50, 768, 8), (4, 100, 1280, 3), (2, 5, 384, 64)]
+
+
+@each(
+    OP,
+    "size, activation, masked, dtype",
+    reference=itertools.product([(4, 8, 32, 8)], ACTIVATIONS, [True, False], [FP32, BF16, FP16]),
+    interpreter=[(*case, dtype) for case in TILED_BOTTLENECKS for dtype in (FP32, FP16)],
+    gpu=[
+        *itertools.product(REAL_BOTTLENECKS, ACTIVATIONS, [True], [BF16, FP16, FP32]),
+        *(sanitized((17, 18, 72, 3), "gelu", True, dtype) for dtype in (BF16, FP32)),
+    ],
+)
+def test_bottleneck_is_as_good_as_plain_pytorch(execution, size, activation, masked, dtype):
+    tensors, masks = parts(*size, masks=masked, dtype=dtype)
+    if size[3]:
+        tensors[4] = tensors[4] / size[2] ** 0.5
+    # sums over images and channels stay of order 1
+    d_out = (randn(*size[:3], seed=7) / max(1, size[0] * size[2]) ** 0.5).to(dtype)
+    masks = {name: mask.to(execution.device) for name, mask in masks.items()}
+    check(
+        execution,
+        lambda *t: prompt_bottleneck(*t, activation, **masks),
+        plain_bottleneck(activation, **masks),
+        tensors,
+        d_out,
+    )
+
+
+@each(OP, on=["interpreter"])
+def test_bottleneck_of_many_units_is_the_references(execution):
+    tensors, masks = parts(2, 3, 8, 65, dtype=FP32)
+    d_out, args = randn(2, 3, 8, seed=7, dtype=FP32), (*tensors, "gelu", *masks.values())
+    got, expected = backends.choose("prompt_bottleneck", "cpu"), reference
+    assert got is not expected
+    assert torch.equal(got.prompt_bottleneck(*args), expected.prompt_bottleneck(*args))
+    for a, b in zip(
+        got.prompt_bottleneck_backward(d_out, *args),
+        expected.prompt_bottleneck_backward(d_out, *args),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+@each(OP, "activation", reference=["relu", "gelu"], interpreter=["relu"], gpu=["relu", "gelu"])
+def test_zeros_stay_exact_zeros(execution, activation):
+    tensors, masks = parts(dtype=FP32)
+    u, gain, shift, bias, down, up = execution.moved(*tensors)
+    masks = {name: mask.to(execution.device) for name, mask in masks.items()}
+    zeros = u * 0, gain, shift * 0, bias * 0, down, up
+    assert not prompt_bottleneck(*zeros, activation, **masks).any()
+    x, weight = execution.moved(randn(2, 20, 48, dtype=FP32), torch.zeros(5, 20))
+    assert not token_mix(x, weight).any()
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_bottleneck_passes_gradcheck(activation):
     tensors, chosen = parts(2, 3, 4, 3)
@@ -180,34 +289,6 @@ def test_bottleneck_of_no_units_is_the_affine_part(activation):
     down, up = randn(0, 6), randn(6, 0)
     expected = u * gain + shift + bias[:, None]
     assert error(prompt_bottleneck(u, gain, shift, bias, down, up, activation), expected) < 1e-15
-
-
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_bottleneck_keeps_zeros_exactly(activation):
-    (u, gain, shift, bias, down, up), chosen = parts(dtype=torch.float32)
-    zeros = u * 0, gain, shift * 0, bias * 0, down, up
-    assert not prompt_bottleneck(*zeros, activation, **chosen).any()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_bottleneck_in_16_bits_is_as_good_as_plain_pytorch(activation, dtype):
-    tensors, chosen = parts(4, 8, 32, 8, dtype=dtype)
-    d_out = randn(4, 8, 32, seed=7, dtype=dtype)
-
-    def plain(u, gain, shift, bias, down, up):
-        g = (u * gain + shift) * chosen["channel_mask"].to(u)[:, None] + bias[:, None]
-        z = reference.ACTIVATIONS[activation](F.linear(g, down))
-        return g + F.linear(z * chosen["hidden_mask"].to(u), up)
-
-    truth, true_grads = grads_of(plain, [t.double() for t in tensors], d_out)
-    theirs, their_grads = grads_of(plain, tensors, d_out)
-    got, got_grads = grads_of(
-        lambda *t: prompt_bottleneck(*t, activation, **chosen), tensors, d_out
-    )
-    assert got.dtype == dtype and error(got, truth) <= 2 * error(theirs, truth)
-    for a, b, true in zip(got_grads, their_grads, true_grads, strict=True):
-        assert a.dtype == dtype and error(a, true) <= 2 * error(b, true) + 1e-4
 
 
 # ---- both, as ops
@@ -232,6 +313,42 @@ def test_ops_pass_opcheck():
 
 def both(x, weight, gain, shift, bias, down, up, **masks):
     return prompt_bottleneck(token_mix(x, weight), gain, shift, bias, down, up, "relu", **masks)
+
+
+@each(OP, on=KERNELS)
+def test_the_kernels_run(execution, monkeypatch):
+    """The public ops reach them, and the reference is not asked."""
+    for op in ("token_mix", "prompt_bottleneck"):
+        for name in (op, f"{op}_backward"):
+            monkeypatch.setattr(reference, name, None)
+    _same_bits(execution, FP32)
+    monkeypatch.delenv("PAE_BACKEND")  # preferred also when nobody asks for it
+    for op in ("token_mix", "prompt_bottleneck"):
+        for dtype in execution.dtypes:
+            assert backends.choose(op, execution.device, dtype).__name__.endswith(execution.version)
+        assert backends.choose(op, execution.device, FP64) is reference
+
+
+@each(OP, "dtype", reference=[FP64, FP32, BF16], interpreter=[FP32], gpu=[BF16, FP16, FP32])
+def test_bitwise_the_same_on_every_run(execution, dtype, poisoned_memory):
+    _same_bits(execution, dtype)
+
+
+def _same_bits(execution, dtype):
+    size = execution.pick(gpu=(19, 50, 768, 8, 197), other=(3, 5, 40, 4, 20))
+    batch, prompts, width, hidden, rows = size
+    (_, *tensors), masks = parts(batch, prompts, width, hidden, dtype=dtype)
+    x, weight = randn(batch, rows, width), randn(prompts, rows, seed=1)
+    tensors = execution.moved(*(t.to(dtype) for t in (x, weight, *tensors)))
+    masks = {name: mask.to(execution.device) for name, mask in masks.items()}
+    d_out = randn(batch, prompts, width, seed=7, dtype=dtype).to(execution.device)
+    first = None
+    for _ in execution.runs():
+        out, grads = grads_of(lambda *t: both(*t, **masks), tensors, d_out)
+        results = out, *grads
+        first = first or results
+        assert all(t.isfinite().all() for t in results)
+        assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
 
 
 def test_ops_are_one_graph_under_compile():

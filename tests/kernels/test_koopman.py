@@ -1,4 +1,4 @@
-"""The op koopman_losses: its definition, brute force, and the spectra that break others."""
+"""koopman_losses in every execution, brute force, and the spectra that break others."""
 
 from __future__ import annotations
 
@@ -11,9 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from pae_kernels import backends
-from pae_kernels.koopman import koopman_losses, koopman_rollout, reference, spectral
+from pae_kernels import backends, native
+from pae_kernels.koopman import (
+    cuda,
+    koopman_losses,
+    koopman_rollout,
+    reference,
+    runs_on_device,
+    spectral,
+    tiles,
+)
+from tests.kernels.executions import FP32, FP64, GPU, KERNELS, each, sanitized, tf32
 
+OP = "koopman_losses"
 FORMULATIONS = ("code", "paper")
 MODES = ("global", "layerwise")
 BOTH = pytest.mark.parametrize("formulation", FORMULATIONS)
@@ -21,6 +31,20 @@ EACH_MODE = pytest.mark.parametrize("mode", MODES)
 GAUGES = ("none", "layernorm")
 EACH_GAUGE = pytest.mark.parametrize("gauge", GAUGES)
 LN2_TERM = 10 * math.tanh(math.log(2) / 10)  # Lyapunov term of a pair whose energy does not change
+RESULTS = "consistency", "lyapunov", "d prompts", "d lift", "d K", "d L"
+
+
+def use_tile(monkeypatch, tile):
+    for name in ("product", "gradient", "square"):
+        monkeypatch.setattr(tiles, name, lambda *_: tile)
+
+
+@pytest.fixture
+def execution(execution, monkeypatch):
+    """In the interpreter on tiles of 16 rows, so that tiny inputs make several of them."""
+    if execution.kind == "interpreter":
+        use_tile(monkeypatch, 16)
+    return execution
 
 
 def problem(
@@ -78,36 +102,135 @@ def close(actual, expected, rtol):
         assert error <= rtol, f"relative error {error:.1e} > {rtol:.0e}"
 
 
+def check(execution, inputs, *options):
+    """Losses and gradients of a version, after comparing them with the definition in fp64."""
+    inputs = execution.moved(*inputs)
+    got = values_and_gradients(koopman_losses, inputs, *options)
+    plain = values_and_gradients(definition, inputs, *options)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    exact = values_and_gradients(definition, wide, *options)
+    for name, a, b, c in zip(RESULTS, got, plain, exact, strict=True):
+        execution.assert_as_exact(a, b, c, name, floor=execution.pick(gpu=2e-6, other=1e-6))
+    return got
+
+
 # ------------------------------------------------------------------------------ the same function
 
-
-@BOTH
-@EACH_MODE
-@EACH_GAUGE
-@pytest.mark.parametrize("runs", [None, 3])
-@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-11), (torch.float32, 2e-5)])
-def test_values_and_gradients_equal_the_definition(formulation, mode, gauge, runs, dtype, rtol):
-    inputs = problem(mode, blocks=5, count=7, k=16, dtype=dtype, runs=runs)
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    expected = values_and_gradients(definition, exact, formulation, gauge)
-    actual = values_and_gradients(koopman_losses, inputs, formulation, gauge)
-    assert actual[0].shape == actual[1].shape == (() if runs is None else (runs,))
-    close(actual, expected, rtol)
+SWITCHES = list(itertools.product((None, 3), MODES, FORMULATIONS, GAUGES))
+EVERY = list(itertools.product(MODES, FORMULATIONS, GAUGES))
+# every switch with every other one at least once
+FEW = [
+    (None, "global", "code", "none"),
+    (2, "global", "paper", "layernorm"),
+    (2, "layerwise", "code", "layernorm"),
+    (None, "layerwise", "paper", "none"),
+]
 
 
-@BOTH
-@EACH_MODE
-@EACH_GAUGE
-def test_packed_runs_are_the_runs(formulation, mode, gauge):
+@each(
+    OP,
+    "dtype, tile, runs, mode, formulation, gauge",
+    reference=[(dtype, None, *rest) for dtype in (FP64, FP32) for rest in SWITCHES],
+    interpreter=[(FP32, 16, *rest) for rest in FEW],
+    emulated=[(FP32, tile, *rest) for tile in tiles.TILES for rest in SWITCHES],
+    gpu=[(FP32, None, *rest) for rest in SWITCHES],
+)
+def test_values_and_gradients_equal_the_definition(
+    execution, monkeypatch, dtype, tile, runs, mode, formulation, gauge
+):
+    """Several tiles in every direction where they are small, none of them full."""
+    if tile is not None:
+        use_tile(monkeypatch, tile)
+    blocks, count, k, width = execution.pick(
+        reference=(5, 7, 16, 18),
+        interpreter=(3, 7, 18, 21),
+        emulated=(4, 7, 18, 37),
+        gpu=(5, 20, 96, 208),
+    )
+    inputs = problem(mode, blocks, count, k, dtype, runs=runs, width=width)
+    losses = check(execution, inputs, formulation, gauge, execution.pick(gpu=1e-6, other=1e-3))
+    assert losses[0].shape == losses[1].shape == (() if runs is None else (runs,))
+
+
+TILED = [
+    sanitized(tile, k) if k == 33 else (tile, k)
+    for tile in tiles.TILES
+    for k in (2, 16, 33, 64, 100)
+]
+
+
+@each(
+    OP,
+    "tile, k",
+    interpreter=[(16, 16), (32, 16)],  # full tiles of 16, one of 32
+    emulated=TILED,
+    gpu=[(16, 64), (32, 1), (64, 40)],  # Triton compiles all kernels again for every tile
+)
+def test_widths_around_the_tiles(execution, monkeypatch, tile, k):
+    use_tile(monkeypatch, tile)
+    count, width = execution.pick(interpreter=(8, 2 * k), emulated=(5, k), gpu=(9, 2 * k))
+    mode, *options = execution.pick(gpu=("layerwise", "code", "layernorm"), other=("global",))
+    check(execution, problem(mode, 3, count, k, FP32, width=width), *options)
+
+
+# blocks, prompts, width, k
+REAL = [(11, 20, 768, 256), (12, 50, 768, 256), (11, 100, 768, 256), (23, 50, 1024, 1024)]
+OTHER = [(12, 5, 70, 40), (19, 2, 6, 4)]  # tiles of the table, more pairs than warps
+
+
+@each(OP, "size", gpu=[*REAL, (3, 7, 33, 17)], emulated=OTHER, reference=OTHER)
+def test_other_sizes(execution, size):
+    blocks, prompts, width, k = size
+    for mode in execution.pick(gpu=("global",), other=MODES):
+        check(execution, problem(mode, blocks, prompts, k, FP32, width=width))
+
+
+PAIRS = list(itertools.product(MODES, FORMULATIONS))
+
+
+@each(
+    OP,
+    "mode, formulation",
+    reference=PAIRS,
+    interpreter=[(mode, "code") for mode in MODES],
+    emulated=[sanitized(*pair) for pair in PAIRS],
+)
+def test_one_pair_of_single_rows(execution, mode, formulation):
+    check(execution, problem(mode, 2, 1, 1, FP32, width=1), formulation)
+
+
+@each(OP, "mode, formulation, gauge", gpu=[sanitized(*EVERY[0]), sanitized(*EVERY[-1])])
+def test_every_kernel_once(execution, mode, formulation, gauge):
+    """Few enough calls for compute-sanitizer."""
+    inputs = execution.moved(*problem(mode, 3, 5, 18, FP32, runs=2, width=37))
+    results = values_and_gradients(koopman_losses, inputs, formulation, gauge)
+    assert all(r.isfinite().all() for r in results)
+
+
+@each(
+    OP,
+    "mode, formulation, gauge",
+    reference=EVERY,
+    interpreter=[("layerwise", "paper", "layernorm")],
+    emulated=[sanitized(*EVERY[0]), *EVERY[1:]],
+    gpu=EVERY,
+)
+def test_packed_runs_are_the_runs(execution, monkeypatch, mode, formulation, gauge):
     """Nothing passes from one run to another, and one packed run is that run, bit by bit."""
-    inputs = problem(mode, runs=3)
+    use_tile(monkeypatch, 16)  # a table by the total size may choose other tiles for fewer runs
+    dtype = execution.pick(reference=FP64, other=FP32)
+    blocks, count, k = execution.pick(interpreter=(2, 2, 4), other=(4, 3, 6))
+    inputs = execution.moved(*problem(mode, blocks, count, k, dtype, runs=3))
     together = values_and_gradients(koopman_losses, inputs, formulation, gauge)
     for r, weight in enumerate((0.5, 1.25, 2.0)):
         alone = [t[r].detach().requires_grad_() for t in inputs]
         losses = koopman_losses(*alone, formulation, gauge)
         loss = weight * (0.7 * losses[0] + 1.3 * losses[1])
         results = [*losses, *torch.autograd.grad(loss, alone)]
-        close([t[r] for t in together], results, 1e-12)
+        if execution.kind == "reference":  # whose products of more matrices add in another order
+            close([t[r] for t in together], results, 1e-12)
+        else:
+            assert all(torch.equal(t[r], one) for t, one in zip(together, results, strict=True))
         packed = [t[None].detach().requires_grad_() for t in alone]
         losses = koopman_losses(*packed, formulation, gauge)
         loss = (weight * (0.7 * losses[0] + 1.3 * losses[1])).sum()
@@ -247,44 +370,65 @@ def test_the_last_layerwise_operator_is_not_used(formulation):
     assert all(torch.equal(a, b) for a, b in zip(after, before))
 
 
-@BOTH
-@EACH_MODE
-@pytest.mark.parametrize("blocks", [0, 1])
-def test_no_pair_gives_zeros_that_can_be_differentiated(formulation, mode, blocks):
-    inputs = problem(mode, blocks=blocks)
-    for result in values_and_gradients(koopman_losses, inputs, formulation):
-        assert not result.any()
+@each(
+    OP,
+    "mode, formulation, blocks",
+    interpreter=[("global", "code", 1)],
+    other=list(itertools.product(MODES, FORMULATIONS, (0, 1))),
+)
+def test_no_pair_gives_zeros_that_can_be_differentiated(execution, mode, formulation, blocks):
+    inputs = execution.moved(*problem(mode, blocks=blocks, dtype=FP32))
+    for gauge in GAUGES:
+        for result in values_and_gradients(koopman_losses, inputs, formulation, gauge):
+            assert not result.any()
 
 
-@BOTH
-@EACH_MODE
-def test_bitwise_the_same_twice_and_inputs_untouched(formulation, mode):
-    inputs = problem(mode, blocks=6, count=5, k=40, dtype=torch.float32)
+@each(
+    OP,
+    "mode, formulation",
+    reference=PAIRS,
+    interpreter=[("layerwise", "code")],
+    emulated=[*PAIRS[:-1], sanitized(*PAIRS[-1])],
+    gpu=PAIRS,
+)
+def test_bitwise_the_same_on_every_run_and_inputs_untouched(execution, mode, formulation):
+    blocks, count, k, width = execution.pick(
+        reference=(6, 5, 40, 42),
+        interpreter=(2, 3, 6, 8),
+        emulated=(4, 5, 20, 40),
+        gpu=(11, 50, 128, 256),
+    )
+    inputs = execution.moved(*problem(mode, blocks, count, k, FP32, width=width))
     copies = [t.detach().clone() for t in inputs]
-    first = values_and_gradients(koopman_losses, inputs, formulation)
-    second = values_and_gradients(koopman_losses, inputs, formulation)
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    first = None
+    for _ in execution.runs():
+        results = values_and_gradients(koopman_losses, inputs, formulation, "layernorm")
+        first = first or results
+        assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(inputs, copies))
 
 
-@BOTH
-@EACH_MODE
-@pytest.mark.parametrize("runs", [None, 2])
-def test_strides_do_not_matter(formulation, mode, runs):
-    inputs = problem(mode, runs=runs)
+STRIDED = list(itertools.product(MODES, FORMULATIONS, (None, 2)))
+
+
+@each(OP, "mode, formulation, runs", reference=STRIDED, emulated=STRIDED, gpu=STRIDED)
+def test_strides_do_not_matter(execution, mode, formulation, runs):
+    dtype = execution.pick(reference=FP64, other=FP32)
+    inputs = execution.moved(*problem(mode, runs=runs, dtype=dtype))
     strided = [t.detach().mT.contiguous().mT.requires_grad_() for t in inputs]
     assert not any(t.is_contiguous() for t in strided)
-    close(
-        values_and_gradients(koopman_losses, strided, formulation, "layernorm"),
-        values_and_gradients(koopman_losses, inputs, formulation, "layernorm"),
-        1e-12,
+    one, other = (
+        values_and_gradients(koopman_losses, t, formulation, "layernorm") for t in (inputs, strided)
     )
+    if execution.kind == "reference":
+        close(other, one, 1e-12)
+    else:  # which read them as they lie, or a copy
+        assert all(torch.equal(a, b) for a, b in zip(other, one, strict=True))
 
 
-@BOTH
-@EACH_MODE
-@EACH_GAUGE
-def test_no_unwritten_memory_is_read(formulation, mode, gauge, poisoned_memory):
+@each(OP, "mode, formulation, gauge", reference=EVERY)
+def test_no_unwritten_memory_is_read(execution, mode, formulation, gauge, poisoned_memory):
+    """What the kernels run on in every other test here."""
     results = values_and_gradients(koopman_losses, problem(mode), formulation, gauge)
     assert all(r.isfinite().all() for r in results)
 
@@ -317,22 +461,51 @@ SPECTRA = {
 }
 
 
-BOTH_WAYS = pytest.mark.parametrize(
-    "triple", [spectral.top_singular_triple, spectral.top_by_squaring]
+def triple_of(execution, L):
+    """sigma, left, right of every matrix (b, k, k), as the forward of this version leaves them."""
+    count, k, _ = L.shape
+    L = L.to(execution.device)
+    prompts, lift = L.new_zeros(count, 2, 1, 1), L.new_ones(count, k, 1)
+    version = backends.choose(OP, execution.device, L.dtype)
+    _, _, *saved = version.forward(prompts, lift, torch.zeros_like(L), L, "code", None)
+    left, right = (t[:, 0].cpu().double() for t in saved[6:8])
+    return torch.einsum("bi,bij,bj->b", left, L.cpu().double(), right), left, right
+
+
+def by_squaring(execution, L):
+    """The readable form of what the kernels do."""
+    return [t.double() for t in spectral.top_by_squaring(L)]
+
+
+SCALES = (1.0, 1e-20, 1e-37, 1e18, 1e36)
+
+
+@each(
+    OP,
+    "triple, tile, scales",
+    reference=[(way, None, [scale]) for way in (triple_of, by_squaring) for scale in SCALES],
+    interpreter=[(triple_of, 32, [1.0, 1e-30, 1e30])],
+    emulated=[(triple_of, tile, [scale]) for tile in (16, 32) for scale in SCALES],
+    gpu=[(triple_of, None, [scale]) for scale in SCALES],
 )
-
-
-@BOTH_WAYS
-@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e-37, 1e18, 1e36])
-@pytest.mark.parametrize("spectrum", SPECTRA)
-def test_top_singular_value_is_exact_at_every_spectrum_and_scale(spectrum, scale, triple):
-    L = SPECTRA[spectrum]() * scale
-    exact = torch.linalg.svdvals(L.double())[0]
-    sigma, left, right = (t[0] for t in triple(L[None]))
-    assert (sigma.double() - exact).abs() <= 1e-6 * exact
-    assert abs(right.double().norm() - 1) < 1e-6
-    gap = (L.double() @ right.double() - sigma.double() * left.double()).norm()
-    assert gap <= 1e-6 * exact
+def test_top_singular_value_is_exact_at_every_spectrum_and_scale(
+    execution, monkeypatch, triple, tile, scales
+):
+    """All of them at once, packed as runs, and one by one."""
+    if tile is not None:
+        use_tile(monkeypatch, tile)
+    scale = itertools.cycle(scales)
+    every = {name: make() * next(scale) for name, make in SPECTRA.items()}
+    for side in (1, 24):
+        names = [name for name in every if len(every[name]) == side]
+        L = torch.stack([every[name] for name in names])
+        exact = torch.linalg.svdvals(L.double())[:, 0]
+        sigma, left, right = triple(execution, L)
+        for i, name in enumerate(names):
+            assert (sigma[i].double() - exact[i]).abs() <= 1e-6 * exact[i], name
+            assert abs(right[i].norm() - 1) < 1e-6, name
+            gap = (L[i].double() @ right[i] - sigma[i] * left[i]).norm()
+            assert gap <= 1e-6 * exact[i], name
 
 
 def test_top_singular_value_in_double_precision():
@@ -344,14 +517,16 @@ def test_top_singular_value_in_double_precision():
         assert (L @ right - sigma * left).norm() <= 1e-14 * exact
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("spectrum", SPECTRA)
-def test_losses_and_gradients_stay_finite_at_every_spectrum(spectrum, mode):
+FINITE = list(itertools.product(SPECTRA, MODES))
+
+
+@each(OP, "spectrum, mode", reference=FINITE, emulated=FINITE, gpu=FINITE)
+def test_losses_and_gradients_stay_finite_at_every_spectrum(execution, spectrum, mode):
     L = SPECTRA[spectrum]()
-    prompts, lift, K, _ = problem(k=len(L), dtype=torch.float32)
+    prompts, lift, K, _ = problem(k=len(L), dtype=FP32)
     if mode == "layerwise":
         K, L = K.detach().repeat(4, 1, 1).requires_grad_(), L.repeat(4, 1, 1)
-    inputs = [prompts, lift, K, L.requires_grad_()]
+    inputs = execution.moved(prompts, lift, K, L.requires_grad_())
     results = values_and_gradients(koopman_losses, inputs, "code")
     exact = definition(*(t.detach().double() for t in inputs), "code")
     assert all(r.isfinite().all() for r in results)
@@ -376,16 +551,35 @@ def test_equal_singular_values_give_the_slope_of_one_of_them():
     close([actual], torch.autograd.grad((10 * torch.tanh(s / 10)).sum(), L), 1e-10)
 
 
-@BOTH_WAYS
-@pytest.mark.parametrize("distance", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
-def test_top_vector_next_to_the_identity(distance, triple):
+@each(
+    OP,
+    "triple, k, distance",
+    reference=[
+        (way, k, 10.0**-power)
+        for way in (triple_of, by_squaring)
+        for k in (16, 64)
+        for power in range(2, 8)
+    ],
+    emulated=[(triple_of, 64, distance) for distance in (1e-7, 1e-5, 1e-3, 1e-1)],
+)
+def test_top_vector_next_to_the_identity(execution, triple, k, distance):
     """Resolved relative to the distance: the entries of L - I are all that fp32 rounds."""
-    for k in (16, 64):
-        L = torch.eye(k) + distance * torch.randn(10, k, k)
-        exact = torch.linalg.svd(L.double())[2][:, 0]
-        right = triple(L)[2].double()
-        angle = (right - exact * (right * exact).sum(1, keepdim=True)).norm(dim=1)
-        assert angle.max() <= 1e-5
+    L = torch.eye(k) + distance * torch.randn(execution.pick(reference=10, other=2), k, k)
+    exact = torch.linalg.svd(L.double())[2][:, 0]
+    right = triple(execution, L)[2]
+    angle = (right - exact * (right * exact).sum(1, keepdim=True)).norm(dim=1)
+    assert angle.max() <= 1e-5
+
+
+@each(OP, "k, distance", gpu=itertools.product([64, 256, 1024], [1e-6, 1e-4, 1e-2, 1e-1]))
+def test_top_vector_next_to_the_identity_at_real_sizes(execution, k, distance):
+    L = torch.eye(k) + distance * torch.randn(1, k, k)
+    _, singular, vectors = torch.linalg.svd(L[0].double())
+    sigma, _, right = triple_of(execution, L)
+    assert abs(sigma.item() / singular[0].item() - 1) <= 1e-6
+    gap = (singular[0] - singular[1]).item() / distance / k**0.5  # of the spread of the spectrum
+    angle = (1 - (right[0] @ vectors[0]) ** 2).clamp(min=0).sqrt().item()
+    assert angle <= 1e-6 / gap + 1e-5
 
 
 @pytest.mark.parametrize("distance", [1e-7, 1e-5, 1e-3])
@@ -400,18 +594,23 @@ def test_gradient_of_L_next_to_the_identity(distance):
     close(values_and_gradients(koopman_losses, inputs, "code"), expected, 1e-5)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@EACH_MODE
-def test_a_non_finite_L_gives_nan_and_never_raises(bad, mode):
-    inputs = problem(mode, dtype=torch.float32)
+@each(
+    OP,
+    "mode, bad",
+    interpreter=[("global", math.nan), ("global", math.inf)],
+    other=itertools.product(MODES, (math.nan, math.inf, -math.inf)),
+)
+def test_a_non_finite_L_gives_nan_and_spoils_no_other_run(execution, mode, bad):
+    inputs = execution.moved(*problem(mode, dtype=FP32, runs=2))
     with torch.no_grad():
-        inputs[3].view(-1)[7] = bad
-    consistency, lyapunov, *gradients = values_and_gradients(koopman_losses, inputs, "code")
-    assert consistency.isfinite() and lyapunov.isnan()
-    assert gradients[3].isnan().any()
+        inputs[3][1].view(-1)[7] = bad
+    consistency, lyapunov, *gradients = values_and_gradients(koopman_losses, inputs)
+    assert consistency.isfinite().all() and lyapunov[1].isnan()
+    assert lyapunov[0].isfinite() and all(g[0].isfinite().all() for g in gradients)
+    assert gradients[3][1].isnan().any()
 
 
-@BOTH_WAYS
+@pytest.mark.parametrize("triple", [spectral.top_singular_triple, spectral.top_by_squaring])
 def test_one_bad_matrix_does_not_spoil_its_neighbours(triple):
     L = torch.randn(3, 8, 8)
     L[1, 2, 3] = math.nan
@@ -443,10 +642,10 @@ def test_a_failing_decomposition_gives_nan(monkeypatch):
     assert spectral.top_singular_triple(torch.randn(2, 5, 5))[0].isnan().all()
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e-5, 1e5, 1e18, 1e30])
-def test_losses_at_any_scale_of_L(scale):
-    *others, L = problem(dtype=torch.float32)
-    inputs = [*others, (L.detach() * scale).requires_grad_()]
+@each(OP, "scale", interpreter=[1e30], other=[1e-20, 1e-5, 1e5, 1e18, 1e30])
+def test_losses_at_any_scale_of_L(execution, scale):
+    *others, L = problem(dtype=FP32)
+    inputs = execution.moved(*others, (L.detach() * scale).requires_grad_())
     exact = [t.detach().double().requires_grad_() for t in inputs]
     expected = values_and_gradients(definition, exact, "code")
     results = values_and_gradients(koopman_losses, inputs, "code")
@@ -530,27 +729,31 @@ def test_both_autograd_paths_agree(formulation, mode, eps):
     assert all(torch.equal(a, b) for a, b in zip(registered, eager))
 
 
-@BOTH
-@EACH_GAUGE
-@pytest.mark.parametrize("runs", [None, 2])
-def test_compiles_without_a_break(formulation, gauge, runs):
+@each(
+    OP,
+    "formulation, gauge, runs, backend",
+    reference=itertools.product(FORMULATIONS, GAUGES, (None, 2), ["aot_eager"]),
+    gpu=[("code", "layernorm", None, "inductor")],
+)
+def test_compiles_without_a_break(execution, formulation, gauge, runs, backend):
     def loss(prompts, lift, K, L):
         consistency, lyapunov = koopman_losses(2 * prompts, lift, K, L, formulation, gauge)
         return (consistency + 3 * lyapunov).sum()
 
-    inputs = problem(dtype=torch.float32, runs=runs)
+    inputs = execution.moved(*problem(dtype=FP32, runs=runs))
     torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
     expected = loss(*inputs), *torch.autograd.grad(loss(*inputs), inputs)
     actual = compiled(*inputs), *torch.autograd.grad(compiled(*inputs), inputs)
     close(actual, expected, 1e-6)
 
 
-@BOTH
-def test_autocast_changes_nothing_even_around_the_backward(formulation):
-    inputs = problem(dtype=torch.float32)
+@each(OP, "formulation", reference=FORMULATIONS, gpu=FORMULATIONS)
+def test_autocast_and_tf32_change_nothing_even_around_the_backward(execution, formulation):
+    size = execution.pick(gpu=("global", 11, 50, 128), other=("global", 4, 3, 6))
+    inputs = execution.moved(*problem(*size, dtype=FP32))
     expected = values_and_gradients(koopman_losses, inputs, formulation)
-    with torch.autocast("cpu", torch.bfloat16):
+    with tf32(True), torch.autocast(execution.device.type, torch.bfloat16):
         actual = values_and_gradients(koopman_losses, inputs, formulation)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected))
 
@@ -610,3 +813,73 @@ def test_error_messages(change, error, message):
     with pytest.raises(error, match=message) as caught:
         koopman_losses(**(GOOD | change))
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------- versions, and GPUs
+
+
+@each(OP, on=KERNELS)
+def test_fp64_is_refused_by_name_or_runs_on_the_reference(execution, monkeypatch):
+    inputs = execution.moved(*problem())
+    refusal = f"{execution.version}: computes in fp32 at most, not torch.float64"
+    with pytest.raises(RuntimeError, match=refusal):
+        koopman_losses(*inputs)
+    monkeypatch.delenv("PAE_BACKEND")
+    assert backends.choose(OP, execution.device, FP64) is reference
+    assert runs_on_device(execution.device) or execution.kind != "gpu"
+    expected = values_and_gradients(definition, inputs)
+    close(values_and_gradients(koopman_losses, inputs), expected, 1e-10)
+
+
+@each(
+    OP,
+    "change, message",
+    emulated=[
+        ({"blocks": 1}, "an empty size, or no pair of blocks"),
+        ({"k": 10_000}, "a size beyond what the kernels count with"),
+        ({"tile": 48}, "tiles are 48 and 16, expected 16, 32 or 64"),
+        ({"squarings": 1}, "squarings is 1, expected 3 to 64"),
+        ({"workspace_floats": 5}, "workspace has 5 floats, expected "),
+        ({"struct_size": 8}, "struct_size is 8, expected "),
+    ],
+)
+def test_the_library_checks_what_would_lead_it_astray(execution, change, message):
+    fields = {"runs": 1, "blocks": 3, "prompts": 2, "width": 4, "k": 8, "code": 1, "squarings": 24}
+    fields |= {"tile": 16, "square_tile": 16}
+    params = cuda._Forward(**fields)
+    for name, value in change.items():
+        setattr(params, name, value)
+    with pytest.raises(RuntimeError, match=message):
+        native.call("pae_koopman_fwd", params, torch.device("cpu"))
+
+
+@each(OP, "mode, formulation", gpu=itertools.product(MODES, FORMULATIONS))
+def test_a_captured_graph_follows_its_inputs(execution, mode, formulation):
+    """Values of eager calls on the new inputs, spectra that settle early or late among them."""
+    inputs = execution.moved(*problem(mode, 6, 20, 64, FP32, width=96))
+
+    def work():
+        return values_and_gradients(koopman_losses, inputs, formulation, "layernorm")
+
+    graph, captured = execution.captured(work)
+    identity = torch.eye(64, device=GPU)
+    for seed, L in enumerate((None, identity, identity + 1e-6 * torch.randn_like(identity))):
+        fresh = problem(mode, 6, 20, 64, FP32, width=96, seed=seed + 1)
+        with torch.no_grad():
+            for t, new in zip(inputs, fresh):
+                t.copy_(new)
+            if L is not None:
+                inputs[3].copy_(L.expand_as(inputs[3]))
+        graph.replay()
+        expected = work()
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@each(OP, on=["gpu"])
+def test_work_follows_the_callers_stream(execution):
+    """Inputs are still being made when it is enqueued."""
+    inputs = execution.moved(*problem("global", 11, 50, 128, FP32, width=256))
+    expected = values_and_gradients(koopman_losses, inputs)
+    with execution.late(*inputs) as late:
+        results = values_and_gradients(koopman_losses, [t.requires_grad_() for t in late])
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 
 from pae_kernels import backends, native
 from tests.kernels import host_library
+from tests.processes import run
 
 sys.path.insert(0, str(host_library.SOURCES))
 
@@ -66,7 +66,7 @@ def compiled(tmp_path_factory):
     command = [toolkit.nvcc, *native_build.FLAGS, *native_build.LINK, *toolkit.flags]
     sources = [SOURCE, host_library.SOURCES / "library.cu"]
     flags = [f"-I{host_library.SOURCES}", *native_build.code_flags((architecture,))]
-    subprocess.run([*command, *flags, *sources, "-o", target], check=True)
+    run([*command, *flags, *sources, "-o", target])
     return native.Library(target)
 
 
@@ -74,7 +74,7 @@ PLACES = [*host_library.ORDERS, *(["gpu"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(params=PLACES, ids=lambda order: f"order-{order}")
-def run(request, Arrays):
+def both(request, Arrays):
     """The same, and on a GPU where there is one: the emulation must agree with it."""
 
     def call(name, source=None, out=None, mode=0, n=0):
@@ -100,24 +100,24 @@ def invoke(Arrays, name, source, out, mode, n):
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("threads", [32, 256])
-def test_reductions_reach_every_thread_with_the_same_bits(run, threads):
+def test_reductions_reach_every_thread_with_the_same_bits(both, threads):
     x = torch.randn(1000)
-    out = run("pae_reductions", x, torch.full((threads, 2), torch.nan), threads, len(x))
+    out = both("pae_reductions", x, torch.full((threads, 2), torch.nan), threads, len(x))
     assert out.unique(dim=0).shape == (1, 2)
     assert out[0, 0].item() == pytest.approx(x.double().sum().item(), abs=1e-4)
     assert out[0, 1] == x.max()
 
 
-def test_a_maximum_keeps_nan(run):
+def test_a_maximum_keeps_nan(both):
     x = torch.randn(1000)
     x[777] = torch.nan
-    assert run("pae_reductions", x, torch.zeros(256, 2), 256, len(x)).isnan().all()
+    assert both("pae_reductions", x, torch.zeros(256, 2), 256, len(x)).isnan().all()
 
 
 @pytest.mark.sanitize
-def test_shuffles_and_votes(run):
+def test_shuffles_and_votes(both):
     x = torch.randperm(64, dtype=torch.int32)
-    out = run("pae_lanes", x, torch.empty(64, 8, dtype=torch.int32), n=64)
+    out = both("pae_lanes", x, torch.empty(64, 8, dtype=torch.int32), n=64)
     for t in range(64):
         warp, lane = x[t // 32 * 32 :][:32].tolist(), t % 32
         eight = lane // 8 * 8
@@ -138,22 +138,22 @@ def test_shuffles_and_votes(run):
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("n", [1, 16, 37])
-def test_dynamic_shared_memory_grids_and_blocks(run, n):
+def test_dynamic_shared_memory_grids_and_blocks(both, n):
     x = torch.randn(n, n)
-    assert torch.equal(run("pae_transpose", x, torch.full((n, n), torch.nan), n=n), x.T)
+    assert torch.equal(both("pae_transpose", x, torch.full((n, n), torch.nan), n=n), x.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sixteen_bit_floats_are_those_of_pytorch(run, dtype):
+def test_sixteen_bit_floats_are_those_of_pytorch(both, dtype):
     mode = (torch.float16, torch.bfloat16).index(dtype)
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
-    wide = run("pae_convert", every, torch.empty(65536), 2 + mode, 65536)
+    wide = both("pae_convert", every, torch.empty(65536), 2 + mode, 65536)
     assert torch.equal(wide.nan_to_num(nan=12345.0), every.float().nan_to_num(nan=12345.0))
     # numbers everywhere, half-way cases, the largest and the smallest
     between = (wide[1:] + wide[:-1]) / 2
     x = torch.cat([torch.randn(20000) * 2.0 ** torch.randint(-40, 40, (20000,)), wide, between])
     x = torch.cat([x, x.nextafter(torch.tensor(torch.inf)), torch.tensor([65519.99, 65520.0])])
-    narrow = run("pae_convert", x, torch.empty(len(x), dtype=dtype), mode, len(x))
+    narrow = both("pae_convert", x, torch.empty(len(x), dtype=dtype), mode, len(x))
     assert torch.equal(narrow.isnan(), x.isnan())
     keep = ~x.isnan()
     assert torch.equal(narrow[keep].view(torch.int16), x[keep].to(dtype).view(torch.int16))
@@ -200,33 +200,31 @@ def test_launches_that_no_device_runs(emulated):
 # ---- kernels under the sanitizers of the compiler
 
 
-def sanitized(*command):
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=host_library.ROOT,
-        env=host_library.sanitizing_environment(),
-        capture_output=True,
-        text=True,
-    )
+def sanitized(*command, check=True):
+    command = [sys.executable, *map(str, command)]
+    return run(command, env=host_library.sanitizing_environment(), timeout=900, check=check)
 
 
 def test_kernels_stay_within_their_tensors():
     """All tests of emulated kernels that are marked for it, in a process with sanitizers."""
-    texts = {str(f): f.read_text() for f in sorted(Path(__file__).parent.glob("test_*.py"))}
-    files = [f for f, text in texts.items() if "host_library" in text and "mark.sanitize" in text]
-    done = sanitized("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "sanitize", *files)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+    files = sorted(Path(__file__).parent.glob("test_*.py"))
+    marked = re.compile(r"mark\.sanitize|sanitized\(")
+    files = [file for file in files if marked.search(file.read_text())]
+    few = "-m", "sanitize", "-k", "emulated or order", *files
+    done = sanitized("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *few)
+    assert re.search(r"^\d+ passed", done.stdout.splitlines()[-1]), done.stdout
 
 
 TOO_SMALL = """
 import torch
 from pae_kernels import native
 from tests.kernels import host_library
+from tests.processes import run
 
 source, out = torch.zeros(64), torch.zeros(63)
 struct = native.params("arrays", mode=native.INT32, n=native.INT64, source=native.POINTER,
                        out=native.POINTER)
-with host_library.emulated(host_library.ROOT / "tests/native/execution.cu"):
+with host_library.emulated(host_library.ROOT / "tests/kernels/native/execution.cu"):
     params = struct(mode=32, n=64, source=source.data_ptr(), out=out.data_ptr())
     native.call("pae_reductions", params, torch.device("cpu"))
 print("went on")
@@ -234,7 +232,7 @@ print("went on")
 
 
 def test_a_write_past_the_end_of_a_tensor_is_found():
-    done = sanitized("-c", TOO_SMALL)
+    done = sanitized("-c", TOO_SMALL, check=False)
     assert done.returncode != 0 and "went on" not in done.stdout
     assert "heap-buffer-overflow" in done.stderr and "execution.cu" in done.stderr
 
@@ -249,9 +247,7 @@ def test_an_interface_version_and_its_twin(library):
 
 
 def test_only_the_interface_is_visible(library):
-    names = subprocess.run(
-        ["nm", "-D", "--defined-only", library.path], capture_output=True, text=True, check=True
-    ).stdout
+    names = run(["nm", "-D", "--defined-only", library.path]).stdout
     symbols = [line.split()[-1] for line in names.splitlines()]
     assert "pae_probe" in symbols
     assert all(name.startswith("pae_") for name in symbols), symbols

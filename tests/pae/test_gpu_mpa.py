@@ -6,7 +6,7 @@ import torch
 import pae
 from pae.mpa.forward import ZeroPromptForward
 from tests import tiny
-from tests.tiny import error
+from tests.errors import error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

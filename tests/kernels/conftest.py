@@ -1,0 +1,37 @@
+"""The fixture that enters an execution (`executions.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.kernels import executions
+
+if executions.INTERPRETING:
+    import triton
+
+    if triton.__version__.startswith("3.6."):
+        # NumPy 2.4 no longer turns arrays of one entry into numbers, which 3.6 does for loop bounds
+        from triton.runtime import interpreter
+
+        _patch = interpreter._patch_lang_tensor
+
+        def _patch_with_index(tensor, scope):
+            _patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        interpreter._patch_lang_tensor = _patch_with_index
+
+
+@pytest.fixture
+def execution(request: pytest.FixtureRequest) -> Iterator[executions.Execution]:
+    """The execution of this test, entered: the public op of the suite (its `OP`) runs that version.
+
+    On the CPU an entry that a kernel leaves out is NaN.
+    """
+    chosen = request.param
+    if chosen.kind in ("interpreter", "emulated"):
+        request.getfixturevalue("poisoned_memory")
+    with chosen.entered(request.module.OP):
+        yield chosen
