@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -117,6 +118,17 @@ def prompted(
         for p in model.prompts.parameters():  # as large as image rows, so that prompts matter
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) * 0.7)
     return model
+
+
+# small values of what families are made with
+ARGUMENTS = {"num_tokens": 4, "rank": 4, "num_proxies": 4, "num_classes": 5}
+ARGUMENTS |= {"fraction": 0.5, "num_kv": 3, "num_reinforced": 3}
+
+
+def small(family: type[pae.prompts.PromptFamily], **changes) -> pae.prompts.PromptFamily:
+    """One of this class for a tiny backbone, made with those of `ARGUMENTS` that it takes."""
+    taken = inspect.signature(family).parameters
+    return family(**{k: v for k, v in {**ARGUMENTS, **changes}.items() if k in taken})
 
 
 def gradients(
