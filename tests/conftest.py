@@ -19,6 +19,53 @@ GOLDEN = Path(__file__).parent / "golden"
 # other numbers of threads round differently, which a wider run asks for
 torch.set_num_threads(int(os.environ.get("PAE_TEST_THREADS", "1")))
 
+# ---- examples of property tests
+#
+# An ordinary run draws the same ones everywhere. `pytest --fresh`, or PAE_FRESH=1 for tests that
+# start pytest themselves, draws others, and more of them; a failure prints its seed, and
+# `pytest --fresh --hypothesis-seed=SEED FILE::TEST` draws them again.
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile(
+    "fresh", derandomize=False, database=None, deadline=None, print_blob=True
+)
+FRESH_EXAMPLES = 5  # times the number of an ordinary run
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fresh", action="store_true", help="property tests draw new examples")
+
+
+def _fresh(config: pytest.Config) -> bool:
+    return config.getoption("--fresh") or os.environ.get("PAE_FRESH", "") not in ("", "0")
+
+
+def pytest_configure(config):
+    hypothesis.settings.load_profile("fresh" if _fresh(config) else "fixed")
+    if _fresh(config) and config.getoption("--hypothesis-seed", None) is None:
+        # every worker, and whoever goes through a failure again, draws with this one
+        given = getattr(config, "workerinput", {}).get("pae_seed")
+        config.option.hypothesis_seed = given or str(random.SystemRandom().randrange(2**32))
+
+
+def pytest_configure_node(node):
+    node.workerinput["pae_seed"] = str(node.config.option.hypothesis_seed)
+
+
+def pytest_report_header(config):
+    if _fresh(config):
+        return f"fresh examples: --fresh --hypothesis-seed={config.option.hypothesis_seed}"
+    return None
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if _fresh(config) and terminalreporter.stats.get("failed"):
+        seed = config.option.hypothesis_seed
+        failed = dict.fromkeys(r.nodeid for r in terminalreporter.stats["failed"])
+        terminalreporter.section("the same examples again")
+        for nodeid in failed:
+            terminalreporter.write_line(f'pytest --fresh --hypothesis-seed={seed} "{nodeid}"')
+
+
 # ---- processes
 #
 # `pytest` runs the files side by side, one process per core. A file stays in one process, with

@@ -111,3 +111,29 @@ def assert_rounded(
             continue
         off = distance(a, b)
         assert off <= times * size, f"{name} is off by {off:.1e}: {off / size:.1f} roundings"
+
+
+# How sure a comparison of errors is before it fails, in standard errors of the mean
+SURE = 2.0
+
+
+def assert_not_worse(
+    ours: Tensor, theirs: Tensor, times: float, names: Sequence[str], sure: float = SURE
+) -> None:
+    """Errors of ours are at most `times` theirs, in the geometric mean over independent draws.
+
+    ours, theirs: (draws, quantities), of the same inputs row by row. A ratio of two errors is a
+    draw of its own, with a spread of 10 to 40 % here: the mean of its logarithm is what is
+    compared, and fails where it is above log(times) by more than `sure` of its standard errors.
+    """
+    ratios = (ours / theirs).double().log()
+    assert torch.isfinite(ratios).all()
+    draws = len(ratios)
+    assert draws >= 16, "the spread of a few draws is not known"
+    mean, spread = ratios.mean(0), ratios.std(0) / draws**0.5
+    worse = (mean - sure * spread).exp() > times
+    said = [
+        f"{name}: {m:.3f} times, at least {low:.3f}"
+        for name, m, low in zip(names, mean.exp().tolist(), (mean - sure * spread).exp().tolist())
+    ]
+    assert not worse.any(), f"expected at most {times}: " + "; ".join(said)
