@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,6 @@ hypothesis.settings.register_profile("fixed", derandomize=True, database=None, d
 hypothesis.settings.register_profile(
     "fresh", derandomize=False, database=None, deadline=None, print_blob=True
 )
-FRESH_EXAMPLES = 5  # times the number of an ordinary run
 
 
 def pytest_addoption(parser):
@@ -45,8 +46,10 @@ def pytest_configure(config):
         # every worker, and whoever goes through a failure again, draws with this one
         given = getattr(config, "workerinput", {}).get("pae_seed")
         config.option.hypothesis_seed = given or str(random.SystemRandom().randrange(2**32))
+        hypothesis.core.global_force_seed = int(config.option.hypothesis_seed)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node):
     node.workerinput["pae_seed"] = str(node.config.option.hypothesis_seed)
 
@@ -112,6 +115,7 @@ def _from_here(nodeid: str) -> str:
     return nodeid.partition("::")[0].rpartition("tests/")[2]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     if config.option.dist != "load":
         return None

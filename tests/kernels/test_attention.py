@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
@@ -16,6 +16,7 @@ from pae_kernels import backends, class_attention, pointwise, prompt_attention
 from pae_kernels.attention import reference, tiles
 from tests.errors import assert_rounded, error
 from tests.kernels.executions import BF16, FP16, FP32, FP64, INTERPRETING, each
+from tests.properties import examples
 
 if INTERPRETING:
     from pae_kernels.attention import triton as kernels
@@ -77,7 +78,7 @@ def test_the_definition_itself():
         torch.testing.assert_close(lse[0, 0, 0], weights.sum().log())
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     batch=st.integers(0, 4),
     tokens=st.integers(1, 12),
@@ -296,7 +297,7 @@ def test_empty_batch(execution, path):
 
 @each(OP, on=["interpreter"])
 def test_any_shape(execution):
-    @settings(max_examples=20, deadline=None)
+    @examples(20)
     @given(
         batch=st.integers(1, 2),
         tokens=st.integers(1, 20),

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
@@ -22,6 +22,7 @@ from pae_kernels.koopman import (
     tiles,
 )
 from tests.kernels.executions import FP32, FP64, GPU, KERNELS, each, sanitized, tf32
+from tests.properties import examples
 
 OP = "koopman_losses"
 FORMULATIONS = ("code", "paper")
@@ -302,7 +303,7 @@ def test_gradcheck(formulation, mode, gauge, runs):
     assert gradcheck(lambda *t: koopman_losses(*t, formulation, gauge, 0.1), inputs)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     mode=st.sampled_from(MODES),
     formulation=st.sampled_from(FORMULATIONS),

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
@@ -15,6 +15,7 @@ from pae_kernels import backends, pointwise
 from pae_kernels.pointwise import ACTIVATIONS, reference
 from tests.errors import error
 from tests.kernels.executions import BF16, FP16, FP32, FP64, KERNELS, each
+from tests.properties import examples
 
 OP = "pointwise"
 OPS = torch.ops.pae
@@ -69,7 +70,7 @@ class Act(torch.autograd.Function):
 # ---- layer norm
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(
     batch=st.integers(0, 4),
     count=st.integers(1, 5),
@@ -168,7 +169,7 @@ def test_norms(execution, width, stream, narrow):
 def test_norms_of_any_shape(execution):
     """Against the formula in fp64. A row's mean is off by a few steps of fp32 at its size."""
 
-    @settings(max_examples=20, deadline=None)
+    @examples(20)
     @given(
         count=st.integers(0, 9),
         width=st.integers(1, 300),

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pae_kernels import backends, native
@@ -30,6 +30,7 @@ from tests.kernels.executions import (
     each,
     sanitized,
 )
+from tests.properties import examples
 
 OP = "shortcut_tokens"  # and shortcut_pool, by the same versions
 OPS = torch.ops.pae
@@ -99,7 +100,7 @@ def pooled_by_loop(tokens):
 # ---- shortcut_images
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     height=st.integers(1, 21),
     width=st.integers(1, 21),
@@ -322,7 +323,7 @@ def test_tokens_equal_the_definition_at_every_size(execution):
     largest = execution.pick(reference=25, interpreter=20, emulated=6)
     dtypes = execution.pick(interpreter=[FP32], other=execution.dtypes)
 
-    @settings(max_examples=execution.pick(reference=40, interpreter=6, emulated=10), deadline=None)
+    @examples(execution.pick(reference=40, interpreter=6, emulated=10))
     @given(
         patch=st.tuples(st.integers(1, 5), st.integers(1, 5)),
         patches=st.tuples(st.integers(1, 5), st.integers(1, 5)),

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.peers import kld as peers
 from pae.kld import KLD
 from pae_kernels.koopman import reference, spectral
+from tests.properties import examples
 
 LN2_TERM = 10 * math.tanh(math.log(2) / 10)  # Lyapunov term of a pair whose energy does not change
 
@@ -111,7 +112,7 @@ def test_golden(golden, name, precision, as_list):
 # ------------------------------------------------------------------------------ other formulations
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(
     mode=st.sampled_from(["global", "layerwise"]),
     depth=st.integers(3, 6),

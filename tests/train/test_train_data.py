@@ -14,13 +14,14 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from pae.train import embedded, pixels
 from pae.train.data import Images, make_task, read_folder, stratified_cut
+from tests.properties import examples
 
 
 def picture(seed, size=(12, 10)):
@@ -44,7 +45,7 @@ def image_folder(root, splits):
 # ---- cuts
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     counts=st.lists(st.integers(1, 40), min_size=2, max_size=6),
     fractions=st.tuples(st.floats(0.1, 0.6), st.floats(0.1, 0.4)),
