@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# What a contributor wants on top of `pytest`, about ten minutes on two cores; .ci/run runs it too:
+#
+#     pip install -e ".[dev]" && tests/more.sh
+#
+# Style; property tests on fresh examples; and the tests that compare numbers once more on what
+# other processors have: AVX2 alone, AVX-512 without its later parts, no vector instructions in
+# PyTorch's own loops, two threads. A last argument or more goes to each pytest, as `-x`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+numbers=(tests/pae tests/kernels/test_attention.py tests/kernels/test_pointwise.py
+  tests/kernels/test_adaptive.py tests/kernels/test_koopman.py tests/kernels/test_spectrum.py)
+# Triton's interpreter computes with numpy, and the emulation of a GPU on its own
+here=(-q -k "not interpreter and not emulated")
+
+say() { printf '\n== %s\n' "$*"; "$@"; }
+say ruff format --check .
+say ruff check .
+mapfile -t properties < <(grep -rl --include='test_*.py' '@examples(' tests)
+say pytest -q --fresh "${properties[@]}" "$@"
+say env ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+  pytest "${here[@]}" "${numbers[@]}" "$@"
+say env ONEDNN_MAX_CPU_ISA=AVX512_CORE pytest "${here[@]}" "${numbers[@]}" "$@"
+say env ATEN_CPU_CAPABILITY=default PAE_TEST_THREADS=2 OMP_NUM_THREADS=2 \
+  pytest "${here[@]}" "${numbers[@]}" "$@"
