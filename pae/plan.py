@@ -20,7 +20,7 @@ import torch.nn.modules.module as torch_modules
 from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
-from .backbones.view import BackboneView, BlockWeights, Linear, Norm
+from .backbones.view import HOOKS, BackboneView, BlockWeights, Linear, Norm, added_to
 from .errors import UnsupportedBackbone
 
 
@@ -214,12 +214,6 @@ class Plans:
         return list(self._plans)
 
 
-_HOOKS = {
-    "_forward_hooks": "forward hook",
-    "_forward_pre_hooks": "forward pre-hook",
-    "_backward_hooks": "backward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-}
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 
 
@@ -252,7 +246,7 @@ class _Seen:
         self._forwards = [(kind, kind.forward) for kind in set(self._types)]
         self._attributes = [vars(m) for m in modules]
         self._sizes = list(map(len, self._attributes))
-        self._hooks = [getattr(m, name) for m in modules for name in _HOOKS]
+        self._hooks = [getattr(m, name) for m in modules for name in HOOKS]
         self._children = [m._modules for m in modules]
         self._child = _values(self._children)
         self._readers = [_reader(d) for d in self._attributes]
@@ -313,14 +307,9 @@ def _states(tensors: list[Tensor | None]) -> list[tuple[Any, ...]]:
 def _refuse(name: str, module: nn.Module) -> None:
     """Raise when the forward of `module` does what no plan does."""
     instead = 'use engine="reference" or'
-    for hooks, kind in _HOOKS.items():
-        if getattr(module, hooks):
-            raise UnsupportedBackbone(
-                f"{name} has a {kind}: the fast engine would not run it; {instead} remove it"
-            )
-    if "forward" in vars(module):
+    if added := added_to(module):
         raise UnsupportedBackbone(
-            f"{name}.forward was replaced: the fast engine would not run it; {instead} delete it"
+            f"{name} has {added}: the fast engine would not run it; {instead} remove it"
         )
     for parameter, tensor in module.named_parameters(recurse=False):
         if tensor.requires_grad:

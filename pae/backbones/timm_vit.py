@@ -19,7 +19,7 @@ from pae_kernels.pointwise import ACTIVATIONS
 
 from ..errors import UnsupportedBackbone
 from ..prompts.base import BackboneShape
-from .view import BackboneView, BlockWeights, Linear, Norm
+from .view import BackboneView, BlockWeights, Linear, Norm, added_to
 
 
 class TimmView(BackboneView):
@@ -102,6 +102,12 @@ class TimmView(BackboneView):
         if kv is None:
             return block(x)
         parts: Any = block
+        for name, part in (("block", block), ("block's attention", parts.attn)):
+            if added := added_to(part):
+                raise UnsupportedBackbone(
+                    f"a {name} has {added}, which cannot be run beside keys and values in head "
+                    "space; remove it"
+                )
         q, k, v = _heads(parts, x)
         kv = kv.to(k.dtype).expand(len(x), *kv.shape[-4:]).permute(2, 0, 3, 1, 4)
         k, v = torch.cat([kv[0], k], dim=2), torch.cat([kv[1], v], dim=2)

@@ -62,6 +62,22 @@ class BlockWeights:
     scale2: Tensor | None
 
 
+HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
+
+
+def added_to(module: nn.Module) -> str | None:
+    """What a call of `module` does beyond the forward of its class, in words; None when nothing."""
+    for hooks, kind in HOOKS.items():
+        if getattr(module, hooks):
+            return f"a {kind}"
+    return "a replaced forward" if "forward" in vars(module) else None
+
+
 class BackboneView(ABC):
     """What pae reads of a frozen backbone: its stem, its blocks, its readout.
 
@@ -135,6 +151,10 @@ class BackboneView(ABC):
     def run_block(self, block: nn.Module, x: Tensor, kv: Tensor | None = None) -> Tensor:
         """The block's own forward on rows (B, N, D); with `kv` (P, 2, H, d) or (B, P, 2, H, d), its
         parts around an attention that has these keys and values in addition.
+
+        Raises:
+            UnsupportedBackbone: with `kv`, when the block or its attention has a hook or a replaced
+                forward, which its parts alone do not run.
         """
 
     @abstractmethod
