@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .prompts import PromptFamily
+
 
 def insert_rows(x: Tensor, rows: Tensor, at: int) -> Tensor:
     """Put `rows` (P, D) or (B, P, D) into `x` (B, N, D) behind its first `at` rows."""
@@ -21,16 +23,14 @@ def cut_rows(x: Tensor, at: int, count: int) -> Tensor:
     return torch.cat([x[:, :at], x[:, at + count :]], dim=1)
 
 
-def touches_rows(family, index: int) -> bool:
+def touches_rows(family: PromptFamily, index: int) -> bool:
     """Whether `between_blocks` does anything before block `index`."""
-    if family is None:
-        return False
     changes = family.rewrites_rows or family.adjusts_rows or family.reads_class_attention
     return index in family.observed or (index > 0 and changes)
 
 
 def between_blocks(
-    family,
+    family: PromptFamily,
     index: int,
     x: Tensor,
     at: int,
@@ -52,6 +52,7 @@ def between_blocks(
     if index > 0 and family.adjusts_rows:
         x = family.adjust_rows(index, x).to(x.dtype)
     if index > 0 and family.reads_class_attention:
+        assert class_attention is not None  # the block before was asked for it
         x = family.adjust_attended_rows(index, x, class_attention).to(x.dtype)
     if index in family.observed:
         family.observe(index, cut_rows(x, at, entered), class_query(x))
