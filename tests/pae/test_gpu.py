@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import pae
 from bench import memory, shapes
-from tests.errors import error
+from tests.errors import assert_not_worse, error
 from tests.kernels.executions import tf32
 
 pytestmark = pytest.mark.skipif(
@@ -70,20 +70,20 @@ def vit_small():
     ids=str,
 )
 def test_engine_loses_no_more_than_the_reference(vit_small, dtype, memory_mode):
-    """Over three batches: at most 1.2 times the error of the plain model under autocast."""
+    """Over batches: at most 1.2 times the error of the plain model under autocast."""
     model, wide = vit_small
-    squares = torch.zeros(2, 2)
-    for seed in range(3):
-        images, labels = batch_of(8, seed)
+    errors = torch.zeros(2, 16, 2)
+    for seed in range(errors.shape[1]):
+        images, labels = batch_of(4, seed)
         truth = step(wide, images.double(), labels, None)
         runs = (
             step(model, images, labels, dtype),
             step(model, images, labels, dtype, engine="fast", memory=memory_mode),
         )
         for i, run in enumerate(runs):
-            squares[i] += torch.tensor([error(a, b) ** 2 for a, b in zip(run, truth)])
-    theirs, ours = squares.sqrt()
-    assert (ours <= 1.2 * theirs).all(), ours / theirs
+            errors[i, seed] = torch.tensor([error(a, b) for a, b in zip(run, truth)])
+    theirs, ours = errors
+    assert_not_worse(ours, theirs, 1.2, ("logits", "prompts"))
 
 
 def test_engine_in_fp32(vit_small):
