@@ -24,6 +24,15 @@ from docs import docstrings, drawings, hooks  # noqa: E402
 ARGUMENTS = {"BPTDeep": (4, 4), "BPTShallow": (4, 4), "DAVPT": (4, 4, 5)}
 
 
+@pytest.fixture(autouse=True)
+def registered():
+    """What pages register is theirs alone."""
+    before = dict(pae.prompts.METHODS)
+    yield
+    pae.prompts.METHODS.clear()
+    pae.prompts.METHODS.update(before)
+
+
 def rows():
     text = (ROOT / "docs" / "families.md").read_text()
     cells = [

@@ -575,7 +575,9 @@ def test_a_class_that_is_defined_again_takes_its_place(registry):
     assert registry["other"] is renamed and "mine" not in registry
 
 
-@pytest.mark.parametrize("method", ["", "My", "a b", "a_b", "-a", "full", "linear", None, 3])
+@pytest.mark.parametrize(
+    "method", ["", "My", "a b", "a_b", "-a", "full", "linear", "compare", None, 3]
+)
 def test_names_that_cannot_be(method, registry):
     refused(ValueError, "method must", lambda: register(method))
 
