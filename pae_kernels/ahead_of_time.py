@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from . import backends
 
@@ -43,7 +44,7 @@ class Launch:
     """
 
     label: str
-    kernel: object
+    kernel: Any
     types: dict[str, str]
     constants: dict[str, object]
     warps: int

@@ -12,9 +12,11 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -84,6 +86,11 @@ def with_cuda(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type == "cpu" and not native.emulated():
         return "needs a GPU"
     return native.unavailable()
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launch Triton kernels on the tensors' device; they take the caller's current stream there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def register(op: str, *versions: Version) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 
-def says(t: Any) -> str:
+def describe(t: Any) -> str:
     """Shape, dtype and device of a tensor; the type of anything else."""
     if not isinstance(t, Tensor):
         return type(t).__name__

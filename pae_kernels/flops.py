@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from math import prod
+from typing import Any
 
 import torch
+
+Shape = Sequence[int]
 
 _COUNTER = "torch.utils.flop_counter"
 _FORMULAS: dict[str, Callable[..., int]] = {}
@@ -38,51 +41,77 @@ def formulas() -> dict[str, Callable[..., int]]:
 
 
 @_of("prompt_attention_fwd")
-def _attention(qkv, kv_prompt, group, scale, class_only, *_, **__) -> int:
+def _attention(
+    qkv: Shape,
+    kv_prompt: Shape,
+    group: Shape | None,
+    scale: float,
+    class_only: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
     """Scores and mixture: 2 products of image queries and all keys."""
     return 2 * _attention_product(qkv, kv_prompt[1], class_only)
 
 
 @_of("prompt_attention_bwd")
 def _attention_backward(
-    d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, out, lse, need_qkv, **_
+    d_out: Shape,
+    qkv: Shape,
+    kv_prompt: Shape,
+    group: Shape | None,
+    scale: float,
+    class_only: bool,
+    log_multiplicity: Shape | None,
+    out: Shape,
+    lse: Shape,
+    need_qkv: bool,
+    **_: Any,
 ) -> int:
     """Scores again, dV, dP, dQ, dK; without a gradient of qkv the prompt columns of all but dQ."""
     if need_qkv:
         return 5 * _attention_product(qkv, kv_prompt[1], class_only)
-    batch, tokens, _, heads, width = qkv
+    (batch, tokens), (heads, width) = qkv[:2], qkv[3:]
     return 4 * 2 * batch * (1 if class_only else tokens) * kv_prompt[1] * heads * width
 
 
-def _attention_product(qkv, prompts: int, class_only: bool) -> int:
+def _attention_product(qkv: Shape, prompts: int, class_only: bool) -> int:
     batch, tokens, _, heads, width = qkv
     return 2 * batch * (1 if class_only else tokens) * (prompts + tokens) * heads * width
 
 
 @_of("token_mix_fwd")
-def _mix(x, weight, *_, **__) -> int:
+def _mix(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(x) * weight[0]
 
 
 @_of("token_mix_bwd")
-def _mix_backward(d_u, x, weight, mean, rstd, need_x, **_) -> int:
+def _mix_backward(
+    d_u: Shape, x: Shape, weight: Shape, mean: Shape, rstd: Shape, need_x: bool, **_: Any
+) -> int:
     """dW; and dx, whose two means come out of the same product."""
     return (2 if need_x else 1) * 2 * prod(x) * weight[0]
 
 
 @_of("prompt_bottleneck_fwd")
-def _bottleneck(u, gain, shift, bias, down, *_, **__) -> int:
+def _bottleneck(
+    u: Shape, gain: Shape, shift: Shape, bias: Shape, down: Shape, *_: Any, **__: Any
+) -> int:
     return 2 * 2 * prod(u) * down[0]
 
 
 @_of("prompt_bottleneck_bwd")
-def _bottleneck_backward(d_out, u, gain, shift, bias, down, *_, **__) -> int:
+def _bottleneck_backward(
+    d_out: Shape, u: Shape, gain: Shape, shift: Shape, bias: Shape, down: Shape, *_: Any, **__: Any
+) -> int:
     """The hidden rows again and their gradient; those of down, up and g."""
     return 5 * 2 * prod(u) * down[0]
 
 
 @_of("koopman_losses_fwd")
-def _koopman(prompts, lift, K, L, formulation, *_, **__) -> int:
+def _koopman(
+    prompts: Shape, lift: Shape, K: Shape, L: Shape, formulation: str, *_: Any, **__: Any
+) -> int:
     """States, their prediction, V of both states of a pair; L^T L of every distinct L."""
     runs, blocks, pairs, count, width, k = _koopman_sizes(prompts, lift)
     distinct = pairs if len(L) == len(prompts) else 1
@@ -92,19 +121,21 @@ def _koopman(prompts, lift, K, L, formulation, *_, **__) -> int:
 
 
 @_of("koopman_losses_bwd")
-def _koopman_backward(d_consistency, d_lyapunov, prompts, lift, *_, **__) -> int:
+def _koopman_backward(
+    d_consistency: Shape, d_lyapunov: Shape, prompts: Shape, lift: Shape, *_: Any, **__: Any
+) -> int:
     """Twice the forward's products: of V's rows and L, of the states and K, of prompts and lift."""
     runs, blocks, pairs, count, width, k = _koopman_sizes(prompts, lift)
     return runs * (2 * 2 * blocks * count * width * k + 2 * 3 * 2 * pairs * count * k * k)
 
 
-def _koopman_sizes(prompts, lift) -> tuple[int, int, int, int, int, int]:
+def _koopman_sizes(prompts: Shape, lift: Shape) -> tuple[int, int, int, int, int, int]:
     *runs, blocks, count, width = prompts
     return prod(runs), blocks, max(blocks - 1, 0), count, width, lift[-2]
 
 
 @_of("shortcut_images_fwd")
-def _images(spectrum, origins, window, **_) -> int:
+def _images(spectrum: Shape, origins: Shape, window: int, **_: Any) -> int:
     """Rows of a box by complex waves, columns by real and imaginary parts apart."""
     batch, channels, height, width = spectrum
     planes = origins[0] * batch * channels * height * window
@@ -112,10 +143,10 @@ def _images(spectrum, origins, window, **_) -> int:
 
 
 @_of("shortcut_tokens_fwd")
-def _tokens(spectrum, origins, window, weight, *_, **__) -> int:
+def _tokens(spectrum: Shape, origins: Shape, window: int, weight: Shape, *_: Any, **__: Any) -> int:
     """Strips, taps, their product, and the turn from patch to patch; see the reference."""
     batch, channels, height, width = spectrum
-    dim, _, ph, pw = weight
+    dim, (ph, pw) = weight[0], weight[2:]
     lines, inner = batch * (height // ph), channels * ph
     strips = 8 * height * window * window * batch * channels
     taps = 2 * 2 * window * pw * inner * dim
@@ -125,7 +156,7 @@ def _tokens(spectrum, origins, window, weight, *_, **__) -> int:
 
 
 @_of("shortcut_pool_fwd")
-def _pool(tokens, *_, **__) -> int:
+def _pool(tokens: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(tokens)
 
 
@@ -142,14 +173,14 @@ def register() -> None:
 class _WhenImported(MetaPathFinder):
     """Finds the counter's module as all others would, and registers once it has run."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _COUNTER:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec: Any = importlib.util.find_spec(name)
         run = spec.loader.exec_module
 
-        def run_and_register(module) -> None:
+        def run_and_register(module: Any) -> None:
             run(module)
             register()
 

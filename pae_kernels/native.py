@@ -4,9 +4,9 @@
 
     Forward = native.params("koopman_fwd", states=native.POINTER, blocks=native.INT64)
 
-and calls with one:
+and calls with one, in which a tensor stands for its address:
 
-    native.call("pae_koopman_fwd", Forward(states=states.data_ptr(), blocks=13), states.device)
+    native.call("pae_koopman_fwd", Forward(states=states, blocks=13), states.device)
 
 The library is loaded at first use. It knows neither Python nor torch, so it serves every version.
 """
@@ -19,13 +19,15 @@ import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 ABI_VERSION = 1
 
 POINTER, INT32, INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-FLOAT32, FLOAT64 = ctypes.c_float, ctypes.c_double
+FLOAT32 = ctypes.c_float
 
 # element types as csrc/pae.h numbers them
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -43,11 +45,15 @@ _failure: str | None = None
 def params(noun: str, **fields: type) -> type[ctypes.Structure]:
     """ctypes twin of `pae_<noun>_params`; `struct_size` is put in front and filled by itself.
 
+    It is made of values by name. A tensor stands for its address and has to outlive the call;
+    without a value a field is 0, a pointer null.
+
     Raises:
         RuntimeError: the library is loaded and its struct has another size.
     """
 
-    def __init__(self, **values):
+    def __init__(self: ctypes.Structure, **values: Any) -> None:
+        values = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in values.items()}
         ctypes.Structure.__init__(self, ctypes.sizeof(self), **values)
 
     struct = type(
@@ -59,6 +65,11 @@ def params(noun: str, **fields: type) -> type[ctypes.Structure]:
         raise RuntimeError(reason)
     _STRUCTS[noun] = struct
     return struct
+
+
+def strides(axes: str, t: Tensor) -> dict[str, int]:
+    """`stride_<axis>` of the first axes of `t`, as fields of a struct."""
+    return {f"stride_{axis}": stride for axis, stride in zip(axes, t.stride())}
 
 
 class Library:
@@ -76,7 +87,7 @@ class Library:
         self.path = Path(path)
         self.handle = ctypes.CDLL(str(path))
         self.emulated = hasattr(self.handle, "pae_emulation_set_order")
-        self._functions: dict[str, ctypes._CFuncPtr] = {}
+        self._functions: dict[str, Any] = {}
         version = self.handle.pae_abi_version()
         if version != ABI_VERSION:
             raise RuntimeError(
@@ -100,7 +111,7 @@ class Library:
             "in this package: install the package again"
         )
 
-    def status(self, name: str, params: ctypes.Structure, stream: int) -> int:
+    def status(self, name: str, params: ctypes.Structure, stream: int | None) -> int:
         """Calls `name` on the current device; 0, or the status whose words are `last_error()`."""
         function = self._functions.get(name)
         if function is None:

@@ -4,13 +4,13 @@ A declaration is a functional schema per direction (fresh outputs, nothing mutat
 outputs look like, and which function of a version's module computes them. What PyTorch wants to
 know follows from it: definition, both device keys, fakes, and autograd twice. `register_autograd`
 serves `torch.compile` and `torch.export`; eager calls go through an `autograd.Function` over the
-same two ops and the same backward, which costs a third per call.
+same two ops and the same backward, which costs less per call.
 
 The schemas name all that passes from a forward to its backward, so nothing else connects them:
 
     d_y      argument of the backward: the gradient of the output y. Outputs without one are not
              differentiable, and come last.
-    x, y     argument of the backward: an input or an output of the forward, kept for it.
+    x, y     argument of the backward: an input or an output of the forward, saved for it.
     need_x   argument of the backward: whether x needs a gradient; d_x is empty if not.
     d_x      return of the backward: the gradient of the input x.
 
@@ -121,30 +121,30 @@ def differentiable(
     forward, backward = f"{name}_fwd{forward}", f"{name}_bwd{backward}"
     schema, schema_back = torch._C.parse_schema(forward), torch._C.parse_schema(backward)
     inputs, outputs = [a.name for a in schema.arguments], [r.name for r in schema.returns]
-    asked, gradients = (
+    bwd_arguments, gradients = (
         [a.name for a in schema_back.arguments],
         [r.name for r in schema_back.returns],
     )
     tensors = {a.name for a in schema.arguments if _is_tensor(a)}
-    count = sum(f"d_{y}" in asked for y in outputs)  # differentiable outputs
-    kept = [a for a in asked if a in tensors or a in outputs]
-    constants = [a for a in asked if a in inputs and a not in tensors]
-    optional = [i for i, x in enumerate(inputs) if f"need_{x}" in asked]
-    known = [f"d_{y}" for y in outputs[:count]] + kept + constants + [f"need_{x}" for x in inputs]
-    if strange := {*asked} - {*known} | {*gradients} - {f"d_{x}" for x in inputs}:
-        raise ValueError(f"{name}: nothing in the forward explains {sorted(strange)}")
-    if fake_gradients is None and (missing := {d[2:] for d in gradients} - {*asked}):
+    count = sum(f"d_{y}" in bwd_arguments for y in outputs)  # differentiable outputs
+    saved = [a for a in bwd_arguments if a in tensors or a in outputs]
+    constants = [a for a in bwd_arguments if a in inputs and a not in tensors]
+    optional = [i for i, x in enumerate(inputs) if f"need_{x}" in bwd_arguments]
+    known = [f"d_{y}" for y in outputs[:count]] + saved + constants + [f"need_{x}" for x in inputs]
+    if unknown := {*bwd_arguments} - {*known} | {*gradients} - {f"d_{x}" for x in inputs}:
+        raise ValueError(f"{name}: nothing in the forward explains {sorted(unknown)}")
+    if fake_gradients is None and (missing := {d[2:] for d in gradients} - {*bwd_arguments}):
         raise ValueError(f"{name}: fake_gradients is needed, the backward lacks {sorted(missing)}")
 
-    take_kept = _take(kept, [*inputs, *outputs])
+    take_saved = _take(saved, [*inputs, *outputs])
     take_constants = _take(constants, inputs)
-    take_asked = _take(asked, known)
+    take_bwd_arguments = _take(bwd_arguments, known)
     with_gradient = [f"d_{x}" if f"d_{x}" in gradients else "" for x in inputs]
     take_gradients = _take(with_gradient, ["", *gradients])
 
     forward_op, backward_op = _defined(forward), _defined(backward)
 
-    def seen(output: Any) -> Any:
+    def visible(output: Any) -> Any:
         if returned is None:
             return output
         return output[0] if returned == 1 else output[:returned]
@@ -152,12 +152,12 @@ def differentiable(
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         made = output if isinstance(output, tuple) else (output,)
         ctx.mark_non_differentiable(*made[count:])
-        ctx.save_for_backward(*take_kept((*inputs, *made)))
+        ctx.save_for_backward(*take_saved((*inputs, *made)))
         ctx.constants = take_constants(inputs)
 
     def grads(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
-        given = take_asked((*d_outputs[:count], *ctx.saved_tensors, *ctx.constants, *needs))
+        given = take_bwd_arguments((*d_outputs[:count], *ctx.saved_tensors, *ctx.constants, *needs))
         found = backward_op(*given)
         results = take_gradients((None, *found) if isinstance(found, tuple) else (None, found))
         for i in optional:
@@ -165,8 +165,8 @@ def differentiable(
                 results = (*results[:i], None, *results[i + 1 :])
         return results
 
-    def look_alike(*given: Any) -> Any:
-        values = dict(zip(asked, given))
+    def like_inputs(*given: Any) -> Any:
+        values = dict(zip(bwd_arguments, given))
         made = []
         for d in gradients:
             x = values[d.removeprefix("d_")]
@@ -176,7 +176,7 @@ def differentiable(
     def eager(ctx: Any, *inputs: Any) -> Any:
         output = forward_op(*inputs)
         save(ctx, inputs, output)
-        return seen(output)
+        return visible(output)
 
     methods = {"forward": staticmethod(eager), "backward": staticmethod(once_differentiable(grads))}
     camel = name.title().replace("_", "")  # what `grad_fn` and profilers show
@@ -184,11 +184,11 @@ def differentiable(
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return seen(forward_op(*inputs))
+            return visible(forward_op(*inputs))
         return apply(*inputs)
 
     _implement(forward_op, run[0], fake, name, layout, dtype)
-    _implement(backward_op, run[1], fake_gradients or look_alike, name, layout, dtype)
+    _implement(backward_op, run[1], fake_gradients or like_inputs, name, layout, dtype)
     torch.library.register_autograd(forward_op.name(), grads, setup_context=save, lib=_LIBRARY)
     return call
 
@@ -214,14 +214,14 @@ def _implement(
         wanted = given[0].dtype if dtype is None else dtype(*given)
         version = backends.choose(versions, kind, wanted)
         function = getattr(version, run) if isinstance(run, str) else partial(run, version)
-        laid = list(given)
+        prepared = list(given)
         for i in tensors:
-            if laid[i] is not None:
-                laid[i] = layout(laid[i])
+            if prepared[i] is not None:
+                prepared[i] = layout(prepared[i])
         if not torch.is_autocast_enabled(kind):
-            return function(*laid)
+            return function(*prepared)
         with torch.autocast(kind, enabled=False):
-            return function(*laid)
+            return function(*prepared)
 
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(op.name().removeprefix("pae::"), implementation, key)
@@ -233,7 +233,7 @@ def _is_tensor(argument: Any) -> bool:
 
 
 def _take(names: Sequence[str], among: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """What takes the entries `names`, in this order, out of a tuple that is laid out as `among`."""
+    """What takes the entries `names`, in this order, out of a tuple laid out as `among`."""
     indices = [among.index(name) for name in names]
     if len(indices) > 1:  # fewer, and it would not return a tuple
         return itemgetter(*indices)

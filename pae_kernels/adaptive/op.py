@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, registration
-from ..checks import says
+from ..checks import describe
 from . import reference
 
 for _op in ("token_mix", "prompt_bottleneck"):
@@ -50,7 +50,7 @@ def token_mix(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     _float("weight", weight, "(P, N)", 2)
     _check_shape("weight", weight, (weight.shape[0], x.shape[1]), x)
     if x.shape[-1] == 0:
-        raise ValueError(f"x must have D >= 1, got {says(x)}")
+        raise ValueError(f"x must have D >= 1, got {describe(x)}")
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps > 0:
         raise ValueError(f"eps must be a positive number, got {eps!r}")
     return _token_mix(x, weight, float(eps))
@@ -124,15 +124,15 @@ def prompt_bottleneck(
 
 def _float(name: str, t: Any, shape: str, dims: int) -> Tensor:
     if not isinstance(t, Tensor) or not t.is_floating_point():
-        raise TypeError(f"{name} must be a float tensor {shape}, got {says(t)}")
+        raise TypeError(f"{name} must be a float tensor {shape}, got {describe(t)}")
     if t.dim() != dims:
-        raise ValueError(f"{name} must be {shape}, got {says(t)}")
+        raise ValueError(f"{name} must be {shape}, got {describe(t)}")
     return t
 
 
 def _check_shape(name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     if tuple(t.shape) != shape or t.device != like.device:
-        raise ValueError(f"{name} must be {shape} on {like.device}, got {says(t)}")
+        raise ValueError(f"{name} must be {shape} on {like.device}, got {describe(t)}")
 
 
 def _mixed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,11 +12,13 @@ Sums and products run in at least fp32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "sigmoid": torch.sigmoid,
@@ -99,7 +101,7 @@ def prompt_bottleneck_backward(
     activation: str,
     channel_mask: Tensor | None,
     hidden_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of u, gain, shift, bias, down and up; g and the hidden rows are formed again."""
     wide = _wide(u)
     g, hidden = _inner(u, gain, shift, bias, down, channel_mask, wide)
@@ -126,7 +128,15 @@ def _wide(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def _inner(u, gain, shift, bias, down, channel_mask, wide) -> tuple[Tensor, Tensor]:
+def _inner(
+    u: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    bias: Tensor,
+    down: Tensor,
+    channel_mask: Tensor | None,
+    wide: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """g (B, P, D) and its hidden rows before the activation (B, P, r)."""
     g = torch.addcmul(shift.to(wide), u.to(wide), gain.to(wide))
     if channel_mask is not None:

@@ -26,13 +26,12 @@ forward 11 us, backward 21 us; prompt_bottleneck 5 us and 7 us.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import backends
 from ..ahead_of_time import OPTIONS, Launch
 from . import reference
 
@@ -391,7 +390,7 @@ def token_mix(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Te
     stats = _stats_launch(width)
     tile = _mix_launch(x.element_size() == 2, prompts, width)
     programs = batch * triton.cdiv(prompts, tile["BLOCK_P"]) * triton.cdiv(width, tile["BLOCK_D"])
-    with _on(x.device):
+    with backends.on(x.device):
         row_stats_kernel[(triton.cdiv(batch * tokens, stats["ROWS"]),)](
             x, mean, rstd, batch * tokens, eps, **stats, **OPTIONS
         )
@@ -412,7 +411,7 @@ def token_mix_backward(
     reads = x.new_empty(batch, prompts, tokens, dtype=torch.float32)
     tile = _mix_backward_launch(x.element_size() == 2, prompts, width)
     if mean.numel():
-        with _on(x.device):
+        with backends.on(x.device):
             token_mix_bwd_kernel[(batch * triton.cdiv(tokens, tile["BLOCK_N"]),)](
                 d_u, x, _padded(weight, x.dtype), mean, rstd, reads, d_x, tokens, prompts,
                 NEED_X=need_x, **tile, **OPTIONS,
@@ -440,7 +439,7 @@ def prompt_bottleneck(
         return out
     batch, prompts, width = u.shape
     tile = _rows_launch(len(down), width, _FORWARD_WARPS)
-    with _on(u.device):
+    with backends.on(u.device):
         prompt_bottleneck_fwd_kernel[(batch * triton.cdiv(prompts, tile["ROWS"]),)](
             u, gain, shift, bias.float(), down, up.t().contiguous(),
             *(u if m is None else m.float() for m in masks), out, prompts, len(down),
@@ -461,7 +460,7 @@ def prompt_bottleneck_backward(
     activation: str,
     channel_mask: Tensor | None,
     hidden_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Same contract as the reference's."""
     batch, prompts, width = u.shape
     hidden = len(down)
@@ -485,7 +484,7 @@ def prompt_bottleneck_backward(
     d_down, d_up = (workspace(slots * tiles, hidden, width) for _ in range(2))
     given = d_out, u, gain, shift, bias.float(), down
     channels, keep = (u if m is None else m.float() for m in (channel_mask, hidden_mask))
-    with _on(u.device):
+    with backends.on(u.device):
         prompt_bottleneck_bwd_units_kernel[(batch * triton.cdiv(prompts, rows["ROWS"]),)](
             *given, up.t().contiguous(), channels, keep, units, d_units, d_bias, prompts, hidden,
             KIND=activation, HAS_CHANNELS=channel_mask is not None,
@@ -502,11 +501,6 @@ def prompt_bottleneck_backward(
         t.to(like.dtype).contiguous()
         for t, like in zip(totals, (gain, shift, bias, down, up), strict=True)
     )
-
-
-def _on(device: torch.device):
-    """Launch on the tensor's device; Triton takes the caller's current stream there."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 _ROWS = ("x", "weight", "d_x")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, registration
-from ..checks import says
+from ..checks import describe
 from . import reference
 
 backends.register(
@@ -92,7 +92,8 @@ def class_attention(
     batch, tokens, _, heads, width = qkv.shape
     if tuple(lse.shape) not in ((batch, heads, tokens), (batch, heads, 1)):
         raise ValueError(
-            f"lse must be ({batch}, {heads}, {tokens}) or ({batch}, {heads}, 1), got {says(lse)}"
+            f"lse must be ({batch}, {heads}, {tokens}) or ({batch}, {heads}, 1), "
+            f"got {describe(lse)}"
         )
     scale = width**-0.5 if scale is None else float(scale)
     with torch.autocast(qkv.device.type, enabled=False):
@@ -107,22 +108,22 @@ def _check(
     log_multiplicity: Tensor | None,
 ) -> None:
     if qkv.dim() != 5 or qkv.shape[2] != 3 or not qkv.is_floating_point():
-        raise ValueError(f"qkv must be a float tensor (B, N, 3, H, d), got {says(qkv)}")
+        raise ValueError(f"qkv must be a float tensor (B, N, 3, H, d), got {describe(qkv)}")
     if qkv.shape[1] == 0:
-        raise ValueError(f"qkv must have at least one row per image, got {says(qkv)}")
+        raise ValueError(f"qkv must have at least one row per image, got {describe(qkv)}")
     tail = tuple(qkv.shape[3:])
     if kv_prompt.dim() != 5 or kv_prompt.shape[2] != 2 or tuple(kv_prompt.shape[3:]) != tail:
         raise ValueError(
-            f"kv_prompt must be (G, P, 2, {tail[0]}, {tail[1]}), got {says(kv_prompt)}"
+            f"kv_prompt must be (G, P, 2, {tail[0]}, {tail[1]}), got {describe(kv_prompt)}"
         )
     if kv_prompt.dtype != qkv.dtype or kv_prompt.device != qkv.device:
-        raise TypeError(f"kv_prompt must be like qkv ({says(qkv)}), got {says(kv_prompt)}")
+        raise TypeError(f"kv_prompt must be like qkv ({describe(qkv)}), got {describe(kv_prompt)}")
     indices = (torch.int32, torch.int64)
     if group is not None and (
         group.dtype not in indices or group.shape != qkv.shape[:1] or group.device != qkv.device
     ):
         raise ValueError(
-            f"group must be int32 or int64 ({qkv.shape[0]},) on {qkv.device}, got {says(group)}"
+            f"group must be int32 or int64 ({qkv.shape[0]},) on {qkv.device}, got {describe(group)}"
         )
     if queries not in ("all", "class"):
         raise ValueError(f"queries must be 'all' or 'class', got {queries!r}")
@@ -136,7 +137,7 @@ def _check(
     ):
         raise ValueError(
             f"log_multiplicity must be float ({sets}, {prompts}) on {qkv.device}, "
-            f"got {says(log_multiplicity)}"
+            f"got {describe(log_multiplicity)}"
         )
 
 

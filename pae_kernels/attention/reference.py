@@ -4,10 +4,12 @@ kernel.
 `prompt_attention` is the mathematics, differentiable by autograd, any device and float dtype.
 `forward` and `backward` compute the same without keeping the (N, P + N) attention matrix: they save
 the log-sum-exp, as every fused version does. On the CPU they lean on PyTorch's own fused attention
-where it is the fastest thing measured.
+where it applies.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -173,8 +175,8 @@ def backward(
         )
         _pack(grads, d_qkv, d_kv, prompts)
     else:
-        # 16-bit: PyTorch's CPU kernel converts tile by tile; whole products of one image at a time
-        # (which stay in the cache) measured 1.7x faster. On a GPU the whole batch goes at once.
+        # 16-bit: PyTorch's CPU kernel converts tile by tile, whole products of one image at a time
+        # stay in the cache and need no conversion. On a GPU the whole batch goes at once.
         step = 1 if qkv.device.type == "cpu" else max(batch, 1)
         for i in range(0, batch, step):
             s = slice(i, i + step)
@@ -185,7 +187,16 @@ def backward(
     return d_qkv, sum_groups(d_kv, group, kv_prompt.shape[0]).to(kv_prompt.dtype)
 
 
-def _explicit(d_out, q, k, v, scale, bias, out, lse) -> tuple[Tensor, Tensor, Tensor]:
+def _explicit(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from recomputed probabilities; products in the input dtype, softmax terms in
     fp32.
     """
@@ -199,7 +210,7 @@ def _explicit(d_out, q, k, v, scale, bias, out, lse) -> tuple[Tensor, Tensor, Te
     return d_scores @ k, d_scores.transpose(-1, -2) @ q, d_v
 
 
-def _pack(grads, d_qkv: Tensor, d_kv: Tensor, prompts: int) -> None:
+def _pack(grads: Iterable[Tensor], d_qkv: Tensor, d_kv: Tensor, prompts: int) -> None:
     """Write (dq, dk, dv) of shape (B, H, rows, d) into the packed layouts."""
     d_q, d_k, d_v = (g.transpose(1, 2) for g in grads)
     d_qkv[:, : d_q.shape[1], 0] = d_q
@@ -207,7 +218,17 @@ def _pack(grads, d_qkv: Tensor, d_kv: Tensor, prompts: int) -> None:
     d_kv[:, :, 0], d_kv[:, :, 1] = d_k[:, :prompts], d_v[:, :prompts]
 
 
-def _prompt_columns(d_out, qkv, kv_prompt, group, scale, class_only, bias, out, lse) -> Tensor:
+def _prompt_columns(
+    d_out: Tensor,
+    qkv: Tensor,
+    kv_prompt: Tensor,
+    group: Tensor | None,
+    scale: float,
+    class_only: bool,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> Tensor:
     """d_kv per sample (B, P, 2, H, d) from the prompt columns of the score matrix alone: image keys
     are not read.
     """

@@ -1,8 +1,8 @@
 """Tiles of the attention kernels: one static table, no autotuning at first call.
 
-Chosen from ahead-of-time compiles for sm_80 and sm_90 by Triton 3.6 and 3.9. None spills, but for
-256 rows in the whole backward by 3.6 (16 bytes a thread) and exact fp32 rows wider than 64 in the
-split backward's dq (208). `python -m pae_kernels --compile` prints what each takes.
+Chosen from ahead-of-time compiles for sm_80 and sm_90 by Triton 3.6, 3.8 and 3.9. None spills, but
+for 256 rows in the whole backward by 3.6 (16 bytes a thread) and exact fp32 rows wider than 64 in
+the split backward's dq (208). `python -m pae_kernels --compile` prints what each takes.
 """
 
 from __future__ import annotations
@@ -36,16 +36,14 @@ class Tile:
         }
 
 
-WIDTHS = (64, 128)  # head widths are padded to one of these, wider ones to the next power of two
-
-# (16-bit?, padded head width) -> tile
+# (16-bit?, head width: 64 stands for all up to 64, 128 for all above) -> tile
 FORWARD = {
     (True, 64): Tile(128, 64, 8, 3),
     (True, 128): Tile(128, 64, 8, 2),
     (False, 64): Tile(64, 32, 8, 1),
     (False, 128): Tile(32, 32, 8, 2),
 }
-# (227 KB of shared memory?, 16-bit?, padded head width) -> tile
+# (227 KB of shared memory?, 16-bit?, head width as above) -> tile
 SPLIT = {
     (True, True, 64): Tile(64, 64, 4, 2),
     (True, True, 128): Tile(64, 64, 8, 1),
@@ -86,7 +84,8 @@ def backward_whole(qkv: Tensor, rows: int) -> Tile | None:
 
 def backward_split(qkv: Tensor, rows: int) -> Tile:
     """Tile of both kernels of the two-pass backward."""
-    tile = SPLIT[(_large(qkv.device), *_key(qkv))]
+    narrow, width = _key(qkv)
+    tile = SPLIT[_large(qkv.device), narrow, width]
     return replace(tile, block_m=16) if rows <= 16 else tile
 
 

@@ -37,13 +37,14 @@ and dV transposed (more registers).
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import backends
 from ..ahead_of_time import Launch
 from . import tiles
 from .reference import sum_groups
@@ -448,7 +449,7 @@ def forward(
     bias = None if log_multiplicity is None else log_multiplicity.contiguous()
     group = None if group is None else group.contiguous()
     tile = tiles.forward(qkv, rows)
-    with _on(qkv.device):
+    with backends.on(qkv.device):
         prompt_attention_fwd_kernel[(triton.cdiv(rows, tile.block_m) * batch * heads,)](
             qkv, qkv if group is None else group, qkv if bias is None else bias, out, lse,
             rows=rows, scale=scale, **_common(qkv, kv_prompt, group, bias), **tile.launch(),
@@ -487,7 +488,7 @@ def backward(
         return torch.empty(count, prompts, 2, heads, width, dtype=torch.float32, device=qkv.device)
 
     tile = tiles.backward_whole(qkv, rows)
-    with _on(qkv.device):
+    with backends.on(qkv.device):
         if tile is not None:
             images = tiles.images_per_program(qkv) if sets == 1 else 1
             programs = triton.cdiv(batch, images)
@@ -510,13 +511,8 @@ def backward(
     return d_qkv, sum_groups(d_kv, group, sets).to(kv_prompt.dtype)
 
 
-def _on(device: torch.device):
-    """Launch on the tensor's device; Triton takes the caller's current stream there."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _launch(
-    label: str, kernel, tile: tiles.Tile, dtype: str = "bf16", width: int = 64, **changes
+    label: str, kernel, tile: tiles.Tile, dtype: str = "bf16", width: int = 64, **changes: Any
 ) -> Launch:
     """`kernel` as a ViT with 12 heads runs it; `changes` to its other compile-time constants."""
     types = {"group": "*i64", "scale": "fp32", "distance": "i64"}
@@ -574,7 +570,8 @@ def variant_launches(architecture: int) -> list[Launch]:
     """A sample of the switches: prompt sets, multiplicities, the class row, the prompts' gradient
     alone, padded head widths, fp16.
     """
-    many, own = {"GROUPING": INDEXED, "HAS_BIAS": True}, {"GROUPING": PER_IMAGE}
+    many: dict[str, Any] = {"GROUPING": INDEXED, "HAS_BIAS": True}
+    own: dict[str, Any] = {"GROUPING": PER_IMAGE}
     fwd, bwd, (dq, dkv) = (
         prompt_attention_fwd_kernel,
         prompt_attention_bwd_kernel,

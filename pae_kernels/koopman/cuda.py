@@ -19,6 +19,7 @@ _SAVED = dict.fromkeys(
     ("states", "predicted", "images", "pull", "radial", "spin", "left", "right", "statistics"),
     native.POINTER,
 )
+_GRADIENTS = dict.fromkeys(("d_prompts", "d_lift", "d_K", "d_L"), native.POINTER)
 
 _Forward = native.params(
     "koopman_fwd",
@@ -43,7 +44,7 @@ _Backward = native.params(
     d_lyapunov=native.POINTER,
     **_INPUTS,
     **_SAVED,
-    **dict.fromkeys(("d_prompts", "d_lift", "d_K", "d_L"), native.POINTER),
+    **_GRADIENTS,
     **dict.fromkeys(("d_states", "d_points"), native.POINTER),
     tile=native.INT32,
     input_tile=native.INT32,
@@ -62,10 +63,6 @@ def _sizes(prompts: Tensor, lift: Tensor, K: Tensor, formulation: str, eps: floa
         "width": width,
         "k": lift.shape[1],
     }
-
-
-def _pointers(**tensors: Tensor) -> dict:
-    return {name: t.data_ptr() for name, t in tensors.items()}
 
 
 def forward(
@@ -99,9 +96,13 @@ def forward(
     consistency, lyapunov = new(runs), new(runs)
     params = _Forward(
         **sizes,
-        **_pointers(prompts_in=prompts, lift=lift, K=K, L=L),
-        **_pointers(consistency=consistency, lyapunov=lyapunov),
-        **_pointers(**saved),
+        prompts_in=prompts,
+        lift=lift,
+        K=K,
+        L=L,
+        consistency=consistency,
+        lyapunov=lyapunov,
+        **saved,
         tile=tile,
         square_tile=tiles.square(k, runs * groups),
         squarings=spectral.SQUARINGS,
@@ -126,23 +127,25 @@ def backward(
     formulation: str,
     eps: float | None,
     *saved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Same contract as the reference's."""
     sizes = _sizes(prompts, lift, K, formulation, eps)
     inputs = [t.contiguous() for t in (prompts, lift, K, L)]
     if sizes["blocks"] < 2:
         return tuple(torch.zeros_like(t) for t in inputs)
     gradients = [torch.empty_like(t) for t in inputs]
-    saved = dict(zip(_SAVED, saved, strict=True))
-    scratch = torch.empty_like(saved["states"]), torch.empty_like(saved["images"])
-    ends = d_consistency.contiguous(), d_lyapunov.contiguous()
+    kept = dict(zip(_SAVED, saved, strict=True))
+    d_states, d_points = torch.empty_like(kept["states"]), torch.empty_like(kept["images"])
+    d_consistency, d_lyapunov = d_consistency.contiguous(), d_lyapunov.contiguous()
     params = _Backward(
         **sizes,
-        **_pointers(**dict(zip(("d_consistency", "d_lyapunov"), ends))),
-        **_pointers(**dict(zip(_INPUTS, inputs))),
-        **_pointers(**saved),
-        **_pointers(**dict(zip(("d_prompts", "d_lift", "d_K", "d_L"), gradients))),
-        **_pointers(d_states=scratch[0], d_points=scratch[1]),
+        d_consistency=d_consistency,
+        d_lyapunov=d_lyapunov,
+        **dict(zip(_INPUTS, inputs)),
+        **kept,
+        **dict(zip(_GRADIENTS, gradients)),
+        d_states=d_states,
+        d_points=d_points,
         tile=tiles.product(sizes["runs"] * sizes["blocks"] * sizes["prompts"], sizes["k"]),
         input_tile=tiles.gradient(sum(g.numel() for g in gradients)),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, registration
-from ..checks import says
+from ..checks import describe
 from . import reference
 
 backends.register(
@@ -107,15 +107,15 @@ def koopman_rollout(z0: Tensor, K: Tensor, steps: int) -> Tensor:
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
     if z0.dim() < 2:
-        raise ValueError(f"z0 must be (..., P, k), got {says(z0)}")
+        raise ValueError(f"z0 must be (..., P, k), got {describe(z0)}")
     k = z0.shape[-1]
     if K.dim() < 2 or tuple(K.shape) not in ((k, k), (*z0.shape[:-2], k, k)):
         raise ValueError(
             f"K must be {(k, k)} or {(*z0.shape[:-2], k, k)} for z0 {tuple(z0.shape)}, "
-            f"got {says(K)}"
+            f"got {describe(K)}"
         )
     if K.dtype != z0.dtype or K.device != z0.device:
-        raise TypeError(f"K must be like z0 ({says(z0)}), got {says(K)}")
+        raise TypeError(f"K must be like z0 ({describe(z0)}), got {describe(K)}")
     states = [z0]
     for _ in range(steps):
         states.append(states[-1] @ K)
@@ -134,28 +134,28 @@ def _check(
     if prompts.dim() not in (3, 4) or 0 in prompts.shape[-2:] or 0 in prompts.shape[:-3]:
         raise ValueError(
             "prompts must be (J, P >= 1, D >= 1) or (R >= 1, J, P >= 1, D >= 1), "
-            f"got {says(prompts)}"
+            f"got {describe(prompts)}"
         )
     if prompts.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"prompts must be float32 or float64, got {says(prompts)}")
+        raise TypeError(f"prompts must be float32 or float64, got {describe(prompts)}")
     *runs, blocks, _, width = prompts.shape
     if 0 in lift.shape or lift.dim() < 2 or (*lift.shape[:-2], lift.shape[-1]) != (*runs, width):
         expected = ", ".join(map(str, (*runs, "k >= 1", width)))
         raise ValueError(
-            f"lift must be ({expected}) for prompts {tuple(prompts.shape)}, got {says(lift)}"
+            f"lift must be ({expected}) for prompts {tuple(prompts.shape)}, got {describe(lift)}"
         )
     k = lift.shape[-2]
     for name, operator in (("K", K), ("L", L)):
         if tuple(operator.shape) not in ((*runs, k, k), (*runs, blocks, k, k)):
             raise ValueError(
                 f"{name} must be {(*runs, k, k)} or {(*runs, blocks, k, k)} for prompts "
-                f"{tuple(prompts.shape)} and lift {tuple(lift.shape)}, got {says(operator)}"
+                f"{tuple(prompts.shape)} and lift {tuple(lift.shape)}, got {describe(operator)}"
             )
     if K.dim() != L.dim():
-        raise ValueError(f"K and L must have the same shape, got {says(K)} and {says(L)}")
+        raise ValueError(f"K and L must have the same shape, got {describe(K)} and {describe(L)}")
     for name, t in (("lift", lift), ("K", K), ("L", L)):
         if t.dtype != prompts.dtype or t.device != prompts.device:
-            raise TypeError(f"{name} must be like prompts ({says(prompts)}), got {says(t)}")
+            raise TypeError(f"{name} must be like prompts ({describe(prompts)}), got {describe(t)}")
 
 
 def _forward(version: ModuleType, prompts: Tensor, *rest: Any) -> tuple[Tensor, ...]:

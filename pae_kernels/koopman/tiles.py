@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 # The largest tile with about as many tiles as an H200 has multiprocessors, 132: a larger one does
 # more per entry it reads, fewer tiles leave multiprocessors idle. Reckoned, not measured.
 TILES, ENOUGH = (64, 32, 16), 100
@@ -31,5 +33,5 @@ def square(k: int, matrices: int) -> int:
     return _largest(count, ENOUGH)
 
 
-def _largest(count, enough: int) -> int:
+def _largest(count: Callable[[int], int], enough: int) -> int:
     return next((tile for tile in TILES if count(tile) >= enough), TILES[-1])

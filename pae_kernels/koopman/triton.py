@@ -19,12 +19,11 @@ where latency decides: 12 active squarings 6 us each and 11 settled ones 1.5 us,
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 from torch import Tensor
 
+from .. import backends
 from ..ahead_of_time import OPTIONS, Launch
 from . import tiles
 from .triton_kernels import (
@@ -101,7 +100,7 @@ def forward(
     consistency, lyapunov = new(n.runs), new(n.runs)
     image = scales = statistics  # neither is looked at in "paper"
     tiling = product(n.block)
-    with _on(prompts.device):
+    with backends.on(prompts.device):
         koopman_lift_kernel[(_tiles(n.rows, n.k, n.block), n.runs)](
             prompts, lift, states, statistics, state_squares, n.rows, n.k, n.width, chunks,
             eps or 0.0, GAUGE=eps is not None, **tiling,
@@ -148,7 +147,7 @@ def backward(
     left: Tensor,
     right: Tensor,
     statistics: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Same contract as the reference's."""
     prompts, lift, K, L = inputs = [t.contiguous() for t in (prompts, lift, K, L)]
     n = _Sizes(prompts, lift, K, formulation)
@@ -159,7 +158,7 @@ def backward(
     d_rows = d_prompts if eps is None else torch.empty_like(prompts)
     d_consistency, d_lyapunov = d_consistency.contiguous(), d_lyapunov.contiguous()
     tiling = product(n.block)
-    with _on(prompts.device):
+    with backends.on(prompts.device):
         koopman_bwd_points_kernel[(_tiles(2 * n.now_rows, n.k, n.block), n.matrices)](
             d_consistency, d_lyapunov, states, predicted, images, pull, radial, L, d_points,
             2 * n.now_rows, n.k, n.prompts, n.pairs, n.blocks, n.groups, n.stack, n.share,
@@ -188,16 +187,11 @@ def backward(
                 n.share, OF_L=of_L, CODE=n.code, **tiling,
             )  # fmt: skip
         if eps is not None:
-            count, rows = n.runs * n.rows, _gauge_rows(n.width)
-            koopman_bwd_gauge_kernel[(triton.cdiv(count, rows["ROWS"]),)](
-                prompts, statistics, d_rows, d_prompts, count, n.width, **rows, **OPTIONS
+            count, tile = n.runs * n.rows, _gauge_rows(n.width)
+            koopman_bwd_gauge_kernel[(triton.cdiv(count, tile["ROWS"]),)](
+                prompts, statistics, d_rows, d_prompts, count, n.width, **tile, **OPTIONS
             )
     return d_prompts, d_lift, d_K, d_L
-
-
-def _on(device: torch.device):
-    """Launch on the tensor's device; Triton takes the caller's current stream there."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 # ---- ahead of time

@@ -6,6 +6,8 @@ backward needs only the normalised rows (which are that product's input and kept
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,7 @@ def _quick_gelu(u: Tensor) -> Tensor:
     return u * torch.sigmoid(1.702 * u)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
     "quick_gelu": _quick_gelu,

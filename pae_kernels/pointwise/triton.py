@@ -14,13 +14,12 @@ Rows are padded to a power of two in registers only (768 -> 1024): masked lanes 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import backends
 from ..ahead_of_time import OPTIONS, Launch
 from .reference import _CODE_SCALE, _CODE_ZERO
 
@@ -151,7 +150,7 @@ def _norm(x: Tensor, delta: Tensor | None, eps: float, dtype: torch.dtype):
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     rows, launch = rstd.numel(), _rows_launch(x.shape[-1])
     if rows:
-        with _on(x.device):
+        with backends.on(x.device):
             layer_norm_fwd_kernel[_grid(rows, launch)](
                 x, x if delta is None else delta, y, xhat, rstd, rows, eps,
                 HAS_DELTA=delta is not None, **launch, **OPTIONS,
@@ -172,7 +171,7 @@ def layer_norm_backward(
     copy = rstd.new_empty(0) if narrow is None else torch.empty_like(dx, dtype=narrow)
     rows, launch = rstd.numel(), _rows_launch(xhat.shape[-1])
     if rows:
-        with _on(xhat.device):
+        with backends.on(xhat.device):
             layer_norm_bwd_kernel[_grid(rows, launch)](
                 d_xhat, xhat, rstd, d_xhat if residual is None else residual, dx,
                 dx if narrow is None else copy, rows,
@@ -199,7 +198,7 @@ def activation_coded(u: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def _activate(u: Tensor, kind: str, code: Tensor | None) -> Tensor:
     y = torch.empty_like(u)
     if u.numel():
-        with _on(u.device):
+        with backends.on(u.device):
             activation_fwd_kernel[(triton.cdiv(u.numel(), _BLOCK),)](
                 u, y, u if code is None else code, u.numel(),
                 KIND=kind, CODED=code is not None, BLOCK=_BLOCK, num_warps=8, **OPTIONS,
@@ -211,17 +210,12 @@ def activation_backward(d: Tensor, kept: Tensor, kind: str) -> Tensor:
     """Same contract as the reference's."""
     du = torch.empty_like(d)
     if d.numel():
-        with _on(d.device):
+        with backends.on(d.device):
             activation_bwd_kernel[(triton.cdiv(d.numel(), _BLOCK),)](
                 d, kept, du, d.numel(),
                 KIND=kind, CODED=kept.dtype == torch.uint8, BLOCK=_BLOCK, num_warps=8, **OPTIONS,
             )  # fmt: skip
     return du
-
-
-def _on(device: torch.device):
-    """Launch on the tensor's device; Triton takes the caller's current stream there."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _launch(label: str, kernel, changed=None, warps: int = 4, **constants) -> Launch:

@@ -66,8 +66,8 @@ def shortcut_tokens(
 
     columns = torch.empty((pw, channels, ph, dim), dtype=torch.float32, device=out.device)
     columns.copy_(weight.permute(3, 1, 2, 0))
-    shift = [t.to(torch.float32) for t in (bias, rows) if t is not None]
-    shift = _aligned(sum(shift[1:], shift[0])) if shift else None
+    added = [t.to(torch.float32) for t in (bias, rows) if t is not None]
+    shift = _aligned(sum(added[1:], added[0])) if added else None
     values, origins = torch.view_as_real(spectrum.resolve_conj()), origins.contiguous()
     params = _Tokens(
         dtype=native.DTYPES[dtype],
@@ -80,19 +80,19 @@ def shortcut_tokens(
         patch_height=ph,
         patch_width=pw,
         dim=dim,
-        spectrum=values.data_ptr(),
-        **{f"stride_{axis}": s for axis, s in zip("bcuv", values.stride())},
-        origins=origins.data_ptr(),
-        weight=columns.data_ptr(),
-        shift=None if shift is None else shift.data_ptr(),
+        spectrum=values,
+        **native.strides("bcuv", values),
+        origins=origins,
+        weight=columns,
+        shift=shift,
         shift_stride=dim if rows is not None else 0,
-        strips=strips.data_ptr(),
-        taps=taps.data_ptr(),
+        strips=strips,
+        taps=taps,
         lines=lines,
         lines_padded=padded[0],
         depth_padded=padded[1],
         channels_padded=padded[2],
-        out=out.data_ptr(),
+        out=out,
     )
     native.call("pae_shortcut_tokens", params, out.device)
     return out
@@ -109,9 +109,9 @@ def shortcut_pool(tokens: Tensor, rows: Tensor | None = None) -> Tensor:
     tokens = tokens if tokens.stride(3) == 1 else tokens.contiguous()
     rows = None if rows is None else rows.to(torch.float32).contiguous()
     parts = -(-batch * per_image // _POOLED)
-    wide = {"dtype": torch.float32, "device": tokens.device}
-    exponents = torch.empty((count, parts), dtype=torch.int32, device=tokens.device)
-    energies, sums = torch.empty((count, parts), **wide), torch.empty((count, parts, dim), **wide)
+    exponents = tokens.new_empty(count, parts, dtype=torch.int32)
+    energies = tokens.new_empty(count, parts, dtype=torch.float32)
+    sums = tokens.new_empty(count, parts, dim, dtype=torch.float32)
     aligned = tokens.data_ptr() % (4 * tokens.element_size()) == 0
     params = _Pool(
         dtype=native.DTYPES[tokens.dtype],
@@ -120,14 +120,14 @@ def shortcut_pool(tokens: Tensor, rows: Tensor | None = None) -> Tensor:
         batch=batch,
         tokens_per_image=per_image,
         dim=dim,
-        tokens=tokens.data_ptr(),
-        **{f"stride_{axis}": s for axis, s in zip("sbn", tokens.stride())},
-        rows=None if rows is None else rows.data_ptr(),
+        tokens=tokens,
+        **native.strides("sbn", tokens),
+        rows=rows,
         parts=parts,
-        exponents=exponents.data_ptr(),
-        energies=energies.data_ptr(),
-        sums=sums.data_ptr(),
-        out=out.data_ptr(),
+        exponents=exponents,
+        energies=energies,
+        sums=sums,
+        out=out,
     )
     native.call("pae_shortcut_pool", params, tokens.device)
     return out

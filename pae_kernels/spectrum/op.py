@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, registration
-from ..checks import says
+from ..checks import describe
 from . import reference
 
 _REFERENCE = backends.Version("reference", reference, backends.anywhere)
@@ -91,8 +91,8 @@ def shortcut_tokens(
 
     Numerics: phases exact to fp32, sums in fp32 (fp64 with a complex128 spectrum), `bias` and
     `rows` added there, one rounding to `dtype`; autocast off inside. On a GPU bfloat16 results
-    take their products from factors rounded to bfloat16, as the convolution would (1.25 times its
-    error); all others from fp32 factors split into TF32 numbers (no more than its fp32 error).
+    take their products from factors rounded to bfloat16, as the convolution would;
+    all others from fp32 factors split into TF32 numbers.
     Source: PAE (arXiv 2601.20232), Eq. 2 and 3.
     """
     _check_spectrum(spectrum, window, size)
@@ -126,9 +126,9 @@ def shortcut_pool(tokens: Tensor, rows: Tensor | None = None) -> Tensor:
     Source: PAE (arXiv 2601.20232), Eq. 3.
     """
     if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
-        raise TypeError(f"tokens must be a float tensor (S, B, N, D), got {says(tokens)}")
+        raise TypeError(f"tokens must be a float tensor (S, B, N, D), got {describe(tokens)}")
     if tokens.dim() != 4 or 0 in tokens.shape[1:3]:
-        raise ValueError(f"tokens must be (S, B, N, D) with B, N >= 1, got {says(tokens)}")
+        raise ValueError(f"tokens must be (S, B, N, D) with B, N >= 1, got {describe(tokens)}")
     _refuse_gradient("tokens", tokens)
     _check_added("rows", rows, tuple(tokens.shape[2:]), tokens.device)
     return _pool(tokens, rows)
@@ -137,11 +137,11 @@ def shortcut_pool(tokens: Tensor, rows: Tensor | None = None) -> Tensor:
 def _check_spectrum(spectrum: Tensor, window: int, size: tuple[int, int]) -> None:
     complex_types = (torch.complex64, torch.complex128)
     if not isinstance(spectrum, Tensor) or spectrum.dtype not in complex_types:
-        raise TypeError(f"spectrum must be complex64 or complex128, got {says(spectrum)}")
+        raise TypeError(f"spectrum must be complex64 or complex128, got {describe(spectrum)}")
     if spectrum.dim() != 4 or tuple(spectrum.shape[2:]) != tuple(size):
         raise ValueError(
             f"spectrum must be the full fft2 (B, C, H, W) of images of size {tuple(size)}, "
-            f"got {says(spectrum)}"
+            f"got {describe(spectrum)}"
         )
     if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= min(size):
         raise ValueError(f"window must be an int from 1 to min(H, W) = {min(size)}, got {window!r}")
@@ -150,9 +150,9 @@ def _check_spectrum(spectrum: Tensor, window: int, size: tuple[int, int]) -> Non
 
 def _check_origins(origins: Tensor, window: int, size: tuple[int, int]) -> None:
     if not isinstance(origins, Tensor) or origins.dtype != torch.int64:
-        raise TypeError(f"origins must be an int64 tensor (S, 2), got {says(origins)}")
+        raise TypeError(f"origins must be an int64 tensor (S, 2), got {describe(origins)}")
     if origins.dim() != 2 or origins.shape[1] != 2:
-        raise ValueError(f"origins must be (S, 2), got {says(origins)}")
+        raise ValueError(f"origins must be (S, 2), got {describe(origins)}")
     last = (size[0] - window, size[1] - window)
     if _readable(origins) and bool(((origins < 0) | (origins > origins.new_tensor(last))).any()):
         raise ValueError(
@@ -166,9 +166,9 @@ def _check_embedding(
 ) -> None:
     channels, height, width = spectrum.shape[1:]
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"weight must be a float tensor (D, C, ph, pw), got {says(weight)}")
+        raise TypeError(f"weight must be a float tensor (D, C, ph, pw), got {describe(weight)}")
     if weight.dim() != 4 or 0 in weight.shape or weight.shape[1] != channels:
-        raise ValueError(f"weight must be (D, {channels}, ph, pw), got {says(weight)}")
+        raise ValueError(f"weight must be (D, {channels}, ph, pw), got {describe(weight)}")
     ph, pw = weight.shape[2:]
     if height % ph or width % pw:
         raise ValueError(
@@ -186,9 +186,9 @@ def _check_added(name: str, t: Tensor | None, shape: tuple[int, ...], device: to
     if t is None:
         return
     if not isinstance(t, Tensor) or not t.is_floating_point():
-        raise TypeError(f"{name} must be a float tensor {shape} or None, got {says(t)}")
+        raise TypeError(f"{name} must be a float tensor {shape} or None, got {describe(t)}")
     if tuple(t.shape) != shape or t.device != device:
-        raise ValueError(f"{name} must be {shape} on {device}, got {says(t)}")
+        raise ValueError(f"{name} must be {shape} on {device}, got {describe(t)}")
     _refuse_gradient(name, t)
 
 

@@ -34,13 +34,12 @@ largest exponent seen, a power of two: exact.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import backends
 from ..ahead_of_time import OPTIONS, Launch
 
 _SIZES = ("images", "lines", "window", "tokens_per_image", "rows_in_all", "parts")
@@ -350,20 +349,19 @@ def shortcut_tokens(
     out = spectrum.new_empty((count, batch, height // ph * grid, dim), dtype=dtype)
     if out.numel() == 0:
         return out
-    factors = {"dtype": dtype if dtype == torch.bfloat16 else torch.float32}
-    factors["device"] = spectrum.device
-    strips = torch.empty((count, window, 2, lines, inner), **factors)
-    taps = torch.empty((count, window, 2, inner, dim), **factors)
+    factor = dtype if dtype == torch.bfloat16 else torch.float32
+    strips = out.new_empty(count, window, 2, lines, inner, dtype=factor)
+    taps = out.new_empty(count, window, 2, inner, dim, dtype=factor)
     columns = torch.empty((pw, channels, ph, dim), dtype=torch.float32, device=spectrum.device)
     columns.copy_(weight.permute(3, 1, 2, 0))
-    shift = [t.to(torch.float32) for t in (bias, rows) if t is not None]
-    shift = sum(shift[1:], shift[0]).contiguous() if shift else None
+    added = [t.to(torch.float32) for t in (bias, rows) if t is not None]
+    shift = sum(added[1:], added[0]).contiguous() if added else None
     values = torch.view_as_real(spectrum.resolve_conj())
     origins = origins.contiguous()
     reach = grid // 2 if grid % 2 == 0 else grid
     tile = _tokens_launch(dtype == torch.bfloat16, inner)
     tiles = lambda size, launch, name: triton.cdiv(size, launch[name])
-    with _on(spectrum.device):
+    with backends.on(spectrum.device):
         shortcut_strips_kernel[
             (count * batch * channels * tiles(height, _STRIPS, "BLOCK_H"),
              tiles(window, _STRIPS, "BLOCK_V"))
@@ -398,10 +396,10 @@ def shortcut_pool(tokens: Tensor, rows: Tensor | None = None) -> Tensor:
         return out
     tokens = tokens if tokens.stride(3) == 1 else tokens.contiguous()
     parts = triton.cdiv(batch * per_image, _POOLED_TOGETHER)
-    wide = {"dtype": torch.float32, "device": tokens.device}
-    exponents = torch.empty((count, parts), dtype=torch.int32, device=tokens.device)
-    energies, sums = torch.empty((count, parts), **wide), torch.empty((count, parts, dim), **wide)
-    with _on(tokens.device):
+    exponents = tokens.new_empty(count, parts, dtype=torch.int32)
+    energies = tokens.new_empty(count, parts, dtype=torch.float32)
+    sums = tokens.new_empty(count, parts, dim, dtype=torch.float32)
+    with backends.on(tokens.device):
         shortcut_pool_kernel[(count * parts,)](
             tokens, tokens if rows is None else rows.contiguous(), exponents, energies, sums,
             per_image, batch * per_image, parts, *tokens.stride()[:3],
@@ -424,11 +422,6 @@ def _pool_launch(dim: int) -> dict:
     rows = min(_POOLED_TOGETHER, max(1, 4096 // block))
     warps = {"num_warps": 4 if block <= 4096 else 8}
     return {"PER_PROGRAM": _POOLED_TOGETHER, "ROWS": rows, "BLOCK_D": block, **warps}
-
-
-def _on(device: torch.device):
-    """Launch on the tensor's device; Triton takes the caller's current stream there."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _launches(
