@@ -21,9 +21,8 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pae.checkpoint import write_atomically
 
@@ -43,32 +42,14 @@ BLOCK = re.compile(
 _MARKER = re.compile(r"<!-- (?:generated|end): [^>]+? -->")
 
 
-class Makes(Protocol):
-    """A module that turns parsed JSON into text by block and drawing functions by figure."""
-
-    def blocks(self, numbers: dict) -> dict[str, str]: ...
-
-    def figures(self, numbers: dict) -> dict[str, Callable[[], Figure]]: ...
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where blocks and figures come from.
-
-    Attributes:
-        files: one path below bench/results, whose JSON are the numbers; or a pattern of paths, and
-            then the numbers map file names to their JSON.
-    """
-
-    module: Makes
-    files: str
-
-
-SOURCES = (
-    Source(pages, "*.json"),
-    Source(families, "science/families.json"),
-    Source(convergence, "science/convergence.json"),
-    Source(end_to_end, "science/end_to_end.json"),
+# modules with `blocks(numbers)`, text by name, and `figures(numbers)`, a drawing function by name;
+# and where below bench/results the numbers are: one file's JSON, or by file name that of a pattern
+Sources = tuple[tuple[Any, str], ...]
+SOURCES: Sources = (
+    (pages, "*.json"),
+    (families, "science/families.json"),
+    (convergence, "science/convergence.json"),
+    (end_to_end, "science/end_to_end.json"),
 )
 
 
@@ -80,20 +61,21 @@ class Report:
         figures: name -> the function that draws it, and the description that its files carry.
     """
 
-    def __init__(self, root: Path = ROOT, sources: tuple[Source, ...] = SOURCES) -> None:
+    def __init__(self, root: Path = ROOT, sources: Sources = SOURCES) -> None:
         self.root = Path(root)
         self.blocks: dict[str, str] = {}
         self.figures: dict[str, tuple[Callable[[], Figure], str]] = {}
-        for source in sources:
-            paths = sorted((self.root / RESULTS).glob(source.files))
+        for module, files in sources:
+            paths = sorted((self.root / RESULTS).glob(files))
             texts = {path.name: path.read_text() for path in paths}
             read = {name: json.loads(text) for name, text in texts.items()}
-            numbers = read if "*" in source.files else read[Path(source.files).name]
+            numbers = read if "*" in files else read[Path(files).name]
             digest = hashlib.blake2b(repr(sorted(texts.items())).encode(), digest_size=8)
             description = f"drawn from numbers {digest.hexdigest()}"
-            self.blocks |= source.module.blocks(numbers)
-            drawings = source.module.figures(numbers).items()
-            self.figures |= {name: (draw, description) for name, draw in drawings}
+            self.blocks |= module.blocks(numbers)
+            self.figures |= {
+                name: (draw, description) for name, draw in module.figures(numbers).items()
+            }
 
     def pages(self) -> Iterator[Path]:
         yield self.root / "README.md"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 CANONICAL = "cpu.json"
+DESCRIBED = ("provider", "clock", "unit", "baselines", "columns")  # what a file says of a row
 OURS = ("pae", "reference", "Triton", "CUDA")  # how names of this library's versions begin
 
 
@@ -72,8 +73,12 @@ class Run:
             KeyError, TypeError: it is no JSON of --benchmark-json.
         """
         rows = [
-            Row(bench["group"], seconds=bench["stats"]["data"], **_described(bench["extra_info"]))
-            for bench in read["benchmarks"]
+            Row(
+                row["group"],
+                seconds=row["stats"]["data"],
+                **{name: row["extra_info"][name] for name in DESCRIBED},
+            )
+            for row in read["benchmarks"]
         ]
         rows += [Row(**entry) for entry in read["left_out"]["providers"]]
         machine, left_out = read["machine_info"]["summary"], read["left_out"]["groups"]
@@ -104,10 +109,6 @@ class Run:
             for name, rows in self.groups.items()
             if name.startswith(prefixes) and measured(rows)
         }
-
-
-def _described(info: dict[str, Any]) -> dict[str, Any]:
-    return {name: info[name] for name in ("provider", "clock", "unit", "baselines", "columns")}
 
 
 def by_group(rows: Iterable[Row]) -> dict[str, list[Row]]:

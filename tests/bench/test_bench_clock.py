@@ -65,18 +65,9 @@ def test_a_good_clock_passes(monkeypatch):
     assert clock.summary(found) == "passed (twice the work takes 2.00x, finest reading 1.0 us)"
 
 
-@pytest.mark.parametrize("name", ["process", "wall"])
-def test_the_clocks_that_are_used_pass(name):
-    """On this machine, whatever else runs: a check that a neighbour disturbed is made again."""
-    for _ in range(5):
-        try:
-            found = clock.check(CPU, name)
-            break
-        except clock.BadClock as error:
-            disturbed = error
-    else:
-        raise disturbed
-    assert clock.RATIO[0] <= found["work_x2"] <= clock.RATIO[1]
+def test_the_clock_that_is_used_passes():
+    """On this machine, whatever else runs on it."""
+    assert clock.RATIO[0] <= clock.check(CPU, "process")["work_x2"] <= clock.RATIO[1]
 
 
 BAD = {

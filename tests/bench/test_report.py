@@ -62,7 +62,7 @@ def tree(tmp_path):
         blocks=lambda numbers: {"toy number": f"{numbers['n']}x", "toy table": "| a |\n| - |"},
         figures=lambda numbers: {"toy_line": lambda: draw_line(numbers["n"])},
     )
-    sources = (report.Source(source, "science/toy.json"),)
+    sources = ((source, "science/toy.json"),)
     numbers = tmp_path / report.RESULTS / "science" / "toy.json"
     numbers.parent.mkdir(parents=True)
     (tmp_path / "docs" / "deep").mkdir(parents=True)
