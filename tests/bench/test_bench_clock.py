@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-
-from bench import clock  # noqa: E402
-from bench.timing import Sample  # noqa: E402
+from bench import clock
+from bench.timing import Sample
+from tests import processes
 
 CPU = torch.device("cpu")
 
@@ -133,14 +129,9 @@ sys.exit(pytest.main(sys.argv[1:]))
 
 def test_a_session_with_a_bad_clock_fails_before_any_benchmark():
     pytest.importorskip("pytest_benchmark")
-    run = subprocess.run(
-        [sys.executable, "-c", BREAK_THE_CLOCK, "-q", "-p", "no:cacheprovider"]
-        + ["bench/bench_kld.py", "--benchmark-only", "--quick", "--device=cpu"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", BREAK_THE_CLOCK, "-q", "-p", "no:cacheprovider"]
+    command += ["bench/bench_kld.py", "--benchmark-only", "--quick", "--device=cpu"]
+    run = processes.run(command, env={"OMP_NUM_THREADS": "1"}, check=False)
     said = run.stdout + run.stderr
     assert run.returncode == 6, said
     assert "no time can be trusted here: process clock: a nap of 20 ms took" in said
