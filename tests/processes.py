@@ -17,7 +17,7 @@ def run(
     *,
     env: Mapping[str, str | None] | None = None,
     cwd: str | os.PathLike | None = None,
-    timeout: float = 300,
+    timeout: float = 600,
     check: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """Run `command` at the root of the repository, or in `cwd`; its output is captured as text.
