@@ -39,7 +39,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but a wrong argument costs one line, not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {line} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,8 +127,6 @@ def _analyse(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from pae.train.runfolder import check_output
-
     launch = Launch(**from_arguments(Launch, arguments))
     on_line = from_arguments(Options, arguments)
     if launch.resume is not None:
@@ -143,10 +142,10 @@ def _train(arguments: argparse.Namespace) -> int:
     path = None if launch.config is None else find_config(launch.config)
     options, given = combine(path, {} if path is None else read_config(path), on_line)
     options = options.resolved(given)
-    if launch.output is not None:
-        check_output(launch.output)
+    from pae.train import compare, methods, runfolder
 
-    from pae.train import compare, methods
+    if launch.output is not None:
+        runfolder.check_output(launch.output)
 
     for _, _, each in compare.entries(options) if options.is_comparison else [("", "", options)]:
         methods.rehearse(each, given)

@@ -213,11 +213,14 @@ def _named(options: Options, called: Callable[[str], str]) -> Iterator[None]:
         raise type(error)(f"{called('model')}: {error}") from error
     except (TypeError, ValueError) as error:
         first = str(error).partition(" ")[0].partition("[")[0]
+        if first in declared(Options):
+            raise ValueError(f"{called(first)}: {error}") from error
         if first in options.method_args:
-            first = "method_args"
-        if first not in declared(Options):
-            raise
-        raise ValueError(f"{called(first)}: {error}") from error
+            raise ValueError(f"{called('method_args')}: {error}") from error
+        if first in _arguments(pae.prompts.METHODS.get(options.method, object)):
+            how = f"--method-args {first}=... sets it"
+            raise ValueError(f"{called('method')}: {error}; {how}") from error
+        raise
 
 
 def _check_windows(

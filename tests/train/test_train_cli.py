@@ -203,9 +203,20 @@ def test_defects_keep_their_traceback_and_debug_shows_all(flags, monkeypatch):
 def test_module_and_import_cost():
     """`python -m pae` works, and `import pae` pulls in nothing that only training needs."""
     script = (
-        "import sys, pae; heavy = {'matplotlib', 'accelerate', 'rich', 'onnx', 'pae.train'};"
+        "import sys, pae; pae.PromptedViT\n"
+        "heavy = {'matplotlib', 'accelerate', 'rich', 'onnx', 'pae.train'}\n"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
     )
     processes.run([sys.executable, "-c", script])
+    # nor does the command line wait for torch to show its help or to refuse an argument
+    for line in (["--help"], ["analyse", "--help"], ["train", "--lr", "x"], ["train", "--lt", "1"]):
+        script = (
+            "import sys; from pae.train.cli import main\n"
+            f"try: status = main({line})\n"
+            "except SystemExit as stop: status = stop.code\n"
+            "sys.exit(str({'torch', 'timm', 'triton'} & set(sys.modules) or status))"
+        )
+        done = processes.run([sys.executable, "-c", script], check=False)
+        assert done.stderr.splitlines()[-1] == ("0" if "--help" in line else "2")
     done = processes.run([sys.executable, "-m", "pae", "--version"])
     assert done.stdout.strip() == f"pae {pae.__version__}"
