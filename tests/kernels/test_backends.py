@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from pae_kernels import attention, backends, pointwise  # noqa: F401  (importing registers)
+from tests.processes import run
 
 
 def test_the_reference_runs_on_a_cpu(monkeypatch):
@@ -41,8 +41,7 @@ def test_kernels_say_what_they_need(monkeypatch):
 
 
 def test_table_is_printed():
-    command = [sys.executable, "-m", "pae_kernels"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = run([sys.executable, "-m", "pae_kernels"])
     for op in ("prompt_attention", "pointwise", "koopman", "shortcut"):
         assert op in done.stdout
     assert "reference" in done.stdout

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -24,6 +23,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import native_build  # noqa: E402
 
 from pae_kernels import native  # noqa: E402
+from tests.processes import run  # noqa: E402
 
 KNOWN = ("75", "80", "86", "89", "90", "100", "120")
 
@@ -203,13 +203,7 @@ def build_wheel(tree, folder, **environment):
     if int(setuptools.__version__.split(".")[0]) < 77:
         pytest.skip(f"setuptools {setuptools.__version__} is older than 77")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run(
-        [*command, "-q", "-w", str(folder), str(tree)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run([*command, "-q", "-w", folder, tree], env=environment)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -259,13 +253,8 @@ def test_a_wheel_without_the_library_serves_all(tree, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "out")
     code = "from pae.train.options import find_config; print(find_config('vpt-deep'))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "out")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", code]
+    done = run(command, env={"PYTHONPATH": str(tmp_path / "out")}, cwd=tmp_path)
     assert done.stdout.strip() == str(tmp_path / "out" / "pae" / "configs" / "vpt-deep.toml")
 
 
@@ -274,9 +263,7 @@ def test_building_needs_neither_torch_nor_the_package():
         "import sys; sys.modules.update(torch=None, pae=None, pae_kernels=None)\n"
         "sys.path.insert(0, 'csrc'); import native_build; print(native_build.SHIPPED)"
     )
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = run([sys.executable, "-S", "-c", code])
     assert done.stdout.strip() == str(native_build.SHIPPED)
 
 
@@ -358,16 +345,12 @@ def test_the_library_shows_the_interface_and_nothing_else(shipped):
     header = (ROOT / "csrc" / "pae.h").read_text()
     declared = set(re.findall(r"^PAE_API [\w *]+\b(pae_\w+)\(", header, re.M))
     assert "pae_probe" in declared
-    listed = subprocess.run(
-        ["nm", "-D", "--defined-only", shipped.library], capture_output=True, text=True, check=True
-    ).stdout
+    listed = run(["nm", "-D", "--defined-only", shipped.library]).stdout
     assert {line.split()[-1] for line in listed.splitlines()} == declared
 
 
 def test_the_library_depends_on_no_cuda_library(shipped):
-    said = subprocess.run(
-        ["readelf", "-d", shipped.library], capture_output=True, text=True, check=True
-    ).stdout
+    said = run(["readelf", "-d", shipped.library]).stdout
     needed = re.findall(r"NEEDED.*\[(.*)\]", said)
     system = ("libc.", "libm.", "libstdc++.", "libgcc_s.", "ld-linux", "libdl.", "librt.", "libpth")
     assert needed and all(name.startswith(system) for name in needed), needed
