@@ -159,12 +159,12 @@ class DAVPT(VPTDeep):
     def observe(self, index: int, x: Tensor, class_query: Tensor) -> None:
         if self.training:
             patches = x[:, self.shape.num_prefix_tokens :]
-            seen = self.this_forward.setdefault("seen", {})
-            seen[index] = patches.mean(dim=1), class_query
+            self.this_forward["seen", index] = patches.mean(dim=1), class_query
 
     def penalty(self) -> Tensor | None:
         """The proxy-anchor term of the last training forward; it is used up."""
-        seen: dict[int, tuple[Tensor, Tensor]] = self.this_forward.pop("seen", {})
+        keys = [("seen", i) for i in sorted(self._observed)]
+        seen = {i: self.this_forward.pop((k, i)) for k, i in keys if (k, i) in self.this_forward}
         labels = self._next.values.pop("labels", None)
         if not seen:
             return None
@@ -180,7 +180,7 @@ class DAVPT(VPTDeep):
         terms = [
             self.patch_weight * self._proxy_anchor(patch, prompts[i], owner)
             + self.class_weight * self._proxy_anchor(query, prompts[i], owner)
-            for i, (patch, query) in sorted(seen.items())
+            for i, (patch, query) in seen.items()
         ]
         return torch.stack(terms).mean()
 
