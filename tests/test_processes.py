@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from types import SimpleNamespace
@@ -102,6 +103,18 @@ def test_pytest_without_the_plug_in_stays_in_one_process(monkeypatch):
     del config.option.numprocesses
     conftest.pytest_cmdline_main(config)
     assert not hasattr(config.option, "numprocesses")
+
+
+def test_every_test_starts_processes_by_the_helper():
+    direct = re.compile(r"\bsubprocess\.(run|Popen|call|check_\w+)\(|\bos\.system\(")
+    tests = processes.ROOT / "tests"
+    found = [
+        f"{file.relative_to(tests)}:{number}"
+        for file in sorted(tests.rglob("*.py"))
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if direct.search(line) and "import subprocess" not in line
+    ]
+    assert [place.partition(":")[0] for place in found] == ["processes.py"], found
 
 
 def test_files_named_for_the_order_exist():
