@@ -85,7 +85,8 @@ class Steps:
         if _adds_apart(x, rows):
             return x, self.product(rows, block, name)
         weight, bias = block.product(name)
-        # PyTorch 2.11 loses the gradient of what is written to twice in a compiled Function
+        # PyTorch 2.11, compiling, loses the gradient of a Function's result that an operation gave
+        # back as it came
         overwrite = overwrite and not torch.compiler.is_compiling()
         y = x.add_(bias) if overwrite else x + bias
         # by `out=`, because PyTorch's FLOP counter does not know `addmm_`

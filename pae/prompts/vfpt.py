@@ -288,7 +288,9 @@ class _RealDFT(torch.autograd.Function):
         for dim in dims[:-1]:
             first, others = tail.split([1, tail.shape[dim] - 1], dim)
             tail = torch.cat([first, others.flip(dim)], dim)
-        return torch.cat([half, tail], dims[-1]).to(x.dtype)
+        result = torch.cat([half, tail], dims[-1])
+        # PyTorch 2.11, compiling, loses the gradient of a result that `to` gives back as it was
+        return result if result.dtype == x.dtype else result.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
