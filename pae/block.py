@@ -495,7 +495,10 @@ def _adds_apart(x: Tensor, rows: Tensor) -> bool:
 
 
 def _sum(x: Tensor, pending: Tensor | None) -> Tensor:
-    return x if pending is None else (x + pending).to(x.dtype)
+    if pending is None:
+        return x
+    y = x + pending
+    return y if y.dtype == x.dtype else y.to(x.dtype)  # as in `Steps.add`: never back as it came
 
 
 def _sum_and_norm(

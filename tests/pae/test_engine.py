@@ -550,6 +550,28 @@ def test_training_curves_overlay():
 # ---- wrappers
 
 
+@pytest.mark.parametrize("feature", ["plain", "avg"])
+@pytest.mark.parametrize("precision", ["autocast", "bf16"])
+def test_compiled_step_in_16_bits_equals_eager(feature, precision):
+    model = prompted(feature, 3, torch.float32, depth=2)
+    if precision == "bf16":
+        model.bfloat16()
+    x = tiny.images(model.backbone)
+
+    def run(forward):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            logits = forward(x)
+        logits.float().square().sum().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+    expected = run(lambda x: pae.fast_forward(model, x))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: pae.fast_forward(model, x), backend="aot_eager")
+    for got, wanted in zip(run(compiled), expected, strict=True):
+        assert error(got, wanted) < 3e-2
+
+
 def test_compiled_step_equals_eager():
     """One graph break, at the plan; the compiled ops are the registered ones."""
     model = prompted("plain", 3, torch.float32, depth=2)
