@@ -371,7 +371,8 @@ def combine(
     the other.
 
     Raises:
-        ValueError: another method on the command line than in the file.
+        ValueError: another method on the command line than in the file; an option of KLD or MPA
+            where neither side says whether there is one.
     """
     in_file = dict(in_file)
     method = declared(Options)["method"]
@@ -386,7 +387,14 @@ def combine(
     arguments = {**in_file.get("method_args", {}), **on_line.get("method_args", {})}
     if arguments:
         values["method_args"] = arguments
-    return Options(**values), Given({name: str(path) for name in in_file.keys() - on_line.keys()})
+    given = Given({name: str(path) for name in in_file.keys() - on_line.keys()})
+    for name, value in values.items():
+        switch = name.partition("_")[0]
+        if switch not in ("kld", "mpa") or name == switch or switch in values:
+            continue  # an explicit --no-kld leaves the rest of it unused on purpose
+        if values.get("method", COMPARE) != COMPARE:  # the comparison has both
+            raise ValueError(f"{given.call(declared(Options)[name], value)} needs --{switch}")
+    return Options(**values), given
 
 
 # ---- the machine

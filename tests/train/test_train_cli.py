@@ -142,6 +142,8 @@ def test_help_reads_well_and_states_licences(capsys):
             "--num-tokens 0: expected at least 1 with --mpa",
         ),
         (["--kld"], "--kld needs a --method"),
+        (["--method", "vpt-deep", "--no-mpa", "--kld-dim", "8"], "--kld-dim 8 needs --kld"),
+        (["--method", "vpt-deep", "--kld", "--mpa-head", "as_is"], "--mpa-head as_is needs --mpa"),
         (
             ["--method", "vpt-deep", "--mpa", "--num-tokens", "99"],
             "--num-tokens 99: 99 prompts, but --mpa-window 8 and",
