@@ -19,7 +19,8 @@ from tests import processes
 from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, save_shades
 
 RECIPE = ["--epochs", "2", "--batch-size", "16", "--num-tokens", "2"]
-RECIPE += ["--kld-dim", "8", "--mpa-window", "8", "--mpa-images", "4"]
+# a comparison has both; a single run says whether it has
+PAE_RECIPE = ["--kld-dim", "8", "--mpa-window", "8", "--mpa-images", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def error_line(capsys, arguments):
 
 
 def test_default_is_a_comparison_of_three_methods(flags, tmp_path, capsys):
-    assert main([*flags, "--output", str(tmp_path / "run")]) == 0
+    assert main([*flags, *PAE_RECIPE, "--output", str(tmp_path / "run")]) == 0
     table = capsys.readouterr().out
     for word in ("linear probe", "VPT-deep", "VPT-deep + PAE", "trained params", "test acc"):
         assert word in table
@@ -90,12 +91,12 @@ def test_interrupted_comparison_says_how_to_go_on_and_does(flags, tmp_path, caps
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(loop._Run, "_after_step", hook)
-        assert main([*flags, "--output", str(folder)]) == 130
+        assert main([*flags, *PAE_RECIPE, "--output", str(folder)]) == 130
     assert f"pae train --resume {folder}" in capsys.readouterr().err
     probe = (folder / "linear" / "metrics.json").read_bytes()
     assert main(["train", "--resume", str(folder), "--quiet"]) == 0
     assert (folder / "linear" / "metrics.json").read_bytes() == probe  # not run again
-    assert main([*flags, "--output", str(tmp_path / "whole"), "--quiet"]) == 0
+    assert main([*flags, *PAE_RECIPE, "--output", str(tmp_path / "whole"), "--quiet"]) == 0
 
     def measured(root):
         rows = json.loads((root / "results.json").read_text())
@@ -145,7 +146,7 @@ def test_help_reads_well_and_states_licences(capsys):
         (["--method", "vpt-deep", "--no-mpa", "--kld-dim", "8"], "--kld-dim 8 needs --kld"),
         (["--method", "vpt-deep", "--kld", "--mpa-head", "as_is"], "--mpa-head as_is needs --mpa"),
         (
-            ["--method", "vpt-deep", "--mpa", "--num-tokens", "99"],
+            ["--method", "vpt-deep", "--mpa", "--mpa-window", "8", "--num-tokens", "99"],
             "--num-tokens 99: 99 prompts, but --mpa-window 8 and",
         ),
         (["--method", "vpt-deep", "--model", "vit_smal_patch16_224"], "did you mean vit_small"),
