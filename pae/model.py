@@ -23,6 +23,8 @@ from .prompts import PromptFamily
 from .prompts.contracts import check_rows
 from .sequence import between_blocks, cut_rows, insert_rows, touches_rows
 
+_uncompiled_run = torch.compiler.disable(fast.run)
+
 
 class PromptedViT(nn.Module):
     """A frozen vision transformer with learned prompts and a trained head.
@@ -141,7 +143,10 @@ class PromptedViT(nn.Module):
         self.view.check_images(images)
         if engine == "fast":
             plan, x = self.plan(), self.view.embed(images)
-            return self.view.readout(fast.run(plan, self.view, self.prompts, x, memory))
+            # an observer leaves what it saw per thread, which breaks a graph: outside of the walk,
+            # since PyTorch 2.11 cannot go on from a break inside
+            run = _uncompiled_run if self.prompts.observed else fast.run
+            return self.view.readout(run(plan, self.view, self.prompts, x, memory))
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
         view, family, at = self.view, self.prompts, self.view.num_prefix_tokens

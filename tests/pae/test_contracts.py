@@ -709,7 +709,7 @@ def state_of(made):
     return sorted(i for module in made.modules() for i in tensors(vars(module)))
 
 
-@pytest.mark.parametrize("method", ["lspt", "vapt"])
+@pytest.mark.parametrize("method", ["lspt", "vapt", "da-vpt"])
 def test_a_thread_of_its_own_runs_a_compiled_model(method):
     """What a forward leaves reaches the penalty, although another thread compiled the model."""
     model = without_dropout(method)
