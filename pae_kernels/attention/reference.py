@@ -132,8 +132,18 @@ def forward(
 
 def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """Logits in at least fp32."""
-    scores = ((scale * q) @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
+    scores = _inner_products(q, k).mul_(scale)
     return scores if bias is None else scores + bias
+
+
+def _inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T with sums and result in at least fp32.
+
+    A 16-bit result is no choice: an error of a logit is a relative error of its probability, and
+    the log-sum-exp that is subtracted was taken of logits that are not rounded.
+    """
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide) @ b.to(wide).transpose(-1, -2)
 
 
 def backward(
@@ -180,33 +190,26 @@ def backward(
         step = 1 if qkv.device.type == "cpu" else max(batch, 1)
         for i in range(0, batch, step):
             s = slice(i, i + step)
-            grads = _explicit(
-                d_out[s], q[s], k[s], v[s], scale, None if bias is None else bias[s], out[s], lse[s]
-            )
+            mine = None if bias is None else bias[s]
+            grads = _explicit(d_out[s], q[s], k[s], v[s], scale, mine, lse[s])
             _pack(grads, d_qkv[s], d_kv[s], prompts)
     return d_qkv, sum_groups(d_kv, group, kv_prompt.shape[0]).to(kv_prompt.dtype)
 
 
 def _explicit(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from recomputed probabilities; products in the input dtype, softmax terms in
-    fp32.
+    """(dq, dk, dv) from recomputed probabilities; softmax and its gradient in fp32, products with
+    them in the input dtype.
+
+    The whole rows of the softmax are at hand, so its gradient is taken of them and not of `out`,
+    whose rounding to 16 bits would be most of the error.
     """
-    wide = lse.dtype
     probs = _scores(q, k, scale, bias).sub_(lse[..., None]).exp_()
     d_v = probs.to(v.dtype).transpose(-1, -2) @ d_out
-    delta = (d_out * out).sum(-1, keepdim=True, dtype=wide)
-    d_scores = (
-        (d_out @ v.transpose(-1, -2)).to(wide).sub_(delta).mul_(probs).mul_(scale).to(q.dtype)
-    )
+    d_probs = _inner_products(d_out, v).to(probs.dtype)  # a bias in fp64 makes them that wide
+    d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
+    d_scores = d_scores.mul_(scale).to(q.dtype)
     return d_scores @ k, d_scores.transpose(-1, -2) @ q, d_v
 
 
@@ -240,6 +243,6 @@ def _prompt_columns(
     probs = _scores(q, k_p, scale, bias).sub_(lse[..., None]).exp_()
     d_v = probs.to(d_out.dtype).transpose(-1, -2) @ d_out
     delta = (d_out * out).sum(-1, keepdim=True, dtype=wide)
-    d_scores = (d_out @ v_p.transpose(-1, -2)).to(wide).sub_(delta).mul_(probs).mul_(scale)
+    d_scores = _inner_products(d_out, v_p).sub_(delta).mul_(probs).mul_(scale)
     d_k = d_scores.to(q.dtype).transpose(-1, -2) @ q
     return torch.stack([d_k.transpose(1, 2), d_v.transpose(1, 2)], dim=2)

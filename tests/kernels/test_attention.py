@@ -344,11 +344,16 @@ def test_any_shape(execution):
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("queries", ["all", "class"])
 @pytest.mark.parametrize("sets", [1, 3])
-def test_16_bits_against_plain_attention(dtype, queries, sets):
-    """At most twice the error of PyTorch's attention in the same precision."""
+@pytest.mark.parametrize("sharp", [1.0, 6.0])
+def test_16_bits_against_plain_attention(dtype, queries, sets, sharp):
+    """At most twice the error of PyTorch's attention in the same precision; also where queries are
+    long, so that logits are large and a rounded one would show (5 times the error).
+    """
     squares = torch.zeros(2, 3)
     for seed in range(4):
         qkv, kv = inputs(3, 50, 10, 3, 64, sets, dtype, seed)
+        with torch.no_grad():
+            qkv[:, :, 0] *= sharp
         truth = results(by_definition, qkv.double(), kv.double(), queries=queries)
         ours = results(prompt_attention, qkv, kv, queries=queries)
         theirs = results(sdpa, qkv, kv, queries=queries)
