@@ -4,9 +4,12 @@ belongs to.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import prompts
-from .errors import CheckpointError
+from .errors import CheckpointError, one_line
 from .kld import KLD
 
 FORMAT = "pae-1"
@@ -40,26 +43,69 @@ class Trained(Protocol):
 _Model = TypeVar("_Model", bound=Trained)
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+TEMPORARY = ".*.pae-tmp"  # a glob pattern: files that `write_atomically` is still filling
+
+
+def write_atomically(
+    path: str | Path, write: Callable[[Path], object], previous: Path | None = None
+) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step.
 
-    A crash at any moment leaves the old file or the new one, never a part.
+    A crash at any moment leaves the old file or the new one, never a part; with `previous`, the
+    old one under one of its two names.
+
+    Args:
+        path: its folder is made when it is missing.
+        write: called with the temporary file, which it makes.
+        previous: the name that the file at `path` gets when the new one takes its place.
+
+    Raises:
+        OSError: naming `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # only a part of a long name: what is added must not make it longer than a folder takes
+    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:12]}.pae-tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            if previous is not None and os.path.lexists(path):
+                os.replace(path, previous)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):  # whatever came before says more
+                temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno is None:
+            raise OSError(f"{path} cannot be written: {one_line(error)}") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk, where the file system can (CIFS, FUSE cannot)."""
     try:
-        os.fsync(directory)
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError:  # it may be written and not read; on Windows folders cannot be opened
+        return
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
     finally:
-        os.close(directory)
+        os.close(opened)
+
+
+def remove_temporaries(folder: str | Path) -> None:
+    """Delete what processes that died have left of files in `folder`.
+
+    Only for a folder in which nobody else writes at the moment.
+    """
+    for path in Path(folder).glob(TEMPORARY):
+        path.unlink(missing_ok=True)
 
 
 def fingerprint(backbone: nn.Module) -> str:

@@ -8,30 +8,26 @@
     curves.png         the curves
 
 A comparison has results.csv and results.json instead, and a folder of the above per method.
-Each file is replaced atomically. `state.pt` alone decides where a resumed run goes on; it carries
-its own digest, so that a damaged one is recognised before it is believed.
+Each file is replaced atomically. The state alone decides where a resumed run goes on; its format is
+in `pae.train.state`.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pae.checkpoint import write_atomically
 from pae.errors import CheckpointError
 from pae.train.options import Options, read_config
+from pae.train.state import read_state, write_state
 
 Rows = list[dict[str, Any]]
-
-_MAGIC = b"pae-state-1"
 
 
 class RunFolder:
@@ -51,6 +47,7 @@ class RunFolder:
         self.state = self.path / "state.pt"
         self.previous_state = self.path / "state.previous.pt"
         self.curves = self.path / "curves.png"
+        self._went_back = False  # to the previous state, as the last one is of no use
 
     def write_config(self, options: Options, **facts: Any) -> None:
         """Writes the options and `facts` (versions, classes, sizes)."""
@@ -89,44 +86,31 @@ class RunFolder:
         return self._metrics().get("epochs", [])
 
     def write_state(self, state: dict[str, Any]) -> None:
-        """Replaces state.pt; the one it replaces stays as state.previous.pt.
-
-        The old file gets its second name before the new one takes the first: at every instant
-        state.pt is a complete state.
+        """Replaces state.pt; the one it replaces stays as state.previous.pt, unless this run went
+        on from that one.
         """
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        payload = buffer.getvalue()
-        digest = hashlib.sha256(payload).hexdigest().encode()
-        if self.state.exists():
-            spare = self.path / f".state.{os.getpid()}.tmp"
-            spare.unlink(missing_ok=True)
-            os.link(self.state, spare)
-            os.replace(spare, self.previous_state)
-        data = _MAGIC + b" " + digest + b"\n" + payload
-        self._write(self.state, data)
+        write_state(self.state, state, None if self._went_back else self.previous_state)
+        self._went_back = False
 
     def read_state(self, previous: bool = False) -> dict[str, Any] | None:
-        """The saved state, or None when the run was stopped before the first one.
+        """The last state, or None when the run was stopped before the first one.
 
         Args:
-            previous: read state.previous.pt instead.
+            previous: the state before it instead.
         Raises:
-            CheckpointError: half-written, damaged, or not a state file.
+            CheckpointError: unreadable, half-written, damaged, or not a state file.
         """
-        path = self.previous_state if previous else self.state
-        if not path.exists():
-            if previous:
-                raise CheckpointError(f"{path}: there is no previous state")
-            return None
-        head, _, payload = path.read_bytes().partition(b"\n")
-        digest = hashlib.sha256(payload).hexdigest().encode()
-        if head != _MAGIC + b" " + digest:
-            advice = ""
-            if not previous and self.previous_state.exists():
-                advice = "; --previous-state goes on from the state before it"
-            raise CheckpointError(f"{path} is half-written or damaged{advice}")
-        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        there = os.path.lexists(self.previous_state)
+        if previous:
+            if not there:
+                raise CheckpointError(f"{self.previous_state}: there is no previous state")
+            self._went_back = True
+            return read_state(self.previous_state)
+        if os.path.lexists(self.state):
+            advice = "; --previous-state goes on from the state before it" if there else ""
+            return read_state(self.state, advice)
+        # a crash between the two renames of `write_state` leaves the last state under this name
+        return read_state(self.previous_state) if there else None
 
     def _metrics(self) -> dict[str, Any]:
         if not self.metrics_json.is_file():

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import pae
-from pae.train import loop, methods, pixels, runfolder
+from pae.train import loop, methods, pixels
+from pae.train import state as state_file
 from pae.train.cli import main
 from pae.train.options import Options
 from pae.train.report import Reporter
@@ -258,7 +259,7 @@ def test_only_the_current_interval_is_repeated(shades, tmp_path, monkeypatch):
 
 KILLER = """
 import os, signal, sys
-from pae.train import loop, runfolder
+from pae.train import loop, state
 from pae.train.cli import main
 
 def die():
@@ -273,16 +274,16 @@ if where == "step":
             die()
     loop._Run._after_step = hook
 else:
-    write, count = runfolder.write_atomically, 0
-    def half(path, writer):
+    write, count = state.write_atomically, 0
+    def half(path, writer, *more):
         def write_half(file):
             writer(file)
             os.truncate(file, os.path.getsize(file) // 2)
             die()
         global count
         count += os.path.basename(path) == where
-        write(path, write_half if count == number else writer)
-    runfolder.write_atomically = half
+        write(path, write_half if count == number else writer, *more)
+    state.write_atomically = half
 main(sys.argv[3:])
 """
 
@@ -386,10 +387,10 @@ def test_a_failing_write_leaves_the_state_before_it(tmp_path, monkeypatch):
     folder.write_state({"epoch": 1})
     folder.write_state({"epoch": 2})
 
-    def full_disk(path, writer):
+    def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(runfolder, "write_atomically", full_disk)
+    monkeypatch.setattr(state_file, "write_atomically", full_disk)
     with pytest.raises(OSError, match=r"no space left"):
         folder.write_state({"epoch": 3})
     assert folder.read_state()["epoch"] == 2
