@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+from pae.train.images import image_suffixes
+
 _SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -192,7 +193,7 @@ def read_image_folder_split(folder: Path, classes: Sequence[str]) -> Images:
             files = [
                 path
                 for path in sorted((folder / name).rglob("*"))
-                if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+                if path.suffix.lower() in image_suffixes() and not path.name.startswith(".")
             ]
         if not files:
             raise ValueError(f"{folder / name}: class without images")
