@@ -17,6 +17,7 @@ version of Python, PyTorch or CUDA, only on the driver.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -405,16 +406,30 @@ def _without(reason: str) -> Outcome:
 
 
 def place(outcome: Outcome, folder: Path) -> None:
-    """Puts the library and its record into a package folder; without one, takes an old one away."""
+    """Puts the library and its record into a package folder; without one, takes an old one away.
+
+    The record has the library's SHA-256: what is loaded is what was built.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).write_text(json.dumps(outcome.record, indent=1) + "\n")
+    record = dict(outcome.record)
     if outcome.library is None:
         (folder / LIBRARY).unlink(missing_ok=True)
-        return
-    # renamed into place: a process that has the old one mapped keeps it
-    copy = folder / f"{LIBRARY}.{os.getpid()}"
-    shutil.copyfile(outcome.library, copy)
-    copy.replace(folder / LIBRARY)
+    else:
+        library = outcome.library.read_bytes()
+        record["sha256"] = hashlib.sha256(library).hexdigest()
+        _write(folder / LIBRARY, library)
+    _write(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Renamed into place: who has the old one mapped keeps it, and nobody sees a part of it."""
+    copy = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        copy.write_bytes(content)
+        copy.replace(path)
+    except BaseException:
+        copy.unlink(missing_ok=True)
+        raise
 
 
 if __name__ == "__main__":

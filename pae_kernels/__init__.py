@@ -2,11 +2,20 @@
 training.
 """
 
-from . import flops
-from .adaptive import prompt_bottleneck, token_mix
-from .attention import class_attention, prompt_attention
-from .koopman import koopman_losses, koopman_rollout
-from .spectrum import shortcut_images, shortcut_pool, shortcut_tokens
+import sys
+
+try:
+    from . import flops
+    from .adaptive import prompt_bottleneck, token_mix
+    from .attention import class_attention, prompt_attention
+    from .koopman import koopman_losses, koopman_rollout
+    from .spectrum import shortcut_images, shortcut_pool, shortcut_tokens
+
+    flops.register_when_imported()
+except (Exception, SystemExit):
+    # `python -m pae_kernels` imports this first, and says itself what is wrong, e.g. with torch
+    if "pae_kernels" not in sys.orig_argv:
+        raise
 
 __all__ = [
     "class_attention",
@@ -19,5 +28,3 @@ __all__ = [
     "shortcut_tokens",
     "token_mix",
 ]
-
-flops.register_when_imported()

@@ -9,12 +9,11 @@ fallback.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -50,9 +49,27 @@ class Version:
 _OPS: dict[str, list[Version]] = {}
 
 
-@lru_cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def import_failure(name: str) -> str | None:
+    """Why a package cannot be imported, whatever its import raises, in one line; or None."""
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return f"package {name} is not installed"
+        reason: BaseException = error
+    except (Exception, SystemExit) as error:
+        reason = error
+    else:
+        return None
+    return f"package {name} cannot be imported: {one_line(reason)}"
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line: its kind, and what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
+_triton_failure = lru_cache(partial(import_failure, "triton"))
 
 
 def _interpreted() -> bool:
@@ -66,15 +83,13 @@ def anywhere(device_type: str, dtype: torch.dtype) -> str | None:
 
 def with_triton(device_type: str, dtype: torch.dtype) -> str | None:
     """Predicate of Triton kernels: a GPU (or the interpreter) and at most 32 bits."""
-    if not _has_triton():
-        return "package triton is not installed"
     if dtype not in _UP_TO_32_BITS:
         return f"computes in fp32 at most, not {dtype}"
     if device_type == "cpu" and not _interpreted():
         return "needs a GPU"
     if device_type not in ("cpu", "cuda"):
         return f"does not know device {device_type}"
-    return None
+    return _triton_failure()  # the import comes last: it takes a fifth of a second
 
 
 def with_cuda(device_type: str, dtype: torch.dtype) -> str | None:
@@ -132,7 +147,10 @@ def choose(op: str, device: torch.device | str, dtype: torch.dtype = torch.float
 
 
 def table() -> list[tuple[str, str, str, str]]:
-    """Rows (op, device type, chosen version, versions that cannot run and why)."""
+    """Rows (op, device type, chosen version, versions that cannot run and why).
+
+    Raises nothing: where no version can be chosen it is "-".
+    """
     rows = []
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for op, versions in sorted(_OPS.items()):
@@ -141,8 +159,8 @@ def table() -> list[tuple[str, str, str, str]]:
             why = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
             try:
                 module = choose(op, device)
-                chosen = next(v.name for v in versions if v.load() is module)
-            except RuntimeError as error:
+                chosen = next(v.name for v in versions if v.module in (module, module.__name__))
+            except Exception as error:
                 chosen, why = "-", [str(error)]
             rows.append((op, device, chosen, "; ".join(why)))
     return rows

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 from collections.abc import Iterator
 from functools import lru_cache
@@ -36,6 +37,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PATH = Path(__file__).with_name("_native.so")
 BUILD = Path(__file__).with_name("_native_build.json")
 SOURCES = Path(__file__).parent.parent / "csrc"
+_AGAIN = "install the package again"
 
 _STRUCTS: dict[str, type[ctypes.Structure]] = {}
 _loaded: Library | None = None
@@ -80,7 +82,7 @@ class Library:
 
     Raises:
         OSError: it cannot be loaded.
-        RuntimeError: it was built from other sources than this package.
+        RuntimeError: it was built from other sources than this package, or is another library.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -88,6 +90,8 @@ class Library:
         self.handle = ctypes.CDLL(str(path))
         self.emulated = hasattr(self.handle, "pae_emulation_set_order")
         self._functions: dict[str, Any] = {}
+        for name in ("pae_abi_version", "pae_last_error", "pae_probe"):
+            self._symbol(name)
         version = self.handle.pae_abi_version()
         if version != ABI_VERSION:
             raise RuntimeError(
@@ -111,11 +115,23 @@ class Library:
             "in this package: install the package again"
         )
 
+    def _symbol(self, name: str) -> Any:
+        try:
+            return getattr(self.handle, name)
+        except AttributeError:
+            raise RuntimeError(
+                f"{self.path} has no function {name}: install the package again"
+            ) from None
+
     def status(self, name: str, params: ctypes.Structure, stream: int | None) -> int:
-        """Calls `name` on the current device; 0, or the status whose words are `last_error()`."""
+        """Calls `name` on the current device; 0, or the status whose words are `last_error()`.
+
+        Raises:
+            RuntimeError: the library has no such function.
+        """
         function = self._functions.get(name)
         if function is None:
-            function = getattr(self.handle, name)  # AttributeError: it has no such function
+            function = self._symbol(name)
             function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
             self._functions[name] = function
         return function(ctypes.byref(params), stream)
@@ -136,15 +152,32 @@ _Probe = params(
 
 
 def build_record() -> dict:
-    """What setup.py wrote down: `reason` when it built nothing, else `nvcc`, `architectures`."""
+    """What setup.py wrote down: `reason` when it built nothing, else `nvcc`, `architectures`,
+    `sha256` of the library; a `reason` too when the record cannot be read.
+    """
     try:
-        return json.loads(BUILD.read_text())
+        record = json.loads(BUILD.read_text())
     except FileNotFoundError:
         return {"reason": "not built; `pip install -e .` builds it where nvcc is found"}
+    except NotADirectoryError:
+        archive = next(above for above in BUILD.parents if above.is_file())
+        return {"reason": f"{archive} is an archive, and libraries are loaded from folders only"}
+    except (OSError, ValueError, RecursionError) as error:
+        return {"reason": f"{BUILD} cannot be read ({error}): {_AGAIN}"}
+    match record:
+        case {"reason": str()}:
+            return record
+        case {"nvcc": str(), "architectures": [*names], "sha256": str()} if all(
+            isinstance(name, str) for name in names
+        ):
+            return record
+    return {"reason": f"{BUILD} is damaged or of another version of pae: {_AGAIN}"}
 
 
 def library() -> Library:
     """The library in use, loaded at first need.
+
+    It is the very file that the record tells of: a damaged one would end the process, not the call.
 
     Raises:
         RuntimeError: there is none that can be used; says why.
@@ -153,9 +186,7 @@ def library() -> Library:
     if _loaded is None:
         if _failure is None:
             try:
-                if not PATH.is_file():
-                    raise RuntimeError(build_record().get("reason", f"{PATH} is missing"))
-                _loaded = Library(PATH)
+                _loaded = Library(_recorded())
                 return _loaded
             except (OSError, RuntimeError) as error:
                 _failure = str(error)
@@ -163,15 +194,25 @@ def library() -> Library:
     return _loaded
 
 
+def _recorded() -> Path:
+    record = build_record()
+    if "reason" in record:
+        raise RuntimeError(record["reason"])
+    if not PATH.is_file():
+        raise RuntimeError(f"{PATH} is missing: {_AGAIN}")
+    if hashlib.sha256(PATH.read_bytes()).hexdigest() != record["sha256"]:
+        raise RuntimeError(f"{PATH} is damaged, or was built apart from its record: {_AGAIN}")
+    return PATH
+
+
 def describe() -> str:
     """The library in one line: what it was built for and whether it runs here, or why not."""
     record = build_record()
     if "reason" in record:
         return f"none: {record['reason']}"
-    said = f"{PATH.name} for {' '.join(record.get('architectures', ()))}"
-    said += f", nvcc {record.get('nvcc')}"
+    said = f"{PATH} for {' '.join(record['architectures'])}, nvcc {record['nvcc']}"
     if newer := changed_since_built():
-        said += f", older than csrc/{newer}: install again"
+        said += f", older than csrc/{newer}: {_AGAIN}"
     if reason := unavailable():
         said += f"; cannot run here: {reason}"
     return said
