@@ -68,27 +68,6 @@ def window_losses(
 
 
 @torch.no_grad()
-def official_style_losses(
-    vit: nn.Module,
-    head: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    count: int,
-    window: int = 16,
-    stride: int = 8,
-    deep: bool = True,
-) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Phase I: every window's loss (S,), with `count` zero prompts in place, and its origin."""
-    origins = windows_of(tuple(images.shape[-2:]), window, stride)
-    zeros = [images.new_zeros(count, vit.embed_dim)] * len(vit.blocks)
-
-    def logits(filtered: Tensor) -> Tensor:
-        return prompted_logits(vit, head, filtered, zeros, deep)
-
-    return window_losses(logits, images, labels, origins, window), origins
-
-
-@torch.no_grad()
 def official_style_prompts(
     vit: nn.Module,
     images: Tensor,

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from pae.checkpoint import write_atomically
-from pae.train import loop, pixels
-from pae.train.data import Images, stratified_cut
+from pae.train import loop
+from pae.train.data import stratified_cut
 from pae.train.options import Options
 from pae.train.report import Reporter
 from pae.train.runfolder import RunFolder
@@ -131,16 +130,6 @@ def load_task(settings: Options, test_size: int | None = None) -> Any:
         return task
     (kept,) = stratified_cut(task.test.labels, [test_size], seed=0)
     return dataclasses.replace(task, test=task.test.subset(kept))
-
-
-def decoded(images: Images, vit: nn.Module, order: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 3, S, S) images of a split and their labels, as `pae train` sees them unaugmented."""
-    config, side = resolve_data_config({}, model=vit), vit.patch_embed.img_size[0]
-    transform, is_random = pixels.make_transform("none", True, side, config["interpolation"])
-    split = pixels.PixelSplit(images, transform, is_random, 0, 1)
-    mean, std = pixels.normalisation("model", config)
-    (batch,) = pixels.Pipeline(split, mean, std, torch.device("cpu"), 1).batches([order])
-    return batch
 
 
 class Trace:

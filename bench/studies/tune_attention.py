@@ -1,4 +1,4 @@
-"""Tiles of the attention kernels: walk from the shipped ones to the fastest neighbours.
+"""Tiles of the attention kernels: the shipped ones, and faster ones near them.
 
     python -m bench.studies.tune_attention [--seconds 300]   # on a GPU; `bench/gpu.sh tune` runs it
 
@@ -10,9 +10,10 @@ refused, so it cannot win; run the ahead-of-time compile test after writing a ne
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 from unittest import mock
@@ -58,37 +59,25 @@ TARGETS = [
     Target("SPLIT", (True, False, 64), 197, 12, 64, torch.float32),
 ]
 
-Seconds = Callable[[Tile], "float | None"]  # of a tile; None when it cannot run
+Seconds = Callable[[Tile], float]  # of a tile; infinite when it cannot run
 
 
-def neighbours(tile: Tile, fixed_rows: bool) -> Iterator[Tile]:
-    """Tiles one step away in one property; the one-pass backward holds all rows, so block_m is
-    fixed there.
+def search(tile: Tile, seconds: Seconds, fixed_rows: bool, deadline: float) -> dict[Tile, float]:
+    """Times of all tiles that were tried: one property after the other at every choice, the others
+    as in the best so far, until nothing is faster or `time.monotonic()` passes `deadline`. The
+    one-pass backward holds all rows, so block_m is fixed there.
     """
-    for name, choices in CHOICES.items():
-        if name == "block_m" and fixed_rows:
-            continue
-        at = choices.index(getattr(tile, name))
-        for step in (at - 1, at + 1):
-            if 0 <= step < len(choices):
-                yield replace(tile, **{name: choices[step]})
-
-
-def walk(tile: Tile, seconds: Seconds, fixed_rows: bool, deadline: float) -> dict[Tile, float]:
-    """Times of all tiles that were visited: downhill, until no neighbour is faster, or until the
-    `deadline` of `time.monotonic()`.
-    """
-    seen: dict[Tile, float | None] = {tile: seconds(tile)}
-    best, here = tile, None
-    while best != here:
-        here = best
-        for other in neighbours(here, fixed_rows):
-            if other not in seen and time.monotonic() < deadline:
-                seen[other] = seconds(other)
-            time_of = seen.get(other)
-            if time_of is not None and (seen[best] is None or time_of < WORTH * seen[best]):
-                best = other
-    return {visited: t for visited, t in seen.items() if t is not None}
+    times = {tile: seconds(tile)}
+    best, before = tile, None
+    while best != before:
+        before = best
+        for name in list(CHOICES)[fixed_rows:]:
+            for other in [replace(best, **{name: choice}) for choice in CHOICES[name]]:
+                if other not in times and time.monotonic() < deadline:
+                    times[other] = seconds(other)
+                    if times[other] < WORTH * times[best]:
+                        best = other
+    return times
 
 
 def stopwatch(target: Target, device: torch.device) -> Seconds:
@@ -115,14 +104,14 @@ def stopwatch(target: Target, device: torch.device) -> Seconds:
 
     expected = run()
 
-    def seconds(tile: Tile) -> float | None:
+    def seconds(tile: Tile) -> float:
         with mock.patch.dict(getattr(tiles, target.table), {target.key: tile}):
             try:
                 if not all(relative(got, want) < 1e-2 for got, want in zip(run(), expected)):
-                    return None
+                    return math.inf
                 replay = timing.captured(run, device)
             except Exception:  # does not compile or does not fit: no candidate
-                return None
+                return math.inf
             return statistics.median(timing.measure(replay, device).device for _ in range(25))
 
     return seconds
@@ -130,17 +119,12 @@ def stopwatch(target: Target, device: torch.device) -> Seconds:
 
 def report(target: Target, shipped: Tile, times: dict[Tile, float]) -> str:
     """The line of the table, and what it is worth."""
-    if not times:
-        return f"{target.table}[{target.key}]: no tile runs"
-    best = min(times, key=times.get)
-    if shipped in times and times[best] > WORTH * times[shipped]:
-        best = shipped
-    us = {tile: f"{1e6 * t:.1f} us" for tile, t in times.items()}
+    best = min(times, key=lambda tile: times[tile] * (WORTH if tile == shipped else 1))
+    us = f"{1e6 * times[best]:.1f} us, shipped {1e6 * times[shipped]:.1f} us"
     return (
         f"{target.table}: {target.key}: Tile({best.block_m}, {best.block_n}, {best.warps}, "
-        f"{best.stages}),  # {us[best]}, shipped {us.get(shipped, 'does not run')}; {len(times)} "
-        f"tiles, {str(target.dtype).removeprefix('torch.')} N {target.tokens} H {target.heads} "
-        f"d {target.head_width} B {target.batch}"
+        f"{best.stages}),  # {us}; {len(times)} tiles, {str(target.dtype).removeprefix('torch.')} "
+        f"N {target.tokens} H {target.heads} d {target.head_width} B {target.batch}"
     )
 
 
@@ -164,7 +148,7 @@ def main() -> None:
         share = (end - time.monotonic()) / (len(TARGETS) - i)
         with timing.one_stream(device):
             seconds = stopwatch(target, device)
-            times = walk(shipped, seconds, whole, time.monotonic() + share)
+            times = search(shipped, seconds, whole, time.monotonic() + share)
         print(report(target, shipped, times), flush=True)
 
 

@@ -42,7 +42,7 @@ def condense(
     "taylor" is the usual form, but deep prompts are read through a LayerNorm, which takes their
     length out: along p_k itself the loss hardly changes, by eps / (var + eps) of what one would
     expect, and the sum cancels to far less than a thousandth of its terms. It ranks well all the
-    same: `bench/studies/prompt_scores.py` compares both scores with what the loss does without a
+    same: `bench/results/prompt_scores.md` compares both scores with what the loss does without a
     prompt.
 
     Args:

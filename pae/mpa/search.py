@@ -32,7 +32,7 @@ class Halving:
     risk / (P (stages - 1)). So the selection is the exact one with a probability of at least
     1 - risk over the order of the images, if the losses of a window are normal within each class.
     They are not quite; t is wide where the images of a stage are few, which helps.
-    `bench/studies/mpa_search.py` measures it on real tasks.
+    `bench/results/mpa_search.md` has what came out on real tasks.
 
     Attributes:
         risk: probability allowed of another selection than the exact one, in (0, 1).

@@ -66,7 +66,7 @@ class ProVPT(VPTDeep):
 
     The extra pass takes as long as an epoch of training, the gates of "reuse" next to nothing. When
     prompts change much within an epoch, "reuse" is another criterion, not an approximation.
-    `bench/studies/prompt_scores.py` measures both.
+    `bench/results/prompt_scores.md` compares the two.
 
     Args:
         num_tokens: prompts per block at first: one integer, or one per block (0 allowed, not all).

@@ -131,6 +131,15 @@ BACKBONES = {
 }
 
 
+def plain_losses(model, head, images, labels, deep=True):
+    """Every window's loss (S,) with 3 zero prompts in place, and its origin, by the plain loop."""
+    vit, (window, stride) = model.backbone, SMALL.values()
+    origins = peers.windows_of(tuple(images.shape[-2:]), window, stride)
+    zeros = [images.new_zeros(3, vit.embed_dim)] * len(vit.blocks)
+    logits = lambda filtered: peers.prompted_logits(vit, head, filtered, zeros, deep)
+    return peers.window_losses(logits, images, labels, origins, window), origins
+
+
 @pytest.mark.parametrize("family", [VPTDeep, VPTShallow])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_equals_the_plain_loop(name, family):
@@ -138,9 +147,7 @@ def test_equals_the_plain_loop(name, family):
     images, labels = batch(options.pop("images", None) or _pair(options.get("img_size", 16)))
     model = small_model(prompts=family(3), **options)
     deep = family is VPTDeep
-    losses, origins = peers.official_style_losses(
-        model.backbone, model.head, images, labels, 3, **SMALL, deep=deep
-    )
+    losses, origins = plain_losses(model, model.head, images, labels, deep)
     result = pae.mpa_init(model, images, labels, **SMALL)
     torch.testing.assert_close(result.losses, losses, rtol=1e-10, atol=1e-10)
     assert result.origins.tolist() == [list(origin) for origin in origins]
@@ -419,9 +426,7 @@ def test_linear_probe_ranks_with_a_head_of_its_own():
     with torch.no_grad():
         features = peers.prompted_logits(model.backbone, nn.Identity(), images, zeros, deep=True)
         probe = mpa.fit_probe(features, labels, 4)
-    losses, _ = peers.official_style_losses(
-        model.backbone, probe, images, labels, 3, **SMALL, deep=True
-    )
+    losses, _ = plain_losses(model, probe, images, labels)
     torch.testing.assert_close(result.losses, losses, rtol=1e-7, atol=1e-7)
 
 
