@@ -117,15 +117,15 @@ gate() {
 # the compiled kernels under the sanitizer, each tensor an allocation of its own: an access past its
 # end is then one past an allocation.
 tests() {
-  local seconds=$1 file name tool
+  local seconds=$1 file suite name tool
   local pytest=("$python" -m pytest -q -p no:cacheprovider -p no:xdist) suites=() compiled=()
-  for file in tests/kernels/test_*.py; do
-    grep -q '^@each(' "$file" && suites+=("$file")
-    grep -qE 'mark\.sanitize|sanitized\(' "$file" && compiled+=("$file")
+  for suite in tests/kernels/test_*.py tests/kernels/*/; do # a file, or a folder of them
+    grep -rq --include='test_*.py' '^@each(' "$suite" && suites+=("${suite%/}")
+    grep -rqE --include='test_*.py' 'mark\.sanitize|sanitized\(' "$suite" && compiled+=("${suite%/}")
   done
-  for file in "${suites[@]}" tests/kernels/test_native.py; do
-    name=$(basename "$file" .py)
-    side "tests-${name#test_}" "$seconds" "${pytest[@]}" "$file" -k gpu
+  for suite in "${suites[@]}" tests/kernels/test_native.py; do
+    name=$(basename "$suite" .py)
+    side "tests-${name#test_}" "$seconds" "${pytest[@]}" "$suite" -k gpu
   done
   side tests-engine "$seconds" "${pytest[@]}" tests/pae/test_gpu.py tests/pae/test_graphs.py \
     -k "test_gpu or replays_follow"

@@ -16,8 +16,8 @@ shift
 [ $# -gt 0 ] || set -- python3.10 python3.13
 oldest=$(sed -n 's/^  "torch>=\([0-9.]*\)",.*/\1/p' "$root/pyproject.toml")
 quick=(tests/pae tests/train tests/test_layers.py tests/test_processes.py
-  tests/kernels/test_attention.py tests/kernels/test_pointwise.py tests/kernels/test_adaptive.py
-  tests/kernels/test_koopman.py tests/kernels/test_spectrum.py tests/kernels/test_backends.py)
+  tests/kernels/attention tests/kernels/test_pointwise.py tests/kernels/test_adaptive.py
+  tests/kernels/koopman tests/kernels/spectrum tests/kernels/test_backends.py)
 
 said=() failed=0
 for python in "$@"; do

@@ -8,8 +8,8 @@
 # PyTorch's own loops, two threads. A last argument or more goes to each pytest, as `-x`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-numbers=(tests/pae tests/kernels/test_attention.py tests/kernels/test_pointwise.py
-  tests/kernels/test_adaptive.py tests/kernels/test_koopman.py tests/kernels/test_spectrum.py)
+numbers=(tests/pae tests/kernels/attention tests/kernels/test_pointwise.py
+  tests/kernels/test_adaptive.py tests/kernels/koopman tests/kernels/spectrum)
 # Triton's interpreter computes with numpy, and the emulation of a GPU on its own
 here=(-q -k "not interpreter and not emulated")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Sequence
 
+import pytest
 import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
@@ -258,3 +260,14 @@ class FromRows(pae.prompts.PromptFamily):
         if self.grouped:
             means = torch.stack([means[0::2].mean(0), means[1::2].mean(0)])
         return self.maps[index](means).view(len(means), self.counts[index], -1)
+
+
+def refused(kind, message, call):
+    with pytest.raises(kind, match=re.escape(message)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def family(parent=pae.prompts.VPTDeep, **parts):
+    """A class named Mine, as it stands in somebody's file."""
+    return lambda: type("Mine", (parent,), parts)

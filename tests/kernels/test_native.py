@@ -207,7 +207,7 @@ def sanitized(*command, check=True):
 
 def test_kernels_stay_within_their_tensors():
     """All tests of emulated kernels that are marked for it, in a process with sanitizers."""
-    files = sorted(Path(__file__).parent.glob("test_*.py"))
+    files = sorted(Path(__file__).parent.rglob("test_*.py"))
     marked = re.compile(r"mark\.sanitize|sanitized\(")
     files = [file for file in files if marked.search(file.read_text())]
     few = "-m", "sanitize", "-k", "emulated or order", *files

@@ -12,23 +12,24 @@ from tests.processes import run
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-SUITES = [
-    file.stem.removeprefix("test_")
-    for file in sorted(HERE.glob("test_*.py"))
+SUITES = {  # a file, or a folder of them
+    place.stem.removeprefix("test_"): place
+    for file in sorted(HERE.rglob("test_*.py"))
     if "\n@each(" in file.read_text()
-]
+    for place in [file if file.parent == HERE else file.parent]
+}
 
 
 def test_every_op_takes_part():
-    assert {"adaptive", "attention", "koopman", "pointwise", "spectrum", "steps"} <= set(SUITES)
+    assert {"adaptive", "attention", "koopman", "pointwise", "spectrum", "steps"} <= SUITES.keys()
 
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_in_the_interpreter(suite):
     """In a process of its own, since kernels are interpreted or compiled as they were imported."""
-    file = HERE / f"test_{suite}.py"
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter", file],
+        [*pytest_command, "-k", "interpreter", SUITES[suite]],
         env={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         timeout=1800,
     )
