@@ -1,32 +1,17 @@
-"""Which images, which labels: dataset folders in the layouts people have, and seeded cuts of them.
-
-Layouts read by `read_folder`:
-
-* ImageFolder: ``train/<class>/*``, optional ``val/`` and ``test/`` (or class folders alone, which
-  count as ``train``);
-* VTAB-1k as NOAH wrote it: ``images/`` with ``train800.txt``, ``val200.txt``, ``test.txt``, each
-  line ``path label``;
-* FGVC as VPT reads it: ``train.json``, ``val.json``, ``test.json``, each ``{path: class id}``.
-"""
+"""Which images, which labels: a task of three splits, and seeded cuts of its training images."""
 
 from __future__ import annotations
 
-import json
+import heapq
+import os
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pae.train.images import image_suffixes
-
-_SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
-_VTAB_FILES = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
+from pae.train.layouts import read_classes, read_layout
+from pae.train.listing import shown, some
 
 
 @dataclass(frozen=True)
@@ -49,6 +34,7 @@ class Images:
 
     def subset(self, indices: Iterable[int]) -> Images:
         """The images at `indices`, in that order."""
+        indices = list(indices)
         return Images([self.items[i] for i in indices], [self.labels[i] for i in indices])
 
 
@@ -71,23 +57,26 @@ class Task:
         }
 
 
-Splits = dict[str, Images]
-
-
-def stratified_cut(labels: Sequence[int], sizes: Sequence[int], seed: int) -> list[list[int]]:
+def stratified_cut(
+    labels: Sequence[int], sizes: Sequence[int], seed: int, *, cover: bool = False
+) -> list[list[int]]:
     """Disjoint random index lists of exactly `sizes`, each with the class shares of `labels`.
 
     Every class is permuted once; each part takes its share of every class, rounded by largest
-    remainder, so that the same seed always gives the same images.
+    remainder, so that the same seed always gives the same images. The time is linear in the number
+    of images.
 
     Args:
         labels: class number per image.
         sizes: how many images each part takes.
         seed: seed of the permutations.
+        cover: the first part takes an image of every class, also of those too rare for a share;
+            the commonest classes give theirs up. Without such classes nothing changes.
     Returns:
         One sorted list of indices per entry of `sizes`.
     Raises:
-        ValueError: a size is below 1, or the sizes add up to more than there are images.
+        ValueError: a size is below 1, the sizes add up to more than there are images, or the first
+            is too small for `cover`.
     """
     if min(sizes) < 1 or sum(sizes) > len(labels):
         raise ValueError(
@@ -97,24 +86,41 @@ def stratified_cut(labels: Sequence[int], sizes: Sequence[int], seed: int) -> li
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    counts = Counter(labels)
+    members: dict[int, list[int]] = {}
+    for i, label in enumerate(labels):
+        members.setdefault(label, []).append(i)
     pools = {}
-    for name in sorted(counts):
-        members = [i for i, label in enumerate(labels) if label == name]
-        order = torch.randperm(len(members), generator=generator).tolist()
-        pools[name] = [members[i] for i in order]
-    parts = []
+    for name in sorted(members):
+        order = torch.randperm(len(members[name]), generator=generator).tolist()
+        pools[name] = [members[name][i] for i in order]
+    if cover and sizes[0] < len(pools):
+        raise ValueError(f"{sizes[0]} images cannot cover {len(pools)} classes")
+    parts: list[list[int]] = []
     for size in sizes:
         left = {name: len(pool) for name, pool in pools.items()}
-        shares = {name: size * n / sum(left.values()) for name, n in left.items()}
+        total = sum(left.values())
+        shares = {name: size * n / total for name, n in left.items()}
         take = {name: int(share) for name, share in shares.items()}
         by_remainder = sorted(shares, key=lambda name: (take[name] - shares[name], name))
         for name in by_remainder[: size - sum(take.values())]:
             take[name] += 1
+        if cover and not parts:
+            _cover(take)
         part = [i for name, n in take.items() for i in pools[name][:n]]
         pools = {name: pool[take[name] :] for name, pool in pools.items()}
         parts.append(sorted(part))
     return parts
+
+
+def _cover(take: dict[int, int]) -> None:
+    """Gives every class that takes no image one of those that the commonest ones take."""
+    largest = [(-n, name) for name, n in take.items() if n > 1]
+    heapq.heapify(largest)
+    for name in [name for name, n in take.items() if n == 0]:
+        n, giver = largest[0]
+        heapq.heapreplace(largest, (n + 1, giver))
+        take[giver] -= 1
+        take[name] = 1
 
 
 def make_task(
@@ -130,51 +136,88 @@ def make_task(
 ) -> Task:
     """A `Task` whose validation images are cut from `train` when it comes without its own.
 
+    Training images keep every class that `train` has; which classes a split lacks is said in a
+    warning.
+
     Args:
         train_size: training images kept (a stratified choice), None for all.
         val_size: validation images cut from `train`, None for a fifth of it; used only without
             `val`.
         seed: seed of the cut.
+    Raises:
+        ValueError: labels outside the classes, images of one class alone, or sizes that the images
+            do not have.
     """
+    _check_labels(name, classes, {"train": train, "val": val, "test": test})
+    kinds = len(set(train.labels))
+    if kinds < 2:
+        only = f", {classes[train.labels[0]]!r}" if kinds else ""
+        raise ValueError(f"{name}: the training images have one class alone{only}; expected two")
     if val is None:
-        if val_size is None:
-            val_size = max(1, len(train) // 5) if train_size is None else max(1, train_size // 4)
+        if val_size is None and train_size is None:
+            spare = len(train) - kinds  # images that no class needs for training
+            if spare == 0:
+                raise ValueError(
+                    f"{name}: {len(train)} images of as many classes leave none for validation; "
+                    "add images, or a val split"
+                )
+            val_size = max(1, min(len(train) // 5, spare))
+        elif val_size is None:
+            assert train_size is not None
+            val_size = max(1, train_size // 4)
         if train_size is None:
             train_size = len(train) - val_size
-        kept, held = stratified_cut(train.labels, [train_size, val_size], seed)
-        train, val = train.subset(kept), train.subset(held)
-        _check_coverage(name, classes, train)
-    elif train_size is not None:
-        train = train.subset(stratified_cut(train.labels, [train_size], seed)[0])
-        _check_coverage(name, classes, train)
-    _check_labels(name, classes, {"train": train, "val": val, "test": test})
+        train, val = _cut(name, train, [train_size, val_size], seed)
+    else:
+        if val_size is not None:
+            warnings.warn(f"{name}: has its own val split, --val-size is ignored", stacklevel=2)
+        if train_size is not None:
+            (train,) = _cut(name, train, [train_size], seed)
+    for split, images in {"train": train, "val": val, "test": test}.items():
+        if images is not None:
+            _warn_about_lacking(name, classes, split, images)
     return Task(name, tuple(classes), train, val, test)
+
+
+def _cut(name: str, images: Images, sizes: list[int], seed: int) -> list[Images]:
+    if sum(sizes) > len(images):
+        wanted = " + ".join(str(size) for size in sizes)
+        raise ValueError(
+            f"{name}: {wanted} images wanted of {len(images)}; use a smaller --train-size or "
+            "--val-size"
+        )
+    kinds = len(set(images.labels))
+    if sizes[0] < kinds:
+        raise ValueError(
+            f"{name}: {max(sizes[0], 0)} training images cannot cover {kinds} classes; use a "
+            "larger --train-size or a smaller --val-size"
+        )
+    return [images.subset(part) for part in stratified_cut(images.labels, sizes, seed, cover=True)]
 
 
 def read_folder(
     root: str | Path, *, train_size: int | None = None, val_size: int | None = None, seed: int = 0
 ) -> Task:
-    """Reads a dataset folder in any of the layouts above.
+    """Reads a dataset folder in any of the layouts of `pae.train.layouts`.
 
     Raises:
         ValueError: no such folder, no known layout, a missing split, an empty class, a class that
             the training split lacks, a listed file that is absent.
     """
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        raise ValueError(f"--data {root}: no such folder")
-    if (root / "images").is_dir() and any((root / f).is_file() for f in _VTAB_FILES.values()):
-        classes, splits = _read_vtab(root)
-    elif (root / "train.json").is_file():
-        classes, splits = _read_fgvc(root)
-    else:
-        classes, splits = _read_image_folder(root)
+    given = str(root)
+    root = Path(os.path.expanduser(root))
+    if root.is_file():
+        raise ValueError(f"--data {shown(given)}: a file; unpack it and give its folder")
+    if not os.path.isdir(root):
+        raise ValueError(f"--data {shown(given)}: no such folder")
+    classes, splits = read_layout(root)
+    images = {split: Images(found.paths, found.labels) for split, found in splits.items()}
     return make_task(
         root.resolve().name,
         classes,
-        splits["train"],
-        splits.get("val"),
-        splits.get("test"),
+        images["train"],
+        images.get("val"),
+        images.get("test"),
         train_size=train_size,
         val_size=val_size,
         seed=seed,
@@ -183,136 +226,8 @@ def read_folder(
 
 def read_image_folder_split(folder: Path, classes: Sequence[str]) -> Images:
     """`Images` of ``folder/<class>/**``, files in sorted order; every class must have one."""
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if unknown := sorted(set(found) - set(classes)):
-        raise ValueError(f"{folder}: class {unknown[0]!r} is not among the training classes")
-    items, labels = [], []
-    for number, name in enumerate(classes):
-        files = []
-        if name in found:
-            files = [
-                path
-                for path in sorted((folder / name).rglob("*"))
-                if path.suffix.lower() in image_suffixes() and not path.name.startswith(".")
-            ]
-        if not files:
-            raise ValueError(f"{folder / name}: class without images")
-        items += files
-        labels += [number] * len(files)
-    return Images(items, labels)
-
-
-def _read_image_folder(root: Path) -> tuple[list[str], Splits]:
-    folders = {}
-    for split, names in _SPLIT_FOLDERS.items():
-        for name in names:
-            if (root / name).is_dir():
-                folders[split] = root / name
-                break
-    if not folders:
-        folders["train"] = root
-    elif "train" not in folders:
-        raise ValueError(f"{root}: missing split train/ (found {', '.join(sorted(folders))})")
-    classes = sorted(
-        entry.name
-        for entry in folders["train"].iterdir()
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
-    if len(classes) < 2:
-        raise ValueError(
-            f"{root}: not a dataset folder; expected train/<class>/ folders for two or more "
-            "classes, images/ with train800.txt (VTAB-1k), or train.json (FGVC)"
-        )
-    return classes, {
-        split: read_image_folder_split(folder, classes) for split, folder in folders.items()
-    }
-
-
-def _read_vtab(root: Path) -> tuple[list[str], Splits]:
-    splits = {}
-    for split, name in _VTAB_FILES.items():
-        listing = root / name
-        if not listing.is_file():
-            raise ValueError(f"{root}: missing split {name}")
-        items, labels = [], []
-        for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            path, _, label = line.strip().rpartition(" ")
-            if not path or not label.isdigit():
-                raise ValueError(f"{listing}:{number}: expected 'path label', got {line!r}")
-            items.append(root / path)
-            labels.append(int(label))
-        splits[split] = Images(items, labels)
-    _check_files(root, splits)
-    for split, expected in (("train", 800), ("val", 200)):
-        if len(splits[split]) != expected:
-            warnings.warn(
-                f"{root / _VTAB_FILES[split]}: {len(splits[split])} images, VTAB-1k has {expected}",
-                stacklevel=2,
-            )
-    _warn_about_recompression(root, splits["train"].items[0])
-    count = 1 + max(max(images.labels) for images in splits.values())
-    return [str(number) for number in range(count)], splits
-
-
-def _warn_about_recompression(root: Path, path: Path) -> None:
-    """The circulating VTAB-1k archives re-encoded tiny images as JPEG, which costs accuracy."""
-    from PIL import Image
-
-    if path.suffix.lower() not in (".jpg", ".jpeg"):
-        return
-    with Image.open(path) as image:
-        if max(image.size) <= 64:
-            warnings.warn(
-                f"{root}: {image.size[0]} x {image.size[1]} images stored as JPEG; results will "
-                "be below those on the original pixels",
-                stacklevel=2,
-            )
-
-
-def _read_fgvc(root: Path) -> tuple[list[str], Splits]:
-    tables = {}
-    for split in _SPLIT_FOLDERS:
-        listing = root / f"{split}.json"
-        if not listing.is_file():
-            if split == "val":
-                continue
-            raise ValueError(f"{root}: missing split {listing.name}")
-        try:
-            table = json.loads(listing.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{listing}: not a JSON file ({error})") from None
-        if not isinstance(table, dict) or not table:
-            raise ValueError(f"{listing}: expected a non-empty object {{path: class id}}")
-        tables[split] = table
-    # numbered over the training ids once: numbering per file would shift classes a split lacks
-    ids = sorted(set(tables["train"].values()))
-    number = {identity: i for i, identity in enumerate(ids)}
-    base = next(
-        (
-            b
-            for b in (root, root / "images", root / "Images")
-            if (b / next(iter(tables["train"]))).is_file()
-        ),
-        root,
-    )
-    splits = {}
-    for split, table in tables.items():
-        if unknown := set(table.values()) - set(ids):
-            raise ValueError(f"{root / split}.json: class {min(unknown)} is not in train.json")
-        splits[split] = Images([base / path for path in table], [number[v] for v in table.values()])
-    _check_files(root, splits)
-    return [str(identity) for identity in ids], splits
-
-
-def _check_files(root: Path, splits: Splits) -> None:
-    for split, images in splits.items():
-        if not len(images):
-            raise ValueError(f"{root}: split {split} is empty")
-        for path in images.items:
-            if not path.is_file():
-                raise ValueError(f"{root}: split {split} lists a file that is absent: {path}")
+    found = read_classes(folder, classes)
+    return Images(found.paths, found.labels)
 
 
 def _check_labels(name: str, classes: Sequence[str], splits: Mapping[str, Images | None]) -> None:
@@ -326,10 +241,12 @@ def _check_labels(name: str, classes: Sequence[str], splits: Mapping[str, Images
                 )
 
 
-def _check_coverage(name: str, classes: Sequence[str], train: Images) -> None:
-    """Our own cuts must cover every class; VTAB's published train800 lists do not all do so."""
-    if missing := sorted(set(range(len(classes))) - set(train.labels)):
-        raise ValueError(
-            f"{name}: {len(train)} training images leave none for class "
-            f"{classes[missing[0]]!r}; use a larger --train-size"
+def _warn_about_lacking(name: str, classes: Sequence[str], split: str, images: Images) -> None:
+    lacking = sorted(set(range(len(classes))) - set(images.labels))
+    if lacking:
+        names = some([classes[number] for number in lacking[:6]])
+        warnings.warn(
+            f"{name}: split {split} has no images of {len(lacking)} of {len(classes)} classes: "
+            f"{names}",
+            stacklevel=3,
         )

@@ -79,10 +79,10 @@ def test_impossible_cut_is_refused(sizes):
         stratified_cut([0, 1] * 5, sizes, 0)
 
 
-def test_cut_that_loses_a_class_is_refused():
+def test_cut_that_must_lose_a_class_is_refused():
     images = Images([f"{i}" for i in range(101)], [0] * 100 + [1])
-    with pytest.raises(ValueError, match=r"class 'rare'.*--train-size"):
-        make_task("x", ["common", "rare"], images, None, None, train_size=8, val_size=2, seed=0)
+    with pytest.raises(ValueError, match=r"1 training images cannot cover 2 classes.*--train-size"):
+        make_task("x", ["common", "rare"], images, None, None, train_size=1, val_size=2, seed=0)
 
 
 # ---- layouts

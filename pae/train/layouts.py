@@ -1,0 +1,442 @@
+"""The layouts that people keep labelled images in, read to class names and lists per split.
+
+* ImageFolder: ``train/<class>/**``, optional ``val/`` and ``test/`` (or class folders alone, which
+  count as ``train``);
+* VTAB-1k as NOAH wrote it: ``train800.txt``, ``val200.txt``, ``test.txt``, lines ``path label``;
+* FGVC as VPT reads it: ``train.json``, ``val.json``, ``test.json``, each ``{path: class id}``.
+
+Names of splits count in any case, with their synonyms; hidden parts of a path are left out. What is
+left out beside them, and what looks odd but can be meant, is said in one warning each.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from pae.train.listing import (
+    Found,
+    Key,
+    entries,
+    is_folder,
+    is_hidden,
+    is_image,
+    is_text,
+    locate,
+    read_list,
+    read_table,
+    shown,
+    some,
+    walk,
+)
+
+_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+_SPLIT_OF = {name: split for split, names in _NAMES.items() for name in names}
+_VTAB_SPLIT_OF = {"train800": "train", "val200": "val", "test": "test"}
+_LIKE_A_SPLIT = re.compile(
+    r"((images?|imgs?|data|dataset|set|seg)[-_ ]?)?"
+    r"(train|training|val|valid|validation|test|testing|dev|eval)"
+    r"([-_ ]?(set|data|images?|imgs?|split|[0-9]))*",
+    re.IGNORECASE,
+)
+# folders of a data set's own making: the first are never classes, the others may be some
+_NO_CLASSES = {"images", "imgs", "jpegimages", "annotations"}
+_SELDOM_CLASSES = {
+    *("image", "img", "annotation", "label", "labels", "mask", "masks", "segmentation"),
+    *("segmentations", "bbox", "bboxes", "data", "dataset", "meta", "metadata"),
+}
+# labels are numbers of rows of the head: far more of them than classes seen is a slip of the pen
+_FEW_CLASSES, _GAPS = 1000, 10
+_EXPECTED = (
+    "expected train/<class>/ folders for two or more classes, images/ with train800.txt "
+    "(VTAB-1k), or train.json (FGVC)"
+)
+
+
+class Listed(NamedTuple):
+    """The images of one split: files, class numbers, and what identifies each file."""
+
+    paths: list[Path]
+    labels: list[int]
+    keys: list[Key]
+
+
+_Label = TypeVar("_Label", int, str)
+_Table = tuple[list[str], list[_Label]]  # names and labels
+Layout = tuple[list[str], dict[str, Listed]]  # class names; splits
+
+
+def read_layout(root: Path) -> Layout:
+    """Class names and splits of a data folder in any of the layouts above.
+
+    Raises:
+        ValueError: nothing that is read as one of the layouts; the message names the file or
+            folder.
+    """
+    files: list[str] = []
+    folders: list[str] = []
+    for entry in entries(root):
+        (folders if is_folder(entry) else files).append(entry.name)
+    lists = _one_per_split(root, files, ".txt", _VTAB_SPLIT_OF)
+    tables = _one_per_split(root, files, ".json", _SPLIT_OF)
+    splits = _one_per_split(root, folders, "", _SPLIT_OF)
+    has_images = any(name.lower() in _NO_CLASSES for name in folders)
+    if "train" in lists or (lists and has_images and not splits and "train" not in tables):
+        classes, found = _read_vtab(root, lists)
+    elif "train" in tables:
+        classes, found = _read_fgvc(root, tables)
+    else:
+        classes, found = _read_image_folder(root, folders, splits)
+        if splits:
+            _warn_about_loose(root, sum(map(is_image, files)))
+        if unread := [*lists.values(), *tables.values()]:
+            _say(f"{shown(root)}: {some(unread)} ignored: the folders say what is in which split")
+    _warn_about_doubles(root, found)
+    return classes, found
+
+
+def _one_per_split(
+    root: Path, names: Iterable[str], suffix: str, split_of: dict[str, str]
+) -> dict[str, str]:
+    """{split: name} for the names of splits among `names`."""
+    found: dict[str, str] = {}
+    for name in names:
+        if not name.lower().endswith(suffix):
+            continue
+        split = split_of.get(name.lower().removesuffix(suffix))
+        if split in found:
+            raise ValueError(
+                f"{shown(root)}: {found[split]} and {name} are both the {split} split; merge them "
+                "or move one away"
+            )
+        if split is not None:
+            found[split] = name
+    return found
+
+
+def _say(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+# ---- ImageFolder
+
+
+def _read_image_folder(root: Path, folders: list[str], splits: dict[str, str]) -> Layout:
+    if not splits:
+        return _read_training(root)
+    if "train" not in splits:
+        raise ValueError(
+            f"{shown(root)}: missing split train/ (found {', '.join(splits.values())})"
+        )
+    if ignored := [name for name in folders if name not in splits.values()]:
+        like = [name for name in ignored if _LIKE_A_SPLIT.fullmatch(name)]
+        hint = f"; a split is called train, val or test, not {like[0]}" if like else ""
+        _say(f"{shown(root)}: folders beside the splits ignored: {some(ignored)}{hint}")
+    classes, found = _read_training(root / splits["train"])
+    for split in ("val", "test"):
+        if split in splits:
+            images = _read_held(root / splits[split], split, classes)
+            if images is not None:
+                found[split] = images
+    return classes, found
+
+
+def _read_training(folder: Path) -> Layout:
+    classes, loose = _class_folders(folder)
+    _check_classes(folder, classes, loose)
+    _warn_about_loose(folder, loose)
+    return classes, {"train": read_classes(folder, classes)}
+
+
+def _read_held(folder: Path, split: str, classes: Sequence[str]) -> Listed | None:
+    """The val or test split; None for test images without labels."""
+    names, loose = _class_folders(folder)
+    inside = [name for name in names if name.lower() in _NO_CLASSES]
+    if names == inside:  # no classes: `images` never is one
+        loose += sum(len(walk(folder / name).paths) for name in names)
+        if not loose:
+            raise ValueError(f"{shown(folder)}: no images; fill the folder or remove it")
+        if split != "test":
+            raise ValueError(
+                f"{shown(folder)}: {loose} images without class folders; expected "
+                f"{folder.name}/<class>/, or no such folder: val is then cut from train"
+            )
+        _say(f"{shown(folder)}: {loose} images without class folders; going on without a test")
+        return None
+    _warn_about_loose(folder, loose)
+    return read_classes(folder, classes, every=False)
+
+
+def read_classes(folder: Path, classes: Sequence[str], *, every: bool = True) -> Listed:
+    """Images of ``folder/<class>/**``, classes and files in order.
+
+    Args:
+        folder: of one split.
+        classes: names by number; the Unicode normal form does not matter.
+        every: whether each class must have an image; else one class must.
+    Raises:
+        ValueError: a class without images, a class that is not among `classes`, or what `walk`
+            raises.
+    """
+    folders: dict[str, str] = {}
+    for name in _class_folders(folder)[0]:
+        if _same(name) in folders:
+            raise ValueError(f"{shown(folder)}: two folders of one name, {name!a}, in Unicode")
+        folders[_same(name)] = name
+    _check_known(folder, folders, classes)
+    all_of = Listed([], [], [])
+    others: Counter[str] = Counter()
+    repeats = 0
+    for number, name in enumerate(classes):
+        own = folders.get(_same(name))
+        found = walk(folder / own) if own is not None else None
+        if every and not (found and found.paths):
+            hint = f" (but {_counted(found.others)})" if found and found.others else ""
+            raise ValueError(f"{shown(folder / name)}: class without images{hint}")
+        if found is not None:
+            _check_inside(folder / name, found)
+            all_of.paths.extend(found.paths)
+            all_of.labels.extend([number] * len(found.paths))
+            all_of.keys.extend(found.keys)
+            others += found.others
+            repeats += found.repeats
+    if not all_of.paths:
+        raise ValueError(f"{shown(folder)}: no images; fill the folder or remove it")
+    if others:
+        count = sum(others.values())
+        _say(f"{shown(folder)}: {count} files with other suffixes ignored ({_counted(others)})")
+    if repeats:
+        _say(f"{shown(folder)}: {repeats} links to folders that were read already ignored")
+    return all_of
+
+
+def _class_folders(folder: Path) -> tuple[list[str], int]:
+    """Names of the folders in `folder`, and how many images lie beside them."""
+    names, loose = [], 0
+    for entry in entries(folder):
+        if is_folder(entry):
+            names.append(entry.name)
+        else:
+            loose += is_image(entry.name)
+    return names, loose
+
+
+def _counted(suffixes: Counter[str]) -> str:
+    parts = [f"{shown(suffix)} {count}" for suffix, count in suffixes.most_common(5)]
+    return ", ".join(parts + ["..."] * (len(suffixes) > 5))
+
+
+def _warn_about_loose(folder: Path, loose: int) -> None:
+    if loose:
+        _say(f"{shown(folder)}: {loose} images outside the class folders ignored")
+
+
+def _check_classes(folder: Path, classes: list[str], loose: int) -> None:
+    """These folders are classes, and not the folders of another layout."""
+    if not classes and loose:
+        raise ValueError(
+            f"{shown(folder)}: {loose} images without class folders; expected "
+            f"{shown(folder)}/<class>/"
+        )
+    for name in classes:
+        if not is_text(name):
+            raise ValueError(f"{shown(folder / name)}: a name that is not UTF-8; rename the folder")
+    if like := _folders_of_a_data_set(folder, classes):
+        raise ValueError(
+            f"{shown(folder)}: {some(like)} look like parts of a data set, not like classes; "
+            "expected train/<class>/, val/<class>/, test/<class>/: rename the folders, or give "
+            "--data the one that holds the classes"
+        )
+    if len(classes) == 1:
+        (name,) = classes
+        inside, _ = _class_folders(folder / name)
+        hint = f"; is the data set in --data {shown(folder / name)}?" if inside else ""
+        raise ValueError(f"{shown(folder)}: one class alone, {name!r}; {_EXPECTED}{hint}")
+    if not classes:
+        raise ValueError(f"{shown(folder)}: not a dataset folder; {_EXPECTED}")
+    cases = Counter(name.casefold() for name in classes)
+    if alike := [name for name in classes if cases[name.casefold()] > 1]:
+        _say(f"{shown(folder)}: classes that differ in case alone: {some(alike)}")
+
+
+def _check_inside(folder: Path, found: Found) -> None:
+    """A class holds images, not splits of its own."""
+    inside = found.inside
+    if not inside or any(name.lower() not in _SPLIT_OF for name in inside):
+        return
+    if not any(path.parent == folder for path in found.paths):
+        raise ValueError(
+            f"{shown(folder)}: splits inside a class ({some(inside)}); expected classes inside "
+            "the splits, train/<class>/"
+        )
+
+
+def _folders_of_a_data_set(folder: Path, classes: list[str]) -> list[str]:
+    """Those of `classes` that look like splits, or like images beside their annotations."""
+    lower = [name.lower() for name in classes]
+    if lower and set(lower) <= _NO_CLASSES | _SELDOM_CLASSES:
+        return classes
+    like = [
+        name for name in classes if _LIKE_A_SPLIT.fullmatch(name) or name.lower() in _NO_CLASSES
+    ]
+    if [name.lower() for name in like] == ["train"] and _class_folders(folder / like[0])[1]:
+        return []  # a vehicle: CIFAR-100 and COCO have that class
+    return like
+
+
+def _check_known(folder: Path, folders: dict[str, str], classes: Sequence[str]) -> None:
+    known = {_same(name) for name in classes}
+    unknown = [name for same, name in folders.items() if same not in known]
+    if not unknown:
+        return
+    name = unknown[0]
+    near = [known for known in classes if known.casefold() == name.casefold()]
+    hint = f" (which have {near[0]!r})" if near else ""
+    if name.lower() in _NO_CLASSES | _SELDOM_CLASSES:
+        hint = "; images without labels belong directly into test/"
+    raise ValueError(f"{shown(folder)}: class {name!r} is not among the training classes{hint}")
+
+
+def _same(name: str) -> str:
+    """macOS decomposes accents in the names of files; the class is the same one."""
+    return unicodedata.normalize("NFC", name)
+
+
+# ---- lists
+
+
+def _read_vtab(root: Path, files: dict[str, str]) -> Layout:
+    tables = {}
+    for name, split in _VTAB_SPLIT_OF.items():
+        if split not in files:
+            raise ValueError(f"{shown(root)}: missing split {name}.txt")
+        tables[split] = _visible(root, files[split], *read_list(root / files[split]))
+    seen = {label for _, labels in tables.values() for label in labels}
+    highest = max(seen)
+    if highest >= max(_FEW_CLASSES, _GAPS * len(seen)):
+        split = next(split for split, (_, labels) in tables.items() if highest in labels)
+        raise ValueError(
+            f"{shown(root / files[split])}: label {highest} among {len(seen)} different ones; "
+            "number the classes from 0 without large gaps"
+        )
+    splits = {
+        split: _find(root / files[split], root, names, labels)
+        for split, (names, labels) in tables.items()
+    }
+    for split, expected in (("train", 800), ("val", 200)):
+        if len(splits[split].paths) != expected:
+            _say(
+                f"{shown(root / files[split])}: {len(splits[split].paths)} images, VTAB-1k has "
+                f"{expected}"
+            )
+    _warn_about_recompression(root, splits["train"].paths[0])
+    return [str(number) for number in range(highest + 1)], splits
+
+
+def _warn_about_recompression(root: Path, path: Path) -> None:
+    """The circulating VTAB-1k archives re-encoded tiny images as JPEG, which costs accuracy."""
+    from PIL import Image
+
+    if path.suffix.lower() not in (".jpg", ".jpeg"):
+        return
+    try:
+        with Image.open(path) as image:
+            size = image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return  # whoever decodes it says so
+    if max(size) <= 64:
+        _say(
+            f"{shown(root)}: {size[0]} x {size[1]} images stored as JPEG; results will be below "
+            "those on the original pixels"
+        )
+
+
+def _read_fgvc(root: Path, files: dict[str, str]) -> Layout:
+    if "test" not in files:
+        raise ValueError(f"{shown(root)}: missing split test.json")
+    tables: dict[str, _Table[str]] = {}
+    numbers = {}
+    for split, file in files.items():
+        names, ids, numbers[split] = read_table(root / file)
+        tables[split] = _visible(root, file, names, ids)
+    names, ids = tables["train"]
+    # numbered over the training ids once: numbering per file would shift classes a split lacks
+    classes = sorted(set(ids), key=int) if numbers["train"] else sorted(set(ids))
+    number = {identity: i for i, identity in enumerate(classes)}
+    for split, (_, own) in tables.items():
+        if unknown := sorted(set(own) - set(classes)):
+            first = shown(unknown[0][:80])
+            raise ValueError(
+                f"{shown(root / files[split])}: class {first} is not in {files['train']}"
+            )
+    bases = [root, *(root / e.name for e in entries(root) if e.name.lower() == "images")]
+    base = next((b for b in bases if locate(b, names[0])), root)
+    splits = {
+        split: _find(root / files[split], base, names, [number[i] for i in ids])
+        for split, (names, ids) in tables.items()
+    }
+    return classes, splits
+
+
+def _find(file: Path, base: Path, names: list[str], labels: list[int]) -> Listed:
+    """The images that `file` lists, relative to `base`."""
+    found = Listed([], labels, [])
+    for name in names:
+        place = locate(base, name)
+        if place is None:
+            raise ValueError(
+                f"{shown(file)}: lists a file that is absent or unreadable: {shown(base / name)}"
+            )
+        found.paths.append(place[0])
+        found.keys.append(place[1])
+    return found
+
+
+def _visible(root: Path, file: str, names: list[str], labels: list[_Label]) -> _Table[_Label]:
+    """Rows of a list without those of hidden files: these say nothing about classes either."""
+    around = (f"{root}/", f"{root.absolute()}/")
+    kept = [i for i, name in enumerate(names) if not _is_hidden_below(around, name)]
+    if not kept:
+        raise ValueError(f"{shown(root / file)}: lists no images that are not hidden")
+    if hidden := len(names) - len(kept):
+        _say(f"{shown(root / file)}: {hidden} hidden files left out")
+    return [names[i] for i in kept], [labels[i] for i in kept]
+
+
+def _is_hidden_below(around: tuple[str, ...], name: str) -> bool:
+    """Whether a listed path is hidden, not counting the folders `around` the data."""
+    below = next((name[len(a) :] for a in around if name.startswith(a)), name)
+    parts = below.replace("\\", "/").split("/")
+    if os.path.isabs(below) or ".." in parts:  # elsewhere: where that lies is not asked
+        parts = parts[-1:]
+    return any(is_hidden(part) for part in parts if part != ".")
+
+
+def _warn_about_doubles(root: Path, splits: dict[str, Listed]) -> None:
+    """Says which files are there more than once, under any of their names."""
+    label_of: dict[str, dict[Key, int]] = {}
+    for split, images in splits.items():
+        own = label_of[split] = dict(zip(images.keys, images.labels))
+        if twice := len(images.keys) - len(own):
+            _say(f"{shown(root)}: split {split} has {twice} images twice")
+        differing = [i for i, key in enumerate(images.keys) if images.labels[i] != own[key]]
+        if differing:
+            _say(
+                f"{shown(root)}: split {split} has {len(differing)} images with two labels, e.g. "
+                f"{shown(images.paths[differing[0]])}"
+            )
+    for split, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        if split in label_of and other in label_of:
+            both = len(label_of[split].keys() & label_of[other].keys())
+            if both:
+                _say(f"{shown(root)}: {both} images of split {other} are in split {split} too")
