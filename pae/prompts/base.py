@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -326,6 +326,15 @@ class PromptFamily(nn.Module):
 
     def end_of_epoch(self) -> None:
         """Called by the training loop after every epoch."""
+
+    def rank_state(self) -> dict[str, Tensor]:
+        """What this process alone has gathered in the epoch so far, on the CPU: with several
+        processes, a state that is to go on from has that of each beside one `state_dict`.
+        """
+        return {}
+
+    def load_rank_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `rank_state` gave in this process, after `load_state_dict`."""
 
     def _unanswered(self, name: str) -> NotImplementedError:
         return NotImplementedError(f"{type(self).__name__} does not answer {name}")

@@ -95,7 +95,8 @@ class ProVPT(VPTDeep):
         last_move: the last `Move`, or None.
 
     The table, the policy and all that a decision needs are part of the model's `state_dict` and
-    checkpoints. In data-parallel training every rank scores its share and all decide alike.
+    checkpoints. In data-parallel training every rank scores its share and all decide alike; a state
+    to go on from in the middle of an epoch has each rank's `rank_state` too (sweep "reuse").
 
     KLD is refused: it pairs prompt j of one block with prompt j of the next, and a move breaks the
     pairs. MPA works, before training.
@@ -329,18 +330,29 @@ class ProVPT(VPTDeep):
 
     def _host_state(self) -> dict[str, Tensor]:
         """What is no parameter and lives on the host, as tensors of constant shapes."""
-        gates = self._gates
         return {
             "counts": torch.tensor(self._counts),
             "epoch": torch.tensor(self._epoch),
             "steps": torch.tensor(self._steps),
             "previous_loss": torch.tensor(self._previous_loss, dtype=torch.float64),
             "awaits_reward": torch.tensor(self._awaits_reward),
-            "score_sum": torch.zeros(len(self.tokens), dtype=torch.float64)
-            if gates is None or gates.grad is None
-            else gates.grad.double().cpu(),
+            "score_sum": self._score_sum(),
             **{f"policy.{name}": tensor for name, tensor in self.policy.state().items()},
         }
+
+    def _score_sum(self) -> Tensor:
+        """(S,) fp64: the gates' gradients of this process, summed over the epoch so far."""
+        if self._gates is None or self._gates.grad is None:
+            return torch.zeros(len(self.tokens), dtype=torch.float64)
+        return self._gates.grad.double().cpu()
+
+    def rank_state(self) -> dict[str, Tensor]:
+        """The sum of this process's scores: `state_dict` has one process's, a move needs all."""
+        return {"score_sum": self._score_sum()}
+
+    def load_rank_state(self, state: Mapping[str, Tensor]) -> None:
+        if self._gates is not None:
+            self._gates.grad = state["score_sum"].to(self._gates)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import os
+import shlex
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from pae.train.declared import add_arguments, from_arguments
+from pae.train.declared import Given, add_arguments, declared, from_arguments
 from pae.train.embedded import DATASETS, WEIGHTS, WEIGHTS_NAME, FetchError
 from pae.train.options import Launch, Options, combine, find_config, read_config
 from pae.version import __version__
@@ -16,7 +20,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from pae.train.data import Task
-    from pae.train.runfolder import RunFolder
+    from pae.train.report import Reporter
+    from pae.train.runfolder import Rows, RunFolder
+
+AUTO = "auto"  # --resume: go on if there is a run to go on with
+STOPPED = 130  # exit status of a run that was asked to stop and saved its state
 
 _TRAIN_HELP = """\
 Prompt-tunes a frozen vision transformer on real images.
@@ -31,6 +39,7 @@ VPT-deep + PAE are trained one after the other and compared in a table, on 2 CPU
       --model vit_base_patch16_224.augreg_in21k        your images, any timm vision transformer
   pae train --method vpt-deep --kld --mpa              one run: VPT-deep with PAE
   pae train --resume runs/pneumonia-001                go on after an interrupt, a kill or a crash
+  pae train --resume auto --output my-run ...          begin, or go on: for jobs that are requeued
   accelerate launch --num_processes 8 -m pae train ... on several GPUs
 """
 
@@ -46,7 +55,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status.
 
-    0: done; 2: bad arguments, data or files (one line on stderr); 130: interrupted, state saved.
+    0: done; 2: bad arguments, data or files (one line on stderr); 130: stopped by a signal, state
+    saved.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -57,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments)
     except KeyboardInterrupt:
         print("pae: interrupted", file=sys.stderr)
-        return 130
+        return STOPPED
     except Exception as error:
         if arguments.debug or not _is_expected(error):
             raise
@@ -74,6 +84,8 @@ def _is_expected(error: Exception) -> bool:
 
     from pae.errors import CheckpointError
 
+    if type(error).__module__.startswith("safetensors"):
+        return True  # what safetensors makes of an OSError
     return isinstance(error, (CheckpointError, FetchError, OutOfMemoryError))
 
 
@@ -129,77 +141,169 @@ def _analyse(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     launch = Launch(**from_arguments(Launch, arguments))
     on_line = from_arguments(Options, arguments)
-    if launch.resume is not None:
-        for name in (*on_line, "config", "output"):
-            if name in on_line or getattr(launch, name, None) is not None:
-                flag = name.replace("_", "-")
-                raise ValueError(
-                    f"--resume takes its options from {launch.resume}; leave out --{flag}"
-                )
-        return _run(None, launch)
-    if launch.previous_state:
-        raise ValueError("--previous-state needs --resume")
+    automatic = launch.resume == AUTO
+    if automatic and launch.output is None:
+        raise ValueError(f"--resume {AUTO} needs --output FOLDER, to go on with or to begin in")
+    if launch.previous_state and (launch.resume is None or automatic):
+        raise ValueError("--previous-state needs --resume FOLDER")
+    if launch.resume is not None and not automatic:
+        return _go_on(launch, on_line)
     path = None if launch.config is None else find_config(launch.config)
-    options, given = combine(path, {} if path is None else read_config(path), on_line)
+    in_file = {} if path is None else read_config(path)
+    options, given = combine(path, in_file, on_line)
     options = options.resolved(given)
-    from pae.train import compare, methods, runfolder
+    from pae.train import runfolder
 
     if launch.output is not None:
+        folder = runfolder.RunFolder(os.path.expanduser(launch.output))
+        if automatic and folder.config.is_file():
+            options = _same_run(folder, options, {**in_file, **on_line})
+            return _run(options, given, launch, folder, AUTO)
         runfolder.check_output(launch.output)
-
-    for _, _, each in compare.entries(options) if options.is_comparison else [("", "", options)]:
-        methods.rehearse(each, given)
-    return _run(options, launch)
+    return _run(options, given, launch)
 
 
-def _run(options: Options | None, launch: Launch) -> int:
-    """Trains, prints the table; without `options`, goes on with the folder to be resumed."""
+def _go_on(launch: Launch, on_line: dict[str, Any]) -> int:
+    """--resume FOLDER: the options are those of the run, but for where things lie."""
+    from pae.train import record, runfolder
+
+    assert launch.resume is not None
+    for name in (*on_line, "config", "output"):
+        if name in record.CHANGEABLE:
+            continue
+        if name in on_line or getattr(launch, name, None) is not None:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--resume takes its options from {launch.resume}; leave out --{flag}")
+    folder = runfolder.RunFolder(os.path.expanduser(launch.resume))
+    stored = folder.read_config()
+    given = Given({name: str(folder.config) for name in declared(Options) if name not in on_line})
+    options = _on_this_machine(folder, stored, on_line).resolved(given)
+    return _run(options, given, launch, folder, "previous" if launch.previous_state else "last")
+
+
+def _same_run(folder: RunFolder, options: Options, given: Mapping[str, Any]) -> Options:
+    """--resume auto: the options of the run in `folder`, which must be those of the command line.
+
+    Args:
+        options: of the command line, resolved.
+        given: those that were not left to their defaults.
+    """
+    from pae.train import record
+
+    stored = folder.read_config()
+    was, now = dataclasses.asdict(stored), dataclasses.asdict(options)
+    for name in ("amp", "mpa_images"):  # which depend on the machine where nobody gives them
+        if given.get(name) in (None, "auto"):
+            now[name] = was[name]
+    if found := list(record.changed_settings(was, now)):
+        raise ValueError(
+            f"--resume {AUTO}: {folder.path} holds another run: {'; '.join(found)}; give its "
+            "options, or another --output"
+        )
+    changes = {name: now[name] for name in record.CHANGEABLE if name in given}
+    return _on_this_machine(folder, stored, changes).resolved()
+
+
+def _on_this_machine(folder: RunFolder, stored: Options, changes: dict[str, Any]) -> Options:
+    import torch
+
+    if stored.device == "cuda" and "device" not in changes and not torch.cuda.is_available():
+        raise ValueError(
+            f"{folder.config}: the run was on a GPU, and none is usable here; --device cpu goes on "
+            "without"
+        )
+    return dataclasses.replace(stored, **changes)
+
+
+def _run(
+    options: Options,
+    given: Given,
+    launch: Launch,
+    folder: RunFolder | None = None,
+    resume: str | None = None,
+) -> int:
+    """Trains and prints the table.
+
+    Args:
+        options: resolved.
+        given: who gave what, for the messages.
+        folder: of the run to go on with; None makes a new one.
+        resume: as for `loop.train`.
+    """
     import warnings
 
-    from pae.train import compare, loop, runfolder
+    from pae.train import compare, loop, methods
     from pae.train.report import Reporter
 
-    resume = None
-    if options is None:
-        assert launch.resume is not None
-        resume = "previous" if launch.previous_state else "last"
-        folder = runfolder.RunFolder(launch.resume)
-        options = folder.read_config()
+    results = None if folder is None else folder.results()
+    if folder is not None and results is not None:  # it has finished: nothing is loaded
+        reporter = Reporter(os.environ.get("RANK", "0") == "0", launch.quiet)
+        name = folder.facts().get("task", {}).get("name", folder.path.name)
+        return _show(reporter, name, options, folder, results)
+    for _, _, each in compare.entries(options) if options.is_comparison else [("", "", options)]:
+        methods.rehearse(each, given)
     accelerator = loop.make_accelerator(options)
     reporter = Reporter(accelerator.is_main_process, launch.quiet)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         # a warning is for the reader of the terminal: the text, not the line of our code
         warnings.showwarning = lambda message, *_, **__: reporter.say(f"warning: {message}")
         with accelerator.main_process_first():  # one process fetches, the others find the cache
             task = loop.load_task(options)
-        if resume is None:
-            from accelerate.utils import broadcast_object_list
-
-            # every process must agree on the folder, also when the first has already made it
-            main = accelerator.is_main_process
-            found = runfolder.new_folder(launch.output, task.name) if main else None
-            (path,) = broadcast_object_list([found])
-            folder = runfolder.RunFolder(path)
-            if options.is_comparison and main:
-                folder.write_config(options)
+        folder = _take(accelerator, folder, launch.output, task.name)
+        stack.callback(folder.release)
         reporter.say(_headline(options, task, folder, accelerator))
+        go_on = f"go on with: pae train --resume {shlex.quote(str(folder.path))}"
+        place = task, folder, accelerator, reporter
         try:
             if options.is_comparison:
-                results = compare.compare(
-                    options, task, folder, accelerator, reporter, resume=resume
-                )
+                results = compare.compare(options, *place, resume=resume)
             else:
-                results = [loop.train(options, task, folder, accelerator, reporter, resume=resume)]
+                results = [loop.train(options, *place, resume=resume)]
         except (loop.Interrupted, KeyboardInterrupt):
             if accelerator.is_main_process:
-                print(
-                    f"pae: interrupted; go on with: pae train --resume {folder.path}",
-                    file=sys.stderr,
-                )
-            return 130
-    reporter.table(f"{task.name}, {options.model}", results)
+                way = f"; {go_on}" if folder.config.is_file() else ""
+                print(f"pae: interrupted{way}", file=sys.stderr)
+            return STOPPED
+        except OSError as error:
+            if not folder.config.is_file():
+                raise
+            raise OSError(f"{error}; what was saved before is kept; {go_on}") from error
+    return _show(reporter, task.name, options, folder, results)
+
+
+def _show(reporter: Reporter, name: str, options: Options, folder: RunFolder, results: Rows) -> int:
+    reporter.table(f"{name}, {options.model}", results)
     reporter.say(f"run folder: {folder.path}")
     return 0
+
+
+def _take(
+    accelerator: Accelerator, folder: RunFolder | None, output: str | None, name: str
+) -> RunFolder:
+    """The folder, new or `folder`, held by the main process, which tells the others which it is.
+
+    Raises:
+        ValueError, OSError: it cannot be had; SystemExit in the other processes.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from pae.train import runfolder
+
+    refused: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            if folder is None:
+                folder = runfolder.new_folder(output, name)
+            else:
+                folder.acquire()
+        except (ValueError, OSError) as error:
+            refused = error
+    (told,) = broadcast_object_list([None if refused or folder is None else str(folder.path)])
+    if refused is not None:
+        raise refused
+    if told is None:
+        raise SystemExit(2)  # the main process says why
+    return folder if folder is not None else runfolder.RunFolder(told)
 
 
 def _headline(options: Options, task: Task, folder: RunFolder, accelerator: Accelerator) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,8 @@ from pae.train.data import Task
 from pae.train.declared import declared
 from pae.train.loop import train
 from pae.train.options import RECIPE, Options
-from pae.train.report import Reporter, plot_curves
+from pae.train.record import Record
+from pae.train.report import Reporter
 from pae.train.runfolder import RunFolder
 
 if TYPE_CHECKING:
@@ -55,14 +57,45 @@ def compare(
         resume: as for `train`: finished entries are taken as they are, the others go on.
     Returns:
         The results, one dict per entry.
+    Raises:
+        ValueError: finished entries had other images or another backbone; and as for `train`.
     """
-    results, curves = [], {}
-    for name, title, changed in entries(options):
-        run = RunFolder(folder.path / name)
-        how = resume if run.config.is_file() else None
-        results.append(train(changed, task, run, accelerator, reporter, name=title, resume=how))
-        curves[title] = run.rows()
-    if accelerator.is_main_process:
-        plot_curves(folder.curves, curves)
-        folder.write_comparison(results)
+    main = accelerator.is_main_process
+    runs = {name: RunFolder(folder.path / name) for name, _, _ in entries(options)}
+    with folder.held() if main else contextlib.nullcontext():
+        if resume is None and main:
+            folder.write_config(options, task={"name": task.name})
+        try:
+            results: list[dict[str, Any]] = []
+            curves = {}
+            for name, title, changed in entries(options):
+                run = runs[name]
+                results.append(
+                    train(
+                        changed,
+                        task,
+                        run,
+                        accelerator,
+                        reporter,
+                        name=title,
+                        resume=resume if run.config.is_file() else None,
+                        sibling=_record(next(iter(runs.values()))) if results else None,
+                    )
+                )
+                curves[title] = run.rows()
+        except BaseException:
+            if main and not any(run.config.is_file() for run in runs.values()):
+                folder.config.unlink(missing_ok=True)  # nothing began: nothing to go on with
+            raise
+        if main:
+            folder.write_comparison(results)
+            reporter.curves(folder.curves, curves)
     return results
+
+
+def _record(run: RunFolder) -> Record | None:
+    """The record of a run, settings apart, as its config.json shows it; None in an older one."""
+    facts = run.facts()
+    if "splits" not in facts:
+        return None
+    return {**facts, "classes": facts["task"]["classes"]}

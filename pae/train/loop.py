@@ -7,6 +7,7 @@ resumed run repeats, bit for bit on a CPU, what the uninterrupted one would have
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import signal
@@ -20,14 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pae
-from pae.train import embedded, methods, pixels
+from pae.train import embedded, methods, pixels, record
 from pae.train.data import Images, Task, read_folder
 from pae.train.options import Options
-from pae.train.report import Advance, Reporter, plot_curves
+from pae.train.report import Advance, Reporter
 from pae.train.runfolder import Rows, RunFolder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+# upon these a run saves its state and stops; batch systems send the last ones ahead of a kill
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+LOOK_EVERY = 16  # updates; a GPU would have to be waited for if it were asked at every one
 
 OnStart = Callable[[nn.Module], None]
 OnBackward = Callable[[nn.Module, int], None]
@@ -35,6 +40,10 @@ OnBackward = Callable[[nn.Module, int], None]
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state."""
+
+
+class _Asked(Exception):
+    """The run was asked to stop, and is between two steps."""
 
 
 def load_task(options: Options) -> Task:
@@ -66,6 +75,7 @@ def train(
     *,
     name: str | None = None,
     resume: str | None = None,
+    sibling: record.Record | None = None,
     on_start: OnStart | None = None,
     on_backward: OnBackward | None = None,
 ) -> dict[str, Any]:
@@ -74,11 +84,15 @@ def train(
     Args:
         options: resolved `Options`.
         task: a `Task`.
-        folder: a `RunFolder`; new, or that of the run to go on with.
+        folder: a `RunFolder`; new, or that of the run to go on with. Other processes are kept out
+            of it meanwhile.
         accelerator: from `make_accelerator`.
         reporter: a `Reporter`.
         name: what to call the run in tables; the method by default.
-        resume: None for a new run, "last" or "previous" for the state to go on from.
+        resume: None for a new run; "last" or "previous" for the state to go on from; "auto" for
+            the last one, or the one before it where the last is damaged.
+        sibling: the record of a run that this one is compared with; both must have the same images
+            and the same backbone.
         on_start: called as `on_start(module)` in a new run, once the prompts have their first
             values and before anything is made of them.
         on_backward: called as `on_backward(module, update)` after every backward pass, before
@@ -87,15 +101,17 @@ def train(
         dict with "name", "trained_parameters", "val_accuracy", "best_epoch", "test_accuracy" (None
         without a test split), "seconds".
     Raises:
-        Interrupted: SIGINT or SIGTERM arrived; the state is saved.
-        ArithmeticError: the loss is not finite.
-        CheckpointError, ValueError: see `RunFolder`, `methods.build_method`.
+        Interrupted: one of `SIGNALS` arrived; the state is saved.
+        ArithmeticError: a loss is not finite.
+        CheckpointError, ValueError: see `RunFolder`, `methods.build_method`; the run to go on with
+            had other images, another backbone or other settings.
     """
-    finished = None if resume is None else folder.result()
-    if finished is not None:
-        return finished
-    hooks = on_start, on_backward
-    return _Run(options, task, folder, accelerator, reporter, name, resume, *hooks).train()
+    with folder.held() if accelerator.is_main_process else contextlib.nullcontext():
+        finished = None if resume is None else folder.result()
+        if finished is not None:
+            return finished
+        place = options, task, folder, accelerator, reporter
+        return _Run(*place, name, resume, on_start, on_backward, sibling).train()
 
 
 class _Run:
@@ -112,6 +128,7 @@ class _Run:
         resume: str | None,
         on_start: OnStart | None,
         on_backward: OnBackward | None,
+        sibling: record.Record | None = None,
     ) -> None:
         from accelerate.utils import set_seed
         from timm.optim import create_optimizer_v2
@@ -123,12 +140,14 @@ class _Run:
         self.main = accelerator.is_main_process
 
         self.alignment: pae.MPAResult | None = None  # where this process made the first prompts
-        saved = None
-        if resume is not None:
-            saved = folder.read_state(previous=resume == "previous")
+        saved = None if resume is None else self._read_state(resume)
         set_seed(options.seed)
         self.module = methods.build_method(options, len(task.classes)).to(accelerator.device)
         self.prompted = self.module if isinstance(self.module, pae.PromptedViT) else None
+        self.data_config = self._data_config()
+        side = self.data_config["input_size"][-1]
+        self.record = record.describe(options, task, self._backbone(), side)
+        self._compare(saved, sibling)
         self.train_data, self.val_data, self.test_data = self._data(task)
         batches = math.ceil(len(self.train_data) / options.batch_size)
         if saved is None:
@@ -162,6 +181,9 @@ class _Run:
         self.best: tuple[float, float, int] | None = None  # (accuracy, -loss, epoch)
         self.seconds = 0.0  # spent before this process took over
         self.sums = self._no_sums()
+        self.losses: list[tuple[Tensor, Tensor]] = []  # of the steps that were not looked at yet
+        self.settled = True  # whether the state is that between two steps
+        self.signals = _Signals()
         if saved is not None:
             self._restore(saved)
         elif options.mpa or options.spt or on_start is not None:
@@ -172,12 +194,24 @@ class _Run:
         options, reporter = self.options, self.reporter
         total = options.epochs * math.ceil(len(self.train_data) / options.batch_size)
         with (
-            _StopSignals() as stop,
+            self.signals,
             reporter.progress(f"{self.name}: starting", total, self.updates) as advance,
         ):
             while self.epoch < options.epochs:
-                self._train_epoch(stop, advance)
-                self._finish_epoch()
+                try:
+                    self._train_epoch(advance)
+                    self._finish_epoch()
+                except _Asked:
+                    self._save()
+                    self._write_last()
+                    raise Interrupted from None
+                except RuntimeError as error:
+                    if not self.signals.explain(error):
+                        raise
+                    if self.settled and self.accelerator.num_processes == 1:
+                        self._save()
+                        self._write_last()
+                    raise Interrupted from None
                 row = self.rows[-1]
                 advance(0, f"{self.name}: val {row['val_accuracy']:.3f}")
                 if self.epoch % max(1, options.epochs // 10) and self.epoch < options.epochs:
@@ -191,15 +225,8 @@ class _Run:
 
     def _data(self, task: Task) -> list[Any]:
         """Pipelines of the three splits; for a linear probe, of their features."""
-        options, backbone = self.options, self._backbone()
-        from timm.data import resolve_data_config
-
-        config = resolve_data_config({}, model=backbone)
-        # a vision transformer knows the size it was built for; its configuration the original one
-        size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
-        size = tuple(size or config["input_size"][1:])
-        if size[0] != size[1]:
-            raise ValueError(f"--model {options.model}: takes {size} images, expected square ones")
+        options, config = self.options, self.data_config
+        size = config["input_size"]
         mean, std = pixels.normalisation(options.norm, config)
 
         def pipeline(images: Images, training: bool) -> pixels.Pipeline:
@@ -217,6 +244,63 @@ class _Run:
             pipeline(task.test, training=False) if task.test else None,
         ]
         return [self._features(split) if linear and split else split for split in splits]
+
+    def _data_config(self) -> dict[str, Any]:
+        """timm's: normalisation, interpolation, and the (height, width) of the images."""
+        from timm.data import resolve_data_config
+
+        backbone = self._backbone()
+        config = resolve_data_config({}, model=backbone)
+        # a vision transformer knows the size it was built for; its configuration the original one
+        size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+        size = tuple(size or config["input_size"][1:])
+        if size[0] != size[1]:
+            raise ValueError(
+                f"--model {self.options.model}: takes {size} images, expected square ones"
+            )
+        return {**config, "input_size": size}
+
+    def _read_state(self, which: str) -> dict[str, Any] | None:
+        if which != "auto":
+            return self.folder.read_state(previous=which == "previous")
+        try:
+            return self.folder.read_state()
+        except pae.CheckpointError as error:
+            try:
+                state = self.folder.read_state(previous=True)
+            except pae.CheckpointError:
+                raise error from None
+            self.reporter.warn(
+                f"{error.args[0].partition(';')[0]}: going on from the one before it"
+            )
+            return state
+
+    def _compare(self, saved: dict[str, Any] | None, sibling: record.Record | None) -> None:
+        """Refuses to go on with another run than the one that was saved."""
+        path = self.folder.path
+        if sibling is not None and (found := record.differences(sibling, self.record, False)):
+            raise ValueError(
+                f"{path} cannot be compared with the runs beside it: {'; '.join(found)}; put it "
+                "back, or start a new comparison"
+            )
+        was = None if saved is None else saved.get("record")
+        if saved is not None and was is None:
+            self.reporter.warn(
+                f"{path}: an older pae wrote the state, which does not say of which images and "
+                "weights; they are not compared"
+            )
+        if was is None:
+            return
+        if found := record.differences(was, self.record):
+            raise pae.CheckpointError(
+                f"{path} cannot go on, for it was another run: {'; '.join(found)}; put it back, or "
+                "start a new run"
+            )
+        if found := record.drift(was, self.record):
+            self.reporter.warn(
+                f"{path}: {'; '.join(found)}: the numbers may differ a little from those of a run "
+                "without a stop"
+            )
 
     def _backbone(self) -> nn.Module:
         if isinstance(self.module, methods.LinearProbe):
@@ -265,38 +349,95 @@ class _Run:
         options = self.options
         return pixels.epoch_batches(len(self.train_data), options.batch_size, options.seed, epoch)
 
-    def _train_epoch(self, stop: _StopSignals, advance: Advance) -> None:
+    def _train_epoch(self, advance: Advance) -> None:
         """The steps of this epoch that are not done yet."""
-        options, accelerator = self.options, self.accelerator
-        rank, world = accelerator.process_index, accelerator.num_processes
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         shares = [pixels.share(b, rank, world) for b in self._epoch_batches(self.epoch)]
         shares = shares[self.step :]
         self.wrapped.train()
         if self.prompted is not None and self.step == 0:
             self._start_prompts(self.prompted, [indices for indices, _ in shares])
         data = self.train_data.batches([indices for indices, _ in shares], self.epoch)
+        every = self.options.save_every_steps
         for (inputs, labels), (_, weight) in zip(data, shares, strict=True):
-            if self.prompted is not None:
-                self.prompted.prompts.see_labels(labels)
-            logits = self.wrapped(inputs, engine=options.engine)
-            loss = F.cross_entropy(logits, labels)
-            accelerator.backward(loss * weight + self.module.penalty())
-            if self.on_backward is not None:
-                self.on_backward(self.module, self.updates)
-            self._clip()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self._after_step()
-            if weight > 0:
-                hits = (logits.argmax(1) == labels).sum()
-                self.sums += torch.stack([loss.detach() * len(labels), hits])
+            self.settled = False
+            self._train_step(inputs, labels, weight)
+            self.settled = True
             advance()
-            if stop.requested(accelerator):
+            save = bool(every) and self.updates % every == 0
+            self._look(at_once=save)
+            if save:
                 self._save()
-                self._write_last()
-                raise Interrupted
-            if options.save_every_steps and self.updates % options.save_every_steps == 0:
-                self._save()
+        self._look(at_once=True)
+
+    def _train_step(self, inputs: Tensor, labels: Tensor, weight: float) -> None:
+        if self.prompted is not None:
+            self.prompted.prompts.see_labels(labels)
+        logits = self.wrapped(inputs, engine=self.options.engine)
+        loss, penalty = F.cross_entropy(logits, labels), self.module.penalty()
+        self.losses.append((loss.detach(), penalty.detach()))
+        self.accelerator.backward(loss * weight + penalty)
+        if self.on_backward is not None:
+            self.on_backward(self.module, self.updates)
+        self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._after_step()
+        if weight > 0:
+            hits = (logits.argmax(1) == labels).sum()
+            self.sums += torch.stack([loss.detach() * len(labels), hits])
+
+    def _look(self, at_once: bool) -> None:
+        """Between two steps: raises if a loss was not finite, or if the run was asked to stop.
+
+        All processes do so alike, or they would wait for one another.
+
+        Args:
+            at_once: look at the losses, though a GPU must be waited for.
+        """
+        accelerator = self.accelerator
+        alone = accelerator.num_processes == 1
+        seen = self.signals.seen
+        on_gpu = accelerator.device.type == "cuda"
+        if on_gpu and self.updates % LOOK_EVERY and not at_once and not (alone and seen):
+            return
+        bad = self._not_finite()
+        if not alone:
+            flags = [float(seen), float(bad is not None)]
+            told = accelerator.reduce(torch.tensor(flags, device=accelerator.device), "sum")
+            seen, any_bad = (flag > 0 for flag in told.tolist())
+            if any_bad and bad is None:
+                bad = (
+                    f"the training loss of epoch {self.epoch + 1} is not finite in another process"
+                )
+        if bad is not None:
+            raise self._stopped(bad)
+        if seen:
+            raise _Asked
+
+    def _not_finite(self) -> str | None:
+        """The first loss since the last look that is not finite, in words."""
+        losses, self.losses = self.losses, []
+        if not losses:
+            return None
+        values = (torch.stack([part.double() for part in parts]).tolist() for parts in zip(*losses))
+        first = self.step - len(losses) + 1
+        for step, (loss, penalty) in enumerate(zip(*values, strict=True), first):
+            where = f"of epoch {self.epoch + 1} is {{}} in step {step} of the epoch"
+            if not math.isfinite(loss):
+                return "the training loss " + where.format(loss)
+            if not math.isfinite(penalty):
+                return "the penalty beside the training loss " + where.format(penalty)
+        return None
+
+    def _stopped(self, what: str) -> ArithmeticError:
+        """The error that ends a run whose numbers are no numbers."""
+        options = self.options
+        advice = f"try a lower --lr than {options.lr:g}"
+        if options.amp == "fp16":
+            advice += ", or --amp bf16 or no"
+        kept = f"; {self.folder.path} keeps epoch {self.epoch}" if self.epoch else ""
+        return ArithmeticError(f"{what}; {advice}{kept}")
 
     def _start_prompts(self, module: pae.PromptedViT, batches: list[Tensor]) -> None:
         """Lets the family look at the training data before an epoch, if it wants to."""
@@ -333,12 +474,10 @@ class _Run:
     def _finish_epoch(self) -> None:
         """Validates, keeps the best, writes metrics and state."""
         loss, accuracy = self._means(self.sums, self.train_data)
-        if not math.isfinite(loss):
-            raise ArithmeticError(
-                f"the training loss of epoch {self.epoch + 1} is {loss}; try a lower --lr "
-                f"than {self.options.lr}"
-            )
         val_loss, val_accuracy = self._evaluate(self.val_data)
+        if not math.isfinite(val_loss):
+            raise self._stopped(f"the validation loss of epoch {self.epoch + 1} is {val_loss}")
+        self.settled = False
         self.epoch += 1
         self.rows.append(
             {
@@ -359,9 +498,13 @@ class _Run:
         if self.prompted is not None:
             self.prompted.prompts.end_of_epoch()  # may move prompts: what was measured is saved
         self.step, self.sums = 0, self._no_sums()
+        self.settled = True
         self._save()
         if self.main:
-            self.folder.write_metrics(self.rows)
+            try:
+                self.folder.write_metrics(self.rows)
+            except OSError as error:  # the state, which was saved, has the rows too
+                self.reporter.warn(f"{self.folder.metrics_json} was not written: {error}")
 
     def _finish(self) -> dict[str, Any]:
         """Tests the best checkpoint and writes the result, which marks the run as finished."""
@@ -370,7 +513,11 @@ class _Run:
         self.module.load(self.folder.best)
         assert self.best is not None  # there was an epoch
         accuracy, _, epoch = self.best
-        test = self._evaluate(self.test_data)[1] if self.test_data else None
+        test = None
+        if self.test_data:
+            loss, test = self._evaluate(self.test_data)
+            if not math.isfinite(loss):
+                raise self._stopped(f"the loss of the test images is {loss} in epoch {epoch}")
         result = {
             "name": self.name,
             "method": self.options.method,
@@ -381,8 +528,8 @@ class _Run:
             "seconds": round(self._elapsed(), 3),
         }
         if self.main:
-            plot_curves(self.folder.curves, {self.name: self.rows})
             self.folder.write_metrics(self.rows, result)
+            self.reporter.curves(self.folder.curves, {self.name: self.rows})
         self.accelerator.wait_for_everyone()
         return result
 
@@ -394,6 +541,8 @@ class _Run:
         self.wrapped.eval()
         sums = self._no_sums()
         for inputs, labels in data.batches(index_lists):
+            if self.signals.seen and self.accelerator.num_processes == 1:
+                raise _Asked
             logits = self._evaluation_model()(inputs, engine=self.options.engine)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
@@ -417,8 +566,6 @@ class _Run:
     def _write_config(self, task: Task) -> None:
         if not self.main:
             return
-        import timm
-
         self.folder.write_config(
             self.options,
             name=self.name,
@@ -426,11 +573,8 @@ class _Run:
             trained_parameters=methods.trained_parameters(self.module),
             processes=self.accelerator.num_processes,
             device=_device_name(self.accelerator.device),
-            versions={
-                "pae": pae.__version__,
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "python": platform.python_version(),
+            **{
+                name: self.record[name] for name in ("splits", "image_size", "backbone", "versions")
             },
         )
 
@@ -438,15 +582,18 @@ class _Run:
         """Writes state.pt, from which a resumed run goes on."""
         from accelerate.utils import gather_object
 
-        streams = {"sums": self.sums.cpu(), "cpu": torch.get_rng_state()}
+        streams: dict[str, Any] = {"sums": self.sums.cpu(), "cpu": torch.get_rng_state()}
         if self.accelerator.device.type == "cuda":
             streams["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
+        if self.prompted is not None:
+            streams["prompts"] = self.prompted.prompts.rank_state()
         streams = gather_object([streams])
         if not self.main:
             return
         scaler = self.accelerator.scaler
         self.folder.write_state(
             {
+                "record": self.record,
                 "module": {k: v.cpu() for k, v in self.module.trained_state().items()},
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
@@ -479,6 +626,8 @@ class _Run:
         self.rows, self.best = saved["rows"], saved["best"]
         self.seconds = saved["seconds"]
         mine = streams[self.accelerator.process_index]
+        if self.prompted is not None and "prompts" in mine:
+            self.prompted.prompts.load_rank_state(mine["prompts"])
         self.sums = mine["sums"].to(self.accelerator.device)
         torch.set_rng_state(mine["cpu"])
         if "cuda" in mine:
@@ -505,32 +654,42 @@ class FeatureData:
             yield self.features[indices], self.labels[indices]
 
 
-class _StopSignals:
-    """Between steps, whether SIGINT or SIGTERM arrived; a second SIGINT interrupts at once."""
+class _Signals:
+    """Whether one of `SIGNALS` arrived since it was entered; a second SIGINT interrupts at once.
 
-    def __enter__(self) -> _StopSignals:
+    A signal that is ignored on entry stays so: under nohup a run outlives its terminal.
+    """
+
+    seen = False
+
+    def __enter__(self) -> _Signals:
         self.seen = False
         self.before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._note)
+            for number in (getattr(signal, name, None) for name in SIGNALS):
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.seen = False
 
     def _note(self, number: int, frame: object) -> None:
         if self.seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.seen = True
 
-    def requested(self, accelerator: Accelerator) -> bool:
-        """Whether to stop; all processes answer alike, or they would wait for one another."""
-        if accelerator.num_processes == 1:
-            return self.seen
-        flag = torch.tensor(float(self.seen), device=accelerator.device)
-        return accelerator.reduce(flag, "sum").item() > 0
+    def explain(self, error: RuntimeError) -> bool:
+        """Whether `error` says that workers ended, and they did because of a signal to all."""
+        if "DataLoader worker" not in str(error):
+            return False
+        for _ in range(20):  # ours may come after theirs
+            if self.seen:
+                return True
+            time.sleep(0.05)
+        return False
 
 
 def _make_scheduler(

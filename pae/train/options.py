@@ -275,7 +275,10 @@ class Launch:
         None, "folder of the run", metavar="FOLDER", unset="runs/<data>-NNN"
     )
     resume: str | None = _folder(
-        None, "go on with the run in this folder; its options hold", metavar="FOLDER"
+        None,
+        "go on with the run in this folder; its options hold. auto: with the one in --output if "
+        "there is one, else begin it",
+        metavar="FOLDER",
     )
     previous_state: bool = _folder(
         False, "with --resume: go on from the state before the last one", negated=False

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pae.checkpoint import write_atomically
 
@@ -25,12 +26,25 @@ class Reporter:
 
         self.active = active
         self.quiet = quiet
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(file=cast(Any, _Stream("stderr")), highlight=False)
 
     def say(self, text: str) -> None:
         """One line to stderr."""
         if self.active and not self.quiet:
             self._console.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """One line to stderr, also where only results are wanted."""
+        if self.active:
+            self._console.print(f"warning: {text}", markup=False, soft_wrap=True)
+
+    def curves(self, path: Path, runs: Mapping[str, list[dict[str, Any]]]) -> None:
+        """`plot_curves`, but a picture that cannot be drawn costs a warning, not the run."""
+        try:
+            plot_curves(path, runs)
+        except Exception as error:  # matplotlib raises whatever its parts raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.warn(f"{path} could not be drawn: {reason}")
 
     @contextlib.contextmanager
     def progress(self, text: str, total: int, done: int = 0) -> Iterator[Advance]:
@@ -77,7 +91,31 @@ class Reporter:
                 "-" if test is None else f"{test:.3f}",
                 f"{result['seconds']:.1f}",
             )
-        Console(highlight=False).print(table)
+        Console(file=cast(Any, _Stream("stdout")), highlight=False).print(table)
+
+
+class _Stream:
+    """sys.stderr or sys.stdout as it is now, for a run that does not end because nobody listens."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(getattr(sys, self._name), attribute)
+
+    def write(self, text: str) -> int:
+        """Writes what the encoding has; nothing where a terminal hung up or a disk is full."""
+        encoding = self.encoding or "utf-8"
+        with contextlib.suppress(OSError, ValueError):
+            getattr(sys, self._name).write(
+                text.encode(encoding, "backslashreplace").decode(encoding)
+            )
+        return len(text)
+
+    def flush(self) -> None:
+        """As `write`."""
+        with contextlib.suppress(OSError, ValueError):
+            getattr(sys, self._name).flush()
 
 
 def plot_curves(path: Path, runs: Mapping[str, list[dict[str, Any]]]) -> None:

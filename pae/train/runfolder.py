@@ -6,6 +6,7 @@
     last.safetensors   trained parts at the end, or where the run was interrupted
     state.pt           everything that training needs to go on; state.previous.pt the one before
     curves.png         the curves
+    .lock              while a process works here; see `pae.train.lock`
 
 A comparison has results.csv and results.json instead, and a folder of the above per method.
 Each file is replaced atomically. The state alone decides where a resumed run goes on; its format is
@@ -14,16 +15,21 @@ in `pae.train.state`.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
 import os
+import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pae.checkpoint import write_atomically
+from pae.checkpoint import TEMPORARY, remove_temporaries, write_atomically
 from pae.errors import CheckpointError
+from pae.train import lock
 from pae.train.options import Options, read_config
 from pae.train.state import read_state, write_state
 
@@ -34,7 +40,7 @@ class RunFolder:
     """Access to the files of one run.
 
     Args:
-        path: the folder; made when something is first written.
+        path: the folder; made by `acquire`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -48,6 +54,52 @@ class RunFolder:
         self.previous_state = self.path / "state.previous.pt"
         self.curves = self.path / "curves.png"
         self._went_back = False  # to the previous state, as the last one is of no use
+        self._hold: lock.Hold | None = None
+        self._made: list[Path] = []  # by this object: the folder and its parents, deepest first
+
+    def acquire(self) -> None:
+        """Makes the folder where there is none and keeps other processes out of it until `release`;
+        removes what dead ones left half-written. Nothing is done if it is held already.
+
+        Raises:
+            InUse: another process works here.
+            OSError: the folder cannot be made or written.
+        """
+        if self._hold is not None:
+            return
+        made = _make(self.path)
+        try:
+            self._hold = lock.Hold(self.path)
+        except BaseException:
+            _remove(made)
+            raise
+        self._made += made
+        remove_temporaries(self.path)
+
+    def release(self) -> None:
+        """Lets others in. A folder that was made here and holds no run goes with it."""
+        if self._hold is None:
+            return
+        if self._made and self.is_blank():
+            shutil.rmtree(self.path, ignore_errors=True)
+            _remove(self._made[1:])
+        self._hold.release()
+        self._hold = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """`acquire` and `release` around a block, unless an outer one has done it."""
+        outer = self._hold is not None
+        self.acquire()
+        try:
+            yield
+        finally:
+            if not outer:
+                self.release()
+
+    def is_blank(self) -> bool:
+        """Whether nothing is in the folder but what a run that never began may have left."""
+        return all(file.name in lock.FILES or file.match(TEMPORARY) for file in self.path.iterdir())
 
     def write_config(self, options: Options, **facts: Any) -> None:
         """Writes the options and `facts` (versions, classes, sizes)."""
@@ -66,6 +118,22 @@ class RunFolder:
             return Options(**read_config(self.config))
         except ValueError as error:
             raise CheckpointError(f"{self.config} cannot be read: {error}") from error
+
+    def facts(self) -> dict[str, Any]:
+        """What config.json says beside the options; {} where it says nothing."""
+        try:
+            facts = json.loads(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) else {}
+
+    def results(self) -> Rows | None:
+        """The final results of a run (one) or of a comparison, or None while it is unfinished."""
+        path = self.path / "results.json"
+        if path.is_file():
+            return self._read_json(path)
+        result = self.result()
+        return None if result is None else [result]
 
     def write_metrics(self, rows: Rows, result: dict[str, Any] | None = None) -> None:
         """Writes the rows measured so far as CSV and JSON; `result` marks the run as finished."""
@@ -113,12 +181,15 @@ class RunFolder:
         return read_state(self.previous_state) if there else None
 
     def _metrics(self) -> dict[str, Any]:
-        if not self.metrics_json.is_file():
-            return {}
+        return self._read_json(self.metrics_json) if self.metrics_json.is_file() else {}
+
+    def _read_json(self, path: Path) -> Any:
         try:
-            return json.loads(self.metrics_json.read_text(encoding="utf-8"))
+            return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise CheckpointError(f"{self.metrics_json} cannot be read: {error}") from error
+            raise CheckpointError(
+                f"{path} cannot be read: {error}; delete it: going on writes it again"
+            ) from error
 
     def _write_csv(self, path: Path, rows: Rows) -> None:
         table = io.StringIO()
@@ -128,7 +199,7 @@ class RunFolder:
         self._write(path, table.getvalue().encode())
 
     def _write_json(self, path: Path, value: Any) -> None:
-        self._write(path, (json.dumps(value, indent=2) + "\n").encode())
+        self._write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
     def _write(self, path: Path, data: bytes) -> None:
         def write(file: Path) -> None:
@@ -137,29 +208,79 @@ class RunFolder:
         write_atomically(path, write)
 
 
-def check_output(output: str) -> Path:
-    """The folder that --output names.
+def check_output(output: str) -> RunFolder:
+    """The folder that --output names; nothing is made yet.
 
     Raises:
-        ValueError: it already holds something.
+        ValueError: it already holds something, or is no folder.
     """
-    path = Path(output).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    folder = RunFolder(os.path.expanduser(output))
+    if not folder.path.is_dir():
+        if os.path.lexists(folder.path):
+            raise ValueError(f"--output {output} is no folder; give another one")
+    elif not folder.is_blank():
         raise ValueError(
-            f"--output {output} is not empty; go on with --resume {output}, or give another one"
+            f"--output {output} is not empty; go on with --resume {shlex.quote(output)}, or give "
+            "another one"
         )
-    return path
+    return folder
 
 
-def new_folder(output: str | None, default_name: str) -> Path:
-    """The folder of a new run: `output`, or the first free ``runs/<default_name>-NNN``.
+def new_folder(output: str | None, default_name: str) -> RunFolder:
+    """The folder of a new run, made and held: `output`, or the first free
+    ``runs/<default_name>-NNN``. No two processes get the same.
 
     Raises:
-        ValueError: `output` already holds something.
+        ValueError: `output` holds something, is in use, or cannot be made.
     """
-    if output is not None:
-        return check_output(output)
+    if output is None:
+        return _numbered(Path("runs"), default_name)
+    folder = check_output(output)
+    try:
+        folder.acquire()
+        check_output(output)  # another process may have been here until a moment ago
+    except OSError as error:
+        folder.release()
+        raise ValueError(
+            f"--output {output} cannot be written ({error.strerror}); give another one"
+        ) from error
+    except ValueError:
+        folder.release()
+        raise
+    return folder
+
+
+def _numbered(parent: Path, name: str) -> RunFolder:
     number = 1
-    while (path := Path("runs") / f"{default_name}-{number:03d}").exists():
-        number += 1
-    return path
+    try:
+        made: list[Path] = []
+        while True:
+            made += _make(parent)
+            folder = RunFolder(parent / f"{name}-{number:03d}")
+            try:
+                folder.path.mkdir()
+            except FileExistsError:
+                number += 1
+                continue
+            folder._made = [folder.path, *made]
+            folder.acquire()
+            return folder
+    except OSError as error:
+        raise ValueError(
+            f"{parent / name}-{number:03d} cannot be made here ({error.strerror}); give a folder "
+            "with --output"
+        ) from error
+
+
+def _make(path: Path) -> list[Path]:
+    """Makes the folder and those above it; returns those that were not there, deepest first."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove(folders: list[Path]) -> None:
+    """Removes folders that are empty, deepest first."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

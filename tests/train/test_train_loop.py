@@ -170,7 +170,9 @@ def test_regulariser_gradients_are_clipped_every_step(shades, tmp_path, monkeypa
 
 
 def test_loss_that_is_not_finite_stops_the_run(shades, tmp_path):
-    with pytest.raises(ArithmeticError, match=r"training loss of epoch \d is (nan|inf).*--lr"):
+    with pytest.raises(
+        ArithmeticError, match=r"training loss of epoch \d is (nan|inf) in step \d.*--lr"
+    ):
         run(shades, tmp_path, method="vpt-deep", lr=1e30, optimizer="sgd")
 
 
@@ -355,9 +357,15 @@ def test_damaged_state_is_named_and_the_one_before_serves(stopped, shades, whole
     assert_same_run(stopped.path, whole(method="vpt-deep", dropout=0.2))
 
 
-def test_state_of_another_model_is_refused(stopped, shades):
+def test_state_of_another_model_is_refused(stopped, shades, capsys):
+    with pytest.raises(pae.CheckpointError, match=r"another run: num_tokens 2, now 5; put it back"):
+        run(shades, stopped.path, resume="last", method="vpt-deep", dropout=0.2, num_tokens=5)
+    state = stopped.read_state()
+    del state["record"]  # as older versions wrote it
+    stopped.write_state(state)
     with pytest.raises(pae.CheckpointError, match=r"does not fit this model at prompts\.tokens"):
-        run(shades, stopped.path, resume="last", method="vpt-deep", num_tokens=5)
+        run(shades, stopped.path, resume="last", method="vpt-deep", dropout=0.2, num_tokens=5)
+    assert capsys.readouterr().err.count("warning: ") == 1
 
 
 def test_damaged_best_checkpoint_is_named(stopped, shades, monkeypatch):

@@ -1,0 +1,136 @@
+"""What the numbers of a run depend on, kept beside them, so that nothing else goes on in its place.
+
+A record is plain JSON: the settings, the classes, per split the number of images and a digest of
+their names and labels, the side of the images, the backbone with the fingerprint of its weights,
+and the versions. A state carries it, and config.json shows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pae.checkpoint import backbone_name, fingerprint
+from pae.train.data import Images, Task
+from pae.train.options import Options
+from pae.version import __version__
+
+Record = dict[str, Any]
+
+# options that may differ when a run goes on: where things lie, and how fast they are worked on
+CHANGEABLE = ("data", "weights", "device", "workers", "save_every_steps")
+
+
+def describe(options: Options, task: Task, backbone: nn.Module, image_size: int) -> Record:
+    """The record of a run.
+
+    Args:
+        options: resolved.
+        task: its images.
+        backbone: before it is trained.
+        image_size: the side in pixels.
+    """
+    import timm
+
+    splits = {"train": task.train, "val": task.val, "test": task.test}
+    return {
+        "settings": dataclasses.asdict(options),
+        "classes": list(task.classes),
+        "splits": {
+            name: None if images is None else _split(images, options.data)
+            for name, images in splits.items()
+        },
+        "image_size": image_size,
+        "backbone": {"name": backbone_name(backbone), "fingerprint": fingerprint(backbone)},
+        "versions": {
+            "pae": __version__,
+            "torch": str(torch.__version__),  # its own type is no plain data
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def differences(was: Record, now: Record, settings: bool = True) -> list[str]:
+    """What makes `now` another run than `was`, in words; of settings those not in `CHANGEABLE`.
+
+    Args:
+        was, now: of `describe`.
+        settings: compare the settings too.
+    """
+    found = list(changed_settings(was["settings"], now["settings"])) if settings else []
+    found += _classes(was["classes"], now["classes"])
+    for name, split in now["splits"].items():
+        before = was["splits"][name]
+        if before != split:
+            left, right = (0 if s is None else s["images"] for s in (before, split))
+            how = f"{left} images, now {right}" if left != right else "other files or labels"
+            found.append(f"{name} split: {how}")
+    if was["image_size"] != now["image_size"]:
+        found.append(f"images of side {was['image_size']}, now {now['image_size']}")
+    if was["backbone"] != now["backbone"]:
+        before, after = was["backbone"], now["backbone"]
+        if before["name"] == after["name"]:
+            found.append(f"other weights in the backbone {after['name']}")
+        else:
+            found.append(f"backbone {before['name']}, now {after['name']}")
+    return found
+
+
+def drift(was: Record, now: Record) -> list[str]:
+    """What makes the same run round differently, in words: the device, the libraries."""
+    found = []
+    left, right = was["settings"]["device"], now["settings"]["device"]
+    if left != right:
+        found.append(f"device {left}, now {right}")
+    for name in ("torch", "timm"):
+        before, after = was["versions"].get(name), now["versions"][name]
+        if before != after:
+            found.append(f"{name} {before}, now {after}")
+    return found
+
+
+def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """In words, what differs between two tables of options; where one has no such option, it is of
+    another version, and nothing is said.
+    """
+    for name in now:
+        if name in was and name not in CHANGEABLE and was[name] != now[name]:
+            yield f"{name} {_shown(was[name])}, now {_shown(now[name])}"
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _classes(was: list[str], now: list[str]) -> list[str]:
+    if len(was) != len(now):
+        return [f"{len(was)} classes, now {len(now)}"]
+    for number, (before, after) in enumerate(zip(was, now, strict=True)):
+        if before != after:
+            return [f"class {number} was {before!r}, is {after!r}"]
+    return []
+
+
+def _split(images: Images, root: str | None) -> Record:
+    """Number and digest of a split; a folder may be moved, so files count by their place in it."""
+    digest = hashlib.sha256()
+    inside = None if root is None else os.path.join(root, "")
+    for item, label in zip(images.items, images.labels, strict=True):
+        if isinstance(item, np.ndarray):
+            digest.update(f"{item.dtype}{item.shape}".encode())
+            digest.update(np.ascontiguousarray(item).data)
+        else:
+            path = os.fspath(item)
+            digest.update(os.fsencode(path.removeprefix(inside) if inside else path))
+        digest.update(f"\0{label}\n".encode())
+    return {"images": len(images), "digest": digest.hexdigest()}
