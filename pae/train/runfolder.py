@@ -80,9 +80,10 @@ class RunFolder:
         """Lets others in. A folder that was made here and holds no run goes with it."""
         if self._hold is None:
             return
-        if self._made and self.is_blank():
-            shutil.rmtree(self.path, ignore_errors=True)
-            _remove(self._made[1:])
+        with contextlib.suppress(OSError):  # the folder may have been taken away
+            if self._made and self.is_blank():
+                shutil.rmtree(self.path)
+                _remove(self._made[1:])
         self._hold.release()
         self._hold = None
 
