@@ -5,7 +5,6 @@ package, and a wheel that holds it serves every Python 3 of its platform.
 """
 
 import sys
-from functools import lru_cache
 from pathlib import Path
 
 from setuptools import Command, Distribution, setup
@@ -16,8 +15,6 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
 import native_build  # noqa: E402
-
-compiled = lru_cache(native_build.build)
 
 
 class BuildNative(Command):
@@ -35,7 +32,8 @@ class BuildNative(Command):
 
     def run(self):
         root = ROOT if self.editable_mode else Path(self.build_lib)
-        native_build.place(compiled(), root / native_build.PACKAGE.name)
+        outcome = native_build.install(root / native_build.PACKAGE.name)
+        self.distribution.has_library = outcome.library is not None
 
     def get_source_files(self):
         return []  # MANIFEST.in names them
@@ -56,20 +54,29 @@ class Build(build):
 
 
 class Package(Distribution):
+    has_library = False  # until it is compiled
+
     def has_ext_modules(self):
-        """Whether it belongs to a platform."""
-        return compiled().library is not None
+        """Whether it belongs to a platform. Asked for metadata too, so it compiles nothing."""
+        return self.has_library
 
 
 class BdistWheel(bdist_wheel):
     """py3-none-<platform> with the library in it, py3-none-any without."""
+
+    def run(self):
+        self.run_command("build_native")  # once: `build` finds that it was run
+        self.root_is_pure = not self.distribution.has_library
+        super().run()
 
     def get_tag(self):
         tag = super().get_tag()
         return tag if self.root_is_pure else ("py3", "none", tag[2])
 
 
-setup(
-    distclass=Package,
-    cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": BdistWheel},
-)
+# two installs from one checkout would write the same files
+with native_build.alone(ROOT):
+    setup(
+        distclass=Package,
+        cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": BdistWheel},
+    )

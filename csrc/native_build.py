@@ -3,11 +3,12 @@
     python csrc/native_build.py      # into pae_kernels/, as `pip install -e .` does
 
 Environment:
-    PAE_CUDA        auto: built where nvcc works, else the install goes on without (default);
-                    require: an error where it does not; off: not built.
+    PAE_CUDA        auto: built where nvcc works, else the install goes on without, whatever
+                    went wrong (default); require: an error where it does not; off: not built.
     PAE_CUDA_ARCHS  architectures, "90" or "80;90"; default: all shipped ones that nvcc knows.
     MAX_JOBS        compilers at a time; default: one per core.
-    CUDA_HOME       where nvcc is looked for first; then PATH, /usr/local/cuda, the pip package.
+    CUDA_HOME       where nvcc is looked for first; then PATH, /usr/local/cuda, the pip package. One
+                    line says so where it has none that works.
 
 Objects stay in build/native/ and ninja keeps them current; without ninja every file is compiled
 again. The library has a C interface (pae.h) and the CUDA runtime inside, so it depends on no
@@ -23,6 +24,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -30,8 +32,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 SOURCES = Path(__file__).resolve().parent
 ROOT = SOURCES.parent
@@ -52,6 +55,10 @@ FLAGS = (
     *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
 )
 LINK = ("-shared", "-cudart", "static")
+
+# seconds after which a program is taken to hang; all kernels take minutes on a slow machine
+PATIENCE_TO_ASK = 120
+PATIENCE_TO_COMPILE = 2 * 3600
 
 
 class Unbuildable(Exception):
@@ -115,12 +122,14 @@ class Toolkit:
         version: "13.0".
         known: architectures that it makes machine code for.
         flags: where it finds what lies outside its own folder.
+        note: why it is not the one that `CUDA_HOME` names.
     """
 
     nvcc: Path
     version: str
     known: tuple[str, ...]
     flags: tuple[str, ...] = ()
+    note: str = ""
 
 
 def candidates(system: Path = Path("/usr/local/cuda")) -> Iterator[tuple[Path, tuple[str, ...]]]:
@@ -150,18 +159,55 @@ extern "C" void launch(float* x) { probe<<<1, 1>>>(x); }
 """
 
 
-def _output(command: list[object], **options) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
-    said = done.stdout + done.stderr
-    if done.returncode != 0:
-        raise Unbuildable(_first_error(said))
+def _run(command: list[object], patience: float, **options: Any) -> tuple[int, str]:
+    """Exit status (negative: the signal) and what a program said, in whatever letters.
+
+    It is killed with all that it started when it takes longer than `patience`, or with this process
+    told to stop.
+
+    Raises:
+        Unbuildable: it did not end in time.
+        OSError: it cannot be started.
+    """
+    with subprocess.Popen(
+        list(map(str, command)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+        **options,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=patience)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                name = Path(str(command[0])).name
+                raise Unbuildable(f"{name} did not end in {patience:g} s") from None
+            raise
+    return process.returncode, said
+
+
+def _output(command: list[object], **options: Any) -> str:
+    status, said = _run(command, PATIENCE_TO_ASK, **options)
+    if status != 0:
+        raise Unbuildable(_first_error(said, status))
     return said
 
 
-def _first_error(said: str) -> str:
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no message"]
-    telling = [line for line in lines if re.search("error|fatal|not found|cannot|No such", line)]
-    return (telling or lines)[0][:300]
+def _first_error(said: str, status: int) -> str:
+    """The line that tells most."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    telling = [
+        line for line in lines if re.search("error|fatal|not found|cannot|No (such|space)", line)
+    ]
+    if telling or lines:
+        return (telling or lines)[0][:300]
+    if status < 0:
+        return f"was ended by signal {-status}, without a word"
+    return f"ended with status {status}, without a word"
 
 
 def inspect(nvcc: Path, flags: tuple[str, ...] = ()) -> Toolkit:
@@ -192,8 +238,10 @@ def inspect(nvcc: Path, flags: tuple[str, ...] = ()) -> Toolkit:
             cwd=folder,
         )
     toolkit = Toolkit(nvcc, f"{version[1]}.{version[2]}", tuple(sorted(known, key=int)), flags)
-    passed.parent.mkdir(parents=True, exist_ok=True)
-    passed.write_text(json.dumps({"key": key, "version": toolkit.version, "known": toolkit.known}))
+    tried = {"key": key, "version": toolkit.version, "known": toolkit.known}
+    with contextlib.suppress(OSError):  # then it is tried again next time
+        passed.parent.mkdir(parents=True, exist_ok=True)
+        write(passed, json.dumps(tried).encode())
     return toolkit
 
 
@@ -205,13 +253,23 @@ def find_toolkit() -> Toolkit:
     """
     if not sys.platform.startswith("linux"):
         raise Unbuildable("CUDA kernels are built on Linux only")
+    home = os.environ.get("CUDA_HOME")
     reasons = {}
     for nvcc, flags in candidates():
-        if nvcc.is_file() and nvcc not in reasons:
+        if nvcc in reasons:
+            continue
+        wanted = bool(home) and nvcc.parents[1] == Path(home)
+        if nvcc.is_file():
             try:
-                return inspect(nvcc, flags)
+                found = inspect(nvcc, flags)
             except (Unbuildable, OSError) as error:
                 reasons[nvcc] = f"{nvcc}: {error}"
+            else:
+                if not home or wanted:
+                    return found
+                return replace(found, note=f"{'; '.join(reasons.values())}: {nvcc} took its place")
+        elif wanted:
+            reasons[nvcc] = f"CUDA_HOME={home} has no bin/nvcc"
     raise Unbuildable(
         "; ".join(reasons.values())
         or "nvcc was not found in CUDA_HOME, on PATH, in /usr/local/cuda or as a pip package"
@@ -247,6 +305,10 @@ class Plan:
         """What ptxas said of the file's kernels: registers, spills, shared memory."""
         return self.folder / f"{source.stem}.o.log"
 
+    def relative(self, source: Path) -> str:
+        """The source from the build folder: nvcc reads `$` in a path as a shell would."""
+        return os.path.relpath(source, os.path.realpath(self.folder))
+
     def compile_command(self, source: str, target: str) -> list[str]:
         flags = [*FLAGS, *self.toolkit.flags, *code_flags(self.archs)]
         return [
@@ -273,8 +335,8 @@ def _ninja_file(plan: Plan) -> str:
         quoted = shlex.join(words).replace("$", "$$")
         return quoted.replace("IN_FILE", "$in").replace("OUT_FILE", "$out")
 
-    def path(file: Path) -> str:
-        return re.sub(r"([$ :])", r"$\1", str(file))
+    def path(file: str) -> str:
+        return re.sub(r"([$ :])", r"$\1", file)
 
     compiling = shell(plan.compile_command("IN_FILE", "OUT_FILE"))
     lines = [
@@ -287,27 +349,34 @@ def _ninja_file(plan: Plan) -> str:
     ]
     objects = []
     for source in plan.sources:
-        objects.append(path(plan.object(source)))
-        lines.append(f"build {objects[-1]}: compile {path(source)}")
-    lines.append(f"build {path(plan.library)}: link {' '.join(objects)} | {EXPORTS}")
+        objects.append(path(plan.object(source).name))
+        lines.append(f"build {objects[-1]}: compile {path(plan.relative(source))}")
+    lines.append(f"build {LIBRARY}: link {' '.join(objects)} | {EXPORTS}")
     return "\n".join(lines) + "\n"
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One build at a time in a folder."""
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time, where the file system has locks; `path` is a file or a folder."""
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def find_ninja() -> str | None:
     """That of this environment first: builds by different versions do not know of each other."""
-    own = Path(sysconfig.get_path("scripts"), "ninja")
-    return str(own) if own.is_file() else shutil.which("ninja")
+    own = str(Path(sysconfig.get_path("scripts"), "ninja"))
+    for ninja in (own, shutil.which("ninja")):
+        with contextlib.suppress(OSError, Unbuildable):
+            if ninja is not None and re.match(r"\d+\.\d+", _output([ninja, "--version"])):
+                return ninja
+    return None
 
 
 def compile_library(plan: Plan) -> Path:
@@ -315,53 +384,56 @@ def compile_library(plan: Plan) -> Path:
 
     Raises:
         Unbuildable: a file does not compile. The compiler's words are on stderr.
+        OSError: the build folder cannot be written.
     """
     parallel = jobs()
     # nvcc compiles several architectures of a file at a time, for the files are few. Not in the
     # command, so that another number of jobs is no reason to compile again.
     append = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --threads {parallel}".strip()
     environment = {**os.environ, "NVCC_APPEND_FLAGS": append}
-    with _alone(plan.folder):
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with alone(plan.folder):
         shutil.copy2(SOURCES / EXPORTS, plan.folder)
+        failure = None
         if ninja := find_ninja():
-            file = plan.folder / "build.ninja"
-            file.write_text(_ninja_file(plan))
-            done = subprocess.run(
-                [ninja, "-f", str(file), "-j", str(parallel), "--quiet"],
-                cwd=plan.folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-            )
-            failures = [] if done.returncode == 0 else [done.stdout + done.stderr]
-        else:
-            failures = _compile_all(plan, parallel, environment)
-    if failures:
-        print(*failures, sep="\n", file=sys.stderr)
-        raise Unbuildable(f"{plan.toolkit.nvcc} failed: {_first_error(''.join(failures))}")
+            failure = _compile_changed(plan, ninja, parallel, environment)
+        if ninja is None or (failure is not None and "FAILED: " not in failure[1]):
+            failure = _compile_all(plan, parallel, environment)  # ninja itself is what failed
+    if failure is not None:
+        status, said = failure
+        print(said, file=sys.stderr)
+        raise Unbuildable(f"{plan.toolkit.nvcc} failed: {_first_error(said, status)}")
     return plan.library
 
 
-def _compile_all(plan: Plan, parallel: int, environment: dict[str, str]) -> list[str]:
-    """Without ninja: every file. The output of what failed."""
+Failure = tuple[int, str] | None  # exit status and words of what failed
 
-    def run(command: list[str]) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            command, cwd=plan.folder, env=environment, capture_output=True, text=True
-        )
 
-    def compile_one(source: Path) -> str | None:
-        done = run(plan.compile_command(str(source), str(plan.object(source))))
-        plan.log(source).write_text(done.stdout + done.stderr)
-        return None if done.returncode == 0 else done.stdout + done.stderr
+def _compile_changed(plan: Plan, ninja: str, parallel: int, environment: dict[str, str]) -> Failure:
+    (plan.folder / "build.ninja").write_bytes(os.fsencode(_ninja_file(plan)))
+    command = [ninja, "-j", parallel, "--quiet"]
+    status, said = _run(command, PATIENCE_TO_COMPILE, cwd=plan.folder, env=environment)
+    return (status, said) if status != 0 else None
+
+
+def _compile_all(plan: Plan, parallel: int, environment: dict[str, str]) -> Failure:
+    """Without ninja: every file."""
+
+    def run(command: list[str]) -> tuple[int, str]:
+        return _run(command, PATIENCE_TO_COMPILE, cwd=plan.folder, env=environment)
+
+    def compile_one(source: Path) -> Failure:
+        status, said = run(plan.compile_command(plan.relative(source), plan.object(source).name))
+        plan.log(source).write_text(said, encoding="utf-8")
+        return (status, said) if status != 0 else None
 
     with ThreadPoolExecutor(parallel) as pool:
-        failures = [said for said in pool.map(compile_one, plan.sources) if said is not None]
-    if not failures:
-        objects = [str(plan.object(source)) for source in plan.sources]
-        done = run(plan.link_command(objects, str(plan.library)))
-        failures = [] if done.returncode == 0 else [done.stdout + done.stderr]
-    return failures
+        failures = [failure for failure in pool.map(compile_one, plan.sources) if failure]
+    if failures:
+        return failures[0]
+    objects = [plan.object(source).name for source in plan.sources]
+    status, said = run(plan.link_command(objects, plan.library.name))
+    return (status, said) if status != 0 else None
 
 
 # ---- the whole
@@ -376,7 +448,7 @@ class Outcome:
 
 
 def build() -> Outcome:
-    """Compiles as the environment demands, and says in one line what came of it.
+    """Compiles as the environment demands; one line says that it starts, one what came of it.
 
     Raises:
         SystemExit: a variable has a value that means nothing, or PAE_CUDA=require and it failed.
@@ -388,21 +460,37 @@ def build() -> Outcome:
     try:
         toolkit = find_toolkit()
         plan = Plan(toolkit, architectures(toolkit.known))
+        if toolkit.note:
+            say(toolkit.note)
+        codes = [f"sm_{arch}" for arch in plan.archs] + [f"compute_{plan.archs[-1]}"]
+        kernels = f"CUDA kernels for {' '.join(codes)}, nvcc {toolkit.version}"
+        say(f"compiling {kernels}: minutes the first time; PAE_CUDA=off leaves them out")
         library = compile_library(plan)
-    except Unbuildable as error:
+    except Exception as error:  # whatever it is, `auto` goes on without
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = f"{OBJECTS} cannot be used ({error}); make room, or remove that folder"
+        elif not isinstance(error, Unbuildable):
+            reason = f"{type(error).__name__}: {error}"
+        reason = " ".join(reason.split())
         if demand == "require":
-            raise SystemExit(f"PAE_CUDA=require: {error}") from None
-        return _without(str(error))
-    codes = [f"sm_{arch}" for arch in plan.archs] + [f"compute_{plan.archs[-1]}"]
-    seconds = time.monotonic() - start
-    print(f"pae: CUDA kernels for {' '.join(codes)}, nvcc {toolkit.version}, {seconds:.0f} s")
+            raise SystemExit(f"PAE_CUDA=require: {reason}") from None
+        return _without(reason)
+    say(f"{kernels}, {time.monotonic() - start:.0f} s")
     record = {"nvcc": toolkit.version, "architectures": codes, "flags": list(FLAGS)}
-    return Outcome(library, record)
+    return Outcome(library, {**record, "note": toolkit.note} if toolkit.note else record)
 
 
 def _without(reason: str) -> Outcome:
-    print(f"pae: no CUDA kernels: {reason}")
+    say(f"no CUDA kernels: {reason}")
     return Outcome(None, {"reason": reason})
+
+
+def say(text: str) -> None:
+    """One line on stdout, in whatever letters it takes; pip shows it with -v."""
+    letters = sys.stdout.encoding or "ascii"
+    line = f"pae: {text}".encode(letters, "backslashreplace").decode(letters)
+    print(line, flush=True)
 
 
 def place(outcome: Outcome, folder: Path) -> None:
@@ -417,11 +505,11 @@ def place(outcome: Outcome, folder: Path) -> None:
     else:
         library = outcome.library.read_bytes()
         record["sha256"] = hashlib.sha256(library).hexdigest()
-        _write(folder / LIBRARY, library)
-    _write(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+        write(folder / LIBRARY, library)
+    write(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
     """Renamed into place: who has the old one mapped keeps it, and nobody sees a part of it."""
     copy = path.with_name(f"{path.name}.{os.getpid()}")
     try:
@@ -432,5 +520,23 @@ def _write(path: Path, content: bytes) -> None:
         raise
 
 
+def install(folder: Path) -> Outcome:
+    """`build`, and `place` into a package folder; what is there then.
+
+    Raises:
+        SystemExit: as `build` does; PAE_CUDA=require, and the folder cannot take the library.
+    """
+    outcome = build()
+    try:
+        place(outcome, folder)
+    except OSError as error:
+        if demanded() == "require":
+            raise SystemExit(f"PAE_CUDA=require: {error}") from None
+        outcome = _without(str(error))
+        place(outcome, folder)
+    return outcome
+
+
 if __name__ == "__main__":
-    place(build(), PACKAGE)
+    with alone(ROOT):
+        install(PACKAGE)

@@ -211,6 +211,8 @@ def describe() -> str:
     if "reason" in record:
         return f"none: {record['reason']}"
     said = f"{PATH} for {' '.join(record['architectures'])}, nvcc {record['nvcc']}"
+    if note := record.get("note"):
+        said += f" ({note})"
     if newer := changed_since_built():
         said += f", older than csrc/{newer}: {_AGAIN}"
     if reason := unavailable():

@@ -6,12 +6,14 @@ And what the compiler says of every kernel that ships.
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import os
 import re
 import shutil
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,10 @@ def test_nvcc_is_looked_for_in_order(monkeypatch, tmp_path):
         ("echo release 11.8, V11.8.89", "is version 11.8, 12.4 is needed"),
         ("echo hello", "does not say its version"),
         ("echo cannot run >&2; exit 3", "cannot run"),
+        ("exit 3", "ended with status 3, without a word"),
+        ("kill -SEGV $$", "was ended by signal 11, without a word"),
+        (r"printf '\377\376 caf\351\n'; exit 1", "\ufffd\ufffd caf\ufffd"),
+        ("sleep 1000 & wait", "nvcc did not end in 1 s"),
         (
             "case $1 in --version) echo release 13.0, ;; --list-gpu-code) echo sm_80 ;; *) echo x;"
             ' echo "a.h:1: fatal error: nv/target: No such file"; exit 1 ;; esac',
@@ -151,6 +157,7 @@ def test_nvcc_is_looked_for_in_order(monkeypatch, tmp_path):
 )
 def test_why_a_compiler_cannot_be_used(monkeypatch, tmp_path, script, reason):
     monkeypatch.setattr(native_build, "OBJECTS", tmp_path)
+    monkeypatch.setattr(native_build, "PATIENCE_TO_ASK", 1)
     nvcc = a_program(tmp_path / "nvcc", script)
     with pytest.raises(native_build.Unbuildable, match=re.escape(reason)):
         native_build.inspect(nvcc)
@@ -172,6 +179,106 @@ def test_a_compiler_is_tried_once(monkeypatch, tmp_path):
     os.utime(nvcc, (0, 0))
     native_build.inspect(nvcc)
     assert (tmp_path / "calls").read_text() != calls
+
+
+# its last argument is what it makes
+WORKING = """
+echo release 12.9, sm_80
+for last; do :; done
+case $last in -*) ;; *) : > "$last" ;; esac"""
+
+
+def test_a_wrong_cuda_home_is_named(monkeypatch, tmp_path, capsys):
+    nvcc = a_program(tmp_path / "bin" / "nvcc", WORKING)
+    monkeypatch.setattr(native_build, "OBJECTS", tmp_path / "objects")
+    monkeypatch.setattr(native_build, "compile_library", lambda plan: nvcc)
+    monkeypatch.setenv("PATH", f"{nvcc.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    note = f"CUDA_HOME=/nowhere has no bin/nvcc: {nvcc} took its place"
+    assert native_build.build().record["note"] == note
+    assert f"pae: {note}\n" in capsys.readouterr().out
+    old = a_program(tmp_path / "old" / "bin" / "nvcc", "echo release 11.8,")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "old"))
+    note = f"{old}: is version 11.8, 12.4 is needed: {nvcc} took its place"
+    assert native_build.build().record["note"] == note
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert "note" not in native_build.build().record
+    monkeypatch.setattr(native_build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native_build.candidates, "__defaults__", (tmp_path / "no",))
+    monkeypatch.setattr(native_build.sysconfig, "get_path", lambda name: None)
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    with pytest.raises(native_build.Unbuildable, match=r"^CUDA_HOME=/nowhere has no bin/nvcc$"):
+        native_build.find_toolkit()
+
+
+def test_letters_that_the_terminal_does_not_have(monkeypatch, capsys):
+    class Ascii(io.StringIO):
+        encoding = "ascii"
+
+    monkeypatch.setattr(sys, "stdout", Ascii())
+    native_build.say("caf\u00e9 \udcff")
+    assert sys.stdout.getvalue() == "pae: caf\\xe9 \\udcff\n"
+
+
+@pytest.mark.parametrize("broken", ["build folder", "package folder", "anything else"])
+def test_auto_goes_on_without(monkeypatch, tmp_path, capsys, broken):
+    """With a build folder that is not to be used, no room for the library, or a defect of ours."""
+    nvcc = a_program(tmp_path / "nvcc", WORKING)
+    monkeypatch.setattr(native_build, "candidates", lambda: [(nvcc, ())])
+    monkeypatch.setattr(native_build, "OBJECTS", tmp_path / "objects")
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / native_build.LIBRARY).write_text("of other sources")
+    write = native_build.write
+
+    def no_room(path, content):
+        if path.name == native_build.LIBRARY:
+            path.with_name("partly").write_text("")
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    if broken == "build folder":
+        (tmp_path / "objects").write_text("in the way")
+        said = f"{tmp_path}/objects cannot be used ([Errno 20] Not a directory"
+    elif broken == "package folder":
+        monkeypatch.setattr(native_build, "compile_library", lambda plan: nvcc)
+        monkeypatch.setattr(native_build, "write", no_room)
+        said = "No space left on device"
+    else:
+        monkeypatch.setattr(native_build, "compile_library", lambda plan: 1 / 0)
+        said = "ZeroDivisionError: division by zero"
+    outcome = native_build.install(package)
+    assert outcome.library is None and said in outcome.record["reason"]
+    assert f"pae: no CUDA kernels: {outcome.record['reason']}\n" in capsys.readouterr().out
+    assert json.loads((package / native_build.RECORD).read_text()) == outcome.record
+    assert not (package / native_build.LIBRARY).exists()
+    monkeypatch.setenv("PAE_CUDA", "require")
+    with pytest.raises(SystemExit) as refused:
+        native_build.install(package)
+    assert str(refused.value).startswith("PAE_CUDA=require: ") and said in str(refused.value)
+
+
+def test_a_write_that_fails_leaves_nothing(monkeypatch, tmp_path):
+    (tmp_path / "file").mkdir()
+    with pytest.raises(OSError):
+        native_build.write(tmp_path / "file", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "ninja",
+    ["exit 1", "kill -9 $$", "[ $1 = --version ] && echo 1.11 || { echo broken; exit 3; }"],
+)
+def test_a_broken_ninja_is_done_without(monkeypatch, tmp_path, ninja):
+    path = a_program(tmp_path / "scripts" / "ninja", ninja)
+    monkeypatch.setattr(native_build.sysconfig, "get_path", lambda name: str(path.parent))
+    monkeypatch.setattr(native_build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native_build, "OBJECTS", tmp_path / "objects")
+    nvcc = a_program(tmp_path / "nvcc", WORKING)
+    plan = native_build.Plan(native_build.Toolkit(nvcc, "12.9", ("80",)), ("80",))
+    assert native_build.compile_library(plan).is_file()
+    assert all(plan.object(source).is_file() for source in plan.sources)
 
 
 def test_without_a_compiler(monkeypatch, tmp_path, capsys):
@@ -244,6 +351,78 @@ def test_a_wheel_with_the_library_serves_every_python_of_its_platform(tree, tmp_
     assert not (tree / "pae_kernels" / "_native.so").exists()  # that of an editable install
 
 
+def counting(tree, calls):
+    """A stand-in for the build in `tree` that writes a line whenever it compiles."""
+    source = tree / "csrc" / "native_build.py"
+    stand_in = f"""
+def compile_library(plan):
+    with open({str(calls)!r}, "a") as file:
+        file.write("compiled\\n")
+    return Path({str(source)!r})
+
+
+def find_toolkit():
+    return Toolkit(Path("nvcc"), "13.0", ("80",))
+
+
+if __name__"""
+    source.write_text(source.read_text().replace("\nif __name__", stand_in))
+
+
+HOOKS = """
+import sys, setuptools.build_meta as hooks
+getattr(hooks, sys.argv[1])(*sys.argv[2:])
+"""
+
+
+def test_kernels_are_compiled_in_the_build_step_alone_and_once(tree, tmp_path):
+    counting(tree, tmp_path / "calls")
+
+    def hook(*arguments):
+        (tmp_path / "calls").write_text("")
+        done = run([sys.executable, "-c", HOOKS, *arguments], cwd=tree)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("pae: ")]
+        return (tmp_path / "calls").read_text().count("compiled"), lines
+
+    for number, asks in enumerate(
+        ("prepare_metadata_for_build_wheel", "prepare_metadata_for_build_editable", "build_sdist")
+    ):
+        (tmp_path / str(number)).mkdir()
+        assert hook(asks, str(tmp_path / str(number))) == (0, []), asks
+    assert hook("get_requires_for_build_wheel") == (0, [])
+    for builds in ("build_wheel", "build_editable"):
+        (tmp_path / builds).mkdir()
+        count, lines = hook(builds, str(tmp_path / builds))
+        assert count == 1 and len(lines) == 2, (builds, lines)
+        assert lines[0].startswith("pae: compiling CUDA kernels for sm_80 compute_80, nvcc 13.0: ")
+        assert re.fullmatch(r"pae: CUDA kernels for .*, nvcc 13.0, \d+ s", lines[1])
+    (wheel,) = (tmp_path / "build_wheel").glob("*.whl")
+    (tag,), names = tags(wheel)
+    assert re.fullmatch(r"py3-none-linux_\w+", tag) and "pae_kernels/_native.so" in names
+
+
+def test_two_installs_from_one_checkout_at_once(tree, tmp_path):
+    counting(tree, tmp_path / "calls")
+    source = tree / "csrc" / "native_build.py"
+    # without turns, both would be here at the same time
+    inside = f"""
+    import time
+    marker = Path({str(tmp_path / "inside")!r})
+    marker.mkdir()
+    time.sleep(0.5)
+    marker.rmdir()
+    with open("""
+    source.write_text(source.read_text().replace("\n    with open(", inside, 1))
+    with ThreadPoolExecutor(2) as pool:
+        command = [sys.executable, "-c", HOOKS, "build_wheel"]
+        both = [pool.submit(run, [*command, str(tmp_path / f"{i}")], cwd=tree) for i in range(2)]
+        for each in both:
+            each.result()
+    first, second = (next((tmp_path / f"{i}").glob("*.whl")).read_bytes() for i in range(2))
+    assert (tmp_path / "calls").read_text() == "compiled\ncompiled\n"
+    assert len(first) == len(second)
+
+
 def test_a_wheel_without_the_library_serves_all(tree, tmp_path):
     wheel = build_wheel(tree, tmp_path / "wheel", PAE_CUDA="off")
     (tag,), names = tags(wheel)
@@ -269,12 +448,13 @@ def test_building_needs_neither_torch_nor_the_package():
 
 @pytest.mark.parametrize("with_ninja", [True, False], ids=["ninja", "plain"])
 def test_compiling_twice(monkeypatch, tmp_path, with_ninja):
-    """Spaces in paths; with ninja nothing is done again until a header changes."""
+    """Blanks and `$` in paths; with ninja nothing is done again until a header changes."""
     found = toolkit()
     if not with_ninja:
         monkeypatch.setattr(native_build, "find_ninja", lambda: None)
     elif native_build.find_ninja() is None:
         pytest.skip("ninja is not installed")
+    tmp_path = tmp_path / "a $HOME of its own"
     sources = tmp_path / "the sources"
     shutil.copytree(ROOT / "csrc", sources, ignore=shutil.ignore_patterns("*.cu", "host"))
     shutil.copy(ROOT / "csrc" / "library.cu", sources)
