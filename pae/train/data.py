@@ -148,17 +148,18 @@ def make_task(
         ValueError: labels outside the classes, images of one class alone, or sizes that the images
             do not have.
     """
-    _check_labels(name, classes, {"train": train, "val": val, "test": test})
+    who = shown(name)
+    _check_labels(who, classes, {"train": train, "val": val, "test": test})
     kinds = len(set(train.labels))
     if kinds < 2:
         only = f", {classes[train.labels[0]]!r}" if kinds else ""
-        raise ValueError(f"{name}: the training images have one class alone{only}; expected two")
+        raise ValueError(f"{who}: the training images have one class alone{only}; expected two")
     if val is None:
         if val_size is None and train_size is None:
             spare = len(train) - kinds  # images that no class needs for training
             if spare == 0:
                 raise ValueError(
-                    f"{name}: {len(train)} images of as many classes leave none for validation; "
+                    f"{who}: {len(train)} images of as many classes leave none for validation; "
                     "add images, or a val split"
                 )
             val_size = max(1, min(len(train) // 5, spare))
@@ -167,29 +168,29 @@ def make_task(
             val_size = max(1, train_size // 4)
         if train_size is None:
             train_size = len(train) - val_size
-        train, val = _cut(name, train, [train_size, val_size], seed)
+        train, val = _cut(who, train, [train_size, val_size], seed)
     else:
         if val_size is not None:
-            warnings.warn(f"{name}: has its own val split, --val-size is ignored", stacklevel=2)
+            warnings.warn(f"{who}: has its own val split, --val-size is ignored", stacklevel=2)
         if train_size is not None:
-            (train,) = _cut(name, train, [train_size], seed)
+            (train,) = _cut(who, train, [train_size], seed)
     for split, images in {"train": train, "val": val, "test": test}.items():
         if images is not None:
-            _warn_about_lacking(name, classes, split, images)
+            _warn_about_lacking(who, classes, split, images)
     return Task(name, tuple(classes), train, val, test)
 
 
-def _cut(name: str, images: Images, sizes: list[int], seed: int) -> list[Images]:
+def _cut(who: str, images: Images, sizes: list[int], seed: int) -> list[Images]:
     if sum(sizes) > len(images):
         wanted = " + ".join(str(size) for size in sizes)
         raise ValueError(
-            f"{name}: {wanted} images wanted of {len(images)}; use a smaller --train-size or "
+            f"{who}: {wanted} images wanted of {len(images)}; use a smaller --train-size or "
             "--val-size"
         )
     kinds = len(set(images.labels))
     if sizes[0] < kinds:
         raise ValueError(
-            f"{name}: {max(sizes[0], 0)} training images cannot cover {kinds} classes; use a "
+            f"{who}: {max(sizes[0], 0)} training images cannot cover {kinds} classes; use a "
             "larger --train-size or a smaller --val-size"
         )
     return [images.subset(part) for part in stratified_cut(images.labels, sizes, seed, cover=True)]
@@ -230,23 +231,23 @@ def read_image_folder_split(folder: Path, classes: Sequence[str]) -> Images:
     return Images(found.paths, found.labels)
 
 
-def _check_labels(name: str, classes: Sequence[str], splits: Mapping[str, Images | None]) -> None:
+def _check_labels(who: str, classes: Sequence[str], splits: Mapping[str, Images | None]) -> None:
     for split, images in splits.items():
         if images is None:
             continue
         for label in images.labels:
             if not 0 <= label < len(classes):
                 raise ValueError(
-                    f"{name}: split {split} has label {label}, expected 0..{len(classes) - 1}"
+                    f"{who}: split {split} has label {label}, expected 0..{len(classes) - 1}"
                 )
 
 
-def _warn_about_lacking(name: str, classes: Sequence[str], split: str, images: Images) -> None:
+def _warn_about_lacking(who: str, classes: Sequence[str], split: str, images: Images) -> None:
     lacking = sorted(set(range(len(classes))) - set(images.labels))
     if lacking:
         names = some([classes[number] for number in lacking[:6]])
         warnings.warn(
-            f"{name}: split {split} has no images of {len(lacking)} of {len(classes)} classes: "
+            f"{who}: split {split} has no images of {len(lacking)} of {len(classes)} classes: "
             f"{names}",
             stacklevel=3,
         )

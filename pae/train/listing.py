@@ -7,6 +7,7 @@ names the file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -114,9 +115,11 @@ def walk(folder: Path) -> Found:
             empty or no regular file.
     """
     found = Found()
-    real = folder.resolve()
-    # a link to a folder around this one would bring other classes' images in
-    seen = {_folder_key(str(path)) for path in (real, *real.parents)}
+    seen = {_folder_key(str(folder))}
+    for above in folder.resolve().parents:
+        # a link back there would bring other classes' images in
+        with contextlib.suppress(ValueError):
+            seen.add(_folder_key(str(above)))
     open_folders = [iter(entries(folder))]
     while open_folders:
         inner = _take_files(open_folders[-1], found)
