@@ -1,16 +1,14 @@
 """Checkpoints: the trained parts alone, in one safetensors file that knows which backbone it
-belongs to.
+belongs to, what it was trained for, and whether it is still what was written.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import json
-import os
-import uuid
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -18,11 +16,54 @@ import torch
 from torch import Tensor, nn
 
 from . import prompts
-from .errors import CheckpointError, one_line
+from .errors import CheckpointError, UnsupportedBackbone, one_line
+from .files import TEMPORARY as TEMPORARY
+from .files import from_json, to_json
+from .files import remove_temporaries as remove_temporaries
+from .files import write_atomically as write_atomically
 from .kld import KLD
+from .task import TaskInfo
+from .tensorfile import DIGEST, fitted, not_finite, read_tensors, write_tensors
+from .version import __version__
 
-FORMAT = "pae-1"
-DESCRIPTION = ("backbone", "fingerprint", "num_classes", "prompts", "kld")
+FORMAT = "pae-2"
+_FORMER = "pae-1"  # of version 0.1: no digest, and one fingerprint for weights and positions
+_TEXT = "pae"  # the name of the description among the texts of the file
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file that `PromptedViT.save` wrote holds.
+
+    Attributes:
+        path: the file.
+        format: "pae-2", or "pae-1" of version 0.1, which does not say what is None here.
+        backbone: name of the architecture, and timm's tag where there is one.
+        fingerprint: of the backbone's weights; see `pae.checkpoint.fingerprint`.
+        positions: fingerprint of the position embedding; None: not known.
+        image_size: (height, width) that the backbone was built for; None: not known.
+        num_classes: number of logits; 0 when the head is no linear layer.
+        prompts: {"name": class of the family, "config": its arguments}.
+        kld: the arguments of `pae.KLD`, or None when there is none.
+        task: what the model was trained for, or None.
+        versions: of pae, torch and timm, which wrote it.
+        extra: the further texts given to `save`.
+        state: the trained tensors by name, on the CPU.
+    """
+
+    path: Path
+    format: str
+    backbone: str
+    fingerprint: str
+    positions: str | None
+    image_size: tuple[int, int] | None
+    num_classes: int
+    prompts: dict[str, Any]
+    kld: dict[str, Any] | None
+    task: TaskInfo | None
+    versions: dict[str, str]
+    extra: dict[str, str]
+    state: dict[str, Tensor]
 
 
 class Trained(Protocol):
@@ -31,6 +72,7 @@ class Trained(Protocol):
     backbone: nn.Module
     prompts: prompts.PromptFamily
     kld: KLD | None
+    task: TaskInfo | None
 
     @property
     def num_classes(self) -> int: ...
@@ -43,78 +85,33 @@ class Trained(Protocol):
 _Model = TypeVar("_Model", bound=Trained)
 
 
-TEMPORARY = ".*.pae-tmp"  # a glob pattern: files that `write_atomically` is still filling
-
-
-def write_atomically(
-    path: str | Path, write: Callable[[Path], object], previous: Path | None = None
-) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step.
-
-    A crash at any moment leaves the old file or the new one, never a part; with `previous`, the
-    old one under one of its two names.
-
-    Args:
-        path: its folder is made when it is missing.
-        write: called with the temporary file, which it makes.
-        previous: the name that the file at `path` gets when the new one takes its place.
-
-    Raises:
-        OSError: naming `path`.
-    """
-    path = Path(path)
-    # only a part of a long name: what is added must not make it longer than a folder takes
-    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:12]}.pae-tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            if previous is not None and os.path.lexists(path):
-                os.replace(path, previous)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):  # whatever came before says more
-                temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if error.errno is None:
-            raise OSError(f"{path} cannot be written: {one_line(error)}") from error
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk, where the file system can (CIFS, FUSE cannot)."""
-    try:
-        opened = os.open(folder, os.O_RDONLY)
-    except OSError:  # it may be written and not read; on Windows folders cannot be opened
-        return
-    try:
-        os.fsync(opened)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-    finally:
-        os.close(opened)
-
-
-def remove_temporaries(folder: str | Path) -> None:
-    """Delete what processes that died have left of files in `folder`.
-
-    Only for a folder in which nobody else writes at the moment.
-    """
-    for path in Path(folder).glob(TEMPORARY):
-        path.unlink(missing_ok=True)
+# ---- which backbone
 
 
 def fingerprint(backbone: nn.Module) -> str:
-    """Hash of a backbone's weights, head apart; the same for its fp32 and its bf16 copy, on any
-    device.
+    """Hash of a backbone's weights, head and position embedding apart; the same for its fp32 and
+    its bf16 copy, on any device and at any image size.
     """
+    return _hash(backbone, lambda name: not _is_position(name))
+
+
+def position_fingerprint(backbone: nn.Module) -> str:
+    """Hash of its position embedding, which is another one at another image size."""
+    return _hash(backbone, _is_position)
+
+
+def _former_fingerprint(backbone: nn.Module) -> str:
+    return _hash(backbone, lambda name: True)
+
+
+def _is_position(name: str) -> bool:
+    return name.rpartition(".")[2] == "pos_embed"
+
+
+def _hash(backbone: nn.Module, counts: Callable[[str], bool]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(backbone.state_dict().items()):
-        if name.startswith("head."):
+        if name.startswith("head.") or not counts(name):
             continue
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
@@ -138,91 +135,245 @@ def backbone_name(backbone: nn.Module) -> str:
     return f"{name}.{get('tag', None)}" if get("tag", None) else name
 
 
-def save(model: Trained, path: str | Path, extra: Mapping[str, str] | None = None) -> None:
-    """See `PromptedViT.save`."""
-    from safetensors.torch import save_file
+def _image_size(backbone: nn.Module) -> tuple[int, int] | None:
+    """(height, width) that the stem was built for."""
+    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    return None if size is None else (int(size[0]), int(size[1]))
 
-    meta = {
+
+# ---- writing
+
+
+def save(
+    model: Trained,
+    path: str | Path,
+    extra: Mapping[str, str] | None = None,
+    task: TaskInfo | None = None,
+) -> None:
+    """See `PromptedViT.save`."""
+    import timm
+
+    task = model.task if task is None else task
+    if task is not None and not isinstance(task, TaskInfo):
+        raise ValueError(f"task must be a pae.TaskInfo or None, got {type(task).__name__}")
+    named = None if task is None else task.classes
+    if named is not None and model.num_classes not in (0, len(named)):
+        raise ValueError(
+            f"task.classes names {len(named)} classes, and the model has {model.num_classes}"
+        )
+    if _TEXT in (extra or {}):
+        raise ValueError(f"extra: the name {_TEXT!r} is taken by the description of the checkpoint")
+    state = model.trained_state()
+    for name, tensor in state.items():
+        if bad := not_finite(tensor):
+            raise ValueError(
+                f"{path}: not written, as {name} holds NaN or infinity in {bad} of "
+                f"{tensor.numel()} values"
+            )
+    description = {
         "format": FORMAT,
         "backbone": backbone_name(model.backbone),
         "fingerprint": fingerprint(model.backbone),
+        "positions": position_fingerprint(model.backbone),
+        "image_size": _image_size(model.backbone),
         "num_classes": model.num_classes,
         "prompts": {"name": type(model.prompts).__name__, "config": model.prompts.config()},
         "kld": None if model.kld is None else model.kld.config(),
+        "task": None if task is None else task.record(),
+        "versions": {"pae": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
-    state = {k: v.detach().contiguous() for k, v in model.trained_state().items()}
-    metadata = {**(extra or {}), "pae": json.dumps(meta)}
-    write_atomically(path, lambda file: save_file(state, file, metadata=metadata))
+    write_tensors(path, state, {**(extra or {}), _TEXT: to_json(description)})
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and the description of a file that `save` wrote.
+# ---- reading
+
+
+def read(path: str | Path) -> Checkpoint:
+    """What a file holds that `PromptedViT.save` wrote. No backbone is needed.
+
+    Args:
+        path: the file. One of version 0.1, which has no digest, is read with a warning.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, half-written or not one of ours.
+        CheckpointError: the file is missing, unreadable, half-written, damaged, or not one of ours.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
+    state, texts, vouched = read_tensors(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = file.keys()
-            state = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-    try:
-        meta = json.loads(metadata["pae"])
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} was not written by pae") from error
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(
-            f"checkpoint {path} has format {meta.get('format')!r}, expected {FORMAT!r}"
-        )
-    if missing := [part for part in DESCRIPTION if part not in meta]:
-        raise CheckpointError(f"checkpoint {path} does not say its {', '.join(missing)}")
-    return state, meta
-
-
-def load(model: Trained, path: str | Path) -> None:
-    """See `PromptedViT.load`."""
-    state, meta = read(path)
-    _check_backbone(path, meta, model.backbone)
-    _fill(model, path, state)
-
-
-def build(cls: Callable[..., _Model], path: str | Path, backbone: nn.Module) -> _Model:
-    """See `PromptedViT.from_file`."""
-    state, meta = read(path)
-    _check_backbone(path, meta, backbone)
-    try:
-        family = prompts.build(meta["prompts"]["name"], meta["prompts"]["config"])
-        kld = None if meta["kld"] is None else KLD(**meta["kld"])
+        meta = from_json(texts.pop(_TEXT))
+        kind = meta["format"]
     except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} was not written by pae") from error
+    if kind not in (FORMAT, _FORMER):
+        raise CheckpointError(f"checkpoint {path} has format {kind!r}, expected {FORMAT!r}")
+    if not vouched and kind != _FORMER:
+        raise CheckpointError(f"checkpoint {path} cannot be read: its digest is missing")
+    texts.pop(DIGEST, None)
+    expected = {**_DESCRIPTION, **(_ADDED if kind == FORMAT else {})}
+    if missing := [part for part in expected if part not in meta]:
+        raise CheckpointError(f"checkpoint {path} does not say its {', '.join(missing)}")
+    for part, fits in expected.items():
+        if not fits(meta[part]):
+            raise CheckpointError(f"checkpoint {path} is damaged: its {part} is {meta[part]!r}")
+    try:
+        task = TaskInfo.read(meta.get("task"))
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {one_line(error)}") from error
+    if not vouched:
+        warnings.warn(
+            f"checkpoint {path} was written by an earlier version, without a digest, so damage "
+            "may go unseen; save it again to give it one",
+            stacklevel=2,
+        )
+    size = meta.get("image_size")
+    return Checkpoint(
+        path=path,
+        format=kind,
+        backbone=meta["backbone"],
+        fingerprint=meta["fingerprint"],
+        positions=meta.get("positions"),
+        image_size=None if size is None else (size[0], size[1]),
+        num_classes=meta["num_classes"],
+        prompts=meta["prompts"],
+        kld=meta["kld"],
+        task=task,
+        versions=meta.get("versions", {}),
+        extra=texts,
+        state=state,
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+
+# what a description says, and what each part looks like; a task checks itself
+_DESCRIPTION: dict[str, Callable[[Any], bool]] = {
+    "backbone": _is_text,
+    "fingerprint": _is_text,
+    "num_classes": _is_count,
+    "prompts": lambda v: (
+        isinstance(v, dict) and _is_text(v.get("name")) and isinstance(v.get("config"), dict)
+    ),
+    "kld": lambda v: v is None or isinstance(v, dict),
+}
+_ADDED: dict[str, Callable[[Any], bool]] = {
+    "positions": _is_text,
+    "image_size": lambda v: v is None or _is_size(v),
+    "task": lambda v: True,
+    "versions": lambda v: isinstance(v, dict) and all(map(_is_text, v.values())),
+}
+
+
+def load(model: Trained, path: str | Path, other_size: bool = False) -> None:
+    """See `PromptedViT.load`."""
+    found = read(path)
+    _check_backbone(found, model.backbone, other_size)
+    _fill(model, found)
+
+
+def build(
+    cls: Callable[..., _Model], path: str | Path, backbone: nn.Module, other_size: bool = False
+) -> _Model:
+    """See `PromptedViT.from_file`."""
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(f"backbone must be a torch.nn.Module, got {type(backbone).__name__}")
+    found = read(path)
+    _check_backbone(found, backbone, other_size)
+    try:
+        family = prompts.build(found.prompts["name"], found.prompts["config"])
+        kld = None if found.kld is None else KLD(**found.kld)
+    except Exception as error:  # of another version's arguments; a family may be anybody's
         raise CheckpointError(
-            f"checkpoint {path} describes parts this version cannot build: {error}"
+            f"checkpoint {path} describes parts this version cannot build: {one_line(error)}"
         ) from error
-    model = cls(backbone, family, kld, num_classes=meta["num_classes"] or None)
-    _fill(model, path, state)
+    with _untouched_on_failure(backbone):
+        try:
+            model = cls(backbone, family, kld, num_classes=found.num_classes or None)
+        except (UnsupportedBackbone, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint {path} does not fit this backbone: {one_line(error)}"
+            ) from error
+        _fill(model, found)
     return model
 
 
-def _check_backbone(path: str | Path, meta: dict, backbone: nn.Module) -> None:
-    found = fingerprint(backbone)
-    if meta["fingerprint"] != found:
-        raise CheckpointError(
-            f"checkpoint {path} was trained on backbone {meta['backbone']} with fingerprint "
-            f"{meta['fingerprint']}, got {backbone_name(backbone)} with {found}"
-        )
+@contextlib.contextmanager
+def _untouched_on_failure(backbone: nn.Module) -> Iterator[None]:
+    """Undoes, when the body raises, what `PromptedViT` does to a backbone that it takes over."""
+    head = getattr(backbone, "head", None)
+    parameters = [(p, p.data, p.requires_grad) for p in backbone.parameters()]
+    modes = [(module, module.training) for module in backbone.modules()]
+    try:
+        yield
+    except BaseException:
+        if head is not None:
+            backbone.head = head
+        for parameter, data, trains in parameters:
+            parameter.data = data  # of another dtype, if it was converted
+            parameter.requires_grad_(trains)
+        for module, mode in modes:
+            module.training = mode
+        raise
 
 
-def _fill(model: Trained, path: str | Path, state: dict[str, Tensor]) -> None:
-    own = model.trained_state()
-    for name in sorted(own.keys() | state.keys()):
-        have = tuple(own[name].shape) if name in own else None
-        found = tuple(state[name].shape) if name in state else None
-        if have != found:
-            raise CheckpointError(
-                f"checkpoint {path}: {name} is {found} in the file, {have} in the model"
+def _check_backbone(found: Checkpoint, backbone: nn.Module, other_size: bool) -> None:
+    former = found.format == _FORMER
+    own = _former_fingerprint(backbone) if former else fingerprint(backbone)
+    if found.fingerprint != own:
+        hint = ""
+        if former:
+            hint = (
+                "; a file of version 0.1 knows its backbone at the image size of training alone: "
+                "load it there, and save it again"
             )
-    model.load_state_dict(state, strict=False)  # a backbone is no part of `state`
+        raise CheckpointError(
+            f"checkpoint {found.path} was trained on backbone {found.backbone} with fingerprint "
+            f"{found.fingerprint}, got {backbone_name(backbone)} with {own}{hint}"
+        )
+    size = _image_size(backbone)
+    same = found.positions == position_fingerprint(backbone) and found.image_size == size
+    if former or other_size or same:
+        return
+    if found.image_size is None or found.image_size == size:
+        raise CheckpointError(
+            f"checkpoint {found.path} was trained on this backbone with another position "
+            "embedding (pos_embed); give other_size=True to use it with this one"
+        )
+    trained, built = (" x ".join(map(str, each or ("?",))) for each in (found.image_size, size))
+    raise CheckpointError(
+        f"checkpoint {found.path} was trained on this backbone at another image size: {trained}, "
+        f"and this one is built for {built}; build it with img_size={_argument(found.image_size)}, "
+        "or give other_size=True to use the trained parts at this size"
+    )
+
+
+def _argument(size: tuple[int, int]) -> str:
+    return str(size[0] if size[0] == size[1] else size)
+
+
+def _fill(model: Trained, found: Checkpoint) -> None:
+    """Puts the tensors into the model, all or none."""
+    own = model.trained_state()
+    new = fitted(found.path, found.state, own)
+    before = {name: tensor.clone() for name, tensor in own.items()}
+    try:
+        model.load_state_dict(new, strict=False)  # a backbone is no part of it
+    except BaseException as error:
+        model.load_state_dict(before, strict=False)
+        if not isinstance(error, Exception):
+            raise
+        raise CheckpointError(
+            f"checkpoint {found.path} does not fit this model: {one_line(error)}"
+        ) from error
+    model.task = found.task

@@ -22,6 +22,7 @@ from .plan import FrozenPlan, Plans
 from .prompts import PromptFamily
 from .prompts.contracts import check_rows
 from .sequence import between_blocks, cut_rows, insert_rows, touches_rows
+from .task import TaskInfo
 
 _uncompiled_run = torch.compiler.disable(fast.run)
 
@@ -42,6 +43,8 @@ class PromptedViT(nn.Module):
 
     Attributes:
         backbone, prompts, kld, head: the parts. view: what pae reads of the backbone.
+        task: a `pae.TaskInfo` or None: what it is trained for. `save` keeps it, `load` gives it
+            back.
 
     Raises:
         UnsupportedBackbone: naming the attribute that pae cannot express.
@@ -53,6 +56,7 @@ class PromptedViT(nn.Module):
     kld: KLD | None
     head: nn.Module
     view: BackboneView
+    task: TaskInfo | None = None
 
     def __init__(
         self,
@@ -257,34 +261,60 @@ class PromptedViT(nn.Module):
         state = self.state_dict()
         return {k: v for k, v in state.items() if not k.startswith("backbone.")}
 
-    def save(self, path: str | Path, extra: Mapping[str, str] | None = None) -> None:
-        """Write the trained parts to a safetensors file, atomically, with the backbone's name and
-        fingerprint.
+    def save(
+        self,
+        path: str | Path,
+        extra: Mapping[str, str] | None = None,
+        task: TaskInfo | None = None,
+    ) -> None:
+        """Write the trained parts to a safetensors file, atomically, with the backbone's name,
+        fingerprint and image size, the versions that wrote it, and a digest of all.
 
         Args:
             path: file to write; an existing one is replaced only when the new one is complete.
             extra: further strings for the file's metadata.
-        """
-        checkpoint.save(self, path, extra)
-
-    def load(self, path: str | Path) -> PromptedViT:
-        """Read trained parts written by `save` into this model.
+            task: what the model was trained for: classes, and how images become its input; None:
+                `self.task`.
 
         Raises:
-            CheckpointError: unreadable or incomplete file, another backbone, or parts that do not
-            fit.
+            ValueError: a trained tensor holds NaN or infinity (the file could not be loaded); other
+                classes than the head has; metadata that is no text.
+            OSError: naming `path`.
         """
-        checkpoint.load(self, path)
+        checkpoint.save(self, path, extra, task)
+
+    def load(self, path: str | Path, other_size: bool = False) -> PromptedViT:
+        """Read trained parts written by `save` into this model: all of them, or none on an error.
+
+        Args:
+            path: the file. `pae.read_checkpoint` tells what it holds.
+            other_size: take it also when it was trained on the same weights with another position
+                embedding, which is what another image size makes.
+
+        Raises:
+            CheckpointError: unreadable, incomplete or damaged file, another backbone or image size,
+                or parts that do not fit.
+        """
+        checkpoint.load(self, path, other_size)
         return self
 
     @classmethod
-    def from_file(cls, path: str | Path, backbone: nn.Module) -> PromptedViT:
+    def from_file(
+        cls, path: str | Path, backbone: nn.Module, other_size: bool = False
+    ) -> PromptedViT:
         """Build the model that `save` wrote on top of `backbone`, prompt family and KLD included.
+
+        On an error the backbone is as it was.
+
+        Args:
+            path, other_size: as in `load`.
+            backbone: as for the constructor; its weights are those the file was trained on.
 
         Raises:
             CheckpointError: as in `load`.
+            UnsupportedBackbone, TypeError: as the constructor.
         """
-        return checkpoint.build(cls, path, backbone)
+        return checkpoint.build(cls, path, backbone, other_size)
 
     def __getstate__(self) -> dict:
         # copies and pickles carry no folded plans: those belong to the original's weights

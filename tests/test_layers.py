@@ -186,11 +186,13 @@ def test_import_draws_no_random_number(imports):
 def test_public_names():
     assert set(pae.__all__) == {
         "KLD",
+        "Checkpoint",
         "CheckpointError",
         "MPAResult",
         "NullSpace",
         "OfficialParts",
         "PromptedViT",
+        "TaskInfo",
         "UnsupportedBackbone",
         "__version__",
         "analysis",
@@ -200,6 +202,7 @@ def test_public_names():
         "load_official",
         "mpa_init",
         "prompts",
+        "read_checkpoint",
         "spt_init",
         "whiten_init",
     }

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checkpoint
-from ..errors import CheckpointError
+from ..errors import CheckpointError, one_line
+from ..files import to_json
 from ..kld import KLD
+from ..tensorfile import fitted
 from .figures import draw_eigenvalues, draw_energies, draw_lyapunov
 from .koopman import KoopmanAnalysis, analyse
 
@@ -43,41 +42,41 @@ def write_report(path: str | Path, folder: str | Path | None = None) -> list[Pat
     analysis = analyse(*_parts(path))
     for name, draw in _FIGURES.items():
         checkpoint.write_atomically(folder / name, partial(draw(analysis).savefig, format="png"))
-    numbers = json.dumps(_numbers(analysis), indent=1)
+    numbers = to_json(_numbers(analysis), indent=1)  # an infinity is null
     checkpoint.write_atomically(folder / "koopman.json", lambda file: file.write_text(numbers))
     return [folder / name for name in (*_FIGURES, "koopman.json")]
 
 
 def _parts(path: Path) -> tuple[KLD, Tensor]:
     """The regulariser and the prompts (depth, P, D) of a checkpoint."""
-    state, meta = checkpoint.read(path)
-    if meta["kld"] is None:
+    found = checkpoint.read(path)
+    if found.kld is None:
         raise CheckpointError(f"checkpoint {path} has no KLD to analyse")
-    prompts = state.get("prompts.tokens")
+    prompts = found.state.get("prompts.tokens")
     if prompts is None or prompts.dim() != 3:
         raise CheckpointError(
-            f"checkpoint {path} holds prompts of {meta['prompts']['name']}, not (depth, P, D) "
+            f"checkpoint {path} holds prompts of {found.prompts['name']}, not (depth, P, D) "
             "tokens; build the model and call pae.analysis.analyse"
         )
-    kld = KLD(**meta["kld"])
-    kld.bind(len(prompts), prompts.shape[-1])
-    names = dict(kld.named_parameters())
-    kld.load_state_dict({name: state[f"kld.{name}"] for name in names})
+    try:
+        kld = KLD(**found.kld)
+        kld.bind(len(prompts), prompts.shape[-1])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} describes a KLD this version cannot build: {one_line(error)}"
+        ) from error
+    own = {f"kld.{name}": parameter for name, parameter in kld.named_parameters()}
+    state = {name: tensor for name, tensor in found.state.items() if name.startswith("kld.")}
+    state = fitted(path, state, own)
+    kld.load_state_dict({name.removeprefix("kld."): tensor for name, tensor in state.items()})
     return kld, prompts
 
 
 def _numbers(analysis: KoopmanAnalysis) -> dict:
-    """Every field as plain lists; complex numbers as [real, imaginary], infinities as null."""
+    """Every field as plain lists; complex numbers as [real, imaginary]."""
     numbers = {}
     for name, value in vars(analysis).items():
         if isinstance(value, Tensor):
-            value = torch.view_as_real(value) if value.is_complex() else value
-            value = _finite(value.tolist())
+            value = (torch.view_as_real(value) if value.is_complex() else value).tolist()
         numbers[name] = value
     return numbers
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return value if math.isfinite(value) else None

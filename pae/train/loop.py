@@ -228,6 +228,14 @@ class _Run:
         options, config = self.options, self.data_config
         size = config["input_size"]
         mean, std = pixels.normalisation(options.norm, config)
+        self.module.task = pae.TaskInfo(
+            classes=tuple(task.classes),
+            input_size=(len(mean), *size),
+            mean=tuple(mean),
+            std=tuple(std),
+            interpolation=config["interpolation"],
+            **pixels.evaluation_crop(options.augment),
+        )
 
         def pipeline(images: Images, training: bool) -> pixels.Pipeline:
             transform, is_random = pixels.make_transform(
@@ -618,7 +626,7 @@ class _Run:
                 f"{self.folder.path} was run by {len(streams)} processes, "
                 f"this is {self.accelerator.num_processes}"
             )
-        methods.load_trained_state(self.module, saved["module"])
+        methods.load_trained_state(self.module, saved["module"], self.folder.state)
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-import json
 import typing
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import pae
-from pae.checkpoint import write_atomically
+from pae.files import to_json
 from pae.mpa.incoming import prompt_count
+from pae.tensorfile import fitted, read_tensors, write_tensors
 from pae.train import embedded
 from pae.train.declared import Given, declared, fits, name_of, near
 from pae.train.options import Options
@@ -253,6 +253,7 @@ class LinearProbe(nn.Module):
     """
 
     head: nn.Linear
+    task: pae.TaskInfo | None = None
 
     def __init__(self, frozen: pae.PromptedViT) -> None:
         super().__init__()
@@ -293,17 +294,19 @@ class LinearProbe(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """As `PromptedViT.save`: the file is a checkpoint of a model without prompts."""
-        self.frozen.save(path)
+        self.frozen.save(path, task=self.task)
 
     def load(self, path: str | Path) -> None:
         """As `PromptedViT.load`."""
         self.frozen.load(path)
+        self.task = self.frozen.task
 
 
 class FullFineTuning(nn.Module):
     """All weights of a timm model, the baseline that prompts are compared with."""
 
     backbone: Any
+    task: pae.TaskInfo | None = None
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -332,42 +335,33 @@ class FullFineTuning(nn.Module):
         return self.state_dict()
 
     def save(self, path: str | Path) -> None:
-        """Writes the timm state dict as safetensors, atomically."""
-        from safetensors.torch import save_file
-
-        state = {name: tensor.contiguous() for name, tensor in self.backbone.state_dict().items()}
-        name = pae.checkpoint.backbone_name(self.backbone)
-        metadata = {"pae": json.dumps({"format": "timm-state-dict", "backbone": name})}
-        write_atomically(path, lambda file: save_file(state, file, metadata=metadata))
+        """Writes the timm state dict as safetensors, atomically, with a digest."""
+        description = {
+            "format": "timm-state-dict",
+            "backbone": pae.checkpoint.backbone_name(self.backbone),
+            "task": None if self.task is None else self.task.record(),
+        }
+        write_tensors(path, self.backbone.state_dict(), {"pae": to_json(description)})
 
     def load(self, path: str | Path) -> None:
         """Reads what `save` wrote.
 
         Raises:
-            CheckpointError: unreadable file, or weights of another model.
+            CheckpointError: unreadable or damaged file, or weights of another model.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            self.backbone.load_state_dict(load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise pae.CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-        except RuntimeError as error:
-            raise pae.CheckpointError(f"checkpoint {path} does not fit this model") from error
+        state, _, _ = read_tensors(path)
+        self.backbone.load_state_dict(fitted(path, state, self.backbone.state_dict()))
 
 
-def load_trained_state(module: Method, state: dict[str, Tensor]) -> None:
+def load_trained_state(module: Method, state: dict[str, Tensor], where: str | Path) -> None:
     """Puts the tensors of `module.trained_state()` back, exactly those and no others.
 
+    Args:
+        where: the file that they come from.
     Raises:
-        CheckpointError: a name or a shape differs.
+        CheckpointError: a name, a shape or a dtype differs, or a value is not finite.
     """
-    expected = module.trained_state()
-    for name in sorted(expected.keys() | state.keys()):
-        here, there = expected.get(name), state.get(name)
-        if here is None or there is None or here.shape != there.shape:
-            raise pae.CheckpointError(f"the saved state does not fit this model at {name}")
+    state = fitted(where, state, module.trained_state())
     module.load_state_dict(state, strict=False)  # a frozen backbone is no part of `state`
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pae import choices
+from pae.files import check_signature
 from pae.train.declared import Given, check, declared, near, option, parsed, read_table
 from pae.train.embedded import DATASETS, WEIGHTS_IMAGE_SIZE, WEIGHTS_NAME
 
@@ -353,11 +354,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: an unknown name, or a value that an option does not take.
+        ValueError: an unknown name, a value that an option does not take, or the config.json of a
+            run that is not what was written.
     """
     record = parsed(path)
     if "settings" in record:  # the config.json of a run: the rest of it are facts, e.g. versions
-        facts, record = record, record["settings"]
+        try:
+            facts = check_signature(record)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        record = record["settings"]
         if not isinstance(record, dict):
             raise ValueError(f"{path}: settings: expected a table of options")
         if facts.get("comparison") is True:  # formerly beside the settings

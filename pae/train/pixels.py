@@ -49,6 +49,19 @@ def normalisation(
     return table[norm]
 
 
+def evaluation_crop(augment: str) -> dict[str, Any]:
+    """How evaluation crops, as timm's `crop_pct` and `crop_mode`; `augment` as in `make_transform`.
+
+    Raises:
+        ValueError: unknown `augment`.
+    """
+    if augment not in AUGMENTS:
+        raise ValueError(f"--augment {augment}: expected one of {', '.join(AUGMENTS)}")
+    if augment == "none":
+        return {"crop_pct": 1.0, "crop_mode": "squash"}
+    return {"crop_pct": 0.875, "crop_mode": "center"}
+
+
 def make_transform(
     augment: str, training: bool, image_size: int, interpolation: str
 ) -> tuple[Transform, bool]:
@@ -75,12 +88,9 @@ def make_transform(
         "interpolation": interpolation,
         "use_prefetcher": True,
     }
-    if augment == "none":
-        return create_transform(**common, crop_pct=1.0, crop_mode="squash"), False
-    if augment not in AUGMENTS:
-        raise ValueError(f"--augment {augment}: expected one of {', '.join(AUGMENTS)}")
-    if not training:
-        return create_transform(**common, crop_pct=0.875, crop_mode="center"), False
+    crop = evaluation_crop(augment)
+    if augment == "none" or not training:
+        return create_transform(**common, **crop), False
     if augment == "timm":
         return create_transform(**common, is_training=True), True
     resized = round(image_size * 256 / 224)

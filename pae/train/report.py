@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from pae.checkpoint import write_atomically
+from pae.files import write_atomically
 
 Advance = Callable[..., None]  # (steps=1, text=None): moves a progress bar
 

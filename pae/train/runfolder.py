@@ -19,16 +19,23 @@ import contextlib
 import csv
 import dataclasses
 import io
-import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pae.checkpoint import TEMPORARY, remove_temporaries, write_atomically
 from pae.errors import CheckpointError
+from pae.files import (
+    TEMPORARY,
+    check_signature,
+    from_json,
+    remove_temporaries,
+    signed,
+    to_json,
+    write_atomically,
+)
 from pae.train import lock
 from pae.train.options import Options, read_config
 from pae.train.state import read_state, write_state
@@ -104,7 +111,7 @@ class RunFolder:
 
     def write_config(self, options: Options, **facts: Any) -> None:
         """Writes the options and `facts` (versions, classes, sizes)."""
-        self._write_json(self.config, {"settings": dataclasses.asdict(options), **facts})
+        self._write_json(self.config, signed({"settings": dataclasses.asdict(options), **facts}))
 
     def read_config(self) -> Options:
         """The options of the run.
@@ -123,23 +130,23 @@ class RunFolder:
     def facts(self) -> dict[str, Any]:
         """What config.json says beside the options; {} where it says nothing."""
         try:
-            facts = json.loads(self.config.read_text(encoding="utf-8"))
+            facts = from_json(self.config.read_bytes())
+            return check_signature(facts) if isinstance(facts, dict) else {}
         except (OSError, ValueError):
             return {}
-        return facts if isinstance(facts, dict) else {}
 
     def results(self) -> Rows | None:
         """The final results of a run (one) or of a comparison, or None while it is unfinished."""
         path = self.path / "results.json"
         if path.is_file():
-            return self._read_json(path)
+            return self._read_json(path, _rows_of)
         result = self.result()
         return None if result is None else [result]
 
     def write_metrics(self, rows: Rows, result: dict[str, Any] | None = None) -> None:
         """Writes the rows measured so far as CSV and JSON; `result` marks the run as finished."""
         self._write_csv(self.metrics_csv, rows)
-        self._write_json(self.metrics_json, {"epochs": rows, "result": result})
+        self._write_json(self.metrics_json, signed({"epochs": rows, "result": result}))
 
     def write_comparison(self, results: Rows) -> None:
         """Writes the results of several runs, one row each, as results.csv and results.json."""
@@ -182,12 +189,16 @@ class RunFolder:
         return read_state(self.previous_state) if there else None
 
     def _metrics(self) -> dict[str, Any]:
-        return self._read_json(self.metrics_json) if self.metrics_json.is_file() else {}
+        if not os.path.lexists(self.metrics_json):
+            return {}
+        return self._read_json(self.metrics_json, _metrics_of)
 
-    def _read_json(self, path: Path) -> Any:
+    def _read_json(self, path: Path, check: Callable[[Any], Any]) -> Any:
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            if not path.is_file():  # a pipe, say, would be waited for
+                raise ValueError("it is no file")
+            return check(from_json(path.read_bytes()))
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path} cannot be read: {error}; delete it: going on writes it again"
             ) from error
@@ -200,13 +211,29 @@ class RunFolder:
         self._write(path, table.getvalue().encode())
 
     def _write_json(self, path: Path, value: Any) -> None:
-        self._write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+        self._write(path, (to_json(value, indent=2) + "\n").encode())
 
     def _write(self, path: Path, data: bytes) -> None:
         def write(file: Path) -> None:
             file.write_bytes(data)
 
         write_atomically(path, write)
+
+
+def _rows_of(value: Any) -> Rows:
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise ValueError("expected a list of rows")
+    return value
+
+
+def _metrics_of(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not {"epochs", "result"} <= value.keys():
+        raise ValueError("expected epochs and a result")
+    table = check_signature(value)
+    _rows_of(table["epochs"])
+    if not (table["result"] is None or isinstance(table["result"], dict)):
+        raise ValueError("its result is none")
+    return table
 
 
 def check_output(output: str) -> RunFolder:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from pae.checkpoint import write_atomically
 from pae.errors import CheckpointError, one_line
+from pae.files import write_atomically
 
 _MAGIC = b"pae-state-1"
 _HEAD = len(_MAGIC) + 1 + 2 * hashlib.sha256().digest_size + 1

@@ -3,16 +3,25 @@
 import json
 import os
 import re
+import stat
+import sys
+import warnings
+from functools import partial
 
 import pytest
+import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 import pae
-from pae import checkpoint
+from pae import checkpoint, tensorfile
 from pae.prompts import VPTDeep, VPTShallow
+from tests import processes
+from tests.conftest import GOLDEN
 from tests.tiny import backbone, error, images
 
 
@@ -253,29 +262,79 @@ def test_files_that_are_something_else(tmp_path):
     both(tmp_path / "text", "was not written by pae")
     future = json.dumps({"format": "pae-9"})
     save_file({"a": torch.ones(3)}, tmp_path / "future", metadata={"pae": future})
-    both(tmp_path / "future", "has format 'pae-9', expected 'pae-1'")
+    both(tmp_path / "future", "has format 'pae-9', expected 'pae-2'")
 
 
-def test_damaged_description(tmp_path):
-    """The frame is right and the content is not: still a CheckpointError."""
-    model = model_of()
-    model.save(tmp_path / "a")
-    state, meta = checkpoint.read(tmp_path / "a")
+def rewritten(source, target, drop=(), state=None, **changes):
+    """A file with another description and a digest that fits it: as another version writes it."""
+    tensors, texts, _ = tensorfile.read_tensors(source)
+    meta = {k: v for k, v in {**json.loads(texts["pae"]), **changes}.items() if k not in drop}
+    tensorfile.write_tensors(target, tensors if state is None else state, {"pae": json.dumps(meta)})
+    return target
+
+
+DESCRIPTIONS = [  # (what is another, what the message says)
+    ({"prompts": {"name": "VPTWide", "config": {}}}, "cannot build"),
+    ({"prompts": {"name": "VPTDeep", "config": {"length": 3}}}, "cannot build"),
+    ({"prompts": {"name": "VPTDeep", "config": {"num_tokens": -1}}}, "cannot build"),
+    ({"prompts": {"name": "VPTDeep", "config": {"num_tokens": 4}}}, "tokens is .* in the file"),
+    ({"prompts": {"name": "VPTDeep", "config": {"num_tokens": [3]}}}, "does not fit this backbone"),
+    ({"prompts": {"name": ["VPTDeep"], "config": {}}}, "is damaged: its prompts"),
+    ({"prompts": {"name": "VPTDeep"}}, "is damaged: its prompts"),
+    ({"prompts": None}, "is damaged: its prompts"),
+    ({"kld": {"dim": "wide"}}, "cannot build"),
+    ({"kld": {"dim": 9, "mode": "layerwise"}}, "in the file"),
+    ({"kld": [8]}, "is damaged: its kld"),
+    ({"num_classes": "7"}, "is damaged: its num_classes"),
+    ({"num_classes": -7}, "is damaged: its num_classes"),
+    ({"num_classes": True}, "is damaged: its num_classes"),
+    ({"num_classes": 8}, "in the file"),
+    ({"fingerprint": 7}, "is damaged: its fingerprint"),
+    ({"fingerprint": "0" * 32}, "was trained on backbone"),
+    ({"backbone": None}, "is damaged: its backbone"),
+    ({"image_size": 16}, "is damaged: its image_size"),
+    ({"image_size": [8, 8]}, "at another image size: 8 x 8"),
+    ({"positions": None}, "is damaged: its positions"),
+    ({"positions": "0" * 32}, "with another position embedding"),
+    ({"task": "birds"}, "task must be a table"),
+    ({"task": {"classes": [1, 2]}}, "task.classes must be names or None"),
+    ({"versions": {"pae": 1}}, "is damaged: its versions"),
+    ({"format": "pae-9"}, "has format 'pae-9', expected 'pae-2'"),
+    ({"format": ["pae-2"]}, r"has format \['pae-2'\]"),
+]
+
+
+@pytest.mark.parametrize("change, message", DESCRIPTIONS, ids=lambda v: str(v)[:40])
+def test_another_description(change, message, tmp_path):
+    """The digest is right and the content is not: still a CheckpointError, and nothing changed."""
+    model_of().save(tmp_path / "a")
+    with_backbone(rewritten(tmp_path / "a", tmp_path / "b", **change), message)
+
+
+def test_a_part_of_the_description_is_missing(tmp_path):
+    model_of().save(tmp_path / "a")
+    parts = json.loads(tensorfile.read_tensors(tmp_path / "a")[1]["pae"])
+    for part in parts.keys() - {"format"}:
+        with_backbone(rewritten(tmp_path / "a", tmp_path / "b", drop=[part]), f"not say its {part}")
+    with_backbone(rewritten(tmp_path / "a", tmp_path / "b", drop=["format"]), "not written by pae")
+
+
+def with_backbone(path, match):
+    """from_file refuses `path`, and the backbone is as it was: its flags, its head, its weights."""
     vit = backbone("plain", torch.float32)
-    changes = [
-        {"prompts": {"name": "VPTWide", "config": {}}},
-        {"prompts": {"name": "VPTDeep", "config": {"length": 3}}},
-        {"prompts": {"name": "VPTDeep", "config": {"num_tokens": -1}}},
-        {"kld": {"dim": "wide"}},
-    ]
-    for change in changes:
-        metadata = {"pae": json.dumps({**meta, **change})}
-        save_file(state, tmp_path / "b", metadata=metadata)
-        refused("cannot build", lambda: pae.PromptedViT.from_file(tmp_path / "b", vit))
-    for missing in ("prompts", "kld", "fingerprint", "num_classes", "backbone"):
-        metadata = {"pae": json.dumps({k: v for k, v in meta.items() if k != missing})}
-        save_file(state, tmp_path / "b", metadata=metadata)
-        refused(missing, lambda: pae.PromptedViT.from_file(tmp_path / "b", vit))
+    vit.blocks[1].eval()
+    vit.norm.weight.requires_grad_(False)
+    before = facts(vit)
+    refused(match, lambda: pae.PromptedViT.from_file(path, vit))
+    after = facts(vit)
+    assert before[:-1] == after[:-1]
+    assert all(torch.equal(v, after[-1][k]) for k, v in before[-1].items())
+
+
+def facts(vit):
+    flags = [(name, id(p), p.requires_grad, p.dtype) for name, p in vit.named_parameters()]
+    modes = [(name, id(module), module.training) for name, module in vit.named_modules()]
+    return flags, modes, {k: v.clone() for k, v in vit.state_dict().items()}
 
 
 def test_unreadable_files(tmp_path):
@@ -342,8 +401,7 @@ def test_the_new_file_is_complete_when_it_is_put_in_place(tmp_path, monkeypatch)
 
     def spy_replace(source, target):
         order.append("replace")
-        state, _ = checkpoint.read(source)
-        assert state.keys() == model.trained_state().keys()
+        assert checkpoint.read(source).state.keys() == model.trained_state().keys()
         assert os.path.dirname(source) == os.path.dirname(target)  # one file system
         replace(source, target)
 
@@ -360,7 +418,7 @@ def test_saved_values_do_not_follow_the_model(tmp_path):
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    state, _ = checkpoint.read(tmp_path / "a")
+    state = checkpoint.read(tmp_path / "a").state
     assert all(torch.equal(state[k], v) for k, v in kept.items())
 
 
@@ -374,3 +432,336 @@ def test_a_plan_survives_loading(tmp_path):
     other.load(tmp_path / "a")
     assert other.plan() is plan
     assert error(pae.fast_forward(other.eval(), x), other(x)) < 1e-5
+
+
+# ---- another image size
+
+
+def at(size, like=None, **options):
+    """A backbone for images of `size`; with the weights of `like`, positions resampled."""
+    vit = backbone("plain", torch.float32, img_size=size, **options)
+    if like is not None:
+        state = {k: v.clone() for k, v in like.state_dict().items()}
+        grid = vit.patch_embed.grid_size
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=1)
+        vit.load_state_dict(state)
+    return vit
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A checkpoint at 16 x 16, and the same weights at 32 x 32."""
+    model = model_of()
+    model.save(tmp_path / "a")
+    vit = backbone("plain", torch.float32)
+    return model, tmp_path / "a", at((32, 32), like=vit)
+
+
+def test_another_image_size_is_named_with_the_way_through(small):
+    model, path, large = small
+    match = (
+        "trained on this backbone at another image size: 16 x 16, and this one is built for "
+        "32 x 32; build it with img_size=16, or give other_size=True"
+    )
+    refused(match, lambda: pae.PromptedViT.from_file(path, large))
+    again = pae.PromptedViT.from_file(path, large, other_size=True)
+    assert same_state(again, model)
+    assert again(images(large)).isfinite().all()
+    other = pae.PromptedViT(at((32, 32), like=backbone("plain", torch.float32)), VPTDeep(3))
+    refused(match, lambda: other.load(path))
+
+
+def test_other_size_takes_no_other_weights(small):
+    _, path, large = small
+    with torch.no_grad():
+        large.blocks[1].mlp.fc2.weight[0, 0] += 0.5
+    for other in (False, True):
+        load = partial(pae.PromptedViT.from_file, path, large, other_size=other)
+        refused("was trained on backbone", load)
+
+
+def test_other_positions_at_the_same_size(small):
+    _, path, _ = small
+    vit = backbone("plain", torch.float32)
+    with torch.no_grad():
+        vit.pos_embed[0, 3] += 0.5
+    match = "with another position embedding .*other_size=True"
+    refused(match, lambda: pae.PromptedViT.from_file(path, vit))
+    pae.PromptedViT.from_file(path, vit, other_size=True)
+
+
+def test_sizes_of_backbones_without_positions(tmp_path):
+    vit = backbone("no_position", torch.float32)
+    pae.PromptedViT(vit, VPTDeep(2), num_classes=3).save(tmp_path / "a")
+    large = backbone("no_position", torch.float32, img_size=(16, 32))
+    match = r"16 x 16, and this one is built for 16 x 32; build it with img_size=16"
+    refused(match, lambda: pae.PromptedViT.from_file(tmp_path / "a", large))
+    pae.PromptedViT.from_file(tmp_path / "a", large, other_size=True)
+
+
+# ---- what it was trained for
+
+INFO = pae.TaskInfo(
+    classes=("cat", "dog"),
+    input_size=(3, 16, 16),
+    mean=(0.5, 0.5, 0.5),
+    std=(0.2, 0.2, 0.25),
+    interpolation="bicubic",
+    crop_pct=0.875,
+    crop_mode="center",
+)
+
+
+def test_what_a_checkpoint_needs_to_be_used_comes_back(tmp_path):
+    model = model_of(num_classes=2)
+    model.save(tmp_path / "a", task=INFO, extra={"epoch": "3"})
+    found = pae.read_checkpoint(tmp_path / "a")
+    assert found.task == INFO and found.extra == {"epoch": "3"}
+    assert found.image_size == (16, 16) and found.num_classes == 2
+    assert found.prompts == {"name": "VPTDeep", "config": model.prompts.config()}
+    assert found.kld == model.kld.config()
+    assert found.versions["pae"] == pae.__version__ and found.versions.keys() == {
+        "pae",
+        "torch",
+        "timm",
+    }
+    again = pae.PromptedViT.from_file(tmp_path / "a", backbone("plain", torch.float32))
+    assert again.task == INFO
+    again.save(tmp_path / "b")  # it stays known
+    assert pae.read_checkpoint(tmp_path / "b").task == INFO
+    assert model.load(tmp_path / "b").task == INFO
+    transform = timm.data.create_transform(**found.task.transform())
+    size = transform(Image.new("RGB", (40, 20))).shape
+    assert size == (3, 16, 16)
+
+
+def test_a_task_that_is_not_known(tmp_path):
+    model = model_of()
+    model.save(tmp_path / "a", task=pae.TaskInfo())
+    assert pae.read_checkpoint(tmp_path / "a").task == pae.TaskInfo()
+    model.save(tmp_path / "a")
+    assert pae.read_checkpoint(tmp_path / "a").task is None
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"classes": "cat"}, "task.classes must be names or None, got 'cat'"),
+        ({"classes": ()}, "task.classes must be names"),
+        ({"input_size": (3, 16)}, "task.input_size must be three positive integers"),
+        ({"input_size": (3, 16, 0)}, "task.input_size"),
+        ({"input_size": (3, 16.0, 16)}, "task.input_size"),
+        ({"mean": (0.5, float("nan"), 0.5)}, "task.mean must be numbers"),
+        ({"std": (0.5, 0.0, 0.5)}, "task.std must be positive numbers"),
+        ({"mean": (0.5,), "std": (1, 1, 1)}, "must have one number of channels"),
+        ({"crop_pct": 0}, "task.crop_pct must be a positive number"),
+        ({"crop_pct": True}, "task.crop_pct"),
+        ({"crop_mode": "middle"}, "task.crop_mode must be one of squash, center, border"),
+        ({"interpolation": 3}, "task.interpolation must be a text"),
+    ],
+)
+def test_a_task_without_sense(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        pae.TaskInfo(**wrong)
+
+
+# ---- what is not written
+
+
+def test_what_cannot_come_back_is_not_written(tmp_path):
+    model = model_of()
+    model.save(tmp_path / "a")
+    before = (tmp_path / "a").read_bytes()
+
+    def not_written(match, **options):
+        with pytest.raises(ValueError, match=match) as caught:
+            model.save(tmp_path / "a", **options)
+        assert "\n" not in str(caught.value)
+        assert (tmp_path / "a").read_bytes() == before and files(tmp_path) == ["a"]
+
+    not_written("names 2 classes, and the model has 7", task=INFO)
+    not_written("task must be a pae.TaskInfo or None, got dict", task={"classes": ["a"]})
+    not_written("the name 'pae' is taken", extra={"pae": "mine"})
+    not_written("the name 'pae.digest' is taken", extra={"pae.digest": "mine"})
+    not_written("must be text, got 'epoch': 3", extra={"epoch": 3})
+    not_written("must be text, got 3: 'epoch'", extra={3: "epoch"})
+    not_written("cannot be stored", extra={"a": "\udcff"})
+    with torch.no_grad():
+        model.prompts.tokens[0, 0, :2] = float("nan")
+    not_written("not written, as prompts.tokens holds NaN or infinity in 2 of 288 values")
+
+
+def test_tensors_that_share_memory_and_odd_layouts(tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    state = {
+        "a": whole,
+        "b": whole,
+        "c": whole[:2],
+        "d": whole.t(),
+        "e": whole[:0],
+        "f": whole[1, 1],
+    }
+    state |= {"g": torch.tensor([True]), "h": torch.tensor(3), "i": whole.bfloat16()}
+    tensorfile.write_tensors(tmp_path / "a", state, {"note": 'a "pae.digest":"' + "0" * 64 + '"'})
+    again, texts, vouched = tensorfile.read_tensors(tmp_path / "a")
+    assert vouched and again.keys() == state.keys() and len(texts["note"]) > 64
+    for name, tensor in state.items():
+        assert torch.equal(again[name], tensor) and again[name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_permissions_are_those_of_other_files(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        model_of().save(tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder" / "full").mkdir(parents=True)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in ("file/a", "folder", "loop/a", "x" * 300):
+        with pytest.raises(OSError, match=re.escape(path)) as caught:
+            model_of().save(tmp_path / path)
+        assert "\n" not in str(caught.value) and "pae-tmp" not in str(caught.value)
+    assert files(tmp_path) == ["file", "folder", "loop"] and files(tmp_path / "folder") == ["full"]
+
+
+def test_long_names_can_be_written(tmp_path):
+    for name in ("x" * 255, "\N{SNOWMAN}" * 85):
+        model_of().save(tmp_path / name)
+    assert len(files(tmp_path)) == 2
+
+
+def test_what_dead_processes_left_is_removed(tmp_path):
+    code = "import os; from pae.files import write_atomically as w; "
+    code += f"w({str(tmp_path / 'a')!r}, lambda p: (p.write_text('half'), os._exit(0)))"
+    processes.run([sys.executable, "-c", code])
+    (left,) = files(tmp_path)
+    assert left.startswith(".a.")
+    (tmp_path / ".gitignore").write_text("")
+    checkpoint.remove_temporaries(tmp_path)
+    assert files(tmp_path) == [".gitignore"]
+
+
+# ---- files of version 0.1
+
+
+def test_a_file_of_version_0_1(tmp_path):
+    """Read with a warning of one line; written again, it has a digest and the same values."""
+    old = GOLDEN / "checkpoint-pae-1.safetensors"
+    with pytest.warns(UserWarning, match="written by an earlier version, without a digest") as seen:
+        model = pae.PromptedViT.from_file(old, backbone("plain", torch.float32)).eval()
+    assert len(seen) == 1 and "\n" not in str(seen[0].message)
+    x = images(model.backbone)
+    expected = torch.tensor([-18.26177978515625, -9.093870162963867, -2.1256914138793945])
+    assert error(model(x)[0], expected) < 1e-5
+    model.save(tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = pae.PromptedViT.from_file(tmp_path / "a", backbone("plain", torch.float32))
+    assert same_state(again, model)
+
+
+@pytest.mark.filterwarnings("ignore:.*earlier version")
+def test_a_file_of_version_0_1_knows_one_image_size(tmp_path):
+    old = GOLDEN / "checkpoint-pae-1.safetensors"
+    found = pae.read_checkpoint(old)
+    assert (found.format, found.positions, found.image_size, found.task) == ("pae-1", *[None] * 3)
+    assert found.extra == {"note": "of version 0.1.0"}
+    large = at((32, 32), like=backbone("plain", torch.float32))
+    match = "at the image size of training alone: load it there, and save it again"
+    for other in (False, True):
+        refused(match, partial(pae.PromptedViT.from_file, old, large, other_size=other))
+    state = {**found.state, "prompts.tokens": found.state["prompts.tokens"].clone()}
+    state["prompts.tokens"][0, 0, 0] = float("inf")
+    with safe_open(old, framework="pt") as file:
+        save_file(state, tmp_path / "b", metadata=file.metadata())
+    with_backbone(tmp_path / "b", "prompts.tokens holds NaN or infinity in 1 of 192 values")
+
+
+# ---- values
+
+
+def test_values_that_become_infinite_and_dtypes_that_do_not_convert(tmp_path):
+    wide = model_of(dtype=torch.float64)
+    with torch.no_grad():
+        wide.prompts.tokens[0] = 1e300
+    wide.save(tmp_path / "a")
+    with_backbone(tmp_path / "a", "tokens holds NaN or infinity in 96 of 288 values as torch.float")
+    model_of().save(tmp_path / "a")
+    state = tensorfile.read_tensors(tmp_path / "a")[0]
+    for dtype in (torch.int64, torch.bool, torch.float8_e4m3fn):
+        odd = {**state, "head.bias": state["head.bias"].to(dtype)}
+        with_backbone(rewritten(tmp_path / "a", tmp_path / "b", state=odd), f"head.bias is {dtype}")
+
+
+def test_a_failure_in_the_middle_of_loading_changes_nothing(tmp_path, monkeypatch):
+    one, other = model_of(), model_of(seed=2)
+    one.save(tmp_path / "a")
+    before = {k: v.clone() for k, v in other.trained_state().items()}
+
+    def fail(self, *arguments):
+        if torch.equal(other.head.bias, one.head.bias) or not torch.equal(
+            other.prompts.tokens, before["prompts.tokens"]
+        ):
+            monkeypatch.undo()
+            raise RuntimeError("a hook\nof a family")
+
+    monkeypatch.setattr(nn.Linear, "_load_from_state_dict", fail)
+    refused("does not fit this model: a hook of a family", lambda: other.load(tmp_path / "a"))
+    assert all(torch.equal(v, before[k]) for k, v in other.trained_state().items())
+    assert other.load(tmp_path / "a") is other
+
+
+def test_odd_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "long").write_bytes((2**63).to_bytes(8, "little") + b"{}")
+    (tmp_path / "longer").write_bytes(b"\xff" * 100)
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(2**40)  # of zeros, which take no room on the disk
+    for name in ("pipe", "loop", "dangling", "empty", "long", "longer", "huge"):
+        both(tmp_path / name, "cannot be read")
+
+
+def raw(path, header, data=b""):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+def test_odd_headers(tmp_path):
+    one = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    headers = [
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
+        b'"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+        {"a": one, "__metadata__": {"pae": 3}},
+        {"a": one, "__metadata__": ["pae"]},
+        {"a": one, "__metadata__": {"pae": "3"}},
+        {"a": one, "__metadata__": {"pae": "null"}},
+        {"a": one, "__metadata__": {"pae": "[" * 100_000}},
+        {"a": one, "__metadata__": {"pae": '{"format": NaN}'}},
+        {"a": one, "__metadata__": {"pae": "\ud800"}},
+        {"a": one, "__metadata__": {"pae": '{"format": "pae-2"}'}},
+        {"a": {**one, "dtype": "F128"}},
+        {"a": {**one, "shape": [2**62, 4]}},
+        {"a": {**one, "shape": [-1]}},
+        {"a": {**one, "data_offsets": [4, 0]}},
+        {"a": {**one, "data_offsets": [0, 2**60]}},
+        {"__metadata__": None},
+        {},
+        [],
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 200_000,
+        b'{"a":' * 100_000,
+    ]
+    for header in headers:
+        both(raw(tmp_path / "a", header, bytes(4)), "")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pae
-from pae import checkpoint
+from pae import files
 from pae.train.runfolder import RunFolder
 from pae.train.state import read_state, write_state
 
@@ -53,7 +53,7 @@ def test_a_crash_at_any_moment_leaves_a_complete_state(before, number, tmp_path,
     assert last == (before if put_in_place else before - 1 if before else None)
     run.write_state({"n": 9})
     assert states(tmp_path)[0] == 9
-    assert not list(tmp_path.glob(checkpoint.TEMPORARY))
+    assert not list(tmp_path.glob(files.TEMPORARY))
 
 
 def calls_of(before):
