@@ -93,7 +93,7 @@ def read_layout(root: Path) -> Layout:
     has_images = any(name.lower() in _NO_CLASSES for name in folders)
     if "train" in lists or (lists and has_images and not splits and "train" not in tables):
         classes, found = _read_vtab(root, lists)
-    elif "train" in tables:
+    elif "train" in tables and ("test" in tables or "train" not in splits):
         classes, found = _read_fgvc(root, tables)
     else:
         classes, found = _read_image_folder(root, folders, splits)
@@ -253,9 +253,9 @@ def _check_classes(folder: Path, classes: list[str], loose: int) -> None:
             raise ValueError(f"{shown(folder / name)}: a name that is not UTF-8; rename the folder")
     if like := _folders_of_a_data_set(folder, classes):
         raise ValueError(
-            f"{shown(folder)}: {some(like)} look like parts of a data set, not like classes; "
-            "expected train/<class>/, val/<class>/, test/<class>/: rename the folders, or give "
-            "--data the one that holds the classes"
+            f"{shown(folder)}: parts of a data set in place of classes: {some(like)}; expected "
+            "train/<class>/, val/<class>/, test/<class>/: rename the folders, or give --data the "
+            "one that holds the classes"
         )
     if len(classes) == 1:
         (name,) = classes
@@ -302,8 +302,6 @@ def _check_known(folder: Path, folders: dict[str, str], classes: Sequence[str]) 
     name = unknown[0]
     near = [known for known in classes if known.casefold() == name.casefold()]
     hint = f" (which have {near[0]!r})" if near else ""
-    if name.lower() in _NO_CLASSES | _SELDOM_CLASSES:
-        hint = "; images without labels belong directly into test/"
     raise ValueError(f"{shown(folder)}: class {name!r} is not among the training classes{hint}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import unicodedata
 import warnings
 
@@ -12,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pae.train.cli import main
 from pae.train.data import read_folder, stratified_cut
 from tests.properties import FRESH, examples
+from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, save_shades
 
 
 def save(path, content=b"not decoded here"):
@@ -195,10 +198,10 @@ def test_two_folders_for_one_split_are_refused(tmp_path, first, second):
 def test_folders_of_a_data_set_are_never_learned_as_classes(tmp_path, classes):
     fill(tmp_path / "below", train=dict.fromkeys(classes, 2))
     line = refusal(tmp_path / "below")
-    assert "not like classes" in line and "train/<class>/" in line
+    assert "in place of classes" in line and "train/<class>/" in line
     if not {"train", "Validation"} & set(classes):  # which are splits where they lie here
         fill(tmp_path, alone=dict.fromkeys(classes, 2))
-        assert "not like classes" in refusal(tmp_path / "alone")
+        assert "in place of classes" in refusal(tmp_path / "alone")
 
 
 def test_classes_that_only_sound_like_splits(tmp_path):
@@ -210,7 +213,7 @@ def test_classes_that_only_sound_like_splits(tmp_path):
     # but an archive unpacked one folder too deep holds no vehicles
     fill(tmp_path / "deep" / "train", train={"a": 2, "b": 2})
     fill(tmp_path / "deep", train={"other": 2})
-    assert "'train' look like parts of a data set" in refusal(tmp_path / "deep")
+    assert "in place of classes: 'train';" in refusal(tmp_path / "deep")
 
 
 def test_splits_inside_the_classes_are_refused(tmp_path):
@@ -228,6 +231,30 @@ def test_folders_and_files_beside_the_splits_are_named(tmp_path):
     assert any("'notes', 'val2017'; a split is called" in line for line in said)
     assert any("1 images outside the class folders" in line for line in said)
     assert any("'val.json' ignored" in line for line in said)
+
+
+def test_folders_win_over_a_json_file_without_its_test(tmp_path):
+    """Annotations of the images in train/ often lie beside it, under the same name."""
+    fill(tmp_path, train={"a": 5, "b": 5})
+    (tmp_path / "train.json").write_text('{"images": []}')
+    task, said = read(tmp_path)
+    assert task.sizes()["train"] == 8 and any("'train.json' ignored" in line for line in said)
+
+
+def test_what_is_said_reaches_the_terminal(tmp_path, capsys):
+    save_shades(tmp_path / "data", train=5, test=2)
+    for name in ("a.txt", "b.svg"):
+        save(tmp_path / "data" / "train" / "dark" / name)
+    shutil.rmtree(tmp_path / "data" / "test" / "light")
+    flags = [*BACKBONE_FLAGS, *CPU_FLAGS, "--method", "linear", "--epochs", "1"]
+    folders = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "run")]
+    assert main(["train", *flags, *folders]) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    train = tmp_path / "data" / "train"
+    assert warned == [
+        f"warning: {train}: 2 files with other suffixes ignored (.txt 1, .svg 1)",
+        "warning: data: split test has no images of 1 of 3 classes: 'light'",
+    ]
 
 
 def test_one_class_alone_is_refused_in_every_layout(tmp_path):
