@@ -32,10 +32,10 @@ from pae_kernels.spectrum import reference as spectrum
 
 ROOT = Path(__file__).parents[2]
 
-from bench import bench_scaling, bench_step, cost, counts, guard, runner, shapes  # noqa: E402
+from bench import bench_scaling, bench_step, cost, runner, shapes  # noqa: E402
 from bench.memory import SavedBytes  # noqa: E402
 from bench.peers.vpt import OfficialStyleVPT  # noqa: E402
-from tests import processes  # noqa: E402
+from tests import counts, guard, processes  # noqa: E402
 
 CPU = torch.device("cpu")
 OPS = {  # as imported: other tests define ops of their own
@@ -415,10 +415,10 @@ def test_complaints_say_what_was_what_is_and_how_to_accept_it():
     say = guard.complaint
     assert say("a", 5, 5, here) == ""
     assert say("a", 4, 5, here) == (
-        "a is worse: 5, was 4 (+25.0%). If it must be: python -m bench.guard --update"
+        "a is worse: 5, was 4 (+25.0%). If it must be: python -m tests.guard --update"
     )
     assert say("a", 5, 4, here) == (
-        "a is better: 4, was 5. Keep it so: python -m bench.guard --update"
+        "a is better: 4, was 5. Keep it so: python -m tests.guard --update"
     )
     assert "a is new (5)" in say("a", None, 5, here)
     assert "a is no longer counted (was 5)" in say("a", 5, None, here)

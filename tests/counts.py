@@ -13,7 +13,7 @@ from unittest.mock import patch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .memory import tensors_in
+from bench.memory import tensors_in
 
 IDLE = {
     *("view", "_unsafe_view", "detach", "alias", "lift_fresh", "reshape", "promote_types"),

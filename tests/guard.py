@@ -1,7 +1,7 @@
 """The performance guard: counts of a step that no noise touches, against a committed file.
 
-    python -m bench.guard             which counts differ from tests/costs.json; exit code 1 if any
-    python -m bench.guard --update    write them down as they are now
+    python -m tests.guard             which counts differ from tests/costs.json; exit code 1 if any
+    python -m tests.guard --update    write them down as they are now
 
 `tests/bench/test_costs.py` runs the same check. Every count is better when smaller: bytes autograd
 keeps, operations that PyTorch dispatches (one of pae's ops is one), memory that they hand out,
@@ -30,15 +30,15 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import pae
+from bench import cost, shapes
+from bench.memory import SavedBytes, tensors_in
 from pae.checkpoint import write_atomically
 from pae.prompts import METHODS, PromptFamily, VPTDeep
+from tests import counts
 
-from . import cost, counts, shapes
-from .memory import SavedBytes, tensors_in
-
-FILE = Path(__file__).parents[1] / "tests" / "costs.json"
+FILE = Path(__file__).parent / "costs.json"
 ROOM = 0.05  # on another PyTorch: of counts that its dispatcher decides
-ACCEPT = "python -m bench.guard --update"
+ACCEPT = "python -m tests.guard --update"
 VERSION = ".".join(torch.__version__.split(".")[:2])  # as far as the dispatcher's habits go
 
 P, CLASSES, DEPTH, BATCH = 4, 10, 4, 2
@@ -196,7 +196,7 @@ def read() -> tuple[str, dict[str, int]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.guard", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.guard", description=__doc__)
     parser.add_argument("--update", action="store_true", help="accept the counts as they are")
     update = parser.parse_args(arguments).update
     found = measure()
