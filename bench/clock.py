@@ -6,6 +6,7 @@ the device would give plausible tables that are wrong; here it stops the session
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -18,7 +19,8 @@ Repeat = Callable[[int], Work]  # n -> work of n times the same
 
 NAP = 0.02  # seconds
 PIECE = 0.001  # seconds that the single work takes, about: less than a slice of the scheduler
-ROUNDS = 15
+ROUNDS, MOST = 15, 300  # of two works in turns: at first, and where neighbours make them unsteady
+STEADY = 0.05  # share within which the middle ratio must be known before it is judged
 ATTEMPTS = 10  # neighbours on a shared machine spoil some, a bad clock spoils all
 RATIO = (1.8, 2.2)  # twice the work
 AGREEMENT = (0.8, 1.25)  # a reading over what another clock says
@@ -58,13 +60,31 @@ def summary(found: dict[str, float]) -> str:
     )
 
 
+def settled(a: Callable[[], float], b: Callable[[], float]) -> tuple[float, float]:
+    """Seconds of `a`, and how many times as long `b` takes: the median over rounds of the ratio in
+    a round, so that what slows both changes nothing. There are rounds until the 95 % interval of
+    that median (1.57 interquartile ranges over the root of their number) is within `STEADY`.
+
+    Raises:
+        BadClock: `MOST` rounds do not settle it, or `a` takes no time.
+    """
+    seconds: list[float] = []
+    ratios: list[float] = []
+    while len(ratios) < MOST:
+        for _ in range(ROUNDS):
+            seconds.append(a())
+            if not seconds[-1] > 0:
+                raise BadClock(f"work of a millisecond or more took {seconds[-1]} s")
+            ratios.append(b() / seconds[-1])
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        if 1.57 * (high - low) / len(ratios) ** 0.5 <= STEADY * middle:
+            return statistics.median(seconds), middle
+    raise BadClock(f"the same two works took {low:.2f} to {high:.2f} times as long as each other")
+
+
 def _findings(device: torch.device, clock: str, repeat: Repeat) -> dict[str, float]:
-    def shortest(*works: Work, rounds: int = ROUNDS) -> list[float]:
-        """Of every work, in turns: interruptions only ever add."""
-        readings = [
-            [timing.measure(w, device).seconds(clock) for w in works] for _ in range(rounds)
-        ]
-        return [min(of_work) for of_work in zip(*readings)]
+    def read(work: Work) -> float:
+        return timing.measure(work, device).seconds(clock)
 
     nap = timing.measure(lambda: time.sleep(NAP), device)
     for seconds, wrong, kind in (
@@ -76,24 +96,20 @@ def _findings(device: torch.device, clock: str, repeat: Repeat) -> dict[str, flo
                 f"a nap of {NAP * 1e3:.0f} ms took {seconds * 1e3:.3f} ms of {kind} time"
             )
 
-    once, twice = shortest(repeat(1), repeat(2))
-    if not once > 0:
-        raise BadClock(f"work of a millisecond or more took {once} s")
-    ratio = twice / once
+    _, ratio = settled(lambda: read(repeat(1)), lambda: read(repeat(2)))
     if not RATIO[0] <= ratio <= RATIO[1]:
         raise BadClock(f"twice the work took {ratio:.2f} times as long, expected about 2")
 
-    expected = min(by_the_host(repeat(4), device, clock) for _ in range(5))
-    (reading,) = shortest(repeat(4), rounds=5)
-    agreement = reading / expected
+    expected, agreement = settled(
+        lambda: by_the_host(repeat(4), device, clock), lambda: read(repeat(4))
+    )
     if not AGREEMENT[0] <= agreement <= AGREEMENT[1]:
         raise BadClock(
-            f"{expected * 1e3:.1f} ms by another clock took {reading * 1e3:.3f} ms, "
-            f"{agreement:.2g} times as long"
+            f"{expected * 1e3:.1f} ms by another clock took {agreement:.2g} times as long"
         )
 
     # a coarse clock shows none below its tick, and one that counts itself none below its own time
-    growing = shortest(*(lambda n=2**n: sum(range(n)) for n in range(12)), rounds=3)
+    growing = [min(read(lambda n=2**n: sum(range(n))) for _ in range(3)) for n in range(12)]
     finest = min((seconds for seconds in growing if seconds > 0), default=float("inf"))
     if finest > FINEST:
         raise BadClock(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from types import SimpleNamespace
 
@@ -22,9 +23,10 @@ class Machine:
     sample through `change`.
     """
 
-    def __init__(self, monkeypatch, change=lambda sample: sample):
+    def __init__(self, monkeypatch, change=lambda sample: sample, neighbours=lambda: 1.0):
         self.wall = self.process = 0.0
         self.change, self.samples = change, 0
+        self.neighbours = neighbours  # how many times as long they make a millisecond of work
         self.naps = False  # whether work is a device's, which takes the host no CPU time
         module = SimpleNamespace(
             sleep=self.sleep, perf_counter=lambda: self.wall, process_time=lambda: self.process
@@ -41,7 +43,7 @@ class Machine:
         self.process += 0.0 if self.naps else seconds
 
     def repeat(self, n):
-        return lambda: self.work(n * 1e-3)
+        return lambda: [self.work(self.neighbours() * 1e-3) for _ in range(n)]
 
     def measure(self, work, device):
         wall, process = self.wall, self.process
@@ -106,6 +108,34 @@ def test_one_disturbed_attempt_is_tried_again(monkeypatch):
     assert machine.check()["work_x2"] > 1.8
     machine.change = lambda s: Sample(s.wall, s.wall)
     with pytest.raises(clock.BadClock):
+        machine.check()
+
+
+NEIGHBOURS = {  # of a random number
+    "rarely still": lambda r: 1.0 if r < 0.05 else 1.2 + r / 2,
+    "anything up to twice as slow": lambda r: 1 + r,
+    "interruptions": lambda r: 1.0 if r < 0.95 else 5.0,
+}
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+@pytest.mark.parametrize("seed", range(10))
+def test_neighbours_hide_no_fault_and_are_none(name, seed, monkeypatch):
+    """At the first attempt: how often is measured follows from how steady it is."""
+    draw = random.Random(seed).random
+    machine = Machine(monkeypatch, neighbours=lambda: NEIGHBOURS[name](draw()))
+    monkeypatch.setattr(clock, "ATTEMPTS", 1)
+    assert machine.check()["work_x2"] == pytest.approx(2, rel=0.1)
+    for change in ("adds half a millisecond", "does not wait", "reads double", "is squared"):
+        machine.change = BAD[change][0]
+        with pytest.raises(clock.BadClock):
+            machine.check()
+
+
+def test_a_machine_too_unsteady_to_judge_by_is_refused(monkeypatch):
+    draw = random.Random(0).random
+    machine = Machine(monkeypatch, neighbours=lambda: 100 ** draw())
+    with pytest.raises(clock.BadClock, match=r"the same two works took .* times as long"):
         machine.check()
 
 
