@@ -170,25 +170,21 @@ def _show(benchmark, seconds: list[float], name: str) -> None:
 
 def _machine(config) -> dict[str, Any]:
     """What a reader needs to judge the times; nothing that names the machine."""
-    from cpuinfo import get_cpu_info
-
     state = config.stash[STATE]
     settings = state.settings
-    on_gpu = settings.device.type == "cuda"
-    if on_gpu:
+    device = {"device": roofline.device_name(settings.device)}
+    if settings.on_gpu:
         cuda, cudnn = torch.version.cuda, torch.backends.cudnn.version()
-        device = {"device": torch.cuda.get_device_name(settings.device)}
         device |= {"driver": _driver(), "CUDA": cuda, "cuDNN": cudnn}
     else:
-        model = get_cpu_info().get("brand_raw", platform.processor() or "unknown CPU")
-        device = {"device": f"{model} ({torch.backends.cpu.get_cpu_capability()})"}
+        device["device"] += f" ({torch.backends.cpu.get_cpu_capability()})"
     tested = {"clock test": clock.summary(state.clock_test)} if state.clock_test else {}
     return {
         **device,
         "cores": os.cpu_count(),
         "threads": settings.threads,
         "system": f"{platform.system()} {platform.machine()}",
-        "shapes": "real" if on_gpu else "small",
+        "shapes": "real" if settings.on_gpu else "small",
         "clock": settings.clock,
         **tested,
         "fp32 products": torch.get_float32_matmul_precision(),

@@ -39,33 +39,18 @@ python=$(command -v python3 || command -v python) || { echo "no python3 found" >
 export PYTHONPATH=$PWD:$work/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} CUBLAS_WORKSPACE_CONFIG=:4096:8
 
-# module:distribution
-needed=(torch:torch triton:triton numpy:numpy torchvision:torchvision timm:timm yaml:pyyaml
-  huggingface_hub:huggingface_hub safetensors:safetensors pytest:pytest pluggy:pluggy
-  iniconfig:iniconfig packaging:packaging pygments:pygments pytest_benchmark:pytest-benchmark
-  cpuinfo:py-cpuinfo2 hypothesis:hypothesis sortedcontainers:sortedcontainers)
-
-missing() {
-  "$python" - "${needed[@]}" <<'PYTHON'
-import importlib.util, sys
-pairs = (entry.split(":") for entry in sys.argv[1:])
-print(*(name for module, name in pairs if importlib.util.find_spec(module) is None))
-PYTHON
-}
-
+# Packages that are missing here, from the folder of wheels; then whatever is still missing is named.
 install() {
-  local wheels=${PAE_WHEELS:-.whl} lacking
-  read -ra lacking <<<"$(missing)"
-  [ ${#lacking[@]} -eq 0 ] && return
-  if [ -d "$wheels" ]; then
-    for name in "${lacking[@]}"; do # one by one: a wheel that is not there must not stop the others
+  local wheels=${PAE_WHEELS:-.whl} wheel name said
+  for wheel in "$wheels"/*.whl; do # one by one: one that does not fit must not stop the others
+    name=$(basename "$wheel")
+    [ -f "$wheel" ] && ! "$python" -m pip show -q "${name%%-*}" 2>>"$work/pip.log" &&
       "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
-        --find-links "$wheels" --target "$work/site" "$name" >>"$work/pip.log" 2>&1
-    done
-    read -ra lacking <<<"$(missing)"
-  fi
-  [ ${#lacking[@]} -eq 0 ] && return
-  echo "missing here, and no wheels of them in $wheels (see bench/README.md): ${lacking[*]}" >&2
+        --target "$work/site" "$wheel" >>"$work/pip.log" 2>&1
+  done
+  said=$("$python" -c 'import torch, triton, numpy, torchvision, timm, yaml, huggingface_hub
+import safetensors, pytest, pytest_benchmark, cpuinfo, hypothesis' 2>&1) && return
+  echo "${said##*$'\n'}; nor is it in $wheels (see bench/README.md)" >&2
   return 1
 }
 

@@ -6,8 +6,10 @@ input read once and each output written once. Products are counted, 2 per multip
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
@@ -39,6 +41,16 @@ def koopman_flops(depth: int, prompts: int, width: int, dim: int) -> float:
     """
     lifted, pairs = (depth - 1) * prompts, (depth - 2) * prompts
     return 3 * 2.0 * (lifted * width * dim + 3 * pairs * dim * dim)
+
+
+@lru_cache  # asking a processor for its name takes a second
+def device_name(device: torch.device) -> str:
+    """What the maker calls it."""
+    from cpuinfo import get_cpu_info  # comes with pytest-benchmark
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return get_cpu_info().get("brand_raw", platform.processor() or "unknown CPU")
 
 
 # ---- ceilings: what is measured in the session itself, once, when a row first needs it

@@ -43,6 +43,7 @@ from torch import Tensor
 
 import pae
 from bench import figures as style
+from bench import roofline
 from pae.train.options import Options
 
 from . import loops, runs
@@ -100,15 +101,11 @@ def run_arm(arm: str, settings: Options, task: Any, folder: Path) -> dict[str, A
     return record
 
 
-@functools.cache  # asking the processor for its name takes a second
 def machine(device: str) -> dict[str, Any]:
     """What the times belong to."""
-    import cpuinfo  # comes with pytest-benchmark
-
-    cpu = cpuinfo.get_cpu_info()["brand_raw"]
     versions = {package.__name__: package.__version__ for package in (pae, torch, timm)}
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "device": roofline.device_name(torch.device(device)),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": {**versions, "python": platform.python_version()},
