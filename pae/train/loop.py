@@ -142,7 +142,8 @@ class _Run:
         self.alignment: pae.MPAResult | None = None  # where this process made the first prompts
         saved = None if resume is None else self._read_state(resume)
         set_seed(options.seed)
-        self.module = methods.build_method(options, len(task.classes)).to(accelerator.device)
+        module = methods.build_method(options, len(task.classes), say=reporter.say)
+        self.module = module.to(accelerator.device)
         self.prompted = self.module if isinstance(self.module, pae.PromptedViT) else None
         self.data_config = self._data_config()
         side = self.data_config["input_size"][-1]

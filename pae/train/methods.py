@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import inspect
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import pae
 from pae.files import to_json
+from pae.foreign import first_line
 from pae.mpa.incoming import prompt_count
 from pae.tensorfile import fitted, read_tensors, write_tensors
 from pae.train import embedded
@@ -30,17 +31,25 @@ from pae.train.options import Options
 Method: TypeAlias = "LinearProbe | FullFineTuning | pae.PromptedViT"
 
 
-def build_backbone(options: Options, num_classes: int, skeleton: bool = False) -> nn.Module:
+def build_backbone(
+    options: Options,
+    num_classes: int,
+    skeleton: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> nn.Module:
     """The pretrained backbone with a fresh head of `num_classes`.
 
     Args:
         options: resolved.
         num_classes: outputs of the head.
-        skeleton: on the meta device: its sizes without its weights, in no time.
+        skeleton: on the meta device: its sizes without its weights, in no time. Of a file of
+            weights names and shapes are checked, and nothing else is read.
+        say: told in one line from where in a file the weights were taken.
     Returns:
         A timm model.
     Raises:
-        ValueError: unknown model, impossible image size, weights that cannot be loaded.
+        ValueError: unknown model, impossible image size, weights that cannot be had.
+        CheckpointError: a file of weights is unreadable, or does not fit the model.
         FetchError: the embedded weights cannot be had.
     """
     import timm
@@ -54,7 +63,8 @@ def build_backbone(options: Options, num_classes: int, skeleton: bool = False) -
         size = options.img_size or embedded.WEIGHTS_IMAGE_SIZE
         make = embedded.make_skeleton if skeleton else embedded.load_backbone
         return make(size, num_classes)
-    if not timm.is_model(options.model):
+    source, _, place = options.model.partition(":")
+    if source not in _SOURCES and not timm.is_model(options.model):
         known = [embedded.WEIGHTS_NAME, *timm.list_models()]
         close = difflib.get_close_matches(options.model, known)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
@@ -62,30 +72,63 @@ def build_backbone(options: Options, num_classes: int, skeleton: bool = False) -
     more: dict[str, Any] = {"num_classes": num_classes}
     if options.img_size is not None:
         more["img_size"] = options.img_size
-    if options.weights is not None:
-        more["pretrained_cfg_overlay"] = {"file": options.weights}
-    pretrained = options.pretrained and not skeleton
+    weights: str | Path | Mapping[str, Tensor] | None = options.weights
+    # only what timm itself publishes under a name of its own is left to its loader, which is
+    # silent about tensors that a file lacks
+    pretrained = options.pretrained and not skeleton and weights is None and source not in _SOURCES
     try:
         with torch.device("meta") if skeleton else contextlib.nullcontext():
-            return timm.create_model(options.model, pretrained=pretrained, **more)
+            model = timm.create_model(options.model, pretrained=pretrained, **more)
+        if options.pretrained and weights is None and source in _SOURCES:
+            if source == "local-dir":
+                weights = _weights_in(Path(place))
+            elif not skeleton:
+                weights = timm.models.load_state_dict_from_hf(place)
     # timm and the hub raise whatever their parts raise; the user needs one line and a way out
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        if not pretrained:
-            raise ValueError(f"--model {options.model}: {reason[0]}") from error
+        reason = first_line(error)
+        if not options.pretrained or options.weights is not None:
+            raise ValueError(f"--model {options.model}: {reason}") from error
         raise ValueError(
-            f"--model {options.model}: pretrained weights could not be loaded ({reason[0]}); "
+            f"--model {options.model}: pretrained weights could not be loaded ({reason}); "
             "give a file with --weights, or --no-pretrained"
         ) from error
+    if weights is not None:
+        name = options.model if isinstance(weights, Mapping) else None
+        loaded = pae.backbones.load_weights(model, weights, name)
+        if say is not None and not skeleton:
+            say(str(loaded))
+    return model
 
 
-def build_method(options: Options, num_classes: int, skeleton: bool = False) -> Method:
-    """The module that `options.method` trains, on a fresh backbone; `skeleton` as there.
+# where timm finds models besides its own names, "hf_hub" being its older spelling
+_SOURCES = ("hf-hub", "hf_hub", "local-dir")
+
+
+def _weights_in(folder: Path) -> Path:
+    """The file that timm would take of a folder: under a known name, or the only one there is."""
+    names = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        found = [path for end in ("safetensors", "pth", "bin") for path in folder.glob(f"*.{end}")]
+        if len(found) != 1:
+            raise ValueError(f"expected one file of weights in {folder}, got {len(found)}")
+    return found[0]
+
+
+def build_method(
+    options: Options,
+    num_classes: int,
+    skeleton: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Method:
+    """The module that `options.method` trains, on a fresh backbone; `skeleton`, `say` as there.
 
     Raises:
-        ValueError: as `build_backbone`; `UnsupportedBackbone` for a backbone pae cannot read.
+        ValueError, CheckpointError: as `build_backbone`.
+        UnsupportedBackbone: pae cannot read the backbone.
     """
-    backbone = build_backbone(options, num_classes, skeleton)
+    backbone = build_backbone(options, num_classes, skeleton, say)
     if options.method == "full":
         return FullFineTuning(backbone)
     new_head = num_classes if options.head_init == "vpt" else None  # None keeps the default one
@@ -180,7 +223,8 @@ def rehearse(options: Options, given: Given | None = None) -> None:
     for name, exists, what in (("data", Path.is_dir, "folder"), ("weights", Path.is_file, "file")):
         path = getattr(options, name)
         if path is not None and not exists(Path(path)):
-            raise ValueError(f"{called(name)}: no such {what}")
+            there = f"not a {what}" if Path(path).exists() else f"no such {what}"
+            raise ValueError(f"{called(name)}: {there}")
     if options.method in pae.prompts.METHODS:
         with _named(options, called):
             build_prompts(options, 2, given)

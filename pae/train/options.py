@@ -86,7 +86,9 @@ class Options:
     )
 
     model: str = _backbone(
-        WEIGHTS_NAME, f"{WEIGHTS_NAME} (embedded), any timm vision transformer", metavar="NAME"
+        WEIGHTS_NAME,
+        f"{WEIGHTS_NAME} (embedded), any timm vision transformer, hf-hub:NAME, local-dir:FOLDER",
+        metavar="NAME",
     )
     weights: str | None = _backbone(None, "local file of weights for a timm model", metavar="FILE")
     pretrained: bool = _backbone(True, "load pretrained weights; without, they are random")
@@ -224,6 +226,9 @@ class Options:
         for name in ("data", "weights"):  # a resumed run may start elsewhere
             if values[name] is not None:
                 values[name] = os.path.abspath(os.path.expanduser(values[name]))
+        source, _, folder = values["model"].partition(":")
+        if source == "local-dir":
+            values["model"] = f"{source}:{os.path.abspath(os.path.expanduser(folder))}"
         return Options(**values)
 
     def called(self, given: Given, name: str) -> str:

@@ -1,0 +1,719 @@
+"""load_weights: every tensor of the backbone is the file's, or one line says why not."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import zipfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+
+import pae
+from pae.backbones import load_weights
+
+FUZZ = int(os.environ.get("PAE_WEIGHTS_FUZZ", "30"))
+
+
+def vit(**options):
+    """A small vision transformer with every tensor random, also those that start at 0 or 1."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    model = VisionTransformer(**{**sizes, "num_classes": 7, **options})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model
+
+
+def backbone_of(model):
+    return {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("head.")}
+
+
+def assert_filled(model, expected, loaded=None):
+    """Every tensor but the head's is the expected one, bit for bit."""
+    state = model.state_dict()
+    assert {k for k in state if not k.startswith("head.")} == set(expected)
+    for key, tensor in expected.items():
+        assert torch.equal(state[key], tensor.to(state[key].dtype)), key
+    if loaded is not None:
+        assert loaded.count == len(expected) and "\n" not in str(loaded)
+
+
+# ---- files as others write them
+
+
+def under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def stacks(state, pattern, name, parts):
+    """`state` with the rows of every qkv under three names, and the other blocks' names mapped."""
+    found = {}
+    for key, value in state.items():
+        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", key):
+            for part, rows in zip(parts, value.chunk(3), strict=True):
+                found[name.format(match[1], part, match[2])] = rows.clone()
+        else:
+            for old, new in pattern:
+                if re.fullmatch(old, key):
+                    key = re.sub(old, new, key)
+                    break
+            found[key] = value
+    return found
+
+
+def hugging_face(state):
+    layer = r"encoder.layer.\1."
+    names = (
+        (r"cls_token", "embeddings.cls_token"),
+        (r"pos_embed", "embeddings.position_embeddings"),
+        (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.projection.\1"),
+        (r"blocks\.(\d+)\.norm1\.(\w+)", layer + r"layernorm_before.\2"),
+        (r"blocks\.(\d+)\.norm2\.(\w+)", layer + r"layernorm_after.\2"),
+        (r"blocks\.(\d+)\.attn\.proj\.(\w+)", layer + r"attention.output.dense.\2"),
+        (r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", layer + r"intermediate.dense.\2"),
+        (r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", layer + r"output.dense.\2"),
+        (r"norm\.(\w+)", r"layernorm.\1"),
+    )
+    own = "encoder.layer.{}.attention.attention.{}.{}"
+    return stacks(state, names, own, ("query", "key", "value"))
+
+
+def hugging_face_dinov2(state):
+    layer = r"encoder.layer.\1."
+    names = (
+        (r"cls_token", "embeddings.cls_token"),
+        (r"pos_embed", "embeddings.position_embeddings"),
+        (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.projection.\1"),
+        (r"blocks\.(\d+)\.attn\.proj\.(\w+)", layer + r"attention.output.dense.\2"),
+        (r"blocks\.(\d+)\.ls(\d)\.gamma", layer + r"layer_scale\2.lambda1"),
+        (r"blocks\.(\d+)\.((?:norm\d|mlp\.fc\d)\.\w+)", layer + r"\2"),
+        (r"norm\.(\w+)", r"layernorm.\1"),
+    )
+    own = "encoder.layer.{}.attention.attention.{}.{}"
+    mask = {"embeddings.mask_token": torch.zeros(1, 32)}
+    return mask | stacks(state, names, own, ("query", "key", "value"))
+
+
+def hugging_face_clip(state):
+    layer = r"encoder.layers.\1."
+    names = (
+        (r"cls_token", "embeddings.class_embedding"),
+        (r"pos_embed", "embeddings.position_embedding.weight"),
+        (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embedding.\1"),
+        (r"norm_pre\.(\w+)", r"pre_layrnorm.\1"),
+        (r"blocks\.(\d+)\.norm(\d)\.(\w+)", layer + r"layer_norm\2.\3"),
+        (r"blocks\.(\d+)\.attn\.proj\.(\w+)", layer + r"self_attn.out_proj.\2"),
+        (r"blocks\.(\d+)\.(mlp\.fc\d\.\w+)", layer + r"\2"),
+        (r"norm\.(\w+)", r"post_layernorm.\1"),
+    )
+    found = stacks(state, names, "encoder.layers.{}.self_attn.{}_proj.{}", "qkv")
+    found["embeddings.class_embedding"] = found["embeddings.class_embedding"].flatten()
+    found["embeddings.position_embedding.weight"] = found["embeddings.position_embedding.weight"][0]
+    found["embeddings.position_ids"] = torch.arange(17)[None]
+    text = {"text_model.final_layer_norm.weight": torch.ones(32), "logit_scale": torch.ones(())}
+    return text | {"visual_projection.weight": torch.ones(8, 32)} | under("vision_model.", found)
+
+
+def published(state):
+    """As the code of VPT and its descendants names a vision transformer."""
+    layer = r"encoder.layer.\1."
+    names = (
+        (r"cls_token", "embeddings.cls_token"),
+        (r"pos_embed", "embeddings.position_embeddings"),
+        (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.\1"),
+        (r"blocks\.(\d+)\.norm1\.(\w+)", layer + r"attention_norm.\2"),
+        (r"blocks\.(\d+)\.norm2\.(\w+)", layer + r"ffn_norm.\2"),
+        (r"blocks\.(\d+)\.attn\.proj\.(\w+)", layer + r"attn.out.\2"),
+        (r"blocks\.(\d+)\.mlp\.(fc\d\.\w+)", layer + r"ffn.\2"),
+        (r"norm\.(\w+)", r"encoder.encoder_norm.\1"),
+    )
+    own = "encoder.layer.{}.attn.{}.{}"
+    return under("transformer.", stacks(state, names, own, ("query", "key", "value")))
+
+
+def openai_clip(state):
+    names = (
+        ("patch_embed.proj", "conv1"),
+        ("norm_pre", "ln_pre"),
+        (".norm", ".ln_"),
+        ("norm.", "ln_post."),
+        ("attn.qkv.", "attn.in_proj_"),
+        ("attn.proj", "attn.out_proj"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+        ("blocks.", "transformer.resblocks."),
+    )
+    found = {}
+    for key, value in state.items():
+        for old, new in names:
+            key = key.replace(old, new)
+        if key == "cls_token":
+            key, value = "class_embedding", value.flatten()
+        elif key == "pos_embed":
+            key, value = "positional_embedding", value[0]
+        found["visual." + key] = value
+    text = {"token_embedding.weight": torch.ones(9, 8), "ln_final.weight": torch.ones(8)}
+    return text | {"visual.proj": torch.ones(32, 8), "logit_scale": torch.ones(())} | found
+
+
+def jax_archive(state, heads=2, prefix="", newer=False, stacked=False):
+    """Arrays as the code of ViT and AugReg, or of Big Vision, names and lays them out."""
+    attn, mlp, norm2 = (0, 0, 1) if newer else (1, 3, 2)
+    position = "pos_embedding" if newer else "Transformer/posembed_input/pos_embedding"
+    numpy = {key: value.numpy() for key, value in state.items()}
+    width = numpy["norm.weight"].size
+    found = {
+        "embedding/kernel": numpy["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": numpy["patch_embed.proj.bias"],
+        "cls": numpy["cls_token"],
+        position: numpy["pos_embed"],
+        "Transformer/encoder_norm/scale": numpy["norm.weight"],
+        "Transformer/encoder_norm/bias": numpy["norm.bias"],
+        "head/kernel": np.ones((width, 9), "f4"),
+        "head/bias": np.ones(9, "f4"),
+    }
+    layers = []
+    for i in range(1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))):
+        own, layer = f"blocks.{i}.", {}
+        for name, part in (("LayerNorm_0", "norm1"), (f"LayerNorm_{norm2}", "norm2")):
+            layer[f"{name}/scale"] = numpy[f"{own}{part}.weight"]
+            layer[f"{name}/bias"] = numpy[f"{own}{part}.bias"]
+        attention = f"MultiHeadDotProductAttention_{attn}"
+        weights = np.split(numpy[f"{own}attn.qkv.weight"], 3)
+        biases = np.split(numpy[f"{own}attn.qkv.bias"], 3)
+        for part, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
+            layer[f"{attention}/{part}/kernel"] = weight.T.reshape(width, heads, -1)
+            layer[f"{attention}/{part}/bias"] = bias.reshape(heads, -1)
+        out = numpy[f"{own}attn.proj.weight"].T.reshape(heads, -1, width)
+        layer |= {f"{attention}/out/kernel": out}
+        layer |= {f"{attention}/out/bias": numpy[f"{own}attn.proj.bias"]}
+        for j in (0, 1):
+            layer[f"MlpBlock_{mlp}/Dense_{j}/kernel"] = numpy[f"{own}mlp.fc{j + 1}.weight"].T
+            layer[f"MlpBlock_{mlp}/Dense_{j}/bias"] = numpy[f"{own}mlp.fc{j + 1}.bias"]
+        layers.append(layer)
+    if stacked:
+        for key in layers[0]:
+            found[f"Transformer/encoderblock/{key}"] = np.stack([each[key] for each in layers])
+    else:
+        for i, layer in enumerate(layers):
+            found |= {f"Transformer/encoderblock_{i}/{key}": each for key, each in layer.items()}
+    return {prefix + key: np.ascontiguousarray(value) for key, value in found.items()}
+
+
+OPTIONS = {
+    "clip": {"pre_norm": True},
+    "layer_scale": {"init_values": 1.0},
+    "registers": {"reg_tokens": 2, "no_embed_class": True, "init_values": 1.0},
+}
+
+# {kind: (options of the model, what a file of its state dict holds, container, prefix)}
+KINDS = {
+    "timm": ({}, lambda s: s, "", ""),
+    "with_head": ({}, lambda s: s | {"head.weight": torch.ones(9, 32)}, "", ""),
+    "ddp": ({}, lambda s: {"state_dict": under("module.", s)}, "state_dict", "module."),
+    "compiled": ({}, lambda s: under("_orig_mod.", s), "", ""),
+    "compiled_ddp": ({}, lambda s: under("_orig_mod.module.", s), "", "module."),
+    "ddp_compiled": ({}, lambda s: under("module._orig_mod.", s), "", "module."),
+    "fsdp": (
+        {},
+        lambda s: {
+            re.sub(r"(blocks\.\d+\.)", r"\1_fsdp_wrapped_module.", k): v
+            for k, v in under("_fsdp_wrapped_module.", s).items()
+        },
+        "",
+        "",
+    ),
+    "lightning": (
+        {},
+        lambda s: {
+            "state_dict": under("model.backbone.", s) | {"model.head.weight": torch.ones(3, 32)},
+            "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}],
+            "epoch": 3,
+        },
+        "state_dict",
+        "model.backbone.",
+    ),
+    "moco_v3": (
+        {},
+        lambda s: {
+            "epoch": 300,
+            "state_dict": under("module.base_encoder.", s)
+            | under("module.momentum_encoder.", {k: 2 * v for k, v in s.items()})
+            | {"module.base_encoder.head.0.weight": torch.ones(4, 32)}
+            | {"module.predictor.0.weight": torch.ones(4, 4)},
+            "optimizer": {"state": {}},
+        },
+        "state_dict",
+        "module.base_encoder.",
+    ),
+    "dino": (
+        {},
+        lambda s: {
+            "student": under("module.backbone.", {k: 2 * v for k, v in s.items()}),
+            "teacher": under("backbone.", s) | {"head.last_layer.weight_g": torch.ones(4, 1)},
+            "args": argparse.Namespace(arch="vit"),
+            "dino_loss": {"center": torch.ones(1, 4)},
+        },
+        "teacher",
+        "backbone.",
+    ),
+    "ibot": (
+        {},
+        lambda s: {"state_dict": s | {"masked_embed": torch.ones(1, 32)}},
+        "state_dict",
+        "",
+    ),
+    "mae": (
+        {},
+        lambda s: {
+            "model": s
+            | {"mask_token": torch.ones(1, 1, 8), "decoder_pos_embed": torch.ones(1, 17, 8)}
+            | {"decoder_blocks.0.norm1.weight": torch.ones(8)}
+        },
+        "model",
+        "",
+    ),
+    "timm_ema": (
+        {},
+        lambda s: {"state_dict": {k: 2 * v for k, v in s.items()}, "state_dict_ema": s},
+        "state_dict_ema",
+        "",
+    ),
+    "model_ema": (
+        {},
+        lambda s: {"model": {k: 2 * v for k, v in s.items()}, "model_ema": under("module.", s)},
+        "model_ema",
+        "module.",
+    ),
+    "ema_pytorch": (
+        {},
+        lambda s: (
+            under("ema_model.", s)
+            | under("online_model.", {k: 2 * v for k, v in s.items()})
+            | {"initted": torch.tensor(True), "step": torch.tensor(7)}
+        ),
+        "",
+        "ema_model.",
+    ),
+    "averaged_model": (
+        {},
+        lambda s: under("module.", s) | {"n_averaged": torch.tensor(3)},
+        "",
+        "module.",
+    ),
+    "open_clip_timm": (
+        {},
+        lambda s: (
+            under("visual.trunk.", s)
+            | {"visual.head.proj.weight": torch.ones(8, 32), "text.ln_final.weight": torch.ones(8)}
+        ),
+        "",
+        "visual.trunk.",
+    ),
+    "nested": ({}, lambda s: {"model": {"state_dict": s}}, "model.state_dict", ""),
+    "dinov2": ("layer_scale", lambda s: s | {"mask_token": torch.ones(1, 32)}, "", ""),
+    "dinov2_chunks": (
+        "layer_scale",
+        lambda s: {
+            "teacher": under(
+                "backbone.", {re.sub(r"^blocks\.(\d)", r"blocks.0.\1", k): v for k, v in s.items()}
+            )
+            | {"dino_head.mlp.0.weight": torch.ones(2, 2)}
+        },
+        "teacher",
+        "backbone.",
+    ),
+    "deit_3": (
+        "layer_scale",
+        lambda s: {"model": {re.sub(r"ls(\d)\.gamma", r"gamma_\1", k): v for k, v in s.items()}},
+        "model",
+        "",
+    ),
+    "openai_clip": ("clip", openai_clip, "", ""),
+    "openai_clip_ddp": ("clip", lambda s: under("module.", openai_clip(s)), "", "module."),
+    "hugging_face": (
+        {},
+        lambda s: under("vit.", hugging_face(s)) | {"classifier.weight": torch.ones(3, 32)},
+        "",
+        "vit.",
+    ),
+    "hugging_face_mae": (
+        {},
+        lambda s: under("vit.", hugging_face(s)) | {"decoder.mask_token": torch.ones(1, 1, 8)},
+        "",
+        "vit.",
+    ),
+    "hugging_face_bare": (
+        {},
+        lambda s: hugging_face(s) | {"pooler.dense.weight": torch.ones(32, 32)},
+        "",
+        "",
+    ),
+    "hugging_face_dinov2": ("layer_scale", hugging_face_dinov2, "", ""),
+    "hugging_face_clip": ("clip", hugging_face_clip, "", "vision_model."),
+    "vpt_code": ({}, lambda s: under("enc.", published(s)), "", "enc.transformer."),
+}
+
+
+@pytest.fixture(scope="module")
+def models():
+    """{name of options: a model}, from whose state dicts the files are made."""
+    torch.manual_seed(0)
+    return {name: vit(**options) for name, options in {"": {}, **OPTIONS}.items()}
+
+
+def made(kind, models):
+    """(options of the model, backbone tensors, what the file holds, container, prefix)."""
+    options, make, container, prefix = KINDS[kind]
+    state = backbone_of(models[options or ""])
+    return OPTIONS.get(options or "", {}), state, make(state), container, prefix
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_is_the_files(kind, models, tmp_path):
+    options, state, content, container, prefix = made(kind, models)
+    torch.save(content, tmp_path / "weights.pth")
+    model = vit(**options)
+    head = model.head.weight.clone()
+    loaded = load_weights(model, tmp_path / "weights.pth")
+    assert_filled(model, state, loaded)
+    assert (loaded.container, loaded.prefix) == (container, prefix)
+    assert torch.equal(model.head.weight, head)
+    with torch.device("meta"):
+        skeleton = VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7, **options
+        )
+    assert str(load_weights(skeleton, tmp_path / "weights.pth")) == str(loaded)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "newer", "stacked"),
+    [
+        ("", False, False),
+        ("opt/target/", False, False),
+        ("params/", True, False),
+        ("params/img/", True, True),
+    ],
+)
+def test_jax_archives(models, tmp_path, prefix, newer, stacked):
+    state = backbone_of(models[""])
+    arrays = jax_archive(state, prefix=prefix, newer=newer, stacked=stacked)
+    if prefix == "params/img/":
+        arrays |= {"params/t": np.ones((), "f4"), "params/txt/head/kernel": np.ones((2, 2), "f4")}
+    np.savez(tmp_path / "weights.npz", **arrays)
+    model = vit()
+    head = {k: v.clone() for k, v in model.head.state_dict().items()}
+    loaded = load_weights(model, tmp_path / "weights.npz")
+    assert_filled(model, state, loaded)
+    assert all(torch.equal(v, head[k]) for k, v in model.head.state_dict().items())
+    assert (loaded.layout, loaded.prefix) == ("JAX", prefix)
+
+
+def test_jax_archives_that_do_not_fit(models, tmp_path):
+    state = backbone_of(models[""])
+    whole = jax_archive(state)
+
+    def refused(arrays, message, **options):
+        np.savez(tmp_path / "weights.npz", **arrays)
+        refuses(vit(**options), tmp_path / "weights.npz", message)
+
+    lacking = {k: v for k, v in whole.items() if "encoderblock_1/LayerNorm_0" not in k}
+    refused(lacking, "missing 2 of .*encoderblock_1/LayerNorm_0/scale, ")
+    refused(whole, "unknown .*encoderblock_2", depth=2)
+    refused(whole, "missing .*encoderblock_3", depth=4)
+    kernel = r"embedding/kernel is \(8, 8, 3, 32\) for \(16, 16, 3, 32\)"
+    refused(whole, kernel, patch_size=16)
+    heads = r"query/kernel is \(32, 2, 16\) for \(32, 4, 8\)"
+    refused(whole, heads, num_heads=4)
+    name = "Transformer/encoderblock_2/MlpBlock_3/Dense_1/bias"
+    refused(whole | {name: np.ones(1, "f4")}, rf"{name} is \(1,\) for \(32,\)")
+    refused(whole | {name: whole[name].astype("i4")}, f"{name} is torch.int32")
+    refused(whole | {name: np.full(32, np.nan, "f4")}, "NaN .* for blocks.2.mlp.fc2.bias")
+    refused(whole | {"adapter/kernel": np.ones(1, "f4")}, "unknown 1: adapter/kernel")
+    refused(whole, "nothing in them.* for blocks.0.ls1.gamma", init_values=1.0)
+    stacked = jax_archive(state, prefix="params/", newer=True, stacked=True)
+    refused(stacked, r"kernel is \(3, 2, 16, 32\) for \(2, 2, 16, 32\)", depth=2)
+    np.savez(tmp_path / "objects.npz", **whole, more=np.array([print, None], dtype=object))
+    refuses(vit(), tmp_path / "objects.npz", "cannot be read.*[Pp]ickle|allow_pickle")
+
+
+@pytest.mark.parametrize("kind", ["timm", "hugging_face", "openai_clip", "jax"])
+def test_another_image_size(kind, models, tmp_path):
+    """The position embedding is timm's resampling of the file's; all else is the file's."""
+    path = tmp_path / "weights"
+    if kind == "jax":
+        options, state = {}, backbone_of(models[""])
+        with path.open("wb") as file:
+            np.savez(file, **jax_archive(state))
+    else:
+        options, state, content, _, _ = made(kind, models)
+        torch.save(content, path)
+    model = vit(img_size=48, **options)
+    loaded = load_weights(model, path)
+    assert "pos_embed resampled from 17 to 37 positions" in str(loaded)
+    mode = {"interpolation": "bilinear", "antialias": False} if kind == "jax" else {}
+    state["pos_embed"] = timm.layers.resample_abs_pos_embed(state["pos_embed"], [6, 6], **mode)
+    assert_filled(model, state, loaded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("end", ["safetensors", "pth", "legacy"])
+def test_types_and_formats(models, tmp_path, dtype, end):
+    state = {k: v.to(dtype) for k, v in backbone_of(models[""]).items()}
+    path = tmp_path / "weights.anything"
+    if end == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=end == "pth")
+    model = vit()
+    assert_filled(model, state, load_weights(model, path))
+    assert_filled(vit_like := vit(), backbone_of(vit_like))
+    load_weights(vit_like, {k: v.numpy() for k, v in backbone_of(models[""]).items()})
+    assert_filled(vit_like, backbone_of(models[""]))
+
+
+# ---- what is refused, in one line, with the model as it was
+
+
+def refuses(model, source, message, **options):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(pae.CheckpointError, match=message) as caught:
+        load_weights(model, source, **options)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("weights ")
+    if not isinstance(source, dict):
+        assert str(source) in str(caught.value)
+    return before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mutations_are_refused(kind, models, tmp_path):
+    """A block dropped, a tensor renamed, transposed, of other numbers: nothing is loaded."""
+    options, _, _, container, prefix = made(kind, models)
+    path = tmp_path / "weights.pth"
+    model = vit(**options)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def table(content):
+        for key in container.split(".") if container else ():
+            content = content[key]
+        return content
+
+    def mutate(change):
+        _, _, content, _, _ = made(kind, models)
+        inside = {k: v for k, v in table(content).items() if block(k, 2)}
+        change(table(content), inside)
+        torch.save(content, path)
+
+    def block(key, index):
+        plain = re.sub(r"_orig_mod\.|_fsdp_wrapped_module\.", "", key)
+        plain = plain.replace("blocks.0.2", "blocks.2")
+        return re.match(
+            re.escape(prefix) + rf"(\w+\.)*(blocks|layers?|resblocks)\.{index}\.", plain
+        )
+
+    def drop(table, inside):
+        assert len(inside) >= 12
+        for key in inside:
+            del table[key]
+
+    def rename(table, inside):
+        key = next(
+            k for k in inside if k.endswith("fc1.weight") or "fc.weight" in k or "inter" in k
+        )
+        table[key.replace(".weight", ".wait")] = table.pop(key)
+
+    def transpose(table, inside):
+        key = next(k for k in inside if inside[k].dim() == 2 and len(set(inside[k].shape)) == 2)
+        table[key] = table[key].T.contiguous()
+
+    def infinite(table, inside):
+        key = max(inside)
+        table[key] = table[key].clone()
+        table[key].view(-1)[3] = torch.inf
+
+    def integers(table, inside):
+        key = max(inside)
+        table[key] = table[key].to(torch.int8)
+
+    def extra(table, inside):
+        table |= {k.replace(".2.", ".7."): v for k, v in inside.items()}
+
+    for change, message in (
+        (drop, r"missing \d+ of \d+: blocks\.2\."),
+        (rename, r"missing 1 of \d+: blocks\.2\.mlp\.fc1\.weight.*unknown 1"),
+        (transpose, r"wrong shape 1: blocks\.2\.\S+ is \(\d+, \d+\) for|refuses them"),
+        (infinite, r"NaN or infinite values in blocks\.2\."),
+        (integers, r"wrong type 1: \S+2\.\S+ is torch.int8|refuses them"),
+        (extra, r"unknown \d+: .*\.7\."),
+    ):
+        mutate(change)
+        refuses(model, path, message)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_other_sizes_are_named(models):
+    state = backbone_of(models[""])
+    refuses(
+        vit(embed_dim=64), state, r"wrong shape \d+: cls_token is \(1, 1, 32\) for \(1, 1, 64\)"
+    )
+    refuses(vit(depth=4), state, r"missing 12 of 54: blocks\.3\.")
+    refuses(vit(depth=2), state, r"unknown 12: blocks\.2\.")
+    patches = (
+        r"patch_embed.proj.weight is \(32, 3, 8, 8\) for \(32, 3, 16, 16\), patches of another"
+    )
+    refuses(vit(patch_size=16), state, patches)
+    refuses(vit(in_chans=1), state, r"weight is \(32, 3, 8, 8\) for \(32, 1, 8, 8\)")
+    refuses(vit(), {k: v for k, v in state.items() if "qkv.bias" not in k}, "missing 3 .*qkv.bias")
+    unbiased = vit(qkv_bias=False)
+    refuses(unbiased, state, r"unknown 3: blocks.0.attn.qkv.bias")
+    refuses(vit(class_token=False, global_pool="avg", fc_norm=False), state, "cls_token|refuses")
+    refuses(vit(reg_tokens=1), state, r"missing 1 .*reg_token|refuses them")
+    refuses(vit(), state | {"pos_embed": torch.ones(1, 14, 32)}, "pos_embed|refuses them")
+    refuses(vit(), state | {"dist_token": torch.ones(1, 1, 32)}, "unknown 1: dist_token")
+    refuses(vit(), state | {"prompt_embeddings": torch.ones(1, 4, 32)}, "unknown 1: prompt_emb")
+    lora = {"blocks.0.attn.qkv.lora_A.weight": torch.ones(4, 32)}
+    refuses(vit(), state | lora, "unknown 1: blocks.0.attn.qkv.lora_A.weight")
+    quantised = {k: torch.quantize_per_tensor(v, 1, 0, torch.qint8) for k, v in state.items()}
+    refuses(vit(), quantised, r"wrong type 42: ")
+
+
+def test_the_preferred_copy_is_not_replaced_by_another(models):
+    state = backbone_of(models[""])
+    lacking = {k: v for k, v in state.items() if "blocks.1." not in k}
+    refuses(vit(), {"teacher": lacking, "student": state}, "missing 12 .*blocks.1.")
+    both = under("teacher.backbone.", lacking) | under("student.backbone.", state)
+    refuses(vit(), {"state_dict": both}, "missing 12 .*blocks.1.")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        lambda k: k.replace("blocks.", "layers.").replace("norm", "ln"),  # MMPretrain
+        lambda k: "sam." + k,
+        lambda k: k.replace(".", "/"),
+    ],
+)
+def test_unknown_layouts(models, names):
+    state = {names(k): v for k, v in backbone_of(models[""]).items()}
+    refuses(vit(), {"state_dict": state}, r"missing \d+ of 42: .*; unknown \d+: ")
+
+
+def test_what_holds_no_state_dict(models, tmp_path):
+    refuses(vit(), {"epoch": 3, "args": {}}, "expected a state dict, it holds epoch, args")
+    refuses(vit(), {}, "it holds nothing")
+    refuses(vit(), {"optimizer": backbone_of(models[""])}, "expected a state dict")
+    torch.save([torch.ones(3)], tmp_path / "list.pth")
+    refuses(vit(), tmp_path / "list.pth", "expected a state dict, got list")
+    torch.save(torch.ones(3), tmp_path / "tensor.pth")
+    refuses(vit(), tmp_path / "tensor.pth", "expected a state dict, got Tensor")
+
+
+# ---- files that are none
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_no_code_of_a_file_is_run(models, tmp_path):
+    state = backbone_of(models[""])
+    target = tmp_path / "exploded"
+    for zipped in (True, False):
+        for content in (Bomb(str(target)), {"state_dict": state, "more": Bomb(str(target))}):
+            path = tmp_path / "bomb.pth"
+            torch.save(content, path, _use_new_zipfile_serialization=zipped)
+            refuses(vit(), path, "mkdir")
+            assert not target.exists()
+    torch.save(vit(), path)
+    refuses(vit(), path, "torch.nn.modules.*; save its state dict alone")
+
+
+def test_settings_beside_weights_are_left_alone(models, tmp_path):
+    state = backbone_of(models[""])
+    beside = {"args": argparse.Namespace(lr=1), "best": np.float64(3), "mean": np.ones(3)}
+    torch.save({"model": state, **beside}, tmp_path / "weights.pth")
+    model = vit()
+    loaded = load_weights(model, tmp_path / "weights.pth")
+    assert_filled(model, state, loaded)
+    assert "not read: 3 other entries" in str(loaded)
+
+
+def test_what_is_no_file_of_weights(tmp_path):
+    path = tmp_path / "weights.pth"
+    refuses(vit(), path, "no such file")
+    refuses(vit(), tmp_path, "it is a folder, expected a file")
+    for content, message in (
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"\x89HDF\r\n\x1a\n", "expected a .safetensors, .npz or torch file"),
+        (b"PK\x03\x04", "damaged"),
+        (b"\x80\x02", "damaged"),
+        (b"\x08" + bytes(7) + b"{", "damaged"),
+        (b"text", "begins with b'text'"),
+    ):
+        path.write_bytes(content)
+        refuses(vit(), path, message)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("photo.jpg", b"1")
+    refuses(vit(), path, "zip archive of other things")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+    refuses(vit(), path, "TorchScript")
+
+
+@pytest.mark.parametrize("end", ["pth", "legacy", "npz", "safetensors"])
+def test_damaged_files(models, tmp_path, end):
+    """Cut off, overwritten, with a bit turned: refused by name, or loaded, and nothing else.
+
+    PAE_WEIGHTS_FUZZ=500 tries as many of each format. In torch's zip archives and in .npz every
+    change of a tensor is seen; .safetensors and torch's old format have no checksums.
+    """
+    state = backbone_of(models[""])
+    path = tmp_path / "weights"
+    if end == "safetensors":
+        save_file(state, path)
+    elif end == "npz":
+        with path.open("wb") as file:
+            np.savez(file, **jax_archive(state))
+    else:
+        torch.save({"model": state}, path, _use_new_zipfile_serialization=end == "pth")
+    whole = path.read_bytes()
+    model, random_ = vit(), random.Random(0)
+    refused = 0
+    for trial in range(FUZZ):
+        damaged = bytearray(whole)
+        # half of the damage hits the first or last kilobytes, where the names are
+        where = random_.choice([len(whole), 3000, -9000])
+        at = random_.randrange(where) if where > 0 else len(whole) + random_.randrange(where, 0)
+        match trial % 4:
+            case 0:
+                del damaged[at:]
+            case 1:
+                damaged[at] ^= 1 << random_.randrange(8)
+            case 2:
+                damaged[at : at + 16] = random_.randbytes(16)
+            case 3:
+                del damaged[at : at + random_.randrange(1, 64)]
+        if damaged == whole:
+            continue
+        path.write_bytes(damaged)
+        try:
+            load_weights(model, path)
+        except pae.CheckpointError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            if end in ("pth", "npz"):  # the damage was in what no reader looks at
+                assert_filled(model, state)
+    assert refused >= FUZZ // 3
