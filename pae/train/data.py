@@ -184,8 +184,8 @@ def _cut(who: str, images: Images, sizes: list[int], seed: int) -> list[Images]:
     if sum(sizes) > len(images):
         wanted = " + ".join(str(size) for size in sizes)
         raise ValueError(
-            f"{who}: {wanted} images wanted of {len(images)}; use a smaller --train-size or "
-            "--val-size"
+            f"{who}: at most {len(images)} images are there, {wanted} are wanted; use a smaller "
+            "--train-size or --val-size"
         )
     kinds = len(set(images.labels))
     if sizes[0] < kinds:
