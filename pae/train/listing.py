@@ -8,6 +8,7 @@ names the file.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -156,7 +157,7 @@ def _take_files(left: Iterator[os.DirEntry[str]], found: Found) -> os.DirEntry[s
 
 
 def _unreachable(entry: os.DirEntry[str], error: OSError) -> ValueError:
-    if entry.is_symlink():
+    if entry.is_symlink() and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
         target = shown(os.readlink(entry.path))
         return ValueError(
             f"{shown(entry.path)}: a broken link to {target}; mount what it leads to, or remove it"

@@ -137,7 +137,8 @@ def test_sizes_that_cannot_be_had_name_the_option(tmp_path):
     fill(tmp_path, train={"a": 1, "b": 1})
     assert "2 images of as many classes leave none for validation" in refusal(tmp_path)
     fill(tmp_path, train={"a": 3, "b": 3})
-    assert "at most 6 images are there, 5 + 4 are wanted" in refusal(tmp_path, train_size=5, val_size=4)
+    line = refusal(tmp_path, train_size=5, val_size=4)
+    assert "at most 6 images are there, 5 + 4 are wanted" in line
     assert "0 training images cannot cover 2 classes" in refusal(tmp_path, val_size=6)
     fill(tmp_path, val={"a": 1, "b": 1})
     _, said = read(tmp_path, val_size=3)
