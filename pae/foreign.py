@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .tensorfile import DIGEST, read_tensors
 
 # Packages whose objects stand beside the weights in published files: settings, counters, histories.
 # Their names are read, their code is not: an empty dict stands for each object.
@@ -49,16 +50,12 @@ def read_weights_file(path: str | Path, values: bool = True) -> Mapping[str, Any
     """
     path = Path(path)
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise CheckpointError(
+                f"weights {path}: {'not a file' if path.exists() else 'no such file'}"
+            )
         with path.open("rb") as file:
-            start = file.read(128)
-    except IsADirectoryError:
-        raise CheckpointError(f"weights {path}: it is a folder, expected a file") from None
-    except FileNotFoundError:
-        raise CheckpointError(f"weights {path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"weights {path} cannot be read: {first_line(error)}") from error
-    try:
-        return _read(path, start, values)
+            return _read(path, file.read(128), values)
     except CheckpointError:
         raise
     # every reader raises whatever its parts raise on damaged input; the user needs the file's name
@@ -93,13 +90,20 @@ def _read(path: Path, start: bytes, values: bool) -> Mapping[str, Any] | None:
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
         from safetensors.torch import load_file
 
-        return load_file(path)
+        # written by pae, the file vouches for its values; others are mapped, not read
+        return read_tensors(path)[0] if values and _has_digest(path) else load_file(path)
     if start[:1] == b"\x80":
         return _read_torch(path, in_place=False) if values else None
     raise CheckpointError(
         f"weights {path}: expected a .safetensors, .npz or torch file, got one that begins with "
         f"{start[:8]!r}"
     )
+
+
+def _has_digest(path: Path) -> bool:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return DIGEST.encode() in file.read(length)
 
 
 def _read_zip(path: Path, values: bool) -> Mapping[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..foreign import as_tensor, read_weights_file
 from ..kld import KLD
 from ..model import PromptedViT
 from ..prompts import (
@@ -24,8 +27,10 @@ from ..prompts import (
     VPTShallow,
 )
 
-# what the published code wraps its parameters in
-_WRAPPERS = re.compile(r"^((module|model|enc|transformer)\.)+")
+# What the published code wraps its parameters in; of VPT's own names some begin with "encoder".
+_WRAPPERS = re.compile(r"^((module|model|enc|transformer|encoder(?!\.(layer|encoder_norm)\.))\.)+")
+# What files of prompts alone call them.
+_ALONE = {"shallow_prompt": "prompt_embeddings", "deep_prompt": "deep_prompt_embeddings"}
 # a map of PAE back to the width of the prompts, which enters no loss and no logit
 _UNUSED = re.compile(r"^koopman_out\.")
 _KLD = re.compile(r"^(koopman_in\.weight|[kl]_(global|layers(\.\d+)?))$")
@@ -41,7 +46,7 @@ class OfficialParts:
         prompts, kld, head: keys whose values the model now has.
         compared: frozen backbone weights, found equal to the model's.
         ignored: keys that nothing reads: PAE's unused koopman_out, and its KLD where the model has
-            none; with `check_backbone=False` the backbone.
+            none; with `check_backbone=False` the backbone; entries that are no tensors.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -53,20 +58,24 @@ class OfficialParts:
 
 @torch.no_grad()
 def load_official(
-    model: PromptedViT, state_dict: Mapping[str, Tensor], check_backbone: bool = True
+    model: PromptedViT,
+    state_dict: Mapping[str, Any] | str | Path,
+    check_backbone: bool = True,
 ) -> OfficialParts:
     """Copy prompts, KLD and head of a published implementation's state dict into `model`.
 
     Everything is checked before anything is written: a failed call leaves the model as it was.
 
-    Names, in front of which any of `module.`, `model.`, `enc.` and `transformer.` may stand; upper
-    and lower case are one:
+    Names, in front of which any of `module.`, `model.`, `enc.`, `encoder.` and `transformer.` may
+    stand; upper and lower case are one:
 
-        VPT, VFPT   prompt_embeddings (1, P, D), deep_prompt_embeddings (depth - 1, P, D)
+        VPT, VFPT   prompt_embeddings (1, P, D), deep_prompt_embeddings (depth - 1, P, D); or
+                    Prompt_Tokens (depth or 1, P, D); or, in files of prompts alone,
+                    shallow_prompt and deep_prompt
         PAE         as VPT, and koopman_in.weight, K_global, L_global or K_layers, L_layers (one
                     tensor, or .0, .1, ...)
-        BPT         random_vectors (sets, P, r), conv.weight or conv.0.weight, conv.1.weight, ...
-                    (D, r, 1, 1)
+        BPT         random_vectors (sets, P, r), conv1x1.weight or conv1x1.0.weight, ...
+                    (D, r, 1, 1); conv for conv1x1 as well
         VAPT        prompt_embeddings, deep_prompt_embeddings, deep_prompt_norm.{j},
                     deep_prompt_downsample.{j}, deep_prompt_embeddings_mlp
         head        head.last_layer.weight and .bias, or head.weight and .bias
@@ -78,32 +87,36 @@ def load_official(
     Args:
         model: has the family, sizes and options the file was trained with: `VPTDeep`, `VPTShallow`,
             `VFPTDeep`, `VFPTShallow`, `BPTDeep`, `BPTShallow` or `VAPT`.
-        state_dict: names to tensors, or a checkpoint with these under "model" or "state_dict".
+        state_dict: names to tensors or arrays of numpy, or a checkpoint with these under "model" or
+            "state_dict"; or the path of a file of either, no code of which is run.
         check_backbone: backbone weights in the file, under their published or timm names, must be
             the model's own. False leaves them unread.
 
     Returns:
-        `OfficialParts`: every key of the file, by what became of it.
+        `OfficialParts`: every key of the file, by what became of it. A file of prompts alone has
+        no head: it is left as it is, and a warning says so.
 
     Raises:
         TypeError: `model` is no PromptedViT, or `state_dict` no mapping of names to tensors.
         ValueError: the model's family has no published names, or counts that differ between blocks,
             which the published code cannot have; the head is not linear.
-        CheckpointError: keys missing, unknown or of another shape, all of them listed; or a
-            backbone weight that differs.
+        CheckpointError: the file cannot be read; keys missing, unknown or of another shape, all of
+            them listed; values that are not finite; or a backbone weight that differs.
     """
     if not isinstance(model, PromptedViT):
         raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
     found = _canonical(state_dict)
+    frozen = _backbone_targets(model.backbone)
+    alone = not any(name in frozen or name.startswith("head.") for name in found)
+    head = _head_targets(model.head, found)
     targets = {
         "prompts": _prompt_targets(model.prompts, found),
         "kld": {} if model.kld is None else _kld_targets(model.kld, found),
-        "head": _head_targets(model.head, found),
+        "head": {} if alone else head,
     }
     wanted = {name: part for part, names in targets.items() for name in names}
-    parts, unknown, shapes = OfficialParts(), [], []
+    parts, unknown, shapes, values = OfficialParts(), [], [], []
     missing = [name for name in wanted if name not in found]
-    frozen = _backbone_targets(model.backbone)
     differing = []
     for name, (key, tensor) in found.items():
         if name in wanted:
@@ -120,14 +133,24 @@ def load_official(
             continue
         if _squeezed(tensor) != _squeezed(target):
             shapes.append(f"{key} is {tuple(tensor.shape)} for {tuple(target.shape)}")
-        elif name in frozen and name not in wanted:
+        elif name in wanted:
+            if not tensor.is_floating_point():
+                values.append(f"{key} is {tensor.dtype}")
+            elif not torch.isfinite(tensor.to(target.dtype)).all():
+                values.append(f"{key} has NaN or infinite values")
+        else:
             size = _difference(tensor, target)
             if not size <= _SAME:
                 differing.append(f"{key} ({size:.1e})")
 
     problems = [
         f"{what}: {_listed(names)}"
-        for what, names in (("missing", missing), ("unknown", unknown), ("wrong shape", shapes))
+        for what, names in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("wrong shape", shapes),
+            ("wrong values", values),
+        )
         if names
     ]
     if problems:
@@ -141,27 +164,44 @@ def load_official(
     for part in targets.values():
         for name, target in part.items():
             target.copy_(found[name][1].reshape(target.shape))
+    if alone:
+        warnings.warn(
+            "state_dict holds prompts alone: the head is left as it is, and which backbone they "
+            "were trained on is not known",
+            stacklevel=3,  # of who called, past no_grad
+        )
     return parts
 
 
-def _canonical(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+def _canonical(source: Mapping[str, Any] | str | Path) -> dict[str, tuple[str, Tensor]]:
     """Names without wrappers, in lower case -> (the key itself, its tensor)."""
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
+    state: object = source
+    if isinstance(source, (str, Path)):
+        state = read_weights_file(source)
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
     for outer in ("model", "state_dict"):
-        inner: object = state_dict.get(outer)
+        inner: object = state.get(outer)
         if isinstance(inner, Mapping):
-            state_dict = inner
+            state = inner
+    head: object = state.get("head")
+    if isinstance(head, Mapping):  # a state dict of its own, where prompts are one tensor
+        state = {k: v for k, v in state.items() if k != "head"}
+        state |= {f"head.{name}": value for name, value in head.items()}
     found: dict[str, tuple[str, Tensor]] = {}
-    for key, tensor in state_dict.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+    for key, value in state.items():
+        tensor = as_tensor(value)
+        if not isinstance(key, str) or tensor is None:
             raise TypeError(
-                f"state_dict must map names to tensors, got {type(tensor).__name__} at {key!r}"
+                f"state_dict must map names to tensors, got {type(value).__name__} at {key!r}"
             )
         name = _WRAPPERS.sub("", key).lower()
+        name = _ALONE.get(name, name)
+        if name.startswith("conv."):
+            name = name.replace("conv.", "conv1x1.", 1)
         if name in found:
             raise CheckpointError(f"state_dict holds {name} twice: {found[name][0]} and {key}")
-        found[name] = key, tensor.detach()
+        found[name] = key, tensor
     return found
 
 
@@ -184,22 +224,25 @@ def _deep_tokens(family: VPTDeep, found: Mapping) -> dict[str, Tensor]:
             "model.prompts must have one count for all blocks to take published weights, got "
             f"{family.prompt_counts}"
         )
+    if "prompt_tokens" in found:
+        return {"prompt_tokens": family.tokens}
     return _nonempty(
         {"prompt_embeddings": family.tokens[:1], "deep_prompt_embeddings": family.tokens[1:]}
     )
 
 
 def _shallow_tokens(family: VPTShallow, found: Mapping) -> dict[str, Tensor]:
-    return _nonempty({"prompt_embeddings": family.tokens})
+    name = "prompt_tokens" if "prompt_tokens" in found else "prompt_embeddings"
+    return _nonempty({name: family.tokens})
 
 
 def _factors(family: BPTDeep | BPTShallow, found: Mapping) -> dict[str, Tensor]:
     bases = [b for part in (family.frozen_basis, family.basis) if part is not None for b in part]
-    if len(bases) == 1 and "conv.0.weight" not in found:
-        return {"random_vectors": family.coefficients, "conv.weight": bases[0]}
+    if len(bases) == 1 and "conv1x1.0.weight" not in found:
+        return {"random_vectors": family.coefficients, "conv1x1.weight": bases[0]}
     return {
         "random_vectors": family.coefficients,
-        **{f"conv.{i}.weight": basis for i, basis in enumerate(bases)},
+        **{f"conv1x1.{i}.weight": basis for i, basis in enumerate(bases)},
     }
 
 
@@ -213,10 +256,13 @@ def _adaptive(family: VAPT, found: Mapping) -> dict[str, Tensor]:
     for j, mixer in enumerate(mixers):
         targets[f"deep_prompt_norm.{j}.weight"] = mixer.gain
         targets[f"deep_prompt_norm.{j}.bias"] = mixer.offset
+        linear = f"deep_prompt_downsample.{j}"
         if mixer.kernel is not None:
-            targets[f"deep_prompt_downsample.{j}.conv.kernel"] = mixer.kernel
-        targets[f"deep_prompt_downsample.{j}.linear.weight"] = mixer.weight
-        targets[f"deep_prompt_downsample.{j}.linear.bias"] = mixer.bias
+            targets[f"{linear}.conv.kernel"] = mixer.kernel
+        if mixer.kernel is not None or f"{linear}.linear.weight" in found:
+            linear += ".linear"
+        targets[f"{linear}.weight"] = mixer.weight
+        targets[f"{linear}.bias"] = mixer.bias
     for j, pair in enumerate(bottlenecks):
         own = "deep_prompt_embeddings_mlp" + ("" if family.share_bottleneck else f".{j}")
         targets[f"{own}.block.0.weight"] = pair.down

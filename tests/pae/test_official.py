@@ -1,8 +1,10 @@
 """load_official: state dicts as the published code writes them, checked by its own numbers."""
 
+import argparse
 import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -206,7 +208,136 @@ def test_wrappers_and_nesting(golden, tiny_vit, file_of, prefix):
         assert same_logits(model, golden, "vpt_deep")
 
 
+# ---- files of other codes, and of prompts alone
+
+
+@pytest.mark.parametrize("group", ["shallow", "deep"])
+@pytest.mark.parametrize("by_path", [False, True])
+def test_bpt_as_released(golden, tiny_vit, tmp_path, group, by_path):
+    """conv1x1, beside the optimiser's state in a whole checkpoint."""
+    arrays, weights = tensors(golden("bpt")), tensors(golden("backbone"))
+    state = {k.removeprefix("timm/"): v for k, v in weights.items() if k.startswith("timm/")}
+    state["random_vectors"], conv = (
+        arrays[f"{group}/random_vectors"],
+        arrays[f"{group}/conv_weight"],
+    )
+    names = ["conv1x1"] if group == "shallow" else [f"conv1x1.{i}" for i in range(len(conv))]
+    state |= {f"{n}.weight": w[:, :, None, None] for n, w in zip(names, conv, strict=True)}
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]}
+    source = {"model": state, "optimizer": optimizer, "epoch": 99, "args": None}
+    if by_path:
+        source["args"] = argparse.Namespace(lr=0.1)
+        torch.save(source, tmp_path / "checkpoint.pth")
+        source = tmp_path / "checkpoint.pth"
+    model = fresh(tiny_vit, BPTShallow(9, 12) if group == "shallow" else BPTDeep(9, 12))
+    loaded = pae.load_official(model, source)
+    assert same_logits(model, golden, "bpt", f"{group}/")
+    assert loaded.prompts == ["random_vectors", *(f"{name}.weight" for name in names)]
+
+
+def golden_head(model, golden):
+    weights = tensors(golden("backbone"))
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            getattr(model.head, name).copy_(weights[f"official/head.{name}"])
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+@pytest.mark.parametrize("name", ["vpt_deep", "vpt_shallow"])
+def test_prompts_alone(golden, tiny_vit, tmp_path, name, by_path):
+    """As VPT's code saves them after every epoch: arrays of numpy, without head and backbone."""
+    arrays = golden(name)
+    source = {"shallow_prompt": arrays["prompt_shallow"][None].copy()}
+    if name == "vpt_deep":
+        source["deep_prompt"] = arrays["prompt_deep"].copy()
+    if by_path:
+        source = {k: np.asfortranarray(v) for k, v in source.items()}
+        torch.save(source, tmp_path / "prompt_ep100.pth")
+        source = tmp_path / "prompt_ep100.pth"
+    model = fresh(tiny_vit, VPTDeep(5) if name == "vpt_deep" else VPTShallow(5))
+    golden_head(model, golden)
+    head = model.head.weight.clone()
+    with pytest.warns(UserWarning, match="prompts alone: the head is left as it is"):
+        loaded = pae.load_official(model, source)
+    assert same_logits(model, golden, name) and torch.equal(model.head.weight, head)
+    assert loaded.head == loaded.compared == [] and len(loaded.prompts) == 1 + (name == "vpt_deep")
+
+
+@pytest.mark.parametrize("name", ["vpt_deep", "vpt_shallow"])
+def test_prompts_in_one_tensor_beside_a_head(golden, tiny_vit, name):
+    arrays, weights = tensors(golden(name)), tensors(golden("backbone"))
+    rows = [arrays["prompt_shallow"][None], *([arrays["prompt_deep"]] if "deep" in name else [])]
+    source = {
+        "head": {k: weights[f"official/head.{k}"] for k in ("weight", "bias")},
+        "Prompt_Tokens": nn.Parameter(torch.cat(rows)),
+    }
+    model = fresh(tiny_vit, VPTDeep(5) if name == "vpt_deep" else VPTShallow(5))
+    loaded = pae.load_official(model, source)
+    assert same_logits(model, golden, name)
+    assert loaded.prompts == ["Prompt_Tokens"]
+    assert loaded.head == ["head.weight", "head.bias"]
+    message = r"wrong shape: Prompt_Tokens is \(\d, 5, 64\) for"
+    other = VPTShallow(5) if name == "vpt_deep" else VPTDeep(5)
+    refused(fresh(tiny_vit, other), source, message)
+
+
+def test_a_timm_model_inside_an_encoder(golden, tiny_vit):
+    arrays, weights = tensors(golden("vpt_deep")), tensors(golden("backbone"))
+    source = {
+        f"encoder.{k.removeprefix('timm/')}": v for k, v in weights.items() if k.startswith("timm/")
+    }
+    source["prompt_embeddings"] = arrays["prompt_shallow"][None]
+    source["deep_prompt_embeddings"] = arrays["prompt_deep"]
+    model = fresh(tiny_vit, VPTDeep(5))
+    loaded = pae.load_official(model, source)
+    assert same_logits(model, golden, "vpt_deep")
+    assert loaded.head == ["encoder.head.weight", "encoder.head.bias"]
+    assert len(loaded.compared) == len(source) - 4
+    source["encoder.blocks.1.norm1.bias"] = source["encoder.blocks.1.norm1.bias"] + 1
+    refused(model, source, "another backbone.*encoder.blocks.1.norm1.bias")
+
+
+def test_vapt_without_a_convolution(tiny_vit):
+    """Its mixers are then linear layers themselves."""
+    model = fresh(tiny_vit, VAPT(4, kernel=0, padding=0))
+    other = fresh(tiny_vit, VAPT(4, kernel=0, padding=0))
+    state = {"prompt_embeddings": other.prompts.tokens}
+    for j, mixer in enumerate(other.prompts.mixers):
+        state[f"deep_prompt_norm.{j}.weight"] = mixer.gain
+        state[f"deep_prompt_norm.{j}.bias"] = mixer.offset
+        state[f"deep_prompt_downsample.{j}.weight"] = mixer.weight
+        state[f"deep_prompt_downsample.{j}.bias"] = mixer.bias
+    pair = other.prompts.bottlenecks[0]
+    state["deep_prompt_embeddings_mlp.block.0.weight"] = pair.down
+    state["deep_prompt_embeddings_mlp.block.2.weight"] = pair.up
+    with pytest.warns(UserWarning, match="prompts alone"):
+        pae.load_official(model, state)
+    own, theirs = model.prompts.state_dict(), other.prompts.state_dict()
+    assert own.keys() == theirs.keys() and all(torch.equal(own[k], theirs[k]) for k in own)
+
+
 # ---- what is refused, and that a refusal changes nothing
+
+
+def test_values_that_are_none(vpt):
+    model, state = vpt
+    key = ENC + "prompt_embeddings"
+    for bad, message in (
+        (torch.full((1, 5, 64), torch.nan), "has NaN or infinite values"),
+        (torch.full((1, 5, 64), torch.inf), "has NaN or infinite values"),
+        (torch.ones(1, 5, 64, dtype=torch.int8), "is torch.int8"),
+    ):
+        refused(model, state | {key: bad}, f"wrong values: {key} {message}$")
+    refused(model, state | {key: np.array([print])}, "got ndarray at", TypeError)
+
+
+def test_files_that_cannot_be_read(vpt, tmp_path):
+    model, _ = vpt
+    path = tmp_path / "prompts.pth"
+    refused(model, path, f"weights {path}: no such file")
+    refused(model, str(tmp_path), "not a file")
+    path.write_bytes(b"PK\x03\x04")
+    refused(model, path, f"weights {path} cannot be read, it is damaged")
 
 
 @pytest.fixture

@@ -652,7 +652,9 @@ def test_settings_beside_weights_are_left_alone(models, tmp_path):
 def test_what_is_no_file_of_weights(tmp_path):
     path = tmp_path / "weights.pth"
     refuses(vit(), path, "no such file")
-    refuses(vit(), tmp_path, "it is a folder, expected a file")
+    refuses(vit(), tmp_path, "not a file")
+    os.mkfifo(tmp_path / "pipe")
+    refuses(vit(), tmp_path / "pipe", "not a file")
     for content, message in (
         (b"", "the file is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
