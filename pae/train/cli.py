@@ -247,6 +247,8 @@ def _run(
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         # a warning is for the reader of the terminal: the text, not the line of our code
         warnings.showwarning = lambda message, *_, **__: reporter.say(f"warning: {message}")
+        # PIL's do not name their file; `images.survey` says what they are about, and names it
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         with accelerator.main_process_first():  # one process fetches, the others find the cache
             task = loop.load_task(options)
         folder = _take(accelerator, folder, launch.output, task.name)

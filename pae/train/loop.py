@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import pae
 from pae.train import embedded, methods, pixels, record
 from pae.train.data import Images, Task, read_folder
+from pae.train.images import survey
 from pae.train.options import Options
 from pae.train.report import Advance, Reporter
 from pae.train.runfolder import Rows, RunFolder
@@ -235,14 +236,18 @@ class _Run:
             mean=tuple(mean),
             std=tuple(std),
             interpolation=config["interpolation"],
-            **pixels.evaluation_crop(options.augment),
+            **pixels.evaluation_crop(options.augment, config),
         )
+        parts = [part for part in (task.train, task.val, task.test) if part]
+        ranges = survey([item for part in parts for item in part.items], options.workers)
 
         def pipeline(images: Images, training: bool) -> pixels.Pipeline:
             transform, is_random = pixels.make_transform(
-                options.augment, training, size[0], config["interpolation"]
+                options.augment, training, size[0], config["interpolation"], config
             )
-            split = pixels.PixelSplit(images, transform, is_random, options.seed, options.workers)
+            split = pixels.PixelSplit(
+                images, transform, is_random, options.seed, options.workers, ranges=ranges
+            )
             return pixels.Pipeline(split, mean, std, self.accelerator.device, options.workers)
 
         linear = options.method == "linear"

@@ -1,15 +1,17 @@
-"""From image files to batches of normalised tensors; timm owns the geometry and the constants.
+"""From images to batches of normalised tensors; timm owns the geometry and the constants.
 
-A split is decoded to uint8. When its transform is deterministic and it fits in `CACHE_BYTES` it is
-decoded once and kept, so that an epoch costs no decoding; random transforms run per epoch, seeded
-by (seed, epoch, image), so that a resumed run sees the very same crops.
+`pae.train.images` decodes files; here a split becomes uint8. When its transform is deterministic
+and it fits in `CACHE_BYTES` it is decoded once and kept, so that an epoch costs no decoding; random
+transforms run per epoch, seeded by (seed, epoch, image), so that a resumed run sees the very same
+crops.
 """
 
 from __future__ import annotations
 
+import math
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pae.choices import AUGMENTS, NORMS
 from pae.train.data import Images
+from pae.train.images import Ranges, decode, map_images, survey
 
 CACHE_BYTES = 2 << 30
 Transform = Callable[[Any], Tensor]  # of a PIL image
@@ -49,8 +52,8 @@ def normalisation(
     return table[norm]
 
 
-def evaluation_crop(augment: str) -> dict[str, Any]:
-    """How evaluation crops, as timm's `crop_pct` and `crop_mode`; `augment` as in `make_transform`.
+def evaluation_crop(augment: str, model_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """How evaluation crops, as timm's `crop_pct` and `crop_mode`; arguments as `make_transform`'s.
 
     Raises:
         ValueError: unknown `augment`.
@@ -59,22 +62,31 @@ def evaluation_crop(augment: str) -> dict[str, Any]:
         raise ValueError(f"--augment {augment}: expected one of {', '.join(AUGMENTS)}")
     if augment == "none":
         return {"crop_pct": 1.0, "crop_mode": "squash"}
-    return {"crop_pct": 0.875, "crop_mode": "center"}
+    found = {"crop_pct": 0.875, "crop_mode": "center"}
+    if augment == "timm" and model_config is not None:
+        return {name: model_config[name] for name in found}
+    return found
 
 
 def make_transform(
-    augment: str, training: bool, image_size: int, interpolation: str
+    augment: str,
+    training: bool,
+    image_size: int,
+    interpolation: str,
+    model_config: Mapping[str, Any] | None = None,
 ) -> tuple[Transform, bool]:
     """A transform PIL -> uint8 tensor (3, S, S), and whether it is random.
 
     Args:
         augment: "none" squashes the image to S x S (the VTAB protocol, training and evaluation
-            alike); "crop" resizes to S * 256 / 224 and takes a random crop and flip in training,
-            the centre in evaluation (VPT's FGVC protocol); "timm" is timm's random resized crop,
-            flip and colour jitter in training, its centre crop in evaluation.
+            alike); "crop" resizes the short side to S * 256 / 224 and takes a random crop and flip
+            in training, the centre in evaluation (VPT's FGVC protocol); "timm" is timm's random
+            resized crop, flip and colour jitter in training, its crop for the model in evaluation.
         training: training or evaluation.
         image_size: S.
         interpolation: PIL interpolation by name, e.g. "bicubic".
+        model_config: timm's resolved data configuration of the backbone; for "timm" in evaluation
+            its "crop_pct" and "crop_mode", without it 0.875 and "center".
     Raises:
         ValueError: unknown `augment`.
     """
@@ -88,15 +100,15 @@ def make_transform(
         "interpolation": interpolation,
         "use_prefetcher": True,
     }
-    crop = evaluation_crop(augment)
+    crop = evaluation_crop(augment, model_config)
     if augment == "none" or not training:
         return create_transform(**common, **crop), False
     if augment == "timm":
         return create_transform(**common, is_training=True), True
-    resized = round(image_size * 256 / 224)
+    short_side = math.floor(image_size / crop["crop_pct"])  # as timm computes it for evaluation
     return transforms.Compose(
         [
-            transforms.Resize((resized, resized), str_to_interp_mode(interpolation)),
+            transforms.Resize(short_side, str_to_interp_mode(interpolation)),
             transforms.RandomCrop(image_size),
             transforms.RandomHorizontalFlip(),
             MaybePILToTensor(),
@@ -114,6 +126,11 @@ class PixelSplit(Dataset):
         seed: seed of those numbers.
         workers: threads that fill the cache.
         cache_bytes: largest split kept decoded.
+        ranges: what `pae.train.images.survey` found in all splits of the dataset; by default this
+            split is a dataset of its own.
+    Raises:
+        ValueError: an image is unreadable; where a split is not kept decoded, this is found when
+            it is drawn, except for what its header says.
     """
 
     def __init__(
@@ -124,7 +141,10 @@ class PixelSplit(Dataset):
         seed: int = 0,
         workers: int = 2,
         cache_bytes: int | None = None,
+        ranges: Ranges | None = None,
     ) -> None:
+        from PIL import Image
+
         self.images = images
         self.transform = transform
         self.is_random = is_random
@@ -132,13 +152,15 @@ class PixelSplit(Dataset):
         self.epoch = 0
         self.labels = torch.tensor(images.labels, dtype=torch.long)
         self.pixels: Tensor | None = None
-        sample = self._decode(0)
-        limit = CACHE_BYTES if cache_bytes is None else cache_bytes
-        if not is_random and sample.numel() * len(images) <= limit:
-            self.pixels = torch.empty((len(images), *sample.shape), dtype=torch.uint8)
-            with ThreadPoolExecutor(max(1, workers)) as pool:  # PIL releases the GIL
-                for i, pixels in enumerate(pool.map(self._decode, range(len(images)))):
-                    self.pixels[i] = pixels
+        self.ranges = survey(images.items, workers) if ranges is None else ranges
+        if is_random:
+            return
+        shape = transform(Image.new("RGB", (8, 8))).shape
+        if len(images) * shape.numel() <= (CACHE_BYTES if cache_bytes is None else cache_bytes):
+            self.pixels = torch.empty((len(images), *shape), dtype=torch.uint8)
+            decoded = map_images(self._decode, range(len(images)), workers)
+            for i, pixels in enumerate(decoded):
+                self.pixels[i] = pixels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -163,18 +185,32 @@ class PixelSplit(Dataset):
             torch.set_rng_state(torch_state)
 
     def _decode(self, index: int) -> Tensor:
-        from PIL import Image
-
         item = self.images.items[index]
-        if isinstance(item, np.ndarray):
-            return self.transform(Image.fromarray(item).convert("RGB"))
+        image = decode(item, self.ranges)
         try:
-            with Image.open(item) as image:
-                return self.transform(image.convert("RGB"))
-        # PIL raises OSError for truncation, SyntaxError for broken PNG chunks, ValueError for
-        # impossible sizes; whichever it is, the user needs the file's name
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"unreadable image {item}: {error}") from None
+            return self.transform(image)
+        except (MemoryError, OSError, ValueError) as error:  # a line of pixels, resized to a square
+            name = f"number {index}" if isinstance(item, np.ndarray) else item
+            raise ValueError(
+                f"image {name}: {image.width} x {image.height} pixels cannot be resized and cut: "
+                f"{str(error) or type(error).__name__}"
+            ) from None
+
+
+class _Guarded(Dataset):
+    """A split that hands errors over as values.
+
+    A `DataLoader` would put the traceback of its process into the message of what it raises.
+    """
+
+    def __init__(self, split: PixelSplit) -> None:
+        self.split = split
+
+    def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor] | ValueError:
+        try:
+            return self.split.__getitems__(indices)
+        except ValueError as error:
+            return error
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
@@ -235,18 +271,26 @@ class Pipeline:
     def batches(
         self, index_lists: Iterable[Tensor], epoch: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (images (B, 3, S, S) float32, labels (B,)) for every index list."""
+        """Yields (images (B, 3, S, S) float32, labels (B,)) for every index list.
+
+        Raises:
+            ValueError: an image is unreadable, also when another process found it.
+        """
         self.split.epoch = epoch
         loader = DataLoader(
-            self.split,
+            _Guarded(self.split),
             batch_sampler=cast(Any, index_lists),  # __getitems__ takes tensors as well
             collate_fn=_identity,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             # its own generator: the default one would advance the model's random stream
             generator=torch.Generator().manual_seed(0),
+            worker_init_fn=_silence_pil,
         )
-        for pixels, labels in loader:
+        for batch in loader:
+            if isinstance(batch, ValueError):
+                raise batch
+            pixels, labels = batch
             pixels = pixels.to(self.device, non_blocking=True)
             yield (
                 pixels.float() * self.scale + self.shift,
@@ -256,3 +300,8 @@ class Pipeline:
 
 def _identity(batch: Any) -> Any:
     return batch
+
+
+def _silence_pil(worker: int) -> None:
+    """What PIL warns about, `survey` has said, and with the names of files."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -7,12 +7,10 @@ import random
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pae.train import pixels
 from pae.train.data import Images, make_task, read_folder, stratified_cut
 from tests.properties import examples
 
@@ -198,100 +196,3 @@ def test_folders_that_are_no_dataset(tmp_path):
     image_folder(tmp_path / "u", {"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1, "z": 1}})
     with pytest.raises(ValueError, match=r"'z' is not among the training classes"):
         read_folder(tmp_path / "u")
-
-
-# ---- pixels
-
-
-def pixel_split(tmp_path, count=6, augment="none", training=True, **options):
-    save_pictures(tmp_path / "p", count)
-    images = Images(sorted((tmp_path / "p").iterdir()), [i % 3 for i in range(count)])
-    transform, is_random = pixels.make_transform(augment, training, 8, "bicubic")
-    return pixels.PixelSplit(images, transform, is_random, **options)
-
-
-def test_batches_are_the_normalised_squashed_images(tmp_path):
-    split = pixel_split(tmp_path)
-    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
-    pipeline = pixels.Pipeline(split, mean, std, "cpu")
-    ((images, labels),) = pipeline.batches([torch.tensor([4, 1])])
-    for row, index in enumerate((4, 1)):
-        small = picture(index).resize((8, 8), Image.Resampling.BICUBIC)
-        expected = (np.asarray(small, np.float32) / 255 - mean) / std
-        torch.testing.assert_close(
-            images[row], torch.from_numpy(expected).float().permute(2, 0, 1), atol=1e-5, rtol=0
-        )
-    assert labels.tolist() == [1, 1]
-
-
-def test_kept_pixels_equal_decoding_every_time(tmp_path):
-    kept = pixel_split(tmp_path)
-    assert kept.pixels is not None
-    decoded = pixels.PixelSplit(kept.images, kept.transform, cache_bytes=0)
-    assert decoded.pixels is None
-    order = torch.tensor([3, 0, 5])
-    for a, b in zip(kept.__getitems__(order), decoded.__getitems__(order)):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("augment", ["crop", "timm"])
-def test_random_crops_depend_on_seed_epoch_and_image_alone(tmp_path, augment):
-    split = pixel_split(tmp_path, augment=augment, seed=3)
-    pipeline = pixels.Pipeline(split, (0, 0, 0), (1, 1, 1), "cpu")
-
-    def draw(epoch, lists):
-        batches = list(pipeline.batches(lists, epoch))
-        return torch.cat([images for images, _ in batches])
-
-    whole = draw(1, [torch.arange(6)])
-    torch.rand(7)
-    random.random()
-    states = torch.get_rng_state(), random.getstate()
-    pieces = draw(1, [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5])])
-    assert torch.equal(whole, pieces)
-    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
-    assert not torch.equal(whole, draw(2, [torch.arange(6)]))
-
-
-def test_evaluation_transforms_are_never_random(tmp_path):
-    for augment in pixels.AUGMENTS:
-        assert not pixels.make_transform(augment, False, 8, "bicubic")[1]
-    with pytest.raises(ValueError, match=r"--augment blur"):
-        pixels.make_transform("blur", True, 8, "bicubic")
-
-
-def test_unreadable_image_is_named(tmp_path):
-    save_pictures(tmp_path / "p", 3)
-    broken = tmp_path / "p" / "001.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    images = Images(sorted((tmp_path / "p").iterdir()), [0, 1, 0])
-    transform, _ = pixels.make_transform("none", True, 8, "bicubic")
-    with pytest.raises(ValueError, match=r"unreadable image .*001.png"):
-        pixels.PixelSplit(images, transform)
-
-
-def test_normalisation_is_explicit():
-    config = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
-    assert pixels.normalisation("model", config) == (config["mean"], config["std"])
-    assert pixels.normalisation("inception", config)[0] == (0.5, 0.5, 0.5)
-    assert pixels.normalisation("none", config)[1] == (1.0, 1.0, 1.0)
-    with pytest.raises(ValueError, match=r"--norm zscore"):
-        pixels.normalisation("zscore", config)
-
-
-def test_an_epoch_visits_every_image_once_in_another_order():
-    first, second = (torch.cat(pixels.epoch_batches(23, 5, 0, e)) for e in (0, 1))
-    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(23))
-    assert not torch.equal(first, second)
-    assert [len(batch) for batch in pixels.epoch_batches(23, 5, 0, 0)] == [5, 5, 5, 5, 3]
-
-
-@pytest.mark.parametrize("size, world", [(8, 2), (7, 2), (1, 2), (3, 4)])
-def test_weighted_mean_over_processes_is_the_mean_over_the_batch(size, world):
-    losses = torch.rand(size, dtype=torch.float64)
-    total = 0
-    for rank in range(world):
-        indices, weight = pixels.share(torch.arange(size), rank, world)
-        assert len(indices) >= 1
-        total += weight * losses[indices].mean() / world
-    torch.testing.assert_close(total, losses.mean())
