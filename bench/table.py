@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .results import Row, Run, measured, our_first, spread
@@ -124,6 +124,11 @@ def markdown(lines: Sequence[Sequence[str]], aligned: bool = False) -> str:
         for line in (lines[0], rule, *lines[1:])
     )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in padded)
+
+
+def table_of(rows: Sequence[Mapping[str, str]]) -> str:
+    """`markdown` of rows whose keys, the same in all, are the headings."""
+    return markdown([[*rows[0]], *([*row.values()] for row in rows)]) if rows else ""
 
 
 def rows_table(

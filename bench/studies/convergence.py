@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from bench import figures as style
+from bench.table import table_of
 
 from . import runs
 
@@ -183,26 +184,24 @@ def _arms(results: dict) -> Iterator[tuple[str, str, dict]]:
 
 
 def _table(results: dict) -> str:
-    heading = [
-        *("task", "arm", "seeds", "test accuracy", "difference, seed by seed"),
-        *("mean val accuracy", "epochs to 95 % of own end", "to 95 % of VPT-deep's end"),
-        "CPU seconds to 95 %",
-    ]
-    lines = [
+    return table_of(
         [
-            dataset,
-            ARMS[name].title,
-            str(len(s["seeds"])),
-            runs.shown(s["test"], ".3f"),
-            runs.shown(s["gain"], "+.3f") if name != BASELINE else "",
-            runs.shown(s["mean val"], ".3f"),
-            runs.shown(s["converged"], ".1f"),
-            runs.shown(s["reached"], ".1f"),
-            f"{s['converged_seconds']['mean']:.0f}",
+            {
+                "task": dataset,
+                "arm": ARMS[name].title,
+                "seeds": str(len(s["seeds"])),
+                "test accuracy": runs.shown(s["test"], ".3f"),
+                "difference, seed by seed": runs.shown(s["gain"], "+.3f")
+                if name != BASELINE
+                else "",
+                "mean val accuracy": runs.shown(s["mean val"], ".3f"),
+                "epochs to 95 % of own end": runs.shown(s["converged"], ".1f"),
+                "to 95 % of VPT-deep's end": runs.shown(s["reached"], ".1f"),
+                "CPU seconds to 95 %": f"{s['converged_seconds']['mean']:.0f}",
+            }
+            for dataset, name, s in _arms(results)
         ]
-        for dataset, name, s in _arms(results)
-    ]
-    return runs.table(heading, lines)
+    )
 
 
 ENOUGH = 4  # seeds; of three, all fall on one side by chance in one case of four
@@ -230,31 +229,38 @@ def verdict(gain: dict, sign: int) -> str:
 def _verdicts(results: dict) -> str:
     lines = []
     for claim, (arm, key, sign) in CLAIMS.items():
-        gains = [arms.get(arm, {}).get(key) for arms in results.values()]
+        gains = {dataset: arms.get(arm, {}).get(key) for dataset, arms in results.items()}
         form = "+.1f" if key == "gain reached" else "+.3f"
-        said = (f"{verdict(gain, sign)} ({gain['mean']:{form}})" if gain else "" for gain in gains)
-        lines.append([claim, *said])
-    return runs.table(["claim", *results], lines)
+        said = {
+            d: f"{verdict(g, sign)} ({g['mean']:{form}})" if g else "" for d, g in gains.items()
+        }
+        lines.append({"claim": claim, **said})
+    return table_of(lines)
 
 
 def _gradient_table(results: dict) -> str:
-    heading = [
-        *("task", "arm", "swing of the norm: first third of blocks, middle, last"),
-        "gradient turns against the step before: first, middle, last",
-    ]
-    lines = []
-    for dataset, name, s in _arms(results):
-        if s["gradient"]:
-            swing, flips = (_thirds(s["gradient"][key]) for key in ("swing", "flips"))
-            shares = ", ".join(f"{v:.2f}" for v in swing), ", ".join(f"{v:.0%}" for v in flips)
-            lines.append([dataset, ARMS[name].title, *shares])
-    return runs.table(heading, lines)
+    return table_of(
+        [
+            {
+                "task": dataset,
+                "arm": ARMS[name].title,
+                "swing of the norm: first third of blocks, middle, last": _thirds(
+                    s["gradient"]["swing"], ".2f"
+                ),
+                "gradient turns against the step before: first, middle, last": _thirds(
+                    s["gradient"]["flips"], ".0%"
+                ),
+            }
+            for dataset, name, s in _arms(results)
+            if s["gradient"]
+        ]
+    )
 
 
-def _thirds(values: list[float]) -> list[float]:
+def _thirds(values: list[float], form: str) -> str:
     third = len(values) // 3
     parts = values[:third], values[third:-third], values[-third:]
-    return [statistics.mean(part) for part in parts]
+    return ", ".join(f"{statistics.mean(part):{form}}" for part in parts)
 
 
 # ---- from numbers to figures

@@ -44,6 +44,7 @@ from torch import Tensor
 import pae
 from bench import figures as style
 from bench import roofline
+from bench.table import table_of
 from pae.train.options import Options
 
 from . import loops, runs
@@ -317,7 +318,6 @@ def _table(numbers: dict) -> str:
     parts = " / ".join(PHASE_LABELS[name][0] for name in TO_TARGET)
     unit = "s, process time" if clock == "process" else "s"
     share = f"to {numbers['share']:.0%} of the final accuracy, {unit}"
-    heading = ["prompts", "loop", share, f"of it {parts}", "times pae's", "wall clock"]
     lines = []
     for tokens, group in _by_tokens(numbers).items():
         for arm, (label, _) in ARMS.items():
@@ -325,14 +325,17 @@ def _table(numbers: dict) -> str:
             totals = [race["arms"][arm]["total"] for race in group]
             of_it = " / ".join(f"{_mean(spent, clock, [name]):.1f}" for name in TO_TARGET)
             lines.append(
-                [
-                    *(str(tokens), label, f"{_mean(spent, clock, TO_TARGET):.1f}", of_it),
-                    _spread(gains(numbers, group, arm)) if arm != "pae" else "1",
-                    f"{_mean(spent, 'wall', TO_TARGET):.0f} s",
-                    f"{_mean(totals, clock, PHASES):.0f}",
-                ]
+                {
+                    "prompts": str(tokens),
+                    "loop": label,
+                    share: f"{_mean(spent, clock, TO_TARGET):.1f}",
+                    f"of it {parts}": of_it,
+                    "times pae's": _spread(gains(numbers, group, arm)) if arm != "pae" else "1",
+                    "wall clock": f"{_mean(spent, 'wall', TO_TARGET):.0f} s",
+                    f"whole run with tests, {unit}": f"{_mean(totals, clock, PHASES):.0f}",
+                }
             )
-    return runs.table([*heading, f"whole run with tests, {unit}"], lines)
+    return table_of(lines)
 
 
 def _mean(spent: list[dict], clock: str, phases: Iterable[str]) -> float:

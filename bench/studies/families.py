@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 import pae
 from bench import figures as style
 from bench.shapes import random_batch
+from bench.table import table_of
 from bench.timing import CLOCKS, interleave
 from pae.train import methods
 from pae.train.options import Options
@@ -176,19 +177,19 @@ def _table(numbers: dict) -> str:
     for family, variants in numbers["rows"].items():
         for variant, row in variants.items():
             plain = variant == "plain"
+            parts = "plain" if plain else "+ " + " + ".join(FAMILIES[family][1]).upper()
             lines.append(
-                [
-                    family if plain else "",
-                    "plain" if plain else "+ " + " + ".join(FAMILIES[family][1]).upper(),
-                    runs.shown(row["test"], ".3f"),
-                    ", ".join(f"{t:.3f}" for t in row["tests"]),
-                    f"{row['converged']:.1f}",
-                    f"{ratios[family]:.2f}x" if plain and family in ratios else "",
-                    f"{row['parameters']:,}",
-                ]
+                {
+                    "family": family if plain else "",
+                    "variant": parts,
+                    "test accuracy (95 % interval)": runs.shown(row["test"], ".3f"),
+                    "every seed": ", ".join(f"{t:.3f}" for t in row["tests"]),
+                    "epochs to 95 % of own end": f"{row['converged']:.1f}",
+                    "step time": f"{ratios[family]:.2f}x" if plain and family in ratios else "",
+                    "trained": f"{row['parameters']:,}",
+                }
             )
-    accuracy = ["test accuracy (95 % interval)", "every seed", "epochs to 95 % of own end"]
-    return runs.table(["family", "variant", *accuracy, "step time", "trained"], lines)
+    return table_of(lines)
 
 
 def _verdict(rows: dict) -> str:

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,11 +245,11 @@ def bootstrap(values: list[float], draws: int = 10000) -> tuple[float, float]:
 
 
 def interval(values: list[float]) -> dict[str, float] | None:
-    """Mean and bootstrap interval to four digits."""
+    """Mean and bootstrap interval to four digits, and of how many; None of none."""
     if not values:
         return None
-    ends = dict(zip(("mean", "low", "high"), (statistics.mean(values), *bootstrap(values))))
-    return {name: short(value) for name, value in ends.items()}
+    ends = {"mean": statistics.mean(values), **dict(zip(("low", "high"), bootstrap(values)))}
+    return {**{name: short(value) for name, value in ends.items()}, "seeds": len(values)}
 
 
 def short(value: float) -> float:
@@ -257,13 +257,9 @@ def short(value: float) -> float:
 
 
 def paired(records: list[dict], baseline: list[dict], key: str = "test") -> dict | None:
-    """Mean difference over the seeds that both have, and its interval; None if they share none."""
+    """The `interval` of the differences over the seeds that both have."""
     before = {r["seed"]: r[key] for r in baseline}
-    gains = [r[key] - before[r["seed"]] for r in records if r["seed"] in before]
-    if not gains:
-        return None
-    low, high = bootstrap(gains)
-    return {"mean": statistics.mean(gains), "low": low, "high": high, "seeds": len(gains)}
+    return interval([r[key] - before[r["seed"]] for r in records if r["seed"] in before])
 
 
 def differences(arm: dict, baseline: dict) -> list[float]:
@@ -280,12 +276,6 @@ def write_json(path: Path, value: object, indent: int | None = 1) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, indent=indent)
     write_atomically(Path(path), lambda p: p.write_text(text + "\n"))
-
-
-def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
-    lines = ["| " + " | ".join(line) + " |" for line in (heading, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(heading), *lines[1:]])
 
 
 def shown(value: Mapping[str, float] | None, form: str) -> str:
