@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
 
-from bench import timing
-from bench.runner import relative
-from pae_kernels.attention import tiles, triton
+from bench import bench_attention, timing
+from bench.bench_attention import Shape
+from pae_kernels.attention import tiles
 from pae_kernels.attention.tiles import Tile
 
 CHOICES = {
@@ -34,30 +33,17 @@ CHOICES = {
 }
 WORTH = 0.98  # a tile replaces another when it needs at most this share of its time
 
-
-class Target(NamedTuple):
-    """One entry of one table, "FORWARD", "SPLIT" or "WHOLE", and the shape it is tuned for."""
-
-    table: str
-    key: tuple
-    tokens: int
-    heads: int
-    head_width: int
-    dtype: torch.dtype
-    batch: int = 64
-    prompts: int = 50
-
-
-TARGETS = [
-    Target("FORWARD", (True, 64), 197, 12, 64, torch.bfloat16, 128),
-    Target("WHOLE", (True, 256), 197, 12, 64, torch.bfloat16, 128),
-    Target("SPLIT", (True, True, 64), 577, 12, 64, torch.bfloat16, 32),
-    Target("SPLIT", (True, True, 128), 257, 16, 80, torch.bfloat16),
-    Target("FORWARD", (True, 128), 257, 16, 80, torch.bfloat16),
-    Target("WHOLE", (True, 64), 50, 12, 64, torch.bfloat16, 128),
-    Target("FORWARD", (False, 64), 197, 12, 64, torch.float32),
-    Target("SPLIT", (True, False, 64), 197, 12, 64, torch.float32),
-]
+# table and entry (of "WHOLE" that of a large chip) -> the shape it is tuned for
+TARGETS = {
+    ("FORWARD", (True, 64)): Shape(12, 64, 197, 50, 128, "bf16"),
+    ("WHOLE", (True, 256)): Shape(12, 64, 197, 50, 128, "bf16"),
+    ("SPLIT", (True, True, 64)): Shape(12, 64, 577, 50, 32, "bf16"),
+    ("SPLIT", (True, True, 128)): Shape(16, 80, 257, 50, 64, "bf16"),
+    ("FORWARD", (True, 128)): Shape(16, 80, 257, 50, 64, "bf16"),
+    ("WHOLE", (True, 64)): Shape(12, 64, 50, 50, 128, "bf16"),
+    ("FORWARD", (False, 64)): Shape(12, 64, 197, 50, 64, "fp32"),
+    ("SPLIT", (True, False, 64)): Shape(12, 64, 197, 50, 64, "fp32"),
+}
 
 Seconds = Callable[[Tile], float]  # of a tile; infinite when it cannot run
 
@@ -80,51 +66,37 @@ def search(tile: Tile, seconds: Seconds, fixed_rows: bool, deadline: float) -> d
     return times
 
 
-def stopwatch(target: Target, device: torch.device) -> Seconds:
-    """Median time of the target's kernel with a given tile, whose values are checked first."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device).to(target.dtype)
-
-    tail = target.heads, target.head_width
-    qkv = draw(target.batch, target.tokens, 3, *tail)
-    kv = draw(1, target.prompts, 2, *tail)
-    d_out = draw(target.batch, target.tokens, target.heads * target.head_width)
-    call = qkv, kv, None, target.head_width**-0.5, False, None
-    out, lse = triton.forward(*call)
-
-    def run() -> tuple[Tensor, ...]:
-        if target.table == "FORWARD":
-            return triton.forward(*call)
-        # the two-pass tiles are tuned where the one-pass backward would be taken, too
-        whole = tiles.backward_whole if target.table == "WHOLE" else lambda *_: None
-        with mock.patch.object(tiles, "backward_whole", whole):
-            return triton.backward(d_out, *call, out, lse, True)
-
-    expected = run()
+def stopwatch(table: str, key: tuple, shape: Shape, device: torch.device) -> Seconds:
+    """Median time of the kernel with a given tile, whose values are checked first."""
+    kind = "forward" if table == "FORWARD" else "backward"
+    inputs = bench_attention.open_inputs(shape, kind, device)
+    ready = bench_attention.prepare(inputs, bench_attention.ours)
+    # the two-pass tiles are tuned where the one-pass backward would be taken, too
+    whole = tiles.backward_whole if table == "WHOLE" else lambda *_: None
 
     def seconds(tile: Tile) -> float:
-        with mock.patch.dict(getattr(tiles, target.table), {target.key: tile}):
+        with (
+            mock.patch.dict(os.environ, PAE_BACKEND="triton"),
+            mock.patch.dict(getattr(tiles, table), {key: tile}),
+            mock.patch.object(tiles, "backward_whole", whole),
+        ):
             try:
-                if not all(relative(got, want) < 1e-2 for got, want in zip(run(), expected)):
-                    return math.inf
-                replay = timing.captured(run, device)
-            except Exception:  # does not compile or does not fit: no candidate
+                ready.check()
+                replay = timing.captured(ready.work, device)
+            except Exception:  # does not compile, does not fit or is wrong: no candidate
                 return math.inf
             return statistics.median(timing.measure(replay, device).device for _ in range(25))
 
     return seconds
 
 
-def report(target: Target, shipped: Tile, times: dict[Tile, float]) -> str:
+def report(table: str, key: tuple, shape: Shape, shipped: Tile, times: dict[Tile, float]) -> str:
     """The line of the table, and what it is worth."""
     best = min(times, key=lambda tile: times[tile] * (WORTH if tile == shipped else 1))
     us = f"{1e6 * times[best]:.1f} us, shipped {1e6 * times[shipped]:.1f} us"
     return (
-        f"{target.table}: {target.key}: Tile({best.block_m}, {best.block_n}, {best.warps}, "
-        f"{best.stages}),  # {us}; {len(times)} tiles, {str(target.dtype).removeprefix('torch.')} "
-        f"N {target.tokens} H {target.heads} d {target.head_width} B {target.batch}"
+        f"{table}: {key}: Tile({best.block_m}, {best.block_n}, {best.warps}, {best.stages}),  "
+        f"# {us}; {len(times)} tiles, {shape.name}"
     )
 
 
@@ -135,21 +107,19 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
     device = torch.device("cuda", torch.cuda.current_device())
-    hopper = torch.cuda.get_device_properties(device).major >= 9
+    large = torch.cuda.get_device_properties(device).major >= 9
     print(f"tiles.py, {torch.cuda.get_device_name(device)}: what to write where", flush=True)
     end = time.monotonic() + options.seconds
-    for i, target in enumerate(TARGETS):
-        whole = target.table == "WHOLE"
-        if whole:
-            target = target._replace(key=(hopper, target.key[1]))
-        shipped = getattr(tiles, target.table).get(target.key)
+    for i, ((table, key), shape) in enumerate(TARGETS.items()):
+        key = (large, *key[1:]) if table == "WHOLE" else key
+        shipped = getattr(tiles, table).get(key)
         if shipped is None:
             continue
         share = (end - time.monotonic()) / (len(TARGETS) - i)
         with timing.one_stream(device):
-            seconds = stopwatch(target, device)
-            times = search(shipped, seconds, whole, time.monotonic() + share)
-        print(report(target, shipped, times), flush=True)
+            seconds = stopwatch(table, key, shape, device)
+            times = search(shipped, seconds, table == "WHOLE", time.monotonic() + share)
+        print(report(table, key, shape, shipped, times), flush=True)
 
 
 if __name__ == "__main__":

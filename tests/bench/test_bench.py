@@ -375,12 +375,13 @@ def test_tuning_finds_the_fastest_tile():
     fixed = tune.search(shipped, seconds, True, time.monotonic() + 60)
     assert {tile.block_m for tile in fixed} == {64}
     assert set(tune.search(shipped, seconds, False, time.monotonic())) == {shipped}
-    line = tune.report(tune.TARGETS[0], shipped, times)
+    (target, shape), *_ = tune.TARGETS.items()
+    line = tune.report(*target, shape, shipped, times)
     assert line.startswith("FORWARD: (True, 64): Tile(128, 32, 8, 3),  # 10.0 us, shipped 14.0 us")
     hardly = {shipped: 1e-5, best: 0.99e-5}  # not worth another table
-    assert "Tile(64, 64, 4, 2)" in tune.report(tune.TARGETS[0], shipped, hardly)
+    assert "Tile(64, 64, 4, 2)" in tune.report(*target, shape, shipped, hardly)
     alone = {shipped: float("inf")}
-    assert "shipped inf us" in tune.report(tune.TARGETS[0], shipped, alone)
+    assert "shipped inf us" in tune.report(*target, shape, shipped, alone)
 
 
 # ---- groups and table
