@@ -10,6 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TAIL = 6000  # characters of each stream that a failure shows
+# options of a pytest that needs neither: the second takes a second to import
+WITHOUT_PLUGINS = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 
 
 def run(

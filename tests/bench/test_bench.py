@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,16 @@ from bench.peers import kld as peers_kld  # noqa: E402
 from bench.peers import vpt as peers  # noqa: E402
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_collections():
+    """As in a session of the suite, whose rounds collect garbage."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 SETTINGS = runner.Settings("default", 1, None, None, CPU, "process")
 
 

@@ -159,7 +159,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 
 def test_a_session_with_a_bad_clock_fails_before_any_benchmark():
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-c", BREAK_THE_CLOCK, "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-c", BREAK_THE_CLOCK, "-q", *processes.WITHOUT_PLUGINS]
     command += ["bench/bench_kld.py", "--benchmark-only", "--quick", "--device=cpu"]
     run = processes.run(command, env={"OMP_NUM_THREADS": "1"}, check=False)
     said = run.stdout + run.stderr

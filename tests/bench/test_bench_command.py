@@ -68,7 +68,7 @@ def test_gpu_gate_is_clean_shell():
 
 def run_benchmarks(*arguments: str) -> str:
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", *processes.WITHOUT_PLUGINS, *arguments]
     return processes.run(command, env={"OMP_NUM_THREADS": "1"}).stdout
 
 
