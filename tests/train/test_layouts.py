@@ -105,6 +105,13 @@ def test_cuts_of_published_runs_stay_as_they_are(counts, seed, data):
             stratified_cut(labels, sizes, seed, cover=True)
 
 
+def test_room_for_one_image_of_every_class_is_enough():
+    labels = [c for c, n in enumerate([6, 5, 1, 1, 1, 1, 1, 1]) for _ in range(n)]
+    for seed in range(5):
+        train, _ = stratified_cut(labels, [8, 9], seed, cover=True)
+        assert [labels[i] for i in train] == list(range(8))
+
+
 def test_a_cut_reads_each_label_once():
     """Linear in the images, whatever the number of classes."""
 
@@ -131,6 +138,8 @@ def test_long_tailed_classes_stay_in_training(tmp_path):
         assert any(f"{len(lacking)} of 3 classes" in line and "'single'" in line for line in said)
     task, _ = read(tmp_path, train_size=4, val_size=30)
     assert set(task.train.labels) == {0, 1, 2} and task.sizes()["val"] == 30
+    fill(tmp_path / "rare", train={"common": 2, **dict.fromkeys("abcdefgh", 1)})
+    assert read(tmp_path / "rare")[0].sizes() == {"train": 9, "val": 1, "test": 0}
 
 
 def test_sizes_that_cannot_be_had_name_the_option(tmp_path):
@@ -416,16 +425,6 @@ def test_empty_and_odd_files_are_named(tmp_path):
     assert "a file; unpack it" in refusal(tmp_path / "train" / "a" / "0.png")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_folders_without_permission_are_named(tmp_path):
-    fill(tmp_path, train={"a": 3, "b": 3})
-    (tmp_path / "train" / "b").chmod(0)
-    try:
-        assert "train/b: cannot be read" in refusal(tmp_path)
-    finally:
-        (tmp_path / "train" / "b").chmod(0o755)
-
-
 def test_unreadable_folders_are_named(tmp_path, monkeypatch):
     fill(tmp_path, train={"a": 3, "b": 3})
     scandir = os.scandir
@@ -541,7 +540,6 @@ def test_list_files_from_elsewhere(tmp_path):
         ("images/0.png \u00b2", "expected 'path label'"),
         ("3", "expected 'path label'"),
         ("images/0.png " + "9" * 5000, "label 999"),
-        ("images/0.png 1" + "0" * 16, "label 10000000000000000 among 3 different ones"),
         ("images/0.png 60000000", "label 60000000 among 3 different ones"),
         ("images/0.png 1000", "without large gaps"),
         ("images/gone.png 1", "lists a file that is absent"),
