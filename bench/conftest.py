@@ -6,20 +6,20 @@ import gc
 import importlib.metadata
 import os
 import platform
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils import collect_env
 
 from . import clock, roofline, table
-from .results import Row, Run, by_group
-from .runner import Group, Outcome, Settings, run_group
+from .results import DESCRIBED, Row, Run
+from .runner import Group, Settings, run_group
 from .timing import CLOCKS
 
 CLOCK_FAILED = 6  # exit code of a session whose clock is wrong; pytest's own end at 5
@@ -27,22 +27,13 @@ CLOCK_FAILED = 6  # exit code of a session whose clock is wrong; pytest's own en
 
 @dataclass
 class State:
-    """What this session runs, and what came of it: outcomes by group and provider."""
+    """What this session runs, and what came of it: rows by group and provider."""
 
     settings: Settings
     started: float = field(default_factory=time.monotonic)
     clock_test: dict[str, float] | None = None
     groups: dict[str, Group] = field(default_factory=dict)
-    outcomes: dict[str, dict[str, Outcome]] = field(default_factory=dict)
-
-    def rows(self) -> list[Row]:
-        on = self.settings.clock
-        return [
-            Row(name, provider, o.seconds(on), o.why_no_time(), on, g.unit, g.baselines, o.columns)
-            for name, outcomes in self.outcomes.items()
-            for g in [self.groups[name]]
-            for provider, o in outcomes.items()
-        ]
+    rows: dict[str, dict[str, Row]] = field(default_factory=dict)
 
     def left_out(self) -> dict[str, str]:
         return {g.name: g.left_out for g in self.groups.values() if g.left_out}
@@ -118,41 +109,34 @@ def replay(request, group: str, provider: str) -> Callable:
     """
     state = request.config.stash[STATE]
     settings = state.settings
-    if group not in state.outcomes:
+    if group not in state.rows:
         params = [getattr(item, "callspec", None) for item in request.session.items]
         names = {c.params["provider"] for c in params if c and c.params.get("group") == group}
         limit = request.config.getoption("--seconds")
         if limit is not None and time.monotonic() - state.started > limit:
             reason = f"no time left: {limit:.0f} seconds had passed"
-            state.outcomes[group] = {name: Outcome(reason=reason) for name in names}
+            state.rows[group] = {name: Row(group, name, reason=reason) for name in names}
         else:
-            state.outcomes[group] = run_group(state.groups[group], names, settings)
-    outcome = state.outcomes[group][provider]
+            state.rows[group] = run_group(state.groups[group], names, settings)
+    row = state.rows[group][provider]
 
     def record(benchmark) -> None:
-        if outcome.reason:
-            pytest.skip(outcome.reason)
-        if outcome.error is not None:
-            raise outcome.error
+        if row.error is not None:
+            raise row.error
+        if row.reason:
+            pytest.skip(row.reason)
         benchmark.group = group
-        benchmark.extra_info = {
-            "provider": provider,
-            "clock": settings.clock,
-            "unit": state.groups[group].unit,
-            "baselines": list(state.groups[group].baselines),
-            "columns": outcome.columns,
-            "wall_seconds": outcome.seconds("wall"),
-            "process_seconds": outcome.seconds("process"),
-        }
+        benchmark.extra_info = {name: getattr(row, name) for name in DESCRIBED}
+        benchmark.extra_info |= {f"{name}_seconds": row.read(name) for name in CLOCKS[1:]}
         if settings.size == "smoke":
             benchmark.pedantic(lambda: None)
         else:
-            _show(benchmark, outcome.seconds(settings.clock), f"{settings.clock} time")
+            _show(benchmark, row.seconds, f"{settings.clock} time")
 
     return record
 
 
-def _show(benchmark, seconds: list[float], name: str) -> None:
+def _show(benchmark, seconds: Sequence[float], name: str) -> None:
     """Make `seconds` the rounds of `benchmark`: its timer moves on by one of them in each."""
     now, left = 0.0, iter(seconds)
 
@@ -175,7 +159,8 @@ def _machine(config) -> dict[str, Any]:
     device = {"device": roofline.device_name(settings.device)}
     if settings.on_gpu:
         cuda, cudnn = torch.version.cuda, torch.backends.cudnn.version()
-        device |= {"driver": _driver(), "CUDA": cuda, "cuDNN": cudnn}
+        driver = collect_env.get_nvidia_driver_version(collect_env.run) or "unknown"
+        device |= {"driver": driver, "CUDA": cuda, "cuDNN": cudnn}
     else:
         device["device"] += f" ({torch.backends.cpu.get_cpu_capability()})"
     tested = {"clock test": clock.summary(state.clock_test)} if state.clock_test else {}
@@ -196,20 +181,9 @@ def _machine(config) -> dict[str, Any]:
     }
 
 
-def _driver() -> str:
-    """Version of the GPU's driver, as its own tool gives it."""
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout.split()[0]
-    except (OSError, subprocess.TimeoutExpired, IndexError):
-        return "unknown"
-
-
 def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+    found = importlib.metadata.distributions(name=package)
+    return next((distribution.version for distribution in found), "none")
 
 
 def _commit() -> str:
@@ -236,7 +210,8 @@ def pytest_benchmark_update_json(config, output_json):
     state = config.stash[STATE]
     reasons = [
         {"group": row.group, "provider": row.provider, "reason": row.reason}
-        for row in state.rows()
+        for rows in state.rows.values()
+        for row in rows.values()
         if row.reason
     ]
     output_json["left_out"] = {"groups": state.left_out(), "providers": reasons}
@@ -244,8 +219,9 @@ def pytest_benchmark_update_json(config, output_json):
 
 def pytest_terminal_summary(terminalreporter, config):
     state = config.stash.get(STATE, None)
-    if state is None or state.settings.size == "smoke" or not state.outcomes:
+    if state is None or state.settings.size == "smoke" or not state.rows:
         return
-    run = Run("", "", _machine(config), by_group(state.rows()), state.left_out())
+    groups = {name: list(rows.values()) for name, rows in state.rows.items()}
+    run = Run("", "", _machine(config), groups, state.left_out())
     terminalreporter.section("pae benchmarks")
     terminalreporter.write_line(table.render(run))

@@ -10,9 +10,12 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .timing import Sample
 
 CANONICAL = "cpu.json"
 DESCRIBED = ("provider", "clock", "unit", "baselines", "columns")  # what a file says of a row
@@ -21,7 +24,11 @@ OURS = ("pae", "reference", "Triton", "CUDA")  # how names of this library's ver
 
 @dataclass
 class Row:
-    """One provider of one group; `seconds` is empty when it was left out for `reason`."""
+    """One provider of one group; `seconds` is empty when it was left out for `reason`.
+
+    In the session that measures also what they come from: `samples` of `units` each, or the `error`
+    that is the reason.
+    """
 
     group: str
     provider: str
@@ -31,6 +38,13 @@ class Row:
     unit: str = ""
     baselines: Sequence[str] = ()
     columns: dict[str, float] = field(default_factory=dict)
+    samples: Sequence[Sample] = ()
+    units: int = 1
+    error: Exception | None = None
+
+    def read(self, clock: str) -> list[float]:
+        """Seconds of one unit by that clock, round by round."""
+        return [sample.seconds(clock) / self.units for sample in self.samples]
 
     @property
     def median(self) -> float:
@@ -80,9 +94,11 @@ class Run:
             )
             for row in read["benchmarks"]
         ]
-        rows += [Row(**entry) for entry in read["left_out"]["providers"]]
+        groups: dict[str, list[Row]] = {}
+        for row in [*rows, *(Row(**entry) for entry in read["left_out"]["providers"])]:
+            groups.setdefault(row.group, []).append(row)
         machine, left_out = read["machine_info"]["summary"], read["left_out"]["groups"]
-        return cls(name, read.get("datetime", ""), machine, by_group(rows), left_out)
+        return cls(name, read.get("datetime", ""), machine, groups, left_out)
 
     @property
     def device(self) -> str:
@@ -109,13 +125,6 @@ class Run:
             for name, rows in self.groups.items()
             if name.startswith(prefixes) and measured(rows)
         }
-
-
-def by_group(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.group, []).append(row)
-    return groups
 
 
 def runs(numbers: dict[str, dict]) -> list[Run]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import roofline
 from .memory import peak_bytes
-from .timing import Sample, captured, interleave, one_stream
+from .results import Row
+from .timing import captured, interleave, one_stream
 
 
 @dataclass(frozen=True)
@@ -123,72 +124,63 @@ class Group:
     left_out: str = ""
 
 
-@dataclass
-class Outcome:
-    """What became of one provider: samples, or the reason why there are none."""
-
-    samples: list[Sample] = field(default_factory=list)
-    columns: dict[str, float] = field(default_factory=dict)
-    units: int = 1
-    reason: str = ""
-    error: Exception | None = None
-
-    def seconds(self, clock: str) -> list[float]:
-        """Of one unit, round by round."""
-        return [sample.seconds(clock) / self.units for sample in self.samples]
-
-    def why_no_time(self) -> str:
-        return self.reason or (f"failed: {self.error}" if self.error else "")
-
-
-def run_group(group: Group, names: set[str], settings: Settings) -> dict[str, Outcome]:
-    """Check the providers in `names`, then time them in turns."""
-    outcomes = {p.name: Outcome(reason=p.left_out) for p in group.providers if p.name in names}
+def run_group(group: Group, names: set[str], settings: Settings) -> dict[str, Row]:
+    """Check the providers in `names`, then time them in turns; their rows by name."""
+    about = {"clock": settings.clock, "unit": group.unit, "baselines": group.baselines}
+    rows = {
+        p.name: Row(group.name, p.name, reason=p.left_out, **about)
+        for p in group.providers
+        if p.name in names
+    }
     with one_stream(settings.device):
-        _fill(outcomes, group, settings)
+        _fill(rows, group, settings)
     gc.collect()
     if settings.device.type == "cuda":
         torch.cuda.empty_cache()
-    return outcomes
+    return rows
 
 
-def _fill(outcomes: dict[str, Outcome], group: Group, settings: Settings) -> None:
-    running = {name: outcome for name, outcome in outcomes.items() if not outcome.reason}
+def _fill(rows: dict[str, Row], group: Group, settings: Settings) -> None:
     rounds = 1 if settings.size == "smoke" else settings.rounds or group.rounds
+    works: dict[str, Callable[[], object]] = {}
+    running = [p for p in group.providers if p.name in rows and not p.left_out]
     try:
-        shared, works = group.open(), {}
-        for provider in group.providers:
-            if provider.name in running:
-                work = _start(provider, shared, running[provider.name], settings)
-                if work is None:
-                    del running[provider.name]
-                else:
-                    works[provider.name] = work
+        shared = group.open()
+        for provider in running:
+            work = _start(provider, shared, rows[provider.name], settings)
+            if work is not None:
+                works[provider.name] = work
         for name, samples in interleave(works, rounds, settings.device).items():
-            outcomes[name].samples = samples
+            rows[name].samples = samples
+            rows[name].seconds = rows[name].read(settings.clock)
     except Exception as error:  # no round is whole without everybody: nobody gets a time
-        for outcome in running.values():
-            outcome.error = error
+        for provider in running:
+            if not rows[provider.name].reason:
+                _fail(rows[provider.name], error)
+
+
+def _fail(row: Row, error: Exception) -> None:
+    row.error, row.reason = error, f"failed: {error}"
 
 
 def _start(
-    provider: Provider, shared: object, outcome: Outcome, settings: Settings
+    provider: Provider, shared: object, row: Row, settings: Settings
 ) -> Callable[[], object] | None:
-    """What is timed of a provider whose values are right; None, and why in `outcome`, else."""
+    """What is timed of a provider whose values are right; None, and why in `row`, else."""
     try:
         runnable = provider.start(shared)
-        outcome.columns, outcome.units = runnable.check(), runnable.units
+        row.columns, row.units = runnable.check(), runnable.units
         if settings.size != "smoke":
-            outcome.columns = {**outcome.columns, **_measured(runnable, outcome.columns, settings)}
+            row.columns = {**row.columns, **_measured(runnable, row.columns, settings)}
         if runnable.capture and settings.device.type == "cuda":
             return captured(runnable.work, settings.device)
         return runnable.work
     except Unavailable as reason:
-        outcome.reason = str(reason)
+        row.reason = str(reason)
     except torch.OutOfMemoryError:
-        outcome.reason = "does not fit into the device's memory"
+        row.reason = "does not fit into the device's memory"
     except Exception as error:  # the row fails with it; the others are still timed
-        outcome.error = error
+        _fail(row, error)
     return None
 
 
