@@ -10,7 +10,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def _read_zip(path: Path, values: bool) -> Mapping[str, Any]:
         # torch itself does not look at the checksums; it can also be told to write none, all 0
         checked = values and any(member.CRC for member in members)
         if checked and (damaged := archive.testzip()):
-            raise CheckpointError(f"weights {path}: damaged, the checksum of {damaged} is wrong")
+            raise CheckpointError(f"weights {path}: damaged, the checksum of {damaged!r} is wrong")
         if not pickled and not values:
             return {name.removesuffix(".npy"): _outline(archive, name) for name in names}
     if pickled:
@@ -162,7 +162,7 @@ def _read_torch(path: Path, in_place: bool) -> Mapping[str, Any]:
     if strange:
         raise CheckpointError(
             f"weights {path}: it holds objects besides tensors, whose code would have to run: "
-            f"{', '.join(strange[:3])}; save its state dict alone"
+            f"{listed(sorted(strange), 3)}; save its state dict alone"
         )
     if not isinstance(content, Mapping):
         raise CheckpointError(
@@ -216,5 +216,13 @@ def _decoded(content: Any) -> Any:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of what `error` says; its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def listed(names: Iterable[object], most: int) -> str:
+    """The first names, on one line also if the file is damaged, and how many more there are."""
+    shown = [str(name) if str(name).isprintable() else repr(str(name)) for name in names]
+    rest = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + rest

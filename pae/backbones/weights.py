@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..foreign import as_tensor, first_line, read_weights_file
+from ..foreign import as_tensor, first_line, listed, read_weights_file
 
+_MOST = 4  # names in a message
 # Keys under which files keep state dicts, those to be preferred first: averages of the weights,
 # which their authors evaluate, before the weights that were being trained.
 _CONTAINERS = (
@@ -35,11 +36,13 @@ _PREFIX_PARTS = {
     *("image_encoder", "vision_encoder", "vision_model", "vision_tower", "net", "network", "vit"),
     *("deit", "dinov2", "dino", "ema_model", "online_model", "online_encoder", "target_encoder"),
     *("encoder_q", "encoder_k", "feature_extractor", "base_model", "transformer", "enc", "ema"),
+    *("momentum_backbone", "backbone_momentum", "visual_encoder_m", "timm_model", "model_ema"),
+    *("teacher_model", "student_model"),
 }
 # Of two copies of the network in one file, the one that is not taken.
 _SECOND = {
     *("student", "student_backbone", "momentum_encoder", "online_model", "target_encoder"),
-    "encoder_k",
+    *("encoder_k", "momentum_backbone", "backbone_momentum", "visual_encoder_m", "student_model"),
 }
 # What wrappers of modules put between the parts of a name.
 _WRAPPERS = re.compile(
@@ -47,11 +50,11 @@ _WRAPPERS = re.compile(
 )
 # Heads, projectors, decoders, text towers and what losses and averages keep: no part of a backbone.
 _BESIDE_BACKBONE = re.compile(
-    r"(head|heads|\w+_head|head_dist|fc|classifier|linear_classifier|pre_logits|pooler|proj"
-    r"|projectors?|projection\w*|predictors?|prototypes?|decoder\w*|mask_token|masked_embed"
-    r"|text\w*|token_embedding|positional_embedding|ln_final|logit_scale|logit_bias|attn_mask"
-    r"|visual_projection|transformer|embeddings\.position_ids|queue\w*|center|n_averaged|initted|step"
-    r"|criterion|loss\w*|\w+_loss|metrics?|\w+_acc\w*)(\.|$)"
+    r"((\w+_)?(head|heads|proj|projectors?|predictors?|loss|acc|queue)|head_dist|attn_pool|fc"
+    r"|classifier|\w+_classifier|pre_logits|pooler|projection\w*|prototypes?|decoder\w*|mask_token"
+    r"|masked_embed|text\w*|token_embedding|positional_embedding|ln_final|logit_scale|logit_bias"
+    r"|attn_mask|visual_projection|transformer|embeddings\.position_ids|queue\w*|center|n_averaged"
+    r"|initted|step|criterion|loss\w*|metrics?|\w+_acc\w*|temp)(\.|$)"
 )
 # And buffers of whole numbers.
 _NO_WEIGHT = re.compile(
@@ -150,7 +153,7 @@ class _Candidate:
         inside, outside: its tensors with the prefix, without it; and the others.
         state: `inside` under timm's names.
         layout: whose names `inside` has.
-        positions: rows of its position embedding; 0 if it has none under a known name.
+        shapes: of `state` before timm's converter.
         error: why there is no `state`.
     """
 
@@ -160,7 +163,7 @@ class _Candidate:
     outside: dict[str, Tensor]
     state: dict[str, Tensor] = field(default_factory=dict)
     layout: str = "timm"
-    positions: int = 0
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
     error: str | None = None
 
     def rank(self) -> tuple[int, int, int]:
@@ -184,7 +187,7 @@ def _load_tables(
         ]
     if not candidates:
         raise CheckpointError(
-            f"weights {name}: expected a state dict, it holds {_listed(list(content)) or 'nothing'}"
+            f"weights {name}: expected a state dict, it holds {listed(content, _MOST) or 'nothing'}"
         )
 
     def covered(candidate: _Candidate) -> int:
@@ -253,11 +256,7 @@ def _candidate(
     state = inside if values else {key: value.to("meta") for key, value in inside.items()}
     if translated := _translated(state):
         candidate.layout, state = "others", translated
-    positions = state.get("pos_embed", state.get("visual.positional_embedding"))
-    if (
-        positions is not None and positions.dim() > 1
-    ):  # timm cuts the class token's beside registers
-        candidate.positions = positions.shape[-2] - ("register_tokens" in state)
+    candidate.shapes = {key: value.shape for key, value in state.items()}
     candidate.error = _other_patches(model, state)
     convert = _timm_converter(model)
     if candidate.error or convert is None:
@@ -347,8 +346,9 @@ def _refuse_misfits(
         ),
         ("wrong type", [f"{k} is {v.dtype}" for k, v in given.items() if not _fits(v, own.get(k))]),
     )
+    of = {"missing": f" of {len(needed)}"}
     said = [
-        f"{what} {len(keys)}{f' of {len(needed)}' if what == 'missing' else ''}: {_listed(keys)}"
+        f"{what} {len(keys)}{of.get(what, '')}: {listed(keys, _MOST)}"
         for what, keys in problems
         if keys
     ]
@@ -359,9 +359,21 @@ def _refuse_misfits(
 def _remarks(model: nn.Module, chosen: _Candidate) -> list[str]:
     """What was changed on the way into the model, or cannot be known from the file."""
     remarks = []
+    shapes = chosen.shapes
     own = getattr(model, "pos_embed", None)
-    if chosen.positions and isinstance(own, Tensor) and chosen.positions != own.shape[-2]:
-        remarks.append(f"pos_embed resampled from {chosen.positions} to {own.shape[-2]} positions")
+    given = shapes.get("pos_embed", shapes.get("visual.positional_embedding"))
+    if given is not None and isinstance(own, Tensor):
+        # beside registers timm adds the class token's position to the class token
+        rows = given[-2] - ("register_tokens" in shapes)
+        if rows != own.shape[-2]:
+            remarks.append(f"pos_embed resampled from {rows} to {own.shape[-2]} positions")
+    resized = [
+        f"{key} from {tuple(shapes[key])} to {tuple(tensor.shape)}"
+        for key, tensor in chosen.state.items()
+        if key != "pos_embed" and key in shapes and shapes[key].numel() != tensor.numel()
+    ]
+    if resized:
+        remarks.append(f"resampled {listed(resized, 1)}")
     if chosen.inside.keys() & {"visual.class_embedding", "embeddings.class_embedding"}:
         has = "has it" if "quickgelu" in _called(model) else "has not"
         remarks.append(f"CLIP of OpenAI has QuickGELU, which no file tells; {_called(model)} {has}")
@@ -373,7 +385,7 @@ def _fill(name: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
     cast = {key: value.to(own[key].dtype) for key, value in state.items()}
     bad = [key for key, value in cast.items() if not torch.isfinite(value).all()]
     if bad:
-        raise CheckpointError(f"weights {name}: NaN or infinite values in {_listed(bad)}")
+        raise CheckpointError(f"weights {name}: NaN or infinite values in {listed(bad, _MOST)}")
     with torch.no_grad():
         for key, value in cast.items():
             own[key].copy_(value)
@@ -495,7 +507,7 @@ def _load_jax(
         bad = [key for key in needed if not torch.isfinite(own[key]).all()]
         if bad:
             raise CheckpointError(
-                f"weights {name}: nothing in them, or NaN or infinite values, for {_listed(bad)}"
+                f"weights {name}: nothing, or NaN or infinite values, for {listed(bad, _MOST)}"
             )
     remarks = []
     rows = next(found[key].shape[1] for key in expected if key.endswith("pos_embedding"))
@@ -568,8 +580,3 @@ def _fits(found: Tensor, own: Tensor | None) -> bool:
     if found.layout != torch.strided or found.is_quantized:
         return False
     return found.is_floating_point() or (own is not None and found.dtype == own.dtype)
-
-
-def _listed(names: list[Any], most: int = 4) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + rest

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..foreign import as_tensor, read_weights_file
+from ..foreign import as_tensor, listed, read_weights_file
 from ..kld import KLD
 from ..model import PromptedViT
 from ..prompts import (
@@ -34,6 +34,7 @@ _ALONE = {"shallow_prompt": "prompt_embeddings", "deep_prompt": "deep_prompt_emb
 # a map of PAE back to the width of the prompts, which enters no loss and no logit
 _UNUSED = re.compile(r"^koopman_out\.")
 _KLD = re.compile(r"^(koopman_in\.weight|[kl]_(global|layers(\.\d+)?))$")
+_MOST = 12  # names in a message
 # how far a weight may be from the model's and still be the same one, rounded
 _SAME = 1e-2
 
@@ -144,7 +145,7 @@ def load_official(
                 differing.append(f"{key} ({size:.1e})")
 
     problems = [
-        f"{what}: {_listed(names)}"
+        f"{what}: {listed(names, _MOST)}"
         for what, names in (
             ("missing", missing),
             ("unknown", unknown),
@@ -159,7 +160,7 @@ def load_official(
     if differing:
         raise CheckpointError(
             "state_dict was trained on another backbone, relative differences: "
-            f"{_listed(differing)}"
+            f"{listed(differing, _MOST)}"
         )
     for part in targets.values():
         for name, target in part.items():
@@ -342,8 +343,3 @@ def _difference(tensor: Tensor, target: Tensor) -> float:
     """Norm of the difference, relative to the norm of `target`; tiny ones count as equal."""
     a, b = tensor.to(target.device).double().flatten(), target.double().flatten()
     return ((a - b).norm() / (b.norm() + 1e-6)).item()
-
-
-def _listed(names: list[str], most: int = 12) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
