@@ -537,10 +537,15 @@ def _stays_inside(name: str) -> bool:
 def _wheel(path: Path) -> Iterator[tuple[str, bytes | None]]:
     """(name, content) of every file; None for what is no file."""
     with zipfile.ZipFile(path) as archive:
+        # zipfile reads as many entries as it finds; how many there are is written at the end
+        end = path.read_bytes()[-12 - len(archive.comment) :]
+        if int.from_bytes(end[:2], "little") != len(archive.infolist()):
+            raise zipfile.BadZipFile("entries are missing")
         for member in archive.infolist():
+            data = archive.read(member)  # of folders too, for it compares names
             kind = stat.S_IFMT(member.external_attr >> 16)
             if not member.is_dir():
-                yield member.filename, archive.read(member) if kind in (0, stat.S_IFREG) else None
+                yield member.filename, data if kind in (0, stat.S_IFREG) else None
 
 
 def _tar(path: Path) -> Iterator[tuple[str, bytes | None]]:

