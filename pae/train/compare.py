@@ -88,8 +88,8 @@ def compare(
                 folder.config.unlink(missing_ok=True)  # nothing began: nothing to go on with
             raise
         if main:
-            folder.write_comparison(results)
             reporter.curves(folder.curves, curves)
+            folder.write_comparison(results)  # last: it marks the comparison as finished
     return results
 
 

@@ -542,8 +542,8 @@ class _Run:
             "seconds": round(self._elapsed(), 3),
         }
         if self.main:
-            self.folder.write_metrics(self.rows, result)
             self.reporter.curves(self.folder.curves, {self.name: self.rows})
+            self.folder.write_metrics(self.rows, result)  # last: it marks the run as finished
         self.accelerator.wait_for_everyone()
         return result
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 # timm's smallest vision transformer, on random weights: 6 blocks of width 64, 5 tokens at 32 px
 BACKBONE = {"model": "test_vit", "pretrained": False, "img_size": 32}
@@ -22,3 +26,25 @@ def save_shades(root, train=12, test=5, size=(36, 40)):
                 noisy = np.clip(rng.normal(level, 50, (*size, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(noisy).save(folder / f"{i:02d}.png")
     return root
+
+
+def numbers(folder):
+    """All measured numbers of a run, times apart, and the tensors it left behind."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in metrics["epochs"]]
+    result = {k: v for k, v in metrics["result"].items() if k != "seconds"}
+    tensors = {
+        f"{file}/{name}": tensor
+        for file in ("best", "last")
+        for name, tensor in load_file(folder / f"{file}.safetensors").items()
+    }
+    return rows, result, tensors
+
+
+def assert_same_run(left, right):
+    (rows, result, tensors), (other_rows, other_result, other_tensors) = map(numbers, (left, right))
+    assert rows == other_rows
+    assert result == other_result
+    assert tensors.keys() == other_tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, other_tensors[name]), name

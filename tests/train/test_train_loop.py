@@ -12,7 +12,6 @@ import sys
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
 
 import pae
 from pae.train import loop, methods, pixels
@@ -22,7 +21,14 @@ from pae.train.options import Options
 from pae.train.report import Reporter
 from pae.train.runfolder import RunFolder
 from tests import processes
-from tests.train.helpers import BACKBONE, BACKBONE_FLAGS, CPU_FLAGS, save_shades
+from tests.train.helpers import (
+    BACKBONE,
+    BACKBONE_FLAGS,
+    CPU_FLAGS,
+    assert_same_run,
+    numbers,
+    save_shades,
+)
 
 RECIPE = {"method": "vpt-deep", "epochs": 3, "batch_size": 8, "lr": 0.01, "num_tokens": 2}
 PAE = {"kld": True, "kld_dim": 8, "mpa": True, "mpa_window": 8, "mpa_images": 6}
@@ -46,28 +52,6 @@ def run(shades, folder, resume=None, **changes):
     return loop.train(
         chosen, task, RunFolder(folder), accelerator, Reporter(quiet=True), resume=resume
     )
-
-
-def numbers(folder):
-    """All measured numbers of a run, times apart, and the tensors it left behind."""
-    metrics = json.loads((folder / "metrics.json").read_text())
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in metrics["epochs"]]
-    result = {k: v for k, v in metrics["result"].items() if k != "seconds"}
-    tensors = {
-        f"{file}/{name}": tensor
-        for file in ("best", "last")
-        for name, tensor in load_file(folder / f"{file}.safetensors").items()
-    }
-    return rows, result, tensors
-
-
-def assert_same_run(left, right):
-    (rows, result, tensors), (other_rows, other_result, other_tensors) = map(numbers, (left, right))
-    assert rows == other_rows
-    assert result == other_result
-    assert tensors.keys() == other_tensors.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor, other_tensors[name]), name
 
 
 # ---- learning
