@@ -244,7 +244,11 @@ def _run(
         methods.rehearse(each, given)
     accelerator = loop.make_accelerator(options)
     reporter = Reporter(accelerator.is_main_process, launch.quiet)
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+    with (
+        warnings.catch_warnings(),
+        loop.handled(loop.interrupt),
+        contextlib.ExitStack() as stack,
+    ):
         # a warning is for the reader of the terminal: the text, not the line of our code
         warnings.showwarning = lambda message, *_, **__: reporter.say(f"warning: {message}")
         # PIL's do not name their file; `images.survey` says what they are about, and names it

@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -196,7 +197,7 @@ class _Run:
         options, reporter = self.options, self.reporter
         total = options.epochs * math.ceil(len(self.train_data) / options.batch_size)
         with (
-            self.signals,
+            handled(self.signals.note),
             reporter.progress(f"{self.name}: starting", total, self.updates) as advance,
         ):
             while self.epoch < options.epochs:
@@ -223,7 +224,10 @@ class _Run:
                     f"  loss {row['train_loss']:.4f}  train {row['train_accuracy']:.3f}"
                     f"  val {row['val_accuracy']:.3f}  {row['seconds']:.1f} s"
                 )
-        return self._finish()
+        try:
+            return self._finish()
+        except _Asked:  # all there is to save is saved
+            raise Interrupted from None
 
     def _data(self, task: Task) -> list[Any]:
         """Pipelines of the three splits; for a linear probe, of their features."""
@@ -556,7 +560,7 @@ class _Run:
         sums = self._no_sums()
         for inputs, labels in data.batches(index_lists):
             if self.signals.seen and self.accelerator.num_processes == 1:
-                raise _Asked
+                raise _Asked  # it may take long, and whoever asked may not wait
             logits = self._evaluation_model()(inputs, engine=self.options.engine)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
@@ -668,29 +672,37 @@ class FeatureData:
             yield self.features[indices], self.labels[indices]
 
 
-class _Signals:
-    """Whether one of `SIGNALS` arrived since it was entered; a second SIGINT interrupts at once.
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Has `SIGNALS` handled by `handler` inside a block, in the main thread.
 
     A signal that is ignored on entry stays so: under nohup a run outlives its terminal.
     """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name, None) for name in SIGNALS):
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
-    seen = False
 
-    def __enter__(self) -> _Signals:
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A handler that makes any signal a Ctrl-C: where nothing is to be saved yet, or any more."""
+    raise KeyboardInterrupt
+
+
+class _Signals:
+    """Whether one of `SIGNALS` arrived; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
         self.seen = False
-        self.before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (getattr(signal, name, None) for name in SIGNALS):
-                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self._note)
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.seen = False
-
-    def _note(self, number: int, frame: object) -> None:
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
         if self.seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.seen = True

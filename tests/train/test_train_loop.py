@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import sys
+import threading
+from functools import partial
 
 import pytest
 import timm
@@ -159,9 +161,100 @@ def test_regulariser_gradients_are_clipped_every_step(shades, tmp_path, monkeypa
 
 def test_loss_that_is_not_finite_stops_the_run(shades, tmp_path):
     with pytest.raises(
-        ArithmeticError, match=r"training loss of epoch \d is (nan|inf) in step \d.*--lr"
+        ArithmeticError, match=r"training loss of epoch \d is (nan|inf) in step.*--lr"
     ):
         run(shades, tmp_path, method="vpt-deep", lr=1e30, optimizer="sgd")
+
+
+@pytest.mark.parametrize(
+    "updates, message",
+    [
+        (5, r"training loss of epoch 2 is nan in step 2 of the epoch; try a lower --lr than 0\.01"),
+        (8, r"validation loss of epoch 2 is nan; try a lower --lr than 0\.01"),
+    ],
+)
+def test_run_stops_at_the_first_number_that_is_none(
+    shades, tmp_path, monkeypatch, updates, message
+):
+    original, done = loop._Run._after_step, []
+
+    def hook(self):
+        original(self)
+        done.append(self.updates)
+        if self.updates == updates:
+            with torch.no_grad():
+                self.module.prompts.tokens.fill_(float("nan"))
+
+    monkeypatch.setattr(loop._Run, "_after_step", hook)
+    with pytest.raises(ArithmeticError, match=message + rf"; {tmp_path} keeps epoch 1$"):
+        run(shades, tmp_path)
+    assert done[-1] <= updates + 1  # no step after the one that showed it
+    assert RunFolder(tmp_path).read_state()["epoch"] == 1
+    assert len(RunFolder(tmp_path).rows()) == 1
+    assert "NaN" not in (tmp_path / "metrics.json").read_text()
+
+
+def test_penalty_that_is_not_finite_is_named(shades, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        pae.PromptedViT, "penalty", lambda self: self.prompts.tokens.sum() * float("inf")
+    )
+    with pytest.raises(ArithmeticError, match=r"penalty beside .* epoch 1 is -?inf in step 1 of"):
+        run(shades, tmp_path)
+
+
+class OnGPU:
+    """Stands for an accelerator with a GPU: what matters is how often it is waited for."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, processes=1, others=(0.0, 0.0)):
+        self.num_processes, self.others = processes, torch.tensor(others)
+
+    def reduce(self, flags, how):
+        return flags + self.others
+
+
+def looking(accelerator, updates=0, step=0, signal_seen=False):
+    """A run between two steps, with nothing but what `_look` asks for."""
+    run = object.__new__(loop._Run)
+    run.accelerator, run.updates, run.step, run.epoch = accelerator, updates, step, 1
+    run.losses, run.signals = [], loop._Signals()
+    run.signals.seen = signal_seen
+    run.options = Options(lr=0.5, amp="fp16")
+    run.folder = RunFolder("somewhere")
+    return run
+
+
+def test_gpu_is_asked_now_and_then_and_the_step_is_named(monkeypatch):
+    asked = []
+    original = loop._Run._not_finite
+    monkeypatch.setattr(
+        loop._Run, "_not_finite", lambda s: (asked.append(s.updates), original(s))[1]
+    )
+    run, fine, zero = looking(OnGPU()), torch.tensor(1.0), torch.tensor(0.0)
+    for _ in range(40):
+        run.step, run.updates = run.step + 1, run.updates + 1
+        run.losses.append((torch.tensor(float("nan")) if run.step in (37, 38) else fine, zero))
+        run._look(at_once=False)
+    assert asked == [16, 32]
+    with pytest.raises(ArithmeticError, match=r"epoch 2 is nan in step 37 .*--amp bf16 or no; som"):
+        run._look(at_once=True)
+    run = looking(OnGPU(), updates=3, signal_seen=True)
+    with pytest.raises(loop._Asked):  # a signal alone costs no waiting
+        run._look(at_once=False)
+
+
+def test_all_processes_stop_alike(monkeypatch):
+    monkeypatch.setattr(torch, "tensor", partial(_on_cpu, torch.tensor))
+    for others, error in (((1.0, 0.0), loop._Asked), ((0.0, 1.0), ArithmeticError)):
+        looking(OnGPU(2, others), updates=3)._look(at_once=False)
+        with pytest.raises(error):
+            looking(OnGPU(2, others), updates=16)._look(at_once=False)
+    looking(OnGPU(2), updates=16)._look(at_once=False)
+
+
+def _on_cpu(tensor, values, device=None):
+    return tensor(values)
 
 
 def test_unknown_optimizer_is_named(shades, tmp_path):
@@ -298,23 +391,89 @@ def _one_thread(command, **options):
     return processes.run(command, env={"OMP_NUM_THREADS": str(torch.get_num_threads())}, **options)
 
 
-def test_interrupt_saves_in_the_middle_of_an_epoch(shades, tmp_path, monkeypatch, whole):
+def signalled(monkeypatch, updates, *numbers):
+    """Sends `numbers` to this process after so many updates."""
     original = loop._Run._after_step
 
     def hook(self):
         original(self)
-        if self.updates == 6:
-            os.kill(os.getpid(), signal.SIGINT)
+        if self.updates == updates:
+            for number in numbers:
+                os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(loop._Run, "_after_step", hook)
+
+
+@pytest.mark.parametrize("name", loop.SIGNALS)
+def test_signal_saves_in_the_middle_of_an_epoch(shades, tmp_path, monkeypatch, whole, name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(loop.Interrupted):
-        patch.setattr(loop._Run, "_after_step", hook)
+        signalled(patch, 6, number)
         run(shades, tmp_path, method="vpt-deep", dropout=0.2)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     state = RunFolder(tmp_path).read_state()
     assert (state["epoch"], state["step"], state["updates"]) == (1, 2, 6)
+    if name == "SIGINT":
+        run(shades, tmp_path, resume="last", method="vpt-deep", dropout=0.2)
+        assert_same_run(tmp_path, whole(method="vpt-deep", dropout=0.2))
+
+
+def test_second_interrupt_does_not_wait(shades, tmp_path, monkeypatch):
+    signalled(monkeypatch, 6, signal.SIGTERM, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(shades, tmp_path)
+    assert RunFolder(tmp_path).read_state()["epoch"] == 1  # that of the epoch before
+
+
+def test_ignored_signal_stays_ignored(shades, tmp_path, monkeypatch):
+    """nohup, and a shell's background jobs."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signalled(monkeypatch, 6, signal.SIGHUP)
+        run(shades, tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert RunFolder(tmp_path).result() is not None
+
+
+def test_validation_does_not_keep_a_signal_waiting(shades, tmp_path, monkeypatch, whole):
+    """The steps of the epoch are kept, and validated when the run goes on."""
+    original = loop._Run._evaluate
+    with monkeypatch.context() as patch, pytest.raises(loop.Interrupted):
+        patch.setattr(
+            loop._Run,
+            "_evaluate",
+            lambda self, data: (self.signals.note(signal.SIGTERM, None), original(self, data))[1],
+        )
+        run(shades, tmp_path, method="vpt-deep", dropout=0.2)
+    state = RunFolder(tmp_path).read_state()
+    assert (state["epoch"], state["step"]) == (0, 4)
     run(shades, tmp_path, resume="last", method="vpt-deep", dropout=0.2)
     assert_same_run(tmp_path, whole(method="vpt-deep", dropout=0.2))
+
+
+def test_workers_that_a_signal_ended_are_no_error(shades, tmp_path, monkeypatch, whole):
+    """A batch system signals all processes of a job; ours may hear of it last."""
+    original = pixels.Pipeline.batches
+
+    def broken(self, index_lists, epoch=0):
+        for number, batch in enumerate(original(self, index_lists, epoch)):
+            if epoch == 1 and number == 2:
+                threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+            yield batch
+
+    with monkeypatch.context() as patch, pytest.raises(loop.Interrupted):
+        patch.setattr(pixels.Pipeline, "batches", broken)
+        run(shades, tmp_path, method="vpt-deep", dropout=0.2)
+    assert RunFolder(tmp_path).read_state()["updates"] == 6
+    run(shades, tmp_path, resume="last", method="vpt-deep", dropout=0.2)
+    assert_same_run(tmp_path, whole(method="vpt-deep", dropout=0.2))
+    monkeypatch.setattr(loop.time, "sleep", lambda seconds: None)
+    assert not loop._Signals().explain(RuntimeError("DataLoader worker (pid 7) exited"))
+    assert not loop._Signals().explain(RuntimeError("of our own"))
 
 
 def test_finished_run_is_not_run_again(shades, whole, monkeypatch):
