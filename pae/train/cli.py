@@ -264,7 +264,8 @@ def _run(
             if options.is_comparison:
                 results = compare.compare(options, *place, resume=resume)
             else:
-                results = [loop.train(options, *place, resume=resume)]
+                name = folder.facts().get("name") if resume else None  # a part of a comparison
+                results = [loop.train(options, *place, name=name, resume=resume)]
         except (loop.Interrupted, KeyboardInterrupt):
             if accelerator.is_main_process:
                 way = f"; {go_on}" if folder.config.is_file() else ""

@@ -68,7 +68,7 @@ class Hold:
             self._close()
 
     def _take(self) -> None:
-        deadline = time.monotonic() + ORPHANS
+        named, deadline = time.monotonic() + 0.5, time.monotonic() + ORPHANS
         while True:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -84,6 +84,9 @@ class Hold:
                 if error.errno not in _BUSY:
                     raise
                 holder = _read(self.path)
+                if holder["pid"] is None and time.monotonic() < named:
+                    time.sleep(0.02)  # it has just come, and writes its name
+                    continue
                 if _is_dead(holder) and time.monotonic() < deadline:
                     time.sleep(0.2)  # its children hold the lock until they notice
                     continue

@@ -107,7 +107,11 @@ class RunFolder:
 
     def is_blank(self) -> bool:
         """Whether nothing is in the folder but what a run that never began may have left."""
-        return all(file.name in lock.FILES or file.match(TEMPORARY) for file in self.path.iterdir())
+        try:
+            files = list(self.path.iterdir())
+        except FileNotFoundError:
+            return True
+        return all(file.name in lock.FILES or file.match(TEMPORARY) for file in files)
 
     def write_config(self, options: Options, **facts: Any) -> None:
         """Writes the options and `facts` (versions, classes, sizes)."""
@@ -243,10 +247,9 @@ def check_output(output: str) -> RunFolder:
         ValueError: it already holds something, or is no folder.
     """
     folder = RunFolder(os.path.expanduser(output))
-    if not folder.path.is_dir():
-        if os.path.lexists(folder.path):
-            raise ValueError(f"--output {output} is no folder; give another one")
-    elif not folder.is_blank():
+    if os.path.lexists(folder.path) and not folder.path.is_dir():
+        raise ValueError(f"--output {output} is no folder; give another one")
+    if not folder.is_blank():
         raise ValueError(
             f"--output {output} is not empty; go on with --resume {shlex.quote(output)}, or give "
             "another one"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+
+from pae.train.cli import main
 
 # timm's smallest vision transformer, on random weights: 6 blocks of width 64, 5 tokens at 32 px
 BACKBONE = {"model": "test_vit", "pretrained": False, "img_size": 32}
@@ -48,3 +51,33 @@ def assert_same_run(left, right):
     assert tensors.keys() == other_tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(tensor, other_tensors[name]), name
+
+
+def error_line(capsys, arguments):
+    """The single line that `arguments` print on stderr while exiting with status 2."""
+    try:
+        status = main(arguments)
+    except SystemExit as stop:  # argparse's own way out
+        status = stop.code
+    assert status == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and "Traceback" not in err and not out
+    assert err.splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+def forked(function):
+    """The number of a copy of this process that runs `function` and ends with what it returns."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(function())
+        finally:
+            os._exit(99)  # an exception: no test may go on in the copy
+    return child
+
+
+def ended(child):
+    """The exit status of a child; minus the number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -15,10 +15,18 @@ from functools import partial
 
 import pytest
 
-from pae.checkpoint import TEMPORARY
+from pae.checkpoint import TEMPORARY, write_atomically
+from pae.train import methods, report
 from pae.train.cli import main
 from tests.train.faults import KILL, KILLED, Faults
-from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, assert_same_run, save_shades
+from tests.train.helpers import (
+    BACKBONE_FLAGS,
+    CPU_FLAGS,
+    assert_same_run,
+    ended,
+    forked,
+    save_shades,
+)
 
 FAULTS = int(os.environ.get("PAE_FAULTS", "0"))
 KILLS = int(os.environ.get("PAE_KILLS", "0"))
@@ -30,6 +38,19 @@ RUNS = {
     "pro-vpt": ["--method", "pro-vpt", "--method-args", "sweep=reuse", "--save-every-steps", "1"],
     "compare": ["--kld-dim", "8", "--mpa-window", "8", "--mpa-images", "4"],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quicker():
+    """A picture is a file like others, and options that are right need no rehearsal."""
+
+    def picture(path, runs):
+        write_atomically(path, lambda file: file.write_bytes(b"a picture"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot_curves", picture)
+        patch.setattr(methods, "rehearse", lambda options, given: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +86,8 @@ def whole(command, tmp_path_factory):
     return get
 
 
-def forked(function):
-    """The number of a copy of this process that runs `function` and ends with what it returns."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(function())
-        finally:
-            os._exit(99)  # an exception: the traceback is the parent's to miss
-    return child
-
-
-def ended(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def suffer(arguments, folder, at, how):
-    """One start of the command with a fault; whether the fault was reached."""
+    """Begins the run, or goes on with it, with a fault; whether the fault was reached."""
     if how == KILL:
 
         def work():

@@ -16,7 +16,7 @@ from pae.train.cli import main
 from pae.train.options import Options
 from pae.train.runfolder import RunFolder
 from tests import processes
-from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, save_shades
+from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, error_line, save_shades
 
 RECIPE = ["--epochs", "2", "--batch-size", "16", "--num-tokens", "2"]
 # a comparison has both; a single run says whether it has
@@ -31,20 +31,6 @@ def shades(tmp_path_factory):
 @pytest.fixture
 def flags(shades):
     return ["train", "--data", str(shades), *BACKBONE_FLAGS, *CPU_FLAGS, *RECIPE]
-
-
-def error_line(capsys, arguments):
-    """The single line that `arguments` print on stderr while exiting with status 2."""
-    try:
-        status = main(arguments)
-    except SystemExit as stop:  # argparse's own way out
-        status = stop.code
-    assert status == 2
-    out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if "error:" in line]
-    assert len(lines) == 1 and "Traceback" not in err and not out
-    assert err.splitlines()[-1] == lines[0]
-    return lines[0]
 
 
 def test_default_is_a_comparison_of_three_methods(flags, tmp_path, capsys):
