@@ -109,7 +109,7 @@ class RunFolder:
         """Whether nothing is in the folder but what a run that never began may have left."""
         try:
             files = list(self.path.iterdir())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return True
         return all(file.name in lock.FILES or file.match(TEMPORARY) for file in files)
 

@@ -123,7 +123,7 @@ def test_of_two_runs_with_one_output_one_is_refused(tmp_path):
 def test_refused_run_leaves_no_folder(flags, shades, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise ValueError("no such weights")
 
     monkeypatch.setattr(loop.methods, "build_method", refuse)  # after the folder is chosen
@@ -323,6 +323,7 @@ def edit(**settings):
     def change(images, folder, monkeypatch):
         config = json.loads((folder / "config.json").read_text())
         config["settings"].update(settings)
+        config.pop("digest")  # whoever edits it is told so, and takes this line away
         (folder / "config.json").write_text(json.dumps(config))
 
     return change
