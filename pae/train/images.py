@@ -40,12 +40,17 @@ _STRANGERS = (
     (0, b"<svg", "it is an SVG drawing; convert it to PNG"),
     (0, b"<?xml", "it is XML, such as an SVG drawing; convert it to PNG"),
     (0, b"version https://git-lfs", "it is a Git LFS pointer; run git lfs pull"),
-    (0, b"%pdf", "it is a PDF; convert it to PNG"),
-    (0, b"\x93numpy", "it is a NumPy array; convert it to PNG"),
+    (0, b"%PDF", "it is a PDF; convert it to PNG"),
+    (0, b"\x93NUMPY", "it is a NumPy array; convert it to PNG"),
+    (0, b"II*\0", "PIL reads no TIFF of its kind; save it as 8 or 16 bits"),
+    (0, b"MM\0*", "PIL reads no TIFF of its kind; save it as 8 or 16 bits"),
+    (0, b"\x89PNG", "it begins as a PNG does, and is damaged; copy it again"),
+    (0, b"\xff\xd8", "it begins as a JPEG does, and is damaged; copy it again"),
+    (0, b"GIF8", "it begins as a GIF does, and is damaged; copy it again"),
     (4, b"ftyphei", "it is a HEIC photograph; convert it to JPEG"),
     (4, b"ftyphev", "it is a HEIC photograph; convert it to JPEG"),
     (4, b"ftypmif", "it is a HEIF photograph; convert it to JPEG"),
-    (128, b"dicm", "it is a DICOM file; convert it to a 16-bit PNG"),
+    (128, b"DICM", "it is a DICOM file; convert it to a 16-bit PNG"),
 )
 
 # EXIF's orientation -> the name of PIL's transposition that undoes it
@@ -58,7 +63,8 @@ _TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-_ORIENTATION, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 274, 258, 262, 339  # tags of EXIF and TIFF
+# tags of EXIF and TIFF
+_BITS, _PHOTOMETRIC, _ORIENTATION, _PLANES, _SAMPLE_FORMAT = 258, 262, 274, 284, 339
 _DEPTHS = (8, 10, 12, 14, 16)  # bits that detectors have, stored in 16
 
 
@@ -110,13 +116,24 @@ def opened(path: Any) -> Iterator[Image.Image]:
     try:
         # by name, PIL would map an uncompressed TIFF into memory, and mix its rows if it is turned
         with open(path, "rb") as file, Image.open(file, formats=formats) as image:
-            if 0 in image.size:
-                raise ValueError(f"it is {image.width} x {image.height} pixels")
+            _check(image)
             yield image
     # PIL's decoders raise whatever damaged bytes lead them into: OSError, SyntaxError, ValueError,
     # struct.error, zlib.error, IndexError, MemoryError, DecompressionBombError, ...
     except Exception as error:
         raise ValueError(f"unreadable image {path}: {_reason(path, error)}") from None
+
+
+def _check(image: Image.Image) -> None:
+    """Refuses what the header shows that PIL would decode wrongly."""
+    if 0 in image.size:
+        raise ValueError(f"it is {image.width} x {image.height} pixels")
+    if image.mode == "L" and _tag(image, _SAMPLE_FORMAT) == 2:
+        raise ValueError("its values are signed, so that none is black; save it as unsigned 8 bits")
+    if len(image.getbands()) > 1 and _tag(image, _BITS) == 16 and _tag(image, _PLANES) == 2:
+        raise ValueError("PIL mixes up 16-bit colours in planes; save it pixel by pixel")
+    if ";16" in _raw_mode(image) and isinstance(image.info.get("transparency"), tuple):
+        raise ValueError("one of its 16-bit colours is transparent; save it with an alpha channel")
 
 
 def _reason(path: Any, error: Exception) -> str:
@@ -131,7 +148,7 @@ def _reason(path: Any, error: Exception) -> str:
                 return "it begins with zeros alone, as after a copy that was cut off"
             text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
             for offset, start, what in _STRANGERS:
-                if (text if offset == 0 else head.lower()).startswith(start, offset):
+                if (text if offset == 0 else head.lower()).startswith(start.lower(), offset):
                     return what
         return "PIL knows no such image; convert it to PNG or JPEG, or take it out"
     if isinstance(error, OSError) and error.strerror:
@@ -163,9 +180,18 @@ def decode(item: Any, ranges: Ranges) -> Image.Image:
         _check_array(item)
         return Image.fromarray(item).convert("RGB")
     with opened(item) as image:
+        raw_mode, box = _raw_mode(image), (0, 0, *image.size)
+        if raw_mode in ("L;2", "L;4") and "transparency" in image.info:
+            # PIL scales the values of such a PNG, and leaves the transparent one as it is
+            image.info["transparency"] *= {"L;2": 85, "L;4": 17}[raw_mode]
+        if image.format == "GIF":  # a first frame may be smaller than the image
+            box = cast(Any, image).tile[0][1]
         image.load()
         turn = _turn(image)
         image = _to_rgb(image, ranges)
+        if box != (0, 0, *image.size):
+            part, image = image.crop(box), Image.new("RGB", image.size, "white")
+            image.paste(part, box)
         return image if turn is None else image.transpose(Image.Transpose[turn])
 
 
@@ -197,16 +223,9 @@ def _to_rgb(image: Image.Image, ranges: Ranges) -> Image.Image:
         if alpha is not None:  # one value of a grey PNG is transparent
             grey.paste(255, mask=Image.fromarray((values == alpha).astype(np.uint8) * 255))
         return grey.convert("RGB")
-    if image.mode == "L" and _tag(image, _SAMPLE_FORMAT) == 2:
-        raise ValueError("its values are signed, so that none is black; save it as unsigned 8 bits")
     if image.mode == "La":  # premultiplied
         image = image.convert("LA")
     if image.has_transparency_data:
-        colour = image.info.get("transparency")
-        if isinstance(colour, tuple) and max(colour) > 255:
-            raise ValueError(
-                "one of its 16-bit colours is transparent; save it with an alpha channel"
-            )
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode == "LAB" or (image.mode == "CMYK" and "icc_profile" in image.info):
@@ -232,6 +251,12 @@ def _tag(image: Image.Image, number: int) -> Any:
     """The first value of a TIFF tag; None for other files."""
     value = getattr(image, "tag_v2", {}).get(number)
     return value[0] if isinstance(value, tuple) else value
+
+
+def _raw_mode(image: Any) -> str:
+    """How the file stores a pixel, by PIL's name; known before `load`."""
+    arguments = image.tile[0][3] if image.tile else ""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -338,7 +363,7 @@ def _look(item: Any) -> _Look:
             values, white = _deep_values(image)
             kind = "real" if image.mode == "F" else "integer"
             return _Look(tuple(notes), kind if white is None else "", float(values.max()))
-        if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+        if ";16" in _raw_mode(image):
             image.load()
             bands = zip(image.getbands(), np.atleast_2d(image.getextrema()).tolist())
             largest = max(high for band, (_, high) in bands if band not in "Aa")

@@ -45,9 +45,12 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(path, array, colour_type, depth, *chunks):
-    """A PNG by hand, of what PIL does not write; `array` is (H, W) or (H, W, channels)."""
-    height, width = array.shape[:2]
+def png(path, array, colour_type, depth, *chunks, width=None):
+    """A PNG by hand, of what PIL does not write; `array` is (H, W) or (H, W, channels), or packed
+    bytes of rows of `width`.
+    """
+    height, columns = array.shape[:2]
+    width = width or columns
     rows = array.astype(">u2" if depth == 16 else "u1").reshape(height, -1)
     data = b"".join(b"\0" + row.tobytes() for row in rows)
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
@@ -229,7 +232,21 @@ def test_values_without_a_known_meaning_are_refused(tmp_path, array, reason):
 def test_signed_bytes_are_refused(tmp_path):
     path = tiff(tmp_path / "signed.tif", GREYS, tags=[(339, 2)])
     with pytest.raises(ValueError, match=r"signed.tif: its values are signed"):
-        decoded(path)
+        survey([path])
+
+
+def test_colours_of_sixteen_bits_in_planes_are_refused(tmp_path):
+    planes = COLOURS.transpose(2, 0, 1).reshape(-1, 5).astype(np.uint16) * 257
+    path = tiff(tmp_path / "planes.tif", planes, tags=[(257, 7), (262, 2), (277, 3), (284, 2)])
+    content = bytearray(path.read_bytes())  # offsets and sizes of three strips, bits of three bands
+    triples = [[16] * 3, [8, 78, 148], [70] * 3]
+    for tag, values in zip((258, 273, 279), triples):
+        place = content.index(struct.pack("<HHI", tag, 4, 1), 218)
+        content[place + 4 : place + 12] = struct.pack("<II", 3, len(content))
+        content += struct.pack("<3I", *values)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"planes.tif: PIL mixes up 16-bit colours in planes"):
+        survey([path])
 
 
 def test_image_beyond_the_range_of_its_dataset_is_refused(tmp_path):
@@ -284,7 +301,33 @@ def test_one_transparent_colour_lies_on_white(tmp_path):
     trns = chunk(b"tRNS", struct.pack(">HHH", 40000, 0, 0))
     path = png(tmp_path / "rgb16.png", COLOURS.astype(np.uint16) * 257, 2, 16, trns)
     with pytest.raises(ValueError, match=r"rgb16.png: one of its 16-bit colours is transparent"):
-        decoded(path, NOTHING_DEEP)
+        survey([path])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_a_transparent_grey_is_found_at_every_depth(tmp_path, depth):
+    top = 2**depth - 1
+    values = np.arange(32).reshape(4, 8) * 5 % (top + 1)
+    bits = "".join(f"{v:0{depth}b}" for v in values.flat)
+    packed = np.frombuffer(int(bits, 2).to_bytes(len(bits) // 8, "big"), np.uint8)
+    for key in {0, 1, top}:
+        trns = chunk(b"tRNS", struct.pack(">H", key))
+        path = png(tmp_path / "x.png", packed.reshape(4, -1), 0, depth, trns, width=8)
+        expected = np.where(values == key, 255, values * (255 // top))
+        assert np.array_equal(decoded(path, NOTHING_DEEP), grey(expected))
+
+
+def test_a_frame_smaller_than_its_image_lies_on_white(tmp_path):
+    frame = Image.new("P", (2, 2), 1)
+    frame.putpalette([0, 0, 255, 255, 0, 0])
+    frame.save(tmp_path / "x.gif")
+    data = bytearray((tmp_path / "x.gif").read_bytes())
+    place = data.index(b"\x2c" + struct.pack("<HHHH", 0, 0, 2, 2))
+    data[6:10], data[place + 1 : place + 5] = struct.pack("<HH", 6, 6), struct.pack("<HH", 2, 3)
+    (tmp_path / "x.gif").write_bytes(data)
+    expected = np.full((6, 6, 3), 255)
+    expected[3:5, 2:4] = 255, 0, 0
+    assert np.array_equal(decoded(tmp_path / "x.gif"), expected)
 
 
 def test_palettes_and_bits_are_looked_up(tmp_path):
