@@ -56,7 +56,7 @@ import safetensors, pytest, pytest_benchmark, cpuinfo, hypothesis' 2>&1) && retu
 
 # side NAME SECONDS COMMAND...: its output to the log, beside others; join waits for all of them, and
 # their outcomes go to gates. run is one alone.
-gates=() failed= names=() pids=() started=()
+gates=() failed='' names=() pids=() started=()
 side() {
   local name=$1 seconds=$2
   shift 2
