@@ -152,7 +152,7 @@ def make_task(
     _check_labels(who, classes, {"train": train, "val": val, "test": test})
     kinds = len(set(train.labels))
     if kinds < 2:
-        only = f", {classes[train.labels[0]]!r}" if kinds else ""
+        only = f", {some([classes[train.labels[0]]])}" if kinds else ""
         raise ValueError(f"{who}: the training images have one class alone{only}; expected two")
     if val is None:
         if val_size is None and train_size is None:

@@ -81,8 +81,8 @@ def read_layout(root: Path) -> Layout:
     """Class names and splits of a data folder in any of the layouts above.
 
     Raises:
-        ValueError: nothing that is read as one of the layouts; the message names the file or
-            folder.
+        ValueError: none of the layouts, or something in one that cannot be meant; the message
+            names the file or folder.
     """
     files: list[str] = []
     folders: list[str] = []
@@ -192,7 +192,7 @@ def read_classes(folder: Path, classes: Sequence[str], *, every: bool = True) ->
     folders: dict[str, str] = {}
     for name in _class_folders(folder)[0]:
         if _same(name) in folders:
-            raise ValueError(f"{shown(folder)}: two folders of one name, {name!a}, in Unicode")
+            raise ValueError(f"{shown(folder)}: two folders of one name in Unicode, {name!a}")
         folders[_same(name)] = name
     _check_known(folder, folders, classes)
     all_of = Listed([], [], [])
@@ -202,17 +202,18 @@ def read_classes(folder: Path, classes: Sequence[str], *, every: bool = True) ->
         own = folders.get(_same(name))
         found = walk(folder / own) if own is not None else None
         if every and not (found and found.paths):
-            hint = f" (but {_counted(found.others)})" if found and found.others else ""
+            hint = _but(found.others) if found else ""
             raise ValueError(f"{shown(folder / name)}: class without images{hint}")
-        if found is not None:
-            _check_inside(folder / name, found)
+        if own is not None and found is not None:
+            _check_inside(folder / own, found)
             all_of.paths.extend(found.paths)
             all_of.labels.extend([number] * len(found.paths))
             all_of.keys.extend(found.keys)
             others += found.others
             repeats += found.repeats
     if not all_of.paths:
-        raise ValueError(f"{shown(folder)}: no images; fill the folder or remove it")
+        hint = _but(others)
+        raise ValueError(f"{shown(folder)}: no images{hint}; fill the folder or remove it")
     if others:
         count = sum(others.values())
         _say(f"{shown(folder)}: {count} files with other suffixes ignored ({_counted(others)})")
@@ -235,6 +236,10 @@ def _class_folders(folder: Path) -> tuple[list[str], int]:
 def _counted(suffixes: Counter[str]) -> str:
     parts = [f"{shown(suffix)} {count}" for suffix, count in suffixes.most_common(5)]
     return ", ".join(parts + ["..."] * (len(suffixes) > 5))
+
+
+def _but(suffixes: Counter[str]) -> str:
+    return f" (but {_counted(suffixes)})" if suffixes else ""
 
 
 def _warn_about_loose(folder: Path, loose: int) -> None:

@@ -63,8 +63,8 @@ def shown(name: object) -> str:
 
 
 def some(names: list[str], most: int = 5) -> str:
-    """The first of `names`, quoted, and a dot each for what is left out."""
-    return ", ".join([repr(name) for name in names[:most]] + ["..."] * (len(names) > most))
+    """The first of `names`, quoted and cut where long, with dots for what is left out."""
+    return ", ".join([repr(name[:80]) for name in names[:most]] + ["..."] * (len(names) > most))
 
 
 def is_hidden(name: str) -> bool:

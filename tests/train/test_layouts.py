@@ -410,6 +410,9 @@ def test_files_that_are_not_read_are_counted(tmp_path):
     fill(tmp_path / "w", train={"a": 5})
     save(tmp_path / "w" / "train" / "b" / "1.heicx")
     assert "b: class without images (but .heicx 1)" in refusal(tmp_path / "w")
+    (tmp_path / "w" / "train" / "b" / "1.heicx").rename(tmp_path / "w" / "train" / "b" / "1.png")
+    save(tmp_path / "w" / "val" / "b" / "1.heicx")
+    assert "val: no images (but .heicx 1)" in refusal(tmp_path / "w")
 
 
 def test_empty_and_odd_files_are_named(tmp_path):
@@ -627,12 +630,14 @@ def test_ids_of_mixed_kinds_are_compared_as_text(tmp_path):
         ("7", "expected a non-empty object"),
         ('{"0.png": 0', "not a JSON file"),
         ("", "not a JSON file"),
+        (json.dumps({"0.png": "x" * 9999, "1.png": "y" * 9999}), "class 0 is not in train.json"),
+        (json.dumps({"0" * 9999: 0, "1.png": 1}), "absent or unreadable: "),
     ],
 )
 def test_tables_that_cannot_be_meant_are_refused(tmp_path, text, message):
     tables(tmp_path, {"0.png": 0, "1.png": 1}, train=text)
     line = refusal(tmp_path)
-    assert message in line and str(tmp_path) in line and len(line) < 400
+    assert message in line and str(tmp_path) in line and len(line) < 900
 
 
 def test_two_tables_for_one_split_are_refused(tmp_path):
