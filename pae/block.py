@@ -15,12 +15,13 @@ dtype; norms and softmax in at least fp32.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pae_kernels import pointwise
 from pae_kernels.attention import class_attention
@@ -250,6 +251,26 @@ def _query_product(block: BlockPlan, x: Tensor) -> Tensor:
 # ---- with a backward
 
 
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse `create_graph=True` where it is asked for.
+
+    PyTorch's decorator of this name raises only where the second backward comes by the node that it
+    leaves; `torch.autograd.grad` takes the ways that lead to its inputs, and this is none.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *d_outputs: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fast_forward has no second derivatives (create_graph=True): use "
+                'engine="reference", under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), as '
+                "PyTorch's fused attention has none either"
+            )
+        return backward(ctx, *d_outputs)
+
+    return once
+
+
 class _Kept(NamedTuple):
     """What a `FrozenBlock` keeps; None where the backward reads nothing, or computes it again.
 
@@ -326,7 +347,7 @@ class FrozenBlock(torch.autograd.Function):
         return y, rows, attention
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy: Tensor, d_rows: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         block, need_x = ctx.block, ctx.needs_input_grad[0]
         kept = _Kept(*ctx.saved_tensors)
@@ -412,7 +433,7 @@ class ClassBlock(torch.autograd.Function):
         return _sum(y, rows)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         block = ctx.block
         kept = _ClassKept(*ctx.saved_tensors)

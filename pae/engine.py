@@ -75,7 +75,7 @@ def run(
     if memory not in MEMORY_MODES:
         raise ValueError(f"memory must be one of {MEMORY_MODES}, got {memory!r}")
     family.start_forward()
-    at, class_only = view.num_prefix_tokens, view.reads_class_only
+    at, class_only = view.num_prefix_tokens, plan.class_only
     with torch.autocast(x.device.type, enabled=False):
         entered = 0
         if family.enters_sequence:

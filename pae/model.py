@@ -21,10 +21,15 @@ from .kld import KLD
 from .plan import FrozenPlan, Plans
 from .prompts import PromptFamily
 from .prompts.contracts import check_rows
-from .sequence import between_blocks, cut_rows, insert_rows, touches_rows
+from .sequence import between_blocks, cut_rows, insert_rows, sequence_lengths, touches_rows
 from .task import TaskInfo
 
-_uncompiled_run = torch.compiler.disable(fast.run)
+_uncompiled = partial(
+    torch.compiler.disable,
+    reason="pae folds the frozen backbone outside of graphs: leave out fullgraph=True, or use "
+    'engine="reference"',
+)
+_uncompiled_run = _uncompiled(fast.run)
 
 
 class PromptedViT(nn.Module):
@@ -144,9 +149,14 @@ class PromptedViT(nn.Module):
 
     def features(self, images: Tensor, engine: str = "reference", memory: str = "keep") -> Tensor:
         """What the head reads, (B, F); arguments and errors as in `forward`."""
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "a PromptedViT cannot run as a replica of torch.nn.DataParallel, whose copies have "
+                "no backbone of their own: use DistributedDataParallel"
+            )
         self.view.check_images(images)
         if engine == "fast":
-            plan, x = self.plan(), self.view.embed(images)
+            plan, x = self.plan(size=images.shape[-2:]), self.view.embed(images)
             # an observer leaves what it saw per thread, which breaks a graph: outside of the walk,
             # since PyTorch 2.11 cannot go on from a break inside
             run = _uncompiled_run if self.prompts.observed else fast.run
@@ -227,8 +237,10 @@ class PromptedViT(nn.Module):
             if params
         ]
 
-    @torch.compiler.disable
-    def plan(self, dtype: torch.dtype | None = None) -> FrozenPlan:
+    @_uncompiled
+    def plan(
+        self, dtype: torch.dtype | None = None, size: tuple[int, int] | None = None
+    ) -> FrozenPlan:
         """The folded backbone for products in `dtype` (autocast's dtype, else the backbone's, when
         None).
 
@@ -237,10 +249,16 @@ class PromptedViT(nn.Module):
         scale, activation). Writes through `.data` leave no trace that PyTorch records, so call
         `drop_plans()` after those.
 
+        Args:
+            dtype: of the products.
+            size: (H, W) of the images to come; the backbone's default when None. Every block is
+                run once, beside its formula, on as many rows as it would get from them.
+
         Raises:
             UnsupportedBackbone: naming what the blocks do that a plan does not: hooks on a block or
                 a part of it, a replaced forward, a parameter that requires a gradient, dropout in
-                training mode, or a formula that cannot be folded.
+                training mode, or a formula that cannot be folded; or that the call is inside a
+                torch.func transform, forward-mode differentiation, tracing or export.
         """
         like = self.view.like
         if dtype is None:
@@ -250,7 +268,8 @@ class PromptedViT(nn.Module):
         plans = self._plans
         if plans is None or not plans.current():
             plans = self._plans = Plans(self.view)
-        return plans.plan(dtype)
+        rows = self.view.shape.num_tokens if size is None else self.view.num_rows(tuple(size))
+        return plans.plan(dtype, sequence_lengths(self.prompts, rows))
 
     def drop_plans(self) -> None:
         """Forget all folded copies of the backbone; the next fast forward folds again."""

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import torch.nn.modules.module as torch_modules
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.module_tracker import ModuleTracker
 
-from .backbones.view import HOOKS, BackboneView, BlockWeights, Linear, Norm, added_to
+from .backbones.view import HOOKS, BackboneView, BlockWeights, Linear, Norm, added_to, inside_transform
 from .errors import UnsupportedBackbone
 
 
@@ -78,18 +79,21 @@ class FrozenPlan:
     """All blocks of a backbone, folded for one device and compute dtype.
 
     w_qkv and b_qkv of the blocks are views of the stacked tensors here, so that the prompt keys and
-    values of many blocks are one batched product.
+    values of many blocks are one batched product. class_only: of the last block's rows only the
+    class row is read.
     """
 
     dtype: torch.dtype
     blocks: list[BlockPlan]
     w_qkv: Tensor
     b_qkv: Tensor
+    class_only: bool
 
     def only(self, start: int, stop: int) -> FrozenPlan:
         """The plan of blocks start to stop - 1."""
         part = slice(start, stop)
-        return FrozenPlan(self.dtype, self.blocks[part], self.w_qkv[part], self.b_qkv[part])
+        folded = self.blocks[part], self.w_qkv[part], self.b_qkv[part]
+        return FrozenPlan(self.dtype, *folded, class_only=False)
 
 
 @torch.inference_mode(False)
@@ -104,7 +108,7 @@ def fold(view: BackboneView, dtype: torch.dtype) -> FrozenPlan:
     w_qkv = torch.stack([w.to(dtype) for w, _ in qkv])
     b_qkv = torch.stack([b.to(dtype) for _, b in qkv])
     blocks = [_fold_block(w, w_qkv[i], b_qkv[i], dtype) for i, w in enumerate(weights)]
-    return FrozenPlan(dtype, blocks, w_qkv, b_qkv)
+    return FrozenPlan(dtype, blocks, w_qkv, b_qkv, view.reads_class_only)
 
 
 def _fold_qkv(w: BlockWeights) -> tuple[Tensor, Tensor]:
@@ -194,15 +198,26 @@ class Plans:
     def __init__(self, view: BackboneView) -> None:
         self._view = view
         self._seen = _Seen(view)
-        view.prove_blocks()
         self._plans: dict[torch.dtype, FrozenPlan] = {}
+        self._proven: set[tuple[int, ...]] = set()
 
     def current(self) -> bool:
         """Whether nothing has changed that was folded, or that was looked at to allow it."""
         return self._seen.again()
 
-    def plan(self, dtype: torch.dtype) -> FrozenPlan:
-        """Folded at first use."""
+    def plan(self, dtype: torch.dtype, lengths: tuple[int, ...]) -> FrozenPlan:
+        """Folded at first use.
+
+        Args:
+            lengths: of the sequences that each block would be given, prompts included: new ones are
+                proved first.
+
+        Raises:
+            UnsupportedBackbone: a block computes something else at this length.
+        """
+        if lengths not in self._proven:
+            self._view.prove_lengths(lengths)
+            self._proven.add(lengths)
         found = self._plans.get(dtype)
         if found is None:
             found = self._plans[dtype] = fold(self._view, dtype)
@@ -235,7 +250,7 @@ class _Seen:
             for i, block in enumerate(self._blocks)
             for name, module in block.named_modules(remove_duplicate=False)
         ]
-        _refuse_global_hooks()
+        _refuse_surroundings()
         for i, block in enumerate(self._blocks):
             _refuse_dropout(f"blocks.{i}", block)
         for name, module in named:
@@ -258,10 +273,11 @@ class _Seen:
         self._states = _states(self._tensors)
         # aliases keep the storage: no later tensor can lie at the same address
         self._aliases = [t.detach() for t in self._tensors if t is not None]
+        self._readout = view.readout_parts
 
     def again(self) -> bool:
-        """Whether all is as it was; raises when there are hooks on every module."""
-        _refuse_global_hooks()
+        """Whether all is as it was; raises where nothing may be folded, whatever it was."""
+        _refuse_surroundings()
         return (
             not any(self._hooks)
             and _same(self._view.blocks, self._blocks)
@@ -272,6 +288,7 @@ class _Seen:
             and _same(self._read(), self._own)
             and _same(_values(self._holders), self._tensors)
             and _states(self._tensors) == self._states
+            and _same(self._view.readout_parts, self._readout)
         )
 
     def _read(self) -> list[Any]:
@@ -311,12 +328,24 @@ def _refuse(name: str, module: nn.Module) -> None:
         raise UnsupportedBackbone(
             f"{name} has {added}: the fast engine would not run it; {instead} remove it"
         )
-    for parameter, tensor in module.named_parameters(recurse=False):
-        if tensor.requires_grad:
-            raise UnsupportedBackbone(
-                f"{name}.{parameter} requires a gradient, which the fast engine does not give to a "
-                f"frozen backbone; {instead} call requires_grad_(False)"
-            )
+    for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+        for own, tensor in tensors:
+            if type(tensor) not in (Tensor, nn.Parameter):
+                raise UnsupportedBackbone(
+                    f"{name}.{own} is a {type(tensor).__name__}: the fast engine folds plain "
+                    f"tensors (no sharded, traced or quantised ones); {instead} give it those"
+                )
+            if tensor.is_inference():
+                raise UnsupportedBackbone(
+                    f"{name}.{own} was made under torch.inference_mode, where PyTorch does not "
+                    f"record changes: the fast engine would not see them; {instead} build or move "
+                    "the backbone outside of it"
+                )
+            if tensor.requires_grad:
+                raise UnsupportedBackbone(
+                    f"{name}.{own} requires a gradient, which the fast engine does not give to a "
+                    f"frozen backbone; {instead} call requires_grad_(False)"
+                )
 
 
 def _refuse_dropout(name: str, block: nn.Module) -> None:
@@ -336,6 +365,25 @@ _GLOBAL_HOOKS = (
     torch_modules._global_backward_hooks,
     torch_modules._global_backward_pre_hooks,
 )
+
+
+def _refuse_surroundings() -> None:
+    """Raise inside of what follows the backbone's own operations: it would see none of them."""
+    around = None
+    if inside_transform():
+        around = "a torch.func transform (grad, vmap, jvp, ...)"
+    elif forward_ad._current_level >= 0:
+        around = "forward-mode differentiation (torch.autograd.forward_ad)"
+    elif torch.jit.is_tracing():
+        around = "torch.jit.trace"
+    elif torch.compiler.is_exporting():
+        around = "torch.export"
+    if around is not None:
+        raise UnsupportedBackbone(
+            f"fast_forward was called inside {around}, which cannot follow the fast engine: use "
+            'engine="reference"'
+        )
+    _refuse_global_hooks()
 
 
 def _refuse_global_hooks() -> None:

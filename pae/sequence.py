@@ -23,6 +23,14 @@ def cut_rows(x: Tensor, at: int, count: int) -> Tensor:
     return torch.cat([x[:, :at], x[:, at + count :]], dim=1)
 
 
+def sequence_lengths(family: PromptFamily, rows: int) -> tuple[int, ...]:
+    """Rows of the sequence that each block is given in the reference, of `rows` of the image."""
+    counts = family.prompt_counts
+    if family.enters_sequence:
+        return (rows + counts[0],) * len(counts)
+    return tuple([rows + count for count in counts])
+
+
 def touches_rows(family: PromptFamily, index: int) -> bool:
     """Whether `between_blocks` does anything before block `index`."""
     changes = family.rewrites_rows or family.adjusts_rows or family.reads_class_attention

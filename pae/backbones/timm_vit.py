@@ -50,7 +50,38 @@ class TimmView(BackboneView):
 
     @property
     def reads_class_only(self) -> bool:
-        return self._vit.global_pool == "token" and self._vit.attn_pool is None
+        vit = self._vit
+        if vit.global_pool != "token" or vit.attn_pool is not None or added_to(vit.norm):
+            return False  # a hook on the norm is shown all rows
+        if self.like.device.type == "meta":
+            return True
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(2, 3, vit.embed_dim, generator=generator).to(self.like)
+        modes = {part: part.training for part in vit.modules()}
+        vit.eval()
+        try:  # what else a readout does is told by its values
+            with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+                alone, among = self.readout(rows[:, :1]), self.readout(rows)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return False
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+        near = 8 * torch.finfo(rows.dtype).eps
+        return alone.shape == among.shape and torch.allclose(alone, among, near, near)
+
+    @property
+    def readout_parts(self) -> list[Any]:
+        vit, kind = self._vit, type(self._vit)
+        return [
+            *(vit.global_pool, vit.attn_pool, vit.norm, type(vit.norm).forward),
+            *(added_to(vit.norm) is None, kind.forward_head, getattr(kind, "pool", None)),
+            *(vars(vit).get("forward_head"), vars(vit).get("pool")),
+        ]
+
+    def num_rows(self, size: tuple[int, int]) -> int:
+        rows, columns = (-(-s // p) for s, p in zip(size, self.shape.patch_size))
+        return self.num_prefix_tokens + rows * columns
 
     @property
     def blocks(self) -> list[nn.Module]:

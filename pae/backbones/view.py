@@ -7,6 +7,7 @@ knows how a source calls its attributes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -94,7 +95,16 @@ class BackboneView(ABC):
     @property
     @abstractmethod
     def reads_class_only(self) -> bool:
-        """Whether only row 0 of the last block's output reaches the head."""
+        """Whether only row 0 of the last block's output reaches the head, or anyone who looks on."""
+
+    @property
+    @abstractmethod
+    def readout_parts(self) -> list[Any]:
+        """What `reads_class_only` follows from: the same objects, the same answer."""
+
+    @abstractmethod
+    def num_rows(self, size: tuple[int, int]) -> int:
+        """Rows that the stem makes of images of this size, prefix tokens included."""
 
     @property
     @abstractmethod
@@ -121,9 +131,23 @@ class BackboneView(ABC):
         """Neutral weights of one block; raises UnsupportedBackbone naming what does not fit."""
 
     def prove_blocks(self) -> None:
-        """Raise UnsupportedBackbone unless every block can be read and computes its formula."""
+        """Raise UnsupportedBackbone unless every block can be read and computes its formula, as far
+        as five rows of two images tell.
+        """
         for i, block in enumerate(self.blocks):
-            _prove(block, self.read_block(i), f"blocks.{i}")
+            modes = {part: part.training for part in block.modules()}
+            try:
+                _prove(block.eval(), self.read_block(i), f"blocks.{i}", 2, 5)
+            finally:
+                for part, mode in modes.items():
+                    part.training = mode
+
+    def prove_lengths(self, lengths: Sequence[int]) -> None:
+        """Raise UnsupportedBackbone unless every block, in the mode it is in, computes its formula
+        on sequences of its length, to within what fp64 leaves of a difference.
+        """
+        for i, (block, rows) in enumerate(zip(self.blocks, lengths, strict=True)):
+            _prove(block, self.read_block(i), f"blocks.{i}", 1, rows, torch.float64)
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
@@ -203,7 +227,9 @@ class BackboneView(ABC):
         patch = self.shape.patch_size
         if only is None and not self.pads_images and any(s % p for s, p in zip(size, patch)):
             raise ValueError(f"images must have sides divisible by the patch {patch}, got {size}")
-        if images.device.type == "cpu" and not torch.compiler.is_compiling():
+        if images.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if not inside_transform():  # under vmap nobody can look at values
             bad = int((~images.isfinite().flatten(1).all(dim=1)).sum())
             if bad:
                 raise ValueError(f"images holds NaN or infinity in {bad} of {len(images)} images")
@@ -229,41 +255,53 @@ def apply_block(weights: BlockWeights, x: Tensor) -> Tensor:
     return x + scaled(w.scale2, F.linear(h, w.fc2.weight, w.fc2.bias))
 
 
-def _in_fp32(value: Any) -> Any:
-    """`value` with every tensor in it as fp32: a tensor, a dataclass of this file, or neither."""
+def inside_transform() -> bool:
+    """Whether a `torch.func` transform (grad, vmap, jvp, ...) is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """`value` with every tensor in it so: a tensor, a dataclass of this file, or neither."""
     if isinstance(value, Tensor):
-        return value.float()
+        return value.to(dtype)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _in_fp32(getattr(value, f.name)) for f in fields(value)})
+        named = {f.name: _in_dtype(getattr(value, f.name), dtype) for f in fields(value)}
+        return replace(value, **named)
     return value
 
 
-def _prove(block: nn.Module, weights: BlockWeights, name: str) -> None:
-    """Run block and formula on the same five rows; raise when they differ by more than rounding."""
+def _prove(
+    block: nn.Module,
+    weights: BlockWeights,
+    name: str,
+    batch: int,
+    count: int,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Run block and formula on the same (batch, count) rows; raise when they differ by more than
+    rounding. `dtype`: to compute in; that of the weights, 32 bits at least, when None.
+    """
     like = weights.qkv.weight
-    if like.device.type == "meta":
+    if like.device.type == "meta" or count == 0:
         return
-    parameters: dict[str, Tensor] = dict(block.named_parameters())
-    if like.dtype.itemsize < 4:
-        # in 16 bits rounding of the rows can hide or fake a difference in a small update
-        parameters = {n: p.float() for n, p in parameters.items()}
-        weights, like = _in_fp32(weights), like.float()
+    # in 16 bits rounding of the rows can hide or fake a difference in a small update
+    dtype = torch.promote_types(like.dtype, torch.float32) if dtype is None else dtype
+    parameters = {n: p.to(dtype) for n, p in block.named_parameters()}
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(1, 5, like.shape[1], generator=generator).to(like)
-    training = block.training
+    rows = torch.randn(batch, count, like.shape[1], generator=generator).to(like.device, dtype)
     try:
         with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-            got = apply_block(weights, rows)
-            expected = functional_call(block.eval(), parameters, (rows,))
+            got = apply_block(_in_dtype(weights, dtype), rows)
+            expected = functional_call(block, parameters, (rows,))
     except (RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedBackbone(
-            f"{name} ({type(block).__name__}) cannot be run on rows alone: {error}"
+            f"{name} ({type(block).__name__}) cannot be run on {count} rows alone: {error}; use a "
+            "plain pre-norm block"
         ) from error
-    finally:
-        block.train(training)
-    difference = (got - expected).float().norm() / (expected - rows).float().norm().clamp_min(1e-20)
-    if not difference <= 1e-3 and torch.isfinite(expected).all():
+    difference = (got - expected).norm() / (expected - rows).norm().clamp_min(1e-20)
+    most = 1e-6 if dtype == torch.float64 else 1e-3
+    if not difference <= most and torch.isfinite(expected).all():
         raise UnsupportedBackbone(
             f"{name} ({type(block).__name__}) computes something else than pre-norm attention and "
-            f"MLP: {difference:.1e} relative difference on random rows"
+            f"MLP: {difference:.1e} relative difference on {count} random rows"
         )

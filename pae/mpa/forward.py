@@ -72,7 +72,7 @@ class ZeroPromptForward:
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (B, classes) of embedded rows (B, N, D), which are overwritten."""
         view = self._model.view
-        at, class_only = view.num_prefix_tokens, view.reads_class_only
+        at, class_only = view.num_prefix_tokens, self._plan.class_only
         if self._entering:
             x = insert_rows(x, x.new_zeros(self._entering, x.shape[-1]), at)
         stream = frozen.Stream(x.contiguous())

@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pae_kernels.checks import describe
+
 from .base import BackboneShape, PerThread, check_choice, check_count
 from .registry import register
 from .vpt import VPTDeep
 
 NORMS = ("none", "l2", "layer")
 KMEANS_ITERATIONS = 20
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @register("da-vpt")
@@ -145,12 +148,28 @@ class DAVPT(VPTDeep):
         super().set_prompts(prompts)
 
     def see_labels(self, labels: Tensor) -> None:
-        """Labels (B,) of the next forward's images, integers in [0, num_classes)."""
-        if labels.dim() != 1 or labels.is_floating_point():
+        """Labels (B,) of the next forward's images, integers in [0, num_classes).
+
+        Raises:
+            ValueError: another shape, no integers, or a label outside of that range; on a GPU the
+                range is checked there, and a failure is a device-side assertion.
+        """
+        self._next.values["labels"] = self._checked(labels)
+
+    def _checked(self, labels: Tensor) -> Tensor:
+        """As int64, on the device that they are on."""
+        if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.dtype not in INTEGERS:
+            raise ValueError(f"labels must be integers (B,), got {describe(labels)}")
+        labels = labels.long()
+        outside = (labels < 0) | (labels >= self.num_classes)
+        if labels.device.type == "cuda":  # a look from the host would wait for the device
+            torch._assert_async(~outside.any(), f"labels must be in [0, {self.num_classes})")
+        elif outside.any():
             raise ValueError(
-                f"labels must be integers (B,), got {tuple(labels.shape)} {labels.dtype}"
+                f"labels must be in [0, {self.num_classes}), the num_classes of this DAVPT, got "
+                f"{labels[outside][0].item()}"
             )
-        self._next.values["labels"] = labels
+        return labels
 
     @property
     def observed(self) -> frozenset[int]:
@@ -211,7 +230,7 @@ class DAVPT(VPTDeep):
 
         Raises:
             ImportError: scikit-learn is not installed.
-            ValueError: no batch.
+            ValueError: no batch; labels as in `see_labels`.
         """
         try:
             from sklearn.cluster import KMeans
@@ -242,11 +261,14 @@ class DAVPT(VPTDeep):
         model.head = nn.Identity()
         try:
             for images, labels in batches:
+                labels = self._checked(labels.cpu())
+                if len(labels) != len(images):
+                    raise ValueError(
+                        f"labels must be one per image, {len(images)}, got {len(labels)}"
+                    )
                 features = model(images, engine="fast").double().cpu()
-                sums.index_add_(0, labels.cpu(), features)
-                counts.index_add_(
-                    0, labels.cpu(), torch.ones_like(labels.cpu(), dtype=counts.dtype)
-                )
+                sums.index_add_(0, labels, features)
+                counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
         finally:
             model.head = head
             model.train(training)

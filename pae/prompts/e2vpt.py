@@ -188,8 +188,12 @@ class E2VPT(_VPT):
     def _kept(self) -> Tensor:
         """Indices of the tokens that stay; a mask on a GPU is read once, not every step."""
         mask = self.token_mask
-        if self._known_kept is None or self._known_kept[0] != (mask.data_ptr(), mask._version):
-            self._known_kept = (mask.data_ptr(), mask._version), mask.nonzero()[:, 0]
+        if mask.is_inference():  # nobody records its changes, so nothing is known of it
+            return mask.nonzero()[:, 0]
+        key = mask.data_ptr(), mask._version
+        if self._known_kept is None or self._known_kept[0] != key:
+            with torch.inference_mode(False):  # evaluation may be the first to ask; training follows
+                self._known_kept = key, mask.nonzero()[:, 0]
         return self._known_kept[1]
 
     def _mask(self) -> Tensor | None:

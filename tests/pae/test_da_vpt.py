@@ -192,3 +192,41 @@ def test_prompts_under_a_norm_cannot_be_set():
     with pytest.raises(ValueError, match="under norm 'l2'"):
         made.prompts.set_prompts([torch.zeros(4, 32)] * 3)
     assert error(made.prompts.raw_prompts()[0].norm(dim=1), torch.ones(4).double()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([0, 5, 1], r"labels must be in \[0, 5\), the num_classes of this DAVPT, got 5"),
+        ([0, -1, 1], r"labels must be in \[0, 5\).*got -1"),
+        ([0, 60_000_000, 1], "got 60000000"),
+        ([0.0, 1.0, 2.0], r"labels must be integers \(B,\), got .*float32"),
+        ([True, False, True], r"labels must be integers \(B,\), got .*bool"),
+        ([[0], [1], [2]], r"labels must be integers \(B,\), got .*3, 1"),
+    ],
+    ids=str,
+)
+def test_labels_that_are_none(labels, message):
+    made = prompted()
+    with pytest.raises(ValueError, match=message):
+        made.prompts.see_labels(torch.tensor(labels))
+    with pytest.raises(ValueError, match=message):
+        made.prompts.remap(made, [(tiny.images(made.backbone), torch.tensor(labels))])
+    assert made.training
+
+
+def test_remap_needs_a_label_per_image():
+    made = prompted()
+    with pytest.raises(ValueError, match="labels must be one per image, 3, got 2"):
+        made.prompts.remap(made, [(tiny.images(made.backbone), torch.tensor([0, 1]))])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_integers(dtype):
+    """PyTorch reads bytes that index as a mask."""
+    made, values = prompted(), []
+    for labels in (torch.tensor([4, 0, 1]), torch.tensor([4, 0, 1], dtype=dtype)):
+        made.prompts.see_labels(labels)
+        made(tiny.images(made.backbone), engine="fast")
+        values.append(made.penalty())
+    assert torch.equal(*values)

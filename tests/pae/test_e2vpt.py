@@ -1,5 +1,7 @@
 """E2VPT: masks, their ranking, rewinding, removal, and what it reduces to."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,3 +175,30 @@ def test_importance_of_the_wrong_model():
         e2vpt_importance(prompted(2, masks="learned", pieces=8), [])
     with pytest.raises(ValueError, match="4 tokens and 8 pieces"):
         prompted(4, masks="learned", pieces=8).prompts.rewound(importance([0.0] * 3), 0.5, 0.5)
+
+
+@pytest.mark.parametrize("engine", ["reference", "fast"])
+@pytest.mark.parametrize("before", [torch.inference_mode, torch.no_grad])
+def test_training_after_evaluation_with_tokens_removed(before, engine):
+    """What evaluation knows of the masks is nothing that autograd refuses."""
+    old = prompted(4, 2, masks="learned", pieces=8)
+    family = old.prompts.rewound(importance([3.0, -1.0, 2.0, 0.5]), 0.5, 0.5, "remove")
+    made = pae.PromptedViT(tiny.backbone(), family)
+    x = tiny.images(made.backbone)
+    with before():
+        made.eval()(x, engine=engine)
+    logits, grads = gradients(made.train(), x, engine)
+    expected, expected_grads = gradients(copy.deepcopy(made), x, "reference")
+    assert error(logits, expected) < 1e-9
+    assert error(grads["prompts.tokens"], expected_grads["prompts.tokens"]) < 1e-9
+
+
+def test_masks_made_in_inference_mode_are_read_as_they_are():
+    old = prompted(4, 2, masks="learned", pieces=8)
+    family = old.prompts.rewound(importance([3.0, -1.0, 2.0, 0.5]), 0.5, 0.5, "remove")
+    with torch.inference_mode():
+        made = pae.PromptedViT(tiny.backbone(), family)
+        assert family.prompt_counts == [2] * 3
+        family.token_mask[1] = 1
+        assert family.prompt_counts == [3] * 3
+        assert made(tiny.images(made.backbone)).isfinite().all()

@@ -186,9 +186,8 @@ def test_backward_twice_through_one_graph():
 def test_double_backward_is_an_error():
     model = prompted("plain")
     scalar = pae.fast_forward(model, tiny.images(model.backbone)).square().sum()
-    (grad,) = torch.autograd.grad(scalar, model.prompts.tokens, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match='no second derivatives .*engine="reference"'):
+        torch.autograd.grad(scalar, model.prompts.tokens, create_graph=True)
 
 
 def test_outputs_and_inputs_may_be_overwritten_after_the_forward():
@@ -326,7 +325,7 @@ def test_autocast_picks_the_plan_and_changes_nothing_else(feature):
 
     under_autocast = run(torch.autocast("cpu", torch.bfloat16))
     plan = model.plan(torch.bfloat16)
-    model.plan = lambda: plan
+    model.plan = lambda **_: plan
     for a, b in zip(under_autocast, run(nullcontext()), strict=True):
         assert torch.equal(a, b)
 
