@@ -156,7 +156,8 @@ class PromptedViT(nn.Module):
             )
         self.view.check_images(images)
         if engine == "fast":
-            plan, x = self.plan(size=images.shape[-2:]), self.view.embed(images)
+            height, width = images.shape[-2:]
+            plan, x = self.plan(size=(height, width)), self.view.embed(images)
             # an observer leaves what it saw per thread, which breaks a graph: outside of the walk,
             # since PyTorch 2.11 cannot go on from a break inside
             run = _uncompiled_run if self.prompts.observed else fast.run
@@ -268,7 +269,7 @@ class PromptedViT(nn.Module):
         plans = self._plans
         if plans is None or not plans.current():
             plans = self._plans = Plans(self.view)
-        rows = self.view.shape.num_tokens if size is None else self.view.num_rows(tuple(size))
+        rows = self.view.shape.num_tokens if size is None else self.view.num_rows(size)
         return plans.plan(dtype, sequence_lengths(self.prompts, rows))
 
     def drop_plans(self) -> None:

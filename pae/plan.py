@@ -18,10 +18,18 @@ from typing import Any
 import torch
 import torch.nn.modules.module as torch_modules
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.module_tracker import ModuleTracker
 
-from .backbones.view import HOOKS, BackboneView, BlockWeights, Linear, Norm, added_to, inside_transform
+from pae_kernels.checks import transform
+
+from .backbones.view import (
+    HOOKS,
+    BackboneView,
+    BlockWeights,
+    Linear,
+    Norm,
+    added_to,
+)
 from .errors import UnsupportedBackbone
 
 
@@ -216,7 +224,10 @@ class Plans:
             UnsupportedBackbone: a block computes something else at this length.
         """
         if lengths not in self._proven:
-            self._view.prove_lengths(lengths)
+            try:
+                self._view.prove_lengths(lengths)
+            except UnsupportedBackbone as error:
+                raise UnsupportedBackbone(f'{error}; use engine="reference"') from error
             self._proven.add(lengths)
         found = self._plans.get(dtype)
         if found is None:
@@ -369,12 +380,8 @@ _GLOBAL_HOOKS = (
 
 def _refuse_surroundings() -> None:
     """Raise inside of what follows the backbone's own operations: it would see none of them."""
-    around = None
-    if inside_transform():
-        around = "a torch.func transform (grad, vmap, jvp, ...)"
-    elif forward_ad._current_level >= 0:
-        around = "forward-mode differentiation (torch.autograd.forward_ad)"
-    elif torch.jit.is_tracing():
+    around = transform()
+    if torch.jit.is_tracing():
         around = "torch.jit.trace"
     elif torch.compiler.is_exporting():
         around = "torch.export"

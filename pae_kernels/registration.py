@@ -4,7 +4,8 @@ A declaration is a functional schema per direction (fresh outputs, nothing mutat
 outputs look like, and which function of a version's module computes them. What PyTorch wants to
 know follows from it: definition, both device keys, fakes, and autograd twice. `register_autograd`
 serves `torch.compile` and `torch.export`; eager calls go through an `autograd.Function` over the
-same two ops and the same backward, which costs less per call.
+same two ops and the same backward, which costs less per call. Second derivatives, forward-mode
+ones and `torch.func` are those of the op's definition in plain PyTorch.
 
 The schemas name all that passes from a forward to its backward, so nothing else connects them:
 
@@ -27,9 +28,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends
+from .checks import transform
 
 _LIBRARY = torch.library.Library("pae", "FRAGMENT")
 
@@ -94,18 +95,22 @@ def differentiable(
     run: tuple[str | Callable[..., Any], str | Callable[..., Any]],
     fake: Callable[..., Any],
     *,
+    definition: Callable[..., Any] | None = None,
     fake_gradients: Callable[..., Any] | None = None,
     returned: int | None = None,
     layout: Callable[[Tensor], Tensor] | None = Tensor.contiguous,
     dtype: Callable[..., torch.dtype] | None = None,
 ) -> Callable[..., Any]:
-    """Register `<name>_fwd` and `<name>_bwd`, once differentiable.
+    """Register `<name>_fwd` and `<name>_bwd`.
 
     Args:
         name: of the op and of its versions.
         forward, backward: schemas without their names, as the head of this module says.
         run: as in `op`, for both directions.
         fake: as in `op`, for the forward.
+        definition: of the forward's arguments, which the backward must get: what the caller sees,
+            in operations that PyTorch differentiates as often as wanted. Without one, further
+            derivatives are refused.
         fake_gradients: as in `op`, for the backward. When None, gradients look like their inputs,
             which the backward then must get.
         returned: how many outputs the caller sees, the first ones; all when None.
@@ -128,7 +133,7 @@ def differentiable(
     tensors = {a.name for a in schema.arguments if _is_tensor(a)}
     count = sum(f"d_{y}" in bwd_arguments for y in outputs)  # differentiable outputs
     saved = [a for a in bwd_arguments if a in tensors or a in outputs]
-    constants = [a for a in bwd_arguments if a in inputs and a not in tensors]
+    constants = [a for a in inputs if a not in tensors]
     optional = [i for i, x in enumerate(inputs) if f"need_{x}" in bwd_arguments]
     known = [f"d_{y}" for y in outputs[:count]] + saved + constants + [f"need_{x}" for x in inputs]
     if unknown := {*bwd_arguments} - {*known} | {*gradients} - {f"d_{x}" for x in inputs}:
@@ -136,7 +141,11 @@ def differentiable(
     if fake_gradients is None and (missing := {d[2:] for d in gradients} - {*bwd_arguments}):
         raise ValueError(f"{name}: fake_gradients is needed, the backward lacks {sorted(missing)}")
 
+    if definition is not None and (lost := tensors - {*saved}):
+        raise ValueError(f"{name}: the definition needs {sorted(lost)}, which the backward lacks")
+
     take_saved = _take(saved, [*inputs, *outputs])
+    take_inputs = _take(inputs, [*saved, *constants])
     take_constants = _take(constants, inputs)
     take_bwd_arguments = _take(bwd_arguments, known)
     with_gradient = [f"d_{x}" if f"d_{x}" in gradients else "" for x in inputs]
@@ -158,11 +167,17 @@ def differentiable(
     def grads(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         given = take_bwd_arguments((*d_outputs[:count], *ctx.saved_tensors, *ctx.constants, *needs))
-        found = backward_op(*given)
+        with torch.no_grad():
+            found = backward_op(*given)
         results = take_gradients((None, *found) if isinstance(found, tuple) else (None, found))
         for i in optional:
             if not needs[i]:
                 results = (*results[:i], None, *results[i + 1 :])
+        if torch.is_grad_enabled():  # create_graph=True
+            if definition is None:
+                raise RuntimeError(f"pae::{name} has no second derivatives (create_graph=True)")
+            inputs = take_inputs((*ctx.saved_tensors, *ctx.constants))
+            return _differentiable_further(results, definition, inputs, needs, d_outputs)
         return results
 
     def like_inputs(*given: Any) -> Any:
@@ -178,19 +193,56 @@ def differentiable(
         save(ctx, inputs, output)
         return visible(output)
 
-    methods = {"forward": staticmethod(eager), "backward": staticmethod(once_differentiable(grads))}
+    methods = {"forward": staticmethod(eager), "backward": staticmethod(grads)}
     camel = name.title().replace("_", "")  # what `grad_fn` and profilers show
     apply = type(camel, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return visible(forward_op(*inputs))
+        if around := transform():
+            if definition is None:
+                raise RuntimeError(f"pae::{name} cannot be followed by {around}")
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                return definition(*inputs)
         return apply(*inputs)
 
     _implement(forward_op, run[0], fake, name, layout, dtype)
     _implement(backward_op, run[1], fake_gradients or like_inputs, name, layout, dtype)
     torch.library.register_autograd(forward_op.name(), grads, setup_context=save, lib=_LIBRARY)
     return call
+
+
+def _differentiable_further(
+    results: Sequence[Tensor | None],
+    definition: Callable[..., Any],
+    inputs: Sequence[Any],
+    needs: Sequence[bool],
+    d_outputs: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """The gradients `results`, with the derivatives of the definition's gradients."""
+    # views: an input that is given twice has two gradients
+    own = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        made = definition(*own)
+        made = made if isinstance(made, tuple) else (made,)
+        pairs = [(y, d) for y, d in zip(made, d_outputs) if y.requires_grad]
+        wanted = [i for i, need in enumerate(needs) if need]
+        if not pairs or not wanted:
+            return tuple(results)
+        found = torch.autograd.grad(
+            [y for y, _ in pairs],
+            [own[i] for i in wanted],
+            [d for _, d in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    further = list(results)
+    for i, same in zip(wanted, found):
+        value = results[i]
+        if value is not None and same is not None:
+            further[i] = same + (value - same).detach()
+    return tuple(further)
 
 
 def _defined(schema: str) -> Any:

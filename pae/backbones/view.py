@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pae_kernels.checks import transform
 from pae_kernels.pointwise import ACTIVATIONS
 
 from ..errors import UnsupportedBackbone
@@ -95,7 +96,7 @@ class BackboneView(ABC):
     @property
     @abstractmethod
     def reads_class_only(self) -> bool:
-        """Whether only row 0 of the last block's output reaches the head, or anyone who looks on."""
+        """Whether only row 0 of the last block's output reaches the head, or a hook on the way."""
 
     @property
     @abstractmethod
@@ -229,7 +230,7 @@ class BackboneView(ABC):
             raise ValueError(f"images must have sides divisible by the patch {patch}, got {size}")
         if images.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        if not inside_transform():  # under vmap nobody can look at values
+        if transform() is None:  # under vmap nobody can look at values
             bad = int((~images.isfinite().flatten(1).all(dim=1)).sum())
             if bad:
                 raise ValueError(f"images holds NaN or infinity in {bad} of {len(images)} images")
@@ -253,11 +254,6 @@ def apply_block(weights: BlockWeights, x: Tensor) -> Tensor:
     x = x + scaled(w.scale1, F.linear(o.transpose(1, 2).flatten(2), w.proj.weight, w.proj.bias))
     h = ACTIVATIONS[w.activation](F.linear(norm(w.norm2, x), w.fc1.weight, w.fc1.bias))
     return x + scaled(w.scale2, F.linear(h, w.fc2.weight, w.fc2.bias))
-
-
-def inside_transform() -> bool:
-    """Whether a `torch.func` transform (grad, vmap, jvp, ...) is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
@@ -295,8 +291,7 @@ def _prove(
             expected = functional_call(block, parameters, (rows,))
     except (RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedBackbone(
-            f"{name} ({type(block).__name__}) cannot be run on {count} rows alone: {error}; use a "
-            "plain pre-norm block"
+            f"{name} ({type(block).__name__}) cannot be run on {count} rows alone: {error}"
         ) from error
     difference = (got - expected).norm() / (expected - rows).norm().clamp_min(1e-20)
     most = 1e-6 if dtype == torch.float64 else 1e-3

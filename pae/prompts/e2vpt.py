@@ -192,7 +192,8 @@ class E2VPT(_VPT):
             return mask.nonzero()[:, 0]
         key = mask.data_ptr(), mask._version
         if self._known_kept is None or self._known_kept[0] != key:
-            with torch.inference_mode(False):  # evaluation may be the first to ask; training follows
+            # evaluation may be the first to ask, and training follows
+            with torch.inference_mode(False):
                 self._known_kept = key, mask.nonzero()[:, 0]
         return self._known_kept[1]
 

@@ -38,7 +38,8 @@ def token_mix(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     Returns:
         (B, P, D) in the dtype of `weight`.
 
-    Gradients: x and weight, once; the latter is summed over the batch in fp32 in a fixed order.
+    Gradients: x and weight; further ones are those of `reference`. The latter is summed over the
+    batch in fp32 in a fixed order.
     Numerics: statistics in fp32 or wider, products with fp32 accumulation, exact for fp32 inputs.
 
     Raises:
@@ -88,7 +89,8 @@ def prompt_bottleneck(
     Returns:
         (B, P, D) in the dtype of u.
 
-    Gradients: all but the masks, once; those of parameters are summed in fp32 in a fixed order.
+    Gradients: all but the masks; further ones are those of `reference`. Those of parameters are
+    summed in fp32 in a fixed order.
     Numerics: fp32 or wider inside.
 
     Raises:
@@ -149,6 +151,7 @@ _token_mix = registration.differentiable(
     "-> (Tensor d_x, Tensor d_weight)",
     run=("token_mix", "token_mix_backward"),
     fake=_mixed,
+    definition=lambda *given: reference.token_mix(*given)[0],
     returned=1,
     dtype=registration.widest,
 )
@@ -163,5 +166,6 @@ _prompt_bottleneck = registration.differentiable(
     "Tensor d_down, Tensor d_up)",
     run=("prompt_bottleneck", "prompt_bottleneck_backward"),
     fake=lambda u, *_: u.new_empty(u.shape),
+    definition=reference.prompt_bottleneck,
     dtype=registration.widest,
 )

@@ -48,8 +48,8 @@ def prompt_attention(
         out (B, N, H d), or (B, 1, H d) for "class", in the dtype of qkv; and the log-sum-exp of
         each row's logits (B, H, N) or (B, H, 1) in fp32 or wider, not differentiable.
 
-    Gradients: qkv and kv_prompt, once; the latter is summed over the batch in fp32 in a fixed
-    order (deterministic). None of log_multiplicity.
+    Gradients: qkv and kv_prompt; further ones are those of `reference`. The latter is summed over
+    the batch in fp32 in a fixed order (deterministic). None of log_multiplicity.
     Numerics: softmax in fp32 or wider; products of fp32 inputs are exact fp32 in the kernels.
 
     Raises:
@@ -158,6 +158,11 @@ def _outputs(
     )
 
 
+def _definition(*given: Any) -> tuple[Tensor, Tensor]:
+    out, lse = reference.prompt_attention(*given)
+    return out, lse.detach()
+
+
 _prompt_attention = registration.differentiable(
     "prompt_attention",
     "(Tensor qkv, Tensor kv_prompt, Tensor? group, float scale, bool class_only, "
@@ -167,5 +172,6 @@ _prompt_attention = registration.differentiable(
     "-> (Tensor d_qkv, Tensor d_kv_prompt)",
     run=("forward", "backward"),
     fake=_outputs,
+    definition=_definition,
     layout=registration.contiguous_rows,  # PyTorch's CPU kernel reads out of bounds otherwise
 )

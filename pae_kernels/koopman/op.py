@@ -56,9 +56,9 @@ def koopman_losses(
     Returns:
         consistency and lyapunov, unweighted, () or (R,), in the dtype of prompts.
 
-    Gradients: prompts, lift, K and L; analytic, once differentiable. Operators that belong to no
-        pair get zeros. Where several singular values of L are the largest, one of them is
-        differentiated.
+    Gradients: prompts, lift, K and L; analytic. Further derivatives are those of `reference`.
+        Operators that belong to no pair get zeros. Where several singular values of L are the
+        largest, one of them is differentiated, once: there is no second derivative by L.
 
     Numerics: sigma_max(L) is exact to 1e-6, relative, at every spectrum and scale, to rounding in
         the reference. An L with NaN or infinity makes the Lyapunov term NaN and raises nothing.
@@ -201,6 +201,15 @@ def _outputs(
     )
 
 
+def _definition(prompts: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if prompts.dim() == 4:
+        return reference.koopman_losses(prompts, *rest)
+    operators, (formulation, eps) = rest[:3], rest[3:]
+    lift, K, L = (t[None] for t in operators)
+    consistency, lyapunov = reference.koopman_losses(prompts[None], lift, K, L, formulation, eps)
+    return consistency[0], lyapunov[0]
+
+
 _INPUTS = "Tensor prompts, Tensor lift, Tensor K, Tensor L, str formulation, float? eps"
 _SAVED = (
     "Tensor states, Tensor predicted, Tensor images, Tensor pull, Tensor radial, Tensor spin, "
@@ -213,6 +222,7 @@ _koopman_losses = registration.differentiable(
     "-> (Tensor d_prompts, Tensor d_lift, Tensor d_K, Tensor d_L)",
     run=(_forward, _backward),
     fake=_outputs,
+    definition=_definition,
     returned=2,
     layout=None,
 )

@@ -389,13 +389,6 @@ def test_ops_ignore_autocast():
     assert all(torch.equal(a, b) for a, b in zip(got[1], expected[1], strict=True))
 
 
-def test_ops_are_differentiable_once():
-    x = randn(2, 4, 5).requires_grad_()
-    (grad,) = torch.autograd.grad(token_mix(x, randn(3, 4)).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [

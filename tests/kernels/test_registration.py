@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pae_kernels import prompt_bottleneck, registration, token_mix
+from pae_kernels import backends, prompt_bottleneck, registration, token_mix
 
 FORWARD = "(Tensor x, float cap) -> (Tensor y, Tensor norm)"
 
@@ -35,6 +35,38 @@ def test_a_gradient_needs_a_shape():
     with pytest.raises(ValueError, match=r"never: fake_gradients is needed, .* lacks \['x'\]"):
         declared("(Tensor d_y, Tensor y) -> (Tensor d_x)")
     assert not hasattr(torch.ops.pae, "never_fwd")
+
+
+def test_a_definition_needs_its_arguments():
+    with pytest.raises(ValueError, match=r"never: the definition needs \['x'\]"):
+        declared(
+            "(Tensor d_y, Tensor y) -> (Tensor d_x)",
+            fake_gradients=lambda d_y, y: y,
+            definition=lambda x, cap: x,
+        )
+    assert not hasattr(torch.ops.pae, "never_fwd")
+
+
+def test_without_a_definition_further_derivatives_are_refused():
+    class Version:
+        forward = staticmethod(lambda x: x.sin())
+        backward = staticmethod(lambda d_y, x: d_y * x.cos())
+
+    backends.register("once", backends.Version("reference", Version, backends.anywhere))
+    once = registration.differentiable(
+        "once",
+        "(Tensor x) -> (Tensor y)",
+        "(Tensor d_y, Tensor x) -> (Tensor d_x)",
+        ("forward", "backward"),
+        lambda x: x.new_empty(x.shape),
+    )
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(once, (x,))
+    for op in (once, torch.ops.pae.once_fwd):
+        with pytest.raises(RuntimeError, match=r"pae::once has no second derivatives \(create_gr"):
+            torch.autograd.grad(op(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"pae::once cannot be followed by a torch\.func"):
+        torch.func.grad(lambda x: once(x).sum())(x)
 
 
 def test_autocast_does_not_reach_into_an_op():

@@ -186,7 +186,7 @@ def test_backward_twice_through_one_graph():
 def test_double_backward_is_an_error():
     model = prompted("plain")
     scalar = pae.fast_forward(model, tiny.images(model.backbone)).square().sum()
-    with pytest.raises(RuntimeError, match='no second derivatives .*engine="reference"'):
+    with pytest.raises(RuntimeError, match=r'no second derivatives .*engine="reference"'):
         torch.autograd.grad(scalar, model.prompts.tokens, create_graph=True)
 
 
