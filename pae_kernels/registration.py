@@ -145,7 +145,7 @@ def differentiable(
         raise ValueError(f"{name}: the definition needs {sorted(lost)}, which the backward lacks")
 
     take_saved = _take(saved, [*inputs, *outputs])
-    take_inputs = _take(inputs, [*saved, *constants])
+    take_inputs = _take(inputs, [*saved, *constants]) if definition is not None else None
     take_constants = _take(constants, inputs)
     take_bwd_arguments = _take(bwd_arguments, known)
     with_gradient = [f"d_{x}" if f"d_{x}" in gradients else "" for x in inputs]
@@ -174,7 +174,7 @@ def differentiable(
             if not needs[i]:
                 results = (*results[:i], None, *results[i + 1 :])
         if torch.is_grad_enabled():  # create_graph=True
-            if definition is None:
+            if definition is None or take_inputs is None:
                 raise RuntimeError(f"pae::{name} has no second derivatives (create_graph=True)")
             inputs = take_inputs((*ctx.saved_tensors, *ctx.constants))
             return _differentiable_further(results, definition, inputs, needs, d_outputs)

@@ -85,8 +85,10 @@ def counted_flops(name, prompts, batch, method, memory, **options):
     if method == "official":
         forward = OfficialStyleVPT(vit, model.prompts.tokens, model.head)
     elif method == "pae":
-        plan = fold(model.view, torch.float32)
-        model.plan = lambda dtype=None: plan  # a signature of addresses would find none
+        # there are no values to tell what a readout reads
+        with patch.object(type(model.view), "reads_class_only", True):
+            plan = fold(model.view, torch.float32)
+        model.plan = lambda **_: plan  # a signature of addresses would find none
         forward = lambda x: pae.fast_forward(model, x, memory=memory)
     # images are looked at before they are used: these have no values
     with mode, patch.object(BackboneView, "check_images"):
