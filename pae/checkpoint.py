@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from .files import remove_temporaries as remove_temporaries
 from .files import write_atomically as write_atomically
 from .kld import KLD
 from .task import TaskInfo
-from .tensorfile import DIGEST, fitted, not_finite, read_tensors, write_tensors
+from .tensorfile import DIGEST, fitted, not_finite, read_tensors, require_digest, write_tensors
 from .version import __version__
 
 FORMAT = "pae-2"
@@ -206,8 +205,7 @@ def read(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path} was not written by pae") from error
     if kind not in (FORMAT, _FORMER):
         raise CheckpointError(f"checkpoint {path} has format {kind!r}, expected {FORMAT!r}")
-    if not vouched and kind != _FORMER:
-        raise CheckpointError(f"checkpoint {path} cannot be read: its digest is missing")
+    require_digest(path, vouched, former=kind == _FORMER)
     texts.pop(DIGEST, None)
     expected = {**_DESCRIPTION, **(_ADDED if kind == FORMAT else {})}
     if missing := [part for part in expected if part not in meta]:
@@ -219,12 +217,6 @@ def read(path: str | Path) -> Checkpoint:
         task = TaskInfo.read(meta.get("task"))
     except ValueError as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {one_line(error)}") from error
-    if not vouched:
-        warnings.warn(
-            f"checkpoint {path} was written by an earlier version, without a digest, so damage "
-            "may go unseen; save it again to give it one",
-            stacklevel=2,
-        )
     size = meta.get("image_size")
     return Checkpoint(
         path=path,

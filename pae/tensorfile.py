@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from .files import from_json, write_atomically
 
 DIGEST = "pae.digest"  # among the texts: SHA-256 of the file, with zeros where the digest stands
 _ZEROS = "0" * 64
-_ENTRY = re.compile(rb'"pae\.digest":"([0-9a-f]{64})"')  # a quote inside a text would be escaped
+_ENTRY = re.compile(rb'"pae\.digest":"([^"]*)"')  # a quote inside a text would be escaped
 _LONGEST_HEADER = 100_000_000  # of the safetensors format
 
 
@@ -60,17 +61,32 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str], b
         content, length = _read(Path(path))
         found = _ENTRY.search(content, 8, length)
         if found is not None:
-            digest = found[1].decode()
             blank = hashlib.sha256(content[: found.start(1)])
             blank.update(_ZEROS.encode())
             blank.update(memoryview(content)[found.end(1) :])
-            if digest != blank.hexdigest():
+            if found[1] != blank.hexdigest().encode():
                 raise ValueError("it is half-written or damaged")
         state = load(content)
         texts = from_json(content[8:length]).get("__metadata__") or {}
     except Exception as error:  # a damaged file makes its parser raise whatever its parts raise
         raise CheckpointError(f"checkpoint {path} cannot be read: {one_line(error)}") from error
     return state, texts, found is not None
+
+
+def require_digest(path: str | Path, vouched: bool, former: bool) -> None:
+    """Warn of a file without a digest that version 0.1 wrote (`former`); refuse any other.
+
+    Raises:
+        CheckpointError: the digest was there, and is not any more.
+    """
+    if not vouched and not former:
+        raise CheckpointError(f"checkpoint {path} cannot be read: its digest is missing")
+    if not vouched:
+        warnings.warn(
+            f"checkpoint {path} was written by an earlier version, without a digest, so damage "
+            "may go unseen; save it again to give it one",
+            stacklevel=3,
+        )
 
 
 def _read(path: Path) -> tuple[bytes, int]:

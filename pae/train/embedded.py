@@ -240,14 +240,14 @@ def make_skeleton(image_size: int, num_classes: int = 0) -> nn.Module:
 def load_backbone(image_size: int, num_classes: int = 0) -> nn.Module:
     """timm `vit_small_patch14_dinov2` with the DINOv2-S/14-derived weights, at `image_size` pixels.
 
-    The weights enter at their native 518 px with ``strict=True``; timm then resamples the position
+    The weights, all of them, enter at their native 518 px; timm then resamples the position
     embedding.
 
     Raises:
         ValueError: `image_size` is not a multiple of 14.
         FetchError: the weights cannot be had, or the cache folder not be used.
     """
-    from pae.tensorfile import read_tensors
+    from pae.tensorfile import fitted, read_tensors
 
     model = _architecture(image_size)
     path = cache_folder() / f"{WEIGHTS_NAME}.safetensors"
@@ -255,12 +255,10 @@ def load_backbone(image_size: int, num_classes: int = 0) -> nn.Module:
         if not path.is_file():
             _store_weights(fetch(WEIGHTS), path)
         try:
-            state, _, _ = read_tensors(path)
-            model.load_state_dict(state, strict=True)
-        except (CheckpointError, RuntimeError) as error:
-            raise FetchError(
-                f"{path} is damaged ({one_line(error)}); delete it and run again"
-            ) from None
+            state = fitted(path, read_tensors(path)[0], model.state_dict())
+        except CheckpointError as error:
+            raise FetchError(f"{path} is damaged ({error}); delete it and run again") from None
+    model.load_state_dict(state)
     return _resized(model, image_size, num_classes)
 
 

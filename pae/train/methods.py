@@ -23,7 +23,7 @@ import pae
 from pae.files import to_json
 from pae.foreign import first_line
 from pae.mpa.incoming import prompt_count
-from pae.tensorfile import fitted, read_tensors, write_tensors
+from pae.tensorfile import fitted, read_tensors, require_digest, write_tensors
 from pae.train import embedded
 from pae.train.declared import Given, declared, fits, name_of, near
 from pae.train.options import Options
@@ -346,6 +346,9 @@ class LinearProbe(nn.Module):
         self.task = self.frozen.task
 
 
+_WHOLE = "timm-state-dict-2"  # the format of a whole model's file; version 0.1: without the 2
+
+
 class FullFineTuning(nn.Module):
     """All weights of a timm model, the baseline that prompts are compared with."""
 
@@ -381,7 +384,7 @@ class FullFineTuning(nn.Module):
     def save(self, path: str | Path) -> None:
         """Writes the timm state dict as safetensors, atomically, with a digest."""
         description = {
-            "format": "timm-state-dict",
+            "format": _WHOLE,
             "backbone": pae.checkpoint.backbone_name(self.backbone),
             "task": None if self.task is None else self.task.record(),
         }
@@ -393,7 +396,8 @@ class FullFineTuning(nn.Module):
         Raises:
             CheckpointError: unreadable or damaged file, or weights of another model.
         """
-        state, _, _ = read_tensors(path)
+        state, texts, vouched = read_tensors(path)
+        require_digest(path, vouched, former=_WHOLE not in texts.get("pae", ""))
         self.backbone.load_state_dict(fitted(path, state, self.backbone.state_dict()))
 
 

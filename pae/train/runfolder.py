@@ -234,6 +234,8 @@ def _metrics_of(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not {"epochs", "result"} <= value.keys():
         raise ValueError("expected epochs and a result")
     table = check_signature(value)
+    if len(table) > 2:
+        raise ValueError(f"nothing else than epochs and a result was written, got {list(table)}")
     _rows_of(table["epochs"])
     if not (table["result"] is None or isinstance(table["result"], dict)):
         raise ValueError("its result is none")
