@@ -70,8 +70,9 @@ def as_tensor(value: object) -> Tensor | None:
     """`value` as a tensor if it is one, or a numeric array; None for anything else."""
     if isinstance(value, Tensor):
         return value.detach()
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-        return torch.as_tensor(np.ascontiguousarray(value))
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.dtype.itemsize <= 8:
+        native = value.astype(value.dtype.newbyteorder("="), order="C", copy=False)
+        return torch.as_tensor(native)
     return None
 
 

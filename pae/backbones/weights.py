@@ -7,6 +7,7 @@ says from where the weights were taken.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import sys
@@ -72,7 +73,7 @@ class LoadedWeights:
         count: tensors of the backbone, every one of them from `source`.
         container: keys under which their names stood, outermost first, with dots; "" for none.
         prefix: what stood in front of their names.
-        layout: whose names they were: "timm", "Hugging Face", "JAX", or "timm's converter".
+        layout: whose names they were: "timm", "Hugging Face", "JAX", ...
         remarks: what a reader has to know, e.g. that the position embedding was resampled.
         unread: {what: count} of the rest of the file, e.g. {"of heads and training": 4}.
     """
@@ -254,8 +255,12 @@ def _candidate(
     candidate = _Candidate(path, prefix, inside, outside)
     # names and shapes alone are asked for: nothing is to be read, which the meta device ensures
     state = inside if values else {key: value.to("meta") for key, value in inside.items()}
-    if translated := _translated(state):
-        candidate.layout, state = "others", translated
+    try:
+        if translated := _translated(state):
+            candidate.layout, state = translated
+    except RuntimeError as error:  # parts of a stack that have different shapes
+        candidate.error = f"query, key and value do not go together ({first_line(error)})"
+        return candidate
     candidate.shapes = {key: value.shape for key, value in state.items()}
     candidate.error = _other_patches(model, state)
     convert = _timm_converter(model)
@@ -268,7 +273,7 @@ def _candidate(
         candidate.error = f"timm's converter refuses them ({first_line(error)})"
     else:
         if not state.keys() & candidate.state.keys():
-            candidate.layout = "timm's converter"
+            candidate.layout = "a kind that timm converts"
     return candidate
 
 
@@ -353,7 +358,11 @@ def _refuse_misfits(
         if keys
     ]
     if said:
-        raise CheckpointError(f"weights {name} do not fit {_called(model)}: {'; '.join(said)}")
+        renamed = 2 * len(problems[0][1]) > len(needed) and unknown
+        advice = "give them timm's names" if renamed else "take the timm model that they are of"
+        raise CheckpointError(
+            f"weights {name} do not fit {_called(model)}: {'; '.join(said)}; {advice}"
+        )
 
 
 def _remarks(model: nn.Module, chosen: _Candidate) -> list[str]:
@@ -383,7 +392,7 @@ def _remarks(model: nn.Module, chosen: _Candidate) -> list[str]:
 def _fill(name: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Copies the tensors into the model once all of them are known to be finite in its type."""
     cast = {key: value.to(own[key].dtype) for key, value in state.items()}
-    bad = [key for key, value in cast.items() if not torch.isfinite(value).all()]
+    bad = [k for k, value in cast.items() if value.is_meta or not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(f"weights {name}: NaN or infinite values in {listed(bad, _MOST)}")
     with torch.no_grad():
@@ -428,12 +437,13 @@ _STACKED = re.compile(
 )
 
 
-def _translated(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of Hugging Face's ViT, DINOv2 and CLIP and of VPT's code in timm's; {} if others."""
+def _translated(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]] | None:
+    """Whose names these are, and the tensors under timm's; None if no known ones."""
     if any(_CHUNKED.match(key) for key in state):
-        return {_CHUNKED.sub(r"\1.\2", key): value for key, value in state.items()}
+        plain = {_CHUNKED.sub(r"\1.\2", key): value for key, value in state.items()}
+        return "DINOv2's training", plain
     if not any(_STACKED.fullmatch(key) for key in state):
-        return {}
+        return None
     found: dict[str, Tensor] = {}
     stacks: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
@@ -454,7 +464,8 @@ def _translated(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, parts in stacks.items():
         if parts.keys() == set("qkv"):  # an incomplete stack stays missing
             found[key] = torch.cat([parts["q"], parts["k"], parts["v"]])
-    return found
+    ours = any("attention_norm" in key for key in state)
+    return ("VPT's code" if ours else "Hugging Face"), found
 
 
 # ---- JAX archives
@@ -475,8 +486,14 @@ def _load_jax(
     prefix: str,
 ) -> LoadedWeights:
     """Of an .npz as the code of ViT, AugReg and Big Vision writes it, by timm's reader."""
-    load = getattr(model, "load_pretrained", None)
-    if load is None or isinstance(source, Mapping) or not hasattr(model, "blocks"):
+    vit: Any = model
+    readable = (
+        hasattr(model, "load_pretrained")
+        and hasattr(model, "blocks")
+        and isinstance(getattr(getattr(model, "patch_embed", None), "proj", None), nn.Conv2d)
+        and isinstance(getattr(model, "pos_embed", None), Tensor)
+    )
+    if not readable or isinstance(source, Mapping):
         raise CheckpointError(
             f"weights {name}: a JAX archive, which is read into vision transformers alone, got "
             f"{_called(model)}"
@@ -491,24 +508,18 @@ def _load_jax(
     head = _head_names(model)
     needed = [key for key in own if not key.startswith(head)]
     if not any(tensor.is_meta for tensor in own.values()):
-        kept = {key: own[key].clone() for key in own if key.startswith(head)}
+        twin = copy.deepcopy(vit)
+        filled = twin.state_dict()
         with torch.no_grad():
-            for key in needed:  # whatever timm does not fill is found below
-                own[key].fill_(torch.nan)
-            try:
-                load(str(source))
-            except Exception as error:  # as with timm's other converters
-                raise CheckpointError(
-                    f"weights {name}: timm's reader of JAX archives refuses them "
-                    f"({first_line(error)})"
-                ) from error
-            for key, value in kept.items():
-                own[key].copy_(value)
-        bad = [key for key in needed if not torch.isfinite(own[key]).all()]
-        if bad:
+            for key in needed:  # what timm leaves as it is would else not be seen
+                filled[key].fill_(torch.nan)
+        try:
+            twin.load_pretrained(str(source))
+        except Exception as error:  # as with timm's other converters
             raise CheckpointError(
-                f"weights {name}: nothing, or NaN or infinite values, for {listed(bad, _MOST)}"
-            )
+                f"weights {name}: timm's reader of JAX archives refuses them ({first_line(error)})"
+            ) from error
+        _fill(name, own, {key: filled[key] for key in needed})
     remarks = []
     rows = next(found[key].shape[1] for key in expected if key.endswith("pos_embedding"))
     if rows != len(own["pos_embed"][0]):

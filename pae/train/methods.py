@@ -68,6 +68,8 @@ def build_backbone(
         known = [embedded.WEIGHTS_NAME, *timm.list_models()]
         close = difflib.get_close_matches(options.model, known)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
+        if "/" in options.model:
+            hint = f"; hf-hub:{options.model} is on the hub, local-dir:{options.model} a folder"
         raise ValueError(f"--model {options.model}: timm has no such model{hint}")
     more: dict[str, Any] = {"num_classes": num_classes}
     if options.img_size is not None:
@@ -87,6 +89,8 @@ def build_backbone(
     # timm and the hub raise whatever their parts raise; the user needs one line and a way out
     except Exception as error:
         reason = first_line(error)
+        if isinstance(error, KeyError) and source in _SOURCES:  # a folder of another library
+            reason = f"its config.json is not timm's, it lacks {reason}"
         if not options.pretrained or options.weights is not None:
             raise ValueError(f"--model {options.model}: {reason}") from error
         raise ValueError(

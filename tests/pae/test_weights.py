@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import re
@@ -21,13 +22,19 @@ from pae.backbones import load_weights
 FUZZ = int(os.environ.get("PAE_WEIGHTS_FUZZ", "30"))
 
 
+_seeds = itertools.count(1)
+
+
 def vit(**options):
-    """A small vision transformer with every tensor random, also those that start at 0 or 1."""
+    """A small vision transformer with every tensor random, also those that start at 0 or 1, and
+    none as in any other that this makes.
+    """
+    generator = torch.Generator().manual_seed(next(_seeds))
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
     model = VisionTransformer(**{**sizes, "num_classes": 7, **options})
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.1)
+            parameter.normal_(std=0.1, generator=generator)
     return model
 
 
@@ -330,6 +337,54 @@ KINDS = {
         "teacher",
         "backbone.",
     ),
+    "dinov2_registers": (
+        "registers",
+        lambda s: (
+            {k: v for k, v in s.items() if k != "reg_token"}
+            | {"mask_token": torch.ones(1, 32), "register_tokens": s["reg_token"]}
+            | {"cls_token": torch.zeros(1, 1, 32)}
+            | {"pos_embed": torch.cat([s["cls_token"], s["pos_embed"]], 1)}
+        ),
+        "",
+        "",
+    ),
+    "i_jepa": (
+        {},
+        lambda s: {
+            "encoder": under("module.", s),
+            "target_encoder": under("module.", {k: 2 * v for k, v in s.items()}),
+            "predictor": {"module.norm.weight": torch.ones(8)},
+        },
+        "encoder",
+        "module.",
+    ),
+    "byol": (
+        {},
+        lambda s: {
+            "state_dict": under("online_encoder.net.", s)
+            | under("target_encoder.net.", {k: 2 * v for k, v in s.items()})
+            | {"online_predictor.net.0.weight": torch.ones(2, 2)}
+        },
+        "state_dict",
+        "online_encoder.net.",
+    ),
+    "momentum_backbone": (
+        {},
+        lambda s: (
+            under("backbone.", s)
+            | under("momentum_backbone.", {k: 2 * v for k, v in s.items()})
+            | {"momentum_projector.0.weight": torch.ones(2, 2), "queue_ptr": torch.zeros(1).long()}
+        ),
+        "",
+        "backbone.",
+    ),
+    "timm_in_transformers": ({}, lambda s: under("timm_model.", s), "", "timm_model."),
+    "linear_patches": (
+        {},
+        lambda s: s | {"patch_embed.proj.weight": s["patch_embed.proj.weight"].flatten(1)},
+        "",
+        "",
+    ),
     "deit_3": (
         "layer_scale",
         lambda s: {"model": {re.sub(r"ls(\d)\.gamma", r"gamma_\1", k): v for k, v in s.items()}},
@@ -365,7 +420,6 @@ KINDS = {
 @pytest.fixture(scope="module")
 def models():
     """{name of options: a model}, from whose state dicts the files are made."""
-    torch.manual_seed(0)
     return {name: vit(**options) for name, options in {"": {}, **OPTIONS}.items()}
 
 
@@ -435,9 +489,12 @@ def test_jax_archives_that_do_not_fit(models, tmp_path):
     name = "Transformer/encoderblock_2/MlpBlock_3/Dense_1/bias"
     refused(whole | {name: np.ones(1, "f4")}, rf"{name} is \(1,\) for \(32,\)")
     refused(whole | {name: whole[name].astype("i4")}, f"{name} is torch.int32")
-    refused(whole | {name: np.full(32, np.nan, "f4")}, "NaN .* for blocks.2.mlp.fc2.bias")
+    refused(whole | {name: np.full(32, np.nan, "f4")}, "NaN .* in blocks.2.mlp.fc2.bias")
     refused(whole | {"adapter/kernel": np.ones(1, "f4")}, "unknown 1: adapter/kernel")
-    refused(whole, "nothing, or NaN .* for blocks.0.ls1.gamma", init_values=1.0)
+    refused(whole, "NaN .* in blocks.0.ls1.gamma", init_values=1.0)
+    with pytest.raises(pae.CheckpointError, match="read into vision transformers alone"):
+        load_weights(timm.create_model("test_resnet"), tmp_path / "weights.npz")
+    refused(whole, "vision transformers alone", pos_embed="none")
     stacked = jax_archive(state, prefix="params/", newer=True, stacked=True)
     refused(stacked, r"kernel is \(3, 2, 16, 32\) for \(2, 2, 16, 32\)", depth=2)
     np.savez(tmp_path / "objects.npz", **whole, more=np.array([print, None], dtype=object))
@@ -558,6 +615,7 @@ def test_mutations_are_refused(kind, models, tmp_path):
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_other_sizes_are_named(models):
     state = backbone_of(models[""])
     refuses(
@@ -582,6 +640,27 @@ def test_other_sizes_are_named(models):
     refuses(vit(), state | lora, "unknown 1: blocks.0.attn.qkv.lora_A.weight")
     quantised = {k: torch.quantize_per_tensor(v, 1, 0, torch.qint8) for k, v in state.items()}
     refuses(vit(), quantised, r"wrong type 42: ")
+
+
+def test_query_key_and_value_that_do_not_go_together(models):
+    state = hugging_face(backbone_of(models[""]))
+    key = "encoder.layer.1.attention.attention.query.weight"
+    refuses(vit(), state | {key: torch.ones(32, 16)}, "query, key and value do not go together")
+    refuses(vit(), state | {key: torch.ones(16, 32)}, r"blocks.1.attn.qkv.weight is \(80, 32\)")
+    refuses(vit(), {k: v for k, v in state.items() if k != key}, "missing 1 .*1.attn.qkv.weight")
+    refuses(vit(), state | {key: torch.ones(32, 32, dtype=torch.int8)}, f"wrong type 1: {key}")
+
+
+def test_arrays_and_tensors_without_numbers(models):
+    state = backbone_of(models[""])
+    model = vit()
+    load_weights(model, {k: v.numpy().astype(">f8") for k, v in state.items()})
+    assert_filled(model, state)
+    refuses(vit(), state | {"norm.bias": torch.ones(32, device="meta")}, "NaN .* in norm.bias")
+    strange = {"norm.bias": np.array(["a"] * 32)}
+    refuses(vit(), state | strange, "missing 1 of 42: norm.bias")
+    refuses(vit(), state | {"norm.bias": np.ones(32, np.longdouble)}, "missing 1 .*norm.bias")
+    refuses(vit(), state | {"norm.bias": torch.ones(32).to_sparse()}, "wrong type 1: norm.bias")
 
 
 def test_the_preferred_copy_is_not_replaced_by_another(models):
@@ -649,6 +728,7 @@ def test_settings_beside_weights_are_left_alone(models, tmp_path):
     assert "not read: 3 other entries" in str(loaded)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit")
 def test_what_is_no_file_of_weights(tmp_path):
     path = tmp_path / "weights.pth"
     refuses(vit(), path, "no such file")

@@ -153,6 +153,8 @@ def test_a_folder_that_lacks_tensors_is_refused(flags, vit, tmp_path, capsys):
     (folder / "model.safetensors").unlink()
     assert f"--model local-dir:{folder}: " in error_line(capsys, flags)
     assert f"one file of weights in {folder}, got 0" in error_line(capsys, flags)
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    assert "config.json is not timm's, it lacks 'architecture'" in error_line(capsys, flags)
     (folder / "config.json").unlink()
     assert f"--model local-dir:{folder}: " in error_line(capsys, flags)
 
@@ -196,4 +198,5 @@ def _with_cache(download, cache):
 
 def test_other_names_are_still_refused(flags, capsys):
     assert "timm has no such model" in error_line(capsys, [*flags, "--model", "hub:someone/vit"])
-    assert "timm has no such model" in error_line(capsys, [*flags, "--model", "someone/vit"])
+    line = error_line(capsys, [*flags, "--model", "someone/vit"])
+    assert "timm has no such model; hf-hub:someone/vit is on the hub" in line
