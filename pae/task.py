@@ -12,7 +12,7 @@ from typing import Any
 class TaskInfo:
     """What a model was trained for: `PromptedViT.task`, kept in every checkpoint.
 
-    The fields from `input_size` on are those of timm's data configuration, by the same names:
+    The fields from `input_size` to `crop_mode` are those of timm's data configuration, by name:
     `timm.data.create_transform(**task.transform())` is the transform of evaluation. None stands for
     what is not known.
 
@@ -24,6 +24,8 @@ class TaskInfo:
         crop_pct: share of the resized image's side that is kept.
         crop_mode: "squash" (resized to the size whatever its shape), "center" (short side resized,
             centre kept) or "border" (long side resized, border filled).
+        integer_white, real_white: the values that were white in grey images of more than 8 bits,
+            integers and reals, for `pae.train.images.Ranges`; None where there were none.
 
     Raises:
         ValueError: a field of another type, or without sense.
@@ -36,6 +38,8 @@ class TaskInfo:
     interpolation: str | None = None
     crop_pct: float | None = None
     crop_mode: str | None = None
+    integer_white: int | None = None
+    real_white: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("classes", "input_size", "mean", "std"):  # lists, as JSON has them, too
@@ -53,6 +57,8 @@ class TaskInfo:
             "interpolation": (lambda v: isinstance(v, str), "a text"),
             "crop_pct": (lambda v: _all((v,), float) and v > 0, "a positive number"),
             "crop_mode": (lambda v: v in _CROP_MODES, f"one of {', '.join(_CROP_MODES)}"),
+            "integer_white": (lambda v: _all((v,), int) and v > 0, "a positive integer"),
+            "real_white": (lambda v: _all((v,), float) and v > 0, "a positive number"),
         }
         for name, (check, expected) in checks.items():
             value = getattr(self, name)
@@ -70,8 +76,8 @@ class TaskInfo:
         """Keyword arguments for `timm.data.create_transform`: the known of `input_size`, `mean`,
         `std`, `interpolation`, `crop_pct`, `crop_mode`.
         """
-        found = {k: v for k, v in asdict(self).items() if k != "classes" and v is not None}
-        return found
+        others = ("classes", "integer_white", "real_white")
+        return {k: v for k, v in asdict(self).items() if k not in others and v is not None}
 
     def record(self) -> dict[str, Any]:
         """As JSON holds it; `TaskInfo.read` reads it."""

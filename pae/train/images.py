@@ -228,22 +228,14 @@ def _to_rgb(image: Image.Image, ranges: Ranges) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode == "LAB" or (image.mode == "CMYK" and "icc_profile" in image.info):
+    if image.mode == "CMYK" and "icc_profile" in image.info:
         from PIL import ImageCms
 
-        lab = image.mode == "LAB"
-        try:
-            profile = (
-                ImageCms.createProfile("LAB") if lab else io.BytesIO(image.info["icc_profile"])
-            )
-            into = ImageCms.createProfile("sRGB")
-            return cast(
-                "Image.Image", ImageCms.profileToProfile(image, profile, into, outputMode="RGB")
-            )
-        except ImageCms.PyCMSError:
-            if lab:
-                raise
-            # a profile that is none: the inks are mixed without it, as viewers do
+        # inks without their profile, or with one that is none, are mixed by PIL, as by viewers
+        with contextlib.suppress(ImageCms.PyCMSError):
+            inks, into = io.BytesIO(image.info["icc_profile"]), ImageCms.createProfile("sRGB")
+            mixed = ImageCms.profileToProfile(image, inks, into, outputMode="RGB")
+            return cast("Image.Image", mixed)
     return image.convert("RGB")
 
 
@@ -422,7 +414,7 @@ def map_images(
             for result in pool.map(attempt, items[start : start + chunk]):
                 if isinstance(result, ValueError):
                     errors.append(result)
-                elif not errors:
+                else:
                     yield result
     if errors:
         more = f" (and {len(errors) - 1} more of {len(items)} images)" if len(errors) > 1 else ""

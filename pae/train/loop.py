@@ -234,6 +234,8 @@ class _Run:
         options, config = self.options, self.data_config
         size = config["input_size"]
         mean, std = pixels.normalisation(options.norm, config)
+        parts = [part for part in (task.train, task.val, task.test) if part]
+        ranges = survey([item for part in parts for item in part.items], options.workers)
         self.module.task = pae.TaskInfo(
             classes=tuple(task.classes),
             input_size=(len(mean), *size),
@@ -241,9 +243,9 @@ class _Run:
             std=tuple(std),
             interpolation=config["interpolation"],
             **pixels.evaluation_crop(options.augment, config),
+            integer_white=ranges.integer,
+            real_white=ranges.real,
         )
-        parts = [part for part in (task.train, task.val, task.test) if part]
-        ranges = survey([item for part in parts for item in part.items], options.workers)
 
         def pipeline(images: Images, training: bool) -> pixels.Pipeline:
             transform, is_random = pixels.make_transform(

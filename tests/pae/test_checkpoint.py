@@ -514,6 +514,8 @@ INFO = pae.TaskInfo(
     interpolation="bicubic",
     crop_pct=0.875,
     crop_mode="center",
+    integer_white=4095,
+    real_white=1.0,
 )
 
 
@@ -563,6 +565,8 @@ def test_a_task_that_is_not_known(tmp_path):
         ({"crop_pct": True}, "task.crop_pct"),
         ({"crop_mode": "middle"}, "task.crop_mode must be one of squash, center, border"),
         ({"interpolation": 3}, "task.interpolation must be a text"),
+        ({"integer_white": 4095.0}, "task.integer_white must be a positive integer"),
+        ({"real_white": 0}, "task.real_white must be a positive number"),
     ],
 )
 def test_a_task_without_sense(wrong, message):

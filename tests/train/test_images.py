@@ -362,6 +362,44 @@ def test_inks_become_the_colours_that_they_print(tmp_path, name):
     assert np.abs(decoded(path).astype(int) - flat).max() <= 4
 
 
+def ink_profile():
+    """The smallest profile of inks: a table of CIE Lab over the 16 corners of CMYK."""
+    corners = np.array(list(np.ndindex(2, 2, 2, 2)))
+    c, m, y, k = corners.T
+    light = (1 - k) * (255 - 85 * (c + m + y))
+    table = np.stack([light, 128 + 40 * (m - c), 128 + 40 * (y - c)], 1).astype(np.uint8).tobytes()
+    ramp = bytes(range(256))
+    unit = struct.pack(">9i", *(np.eye(3, dtype=int) << 16).flat)
+    lut = b"mft1" + bytes([0, 0, 0, 0, 4, 3, 2, 0]) + unit + ramp * 4 + table + ramp * 3
+    tags = struct.pack(">I4sII", 1, b"A2B0", 144, len(lut))
+    names = b"lcms\x02\x40\0\0prtrCMYKLab " + bytes(12) + b"acsp"
+    white = struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)
+    rest = (names.ljust(64, b"\0") + white).ljust(124, b"\0") + tags + lut
+    return struct.pack(">I", 4 + len(rest)) + rest
+
+
+@pytest.mark.parametrize("name", ["x.tif", "x.jpg"])
+def test_inks_are_mixed_by_their_profile(tmp_path, name):
+    cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    cyan.save(tmp_path / name, icc_profile=ink_profile())
+    lab = np.array([170 / 255 * 100, -40, -40])  # what the table has for cyan alone
+    got = decoded(tmp_path / name)[3, 3].astype(float)
+    assert np.abs(got - lab_to_srgb(lab)).max() <= 4
+    assert np.abs(got - [0, 255, 255]).max() > 20  # without the profile
+
+
+def lab_to_srgb(lab):
+    """By CIE's formulas, from the white point D50."""
+    y = (lab[0] + 16) / 116
+    ratios = np.array([y + lab[1] / 500, y, y - lab[2] / 200])
+    ratios = np.where(ratios > 6 / 29, ratios**3, (ratios - 4 / 29) * 108 / 841)
+    to_linear = np.array(
+        [[3.1339, -1.6169, -0.4906], [-0.9788, 1.9161, 0.0335], [0.0719, -0.2290, 1.4052]]
+    )
+    linear = (to_linear @ (ratios * [0.9642, 1, 0.8249])).clip(0, 1)
+    return 255 * np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
+
+
 def test_lab_becomes_rgb(tmp_path):
     flat = np.zeros((6, 6, 3), np.uint8) + np.array([200, 40, 90], np.uint8)
     srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")

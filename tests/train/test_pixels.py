@@ -9,9 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+import pae
 from pae.train import pixels
+from pae.train.cli import main
 from pae.train.data import Images
 from pae.train.images import Ranges
+from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS
 
 
 def picture(seed, size=(12, 10)):
@@ -227,3 +230,21 @@ def test_weighted_mean_over_processes_is_the_mean_over_the_batch(size, world):
         assert len(indices) >= 1
         total += weight * losses[indices].mean() / world
     torch.testing.assert_close(total, losses.mean())
+
+
+def test_a_run_on_deep_images_says_so_and_keeps_their_range(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for name, level in (("dark", 500), ("light", 3000)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                array = rng.normal(level, 100, (32, 32)).clip(0, 4095).astype(np.uint16)
+                Image.fromarray(array).save(tmp_path / "data" / split / name / f"{i}.png")
+    recipe = ["--method", "linear", "--epochs", "1", "--batch-size", "4"]
+    folders = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "run")]
+    assert main(["train", *folders, *BACKBONE_FLAGS, *CPU_FLAGS, *recipe]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if "0 is black, 4095 white (12 of 12 images" in line]) == 1
+    task = pae.read_checkpoint(tmp_path / "run" / "best.safetensors").task
+    assert task.integer_white == 4095 and task.real_white is None
+    assert "integer_white" not in task.transform()
