@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from functools import partial
@@ -595,3 +596,61 @@ def test_two_processes_draw_the_curve_of_one(shades, tmp_path):
     for left, right in zip(one[0], two[0], strict=True):
         assert left == pytest.approx(right, rel=1e-4)
     assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
+
+
+RANKS = """
+import os, sys
+import accelerate.utils, timm.data, timm.optim, timm.scheduler, rich.table  # once, for both
+import torch, torch.multiprocessing as mp
+from pae.train import loop, report
+from pae.train.cli import main
+
+def work(rank, port, folder, flags):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
+    assert main([*flags, "--output", folder + "/whole"]) == 0
+    after_step = loop._Run._after_step
+
+    class Stop(BaseException):
+        pass
+
+    def hook(self):
+        after_step(self)
+        if self.updates == 6:
+            raise Stop
+
+    loop._Run._after_step = hook
+    try:
+        main([*flags, "--output", folder + "/cut"])
+    except Stop:
+        loop._Run._after_step = after_step
+    torch.rand(rank + 5)
+    assert main(["train", "--resume", folder + "/cut", "--quiet"]) == 0
+    torch.distributed.destroy_process_group()
+
+if __name__ == "__main__":
+    report.plot_curves = lambda path, runs: None
+    mp.start_processes(work, (*sys.argv[1:3], sys.argv[3:]), nprocs=2, start_method="fork")
+"""
+
+
+def test_two_processes_go_on_bit_for_bit(shades, tmp_path):
+    """PRO-VPT sums the scores of its prompts over an epoch, in each process those of its images."""
+    flags = ["train", "--data", str(shades), *BACKBONE_FLAGS, *CPU_FLAGS, "--method", "pro-vpt"]
+    flags += ["--method-args", "sweep=reuse", "--dropout", "0.2", "--epochs", "3", "--quiet"]
+    flags += ["--batch-size", "8", "--num-tokens", "2", "--lr", "0.01", "--save-every-steps", "1"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    _one_thread([sys.executable, "-c", RANKS, str(port), str(tmp_path), *flags])
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    cut, whole = (RunFolder(tmp_path / name).read_state() for name in ("cut", "whole"))
+    assert int(whole["module"]["prompts.epoch"]) == 3  # two decisions, the first after the stop
+    for name, tensor in whole["module"].items():  # the policy's memory of both among them
+        assert torch.equal(cut["module"][name], tensor), name
+    for mine, expected in zip(cut["streams"], whole["streams"], strict=True):
+        assert torch.equal(mine["cpu"], expected["cpu"])
+        assert torch.equal(mine["prompts"]["score_sum"], expected["prompts"]["score_sum"])
+    sums = [stream["prompts"]["score_sum"] for stream in whole["streams"]]
+    assert not torch.equal(*sums)  # the processes differ, or nothing is shown here
