@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 
 import numpy as np
@@ -68,16 +69,13 @@ def error_line(capsys, arguments):
 
 
 def forked(function):
-    """The number of a copy of this process that runs `function` and ends with what it returns."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(function())
-        finally:
-            os._exit(99)  # an exception: no test may go on in the copy
-    return child
+    """A copy of this process that runs `function` and ends with what it returns."""
+    process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(function()))
+    process.start()
+    return process
 
 
-def ended(child):
-    """The exit status of a child; minus the number of the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def ended(process):
+    """The exit status of a copy; minus the number of the signal that ended it."""
+    process.join()
+    return process.exitcode

@@ -175,7 +175,7 @@ if KILLS:
             while status != 0:
                 child = forked(partial(main, arguments))
                 time.sleep(draw.uniform(0, 1.1 * seconds[name]))
-                os.kill(child, signal.SIGKILL)
+                os.kill(child.pid, signal.SIGKILL)
                 status = ended(child)
                 assert status in (0, -signal.SIGKILL)
                 kills += status != 0

@@ -200,7 +200,7 @@ def holder(folder, seconds=60, children=False):
 
 
 def killed(child):
-    os.kill(child, signal.SIGKILL)
+    os.kill(child.pid, signal.SIGKILL)
     assert ended(child) == -signal.SIGKILL
 
 
@@ -209,7 +209,7 @@ def test_second_process_is_refused_by_name_and_a_dead_one_is_no_obstacle(tmp_pat
     try:
         with pytest.raises(lock.InUse) as refused:
             lock.Hold(tmp_path)
-        who = f"process {child} on {socket.gethostname()}"
+        who = f"process {child.pid} on {socket.gethostname()}"
         assert str(refused.value) == f"{tmp_path} is in use by {who}; wait for it, or stop it"
     finally:
         killed(child)
@@ -249,7 +249,7 @@ def test_run_that_is_running_is_not_gone_on_with(flags, tmp_path, capsys, monkey
     try:
         for more in (["train", "--resume", str(folder)], [*arguments, "--resume", "auto"]):
             line = error_line(capsys, more)
-            assert f"{folder} is in use by process {child} on" in line
+            assert f"{folder} is in use by process {child.pid} on" in line
     finally:
         killed(child)
     stale = folder / TEMPORARY.replace("*", ".state.pt.0123")
@@ -265,7 +265,7 @@ def test_part_of_a_comparison_is_held_too(flags, tmp_path, capsys, monkeypatch):
     child = holder(part)
     try:
         line = error_line(capsys, ["train", "--resume", str(folder)])
-        assert f"{part} is in use by process {child} on" in line
+        assert f"{part} is in use by process {child.pid} on" in line
     finally:
         killed(child)
     assert main(["train", "--resume", str(part), "--quiet"]) == 0
