@@ -258,7 +258,7 @@ def _run(
         folder = _take(accelerator, folder, launch.output, task.name)
         stack.callback(folder.release)
         reporter.say(_headline(options, task, folder, accelerator))
-        go_on = f"go on with: pae train --resume {shlex.quote(str(folder.path))}"
+        path = shlex.quote(str(folder.path))
         place = task, folder, accelerator, reporter
         try:
             if options.is_comparison:
@@ -268,13 +268,16 @@ def _run(
                 results = [loop.train(options, *place, name=name, resume=resume)]
         except (loop.Interrupted, KeyboardInterrupt):
             if accelerator.is_main_process:
-                way = f"; {go_on}" if folder.config.is_file() else ""
+                began = folder.config.is_file()
+                way = f"; go on with: pae train --resume {path}" if began else ""
                 print(f"pae: interrupted{way}", file=sys.stderr)
             return STOPPED
         except OSError as error:
             if not folder.config.is_file():
                 raise
-            raise OSError(f"{error}; what was saved before is kept; {go_on}") from error
+            raise OSError(
+                f"{error}; what was saved before is kept; go on with: pae train --resume {path}"
+            ) from error
     return _show(reporter, task.name, options, folder, results)
 
 

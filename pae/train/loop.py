@@ -443,21 +443,19 @@ class _Run:
         values = (torch.stack([part.double() for part in parts]).tolist() for parts in zip(*losses))
         first = self.step - len(losses) + 1
         for step, (loss, penalty) in enumerate(zip(*values, strict=True), first):
-            where = f"of epoch {self.epoch + 1} is {{}} in step {step} of the epoch"
-            if not math.isfinite(loss):
-                return "the training loss " + where.format(loss)
-            if not math.isfinite(penalty):
-                return "the penalty beside the training loss " + where.format(penalty)
+            parts = {"the training loss": loss, "the penalty beside the loss": penalty}
+            for what, value in parts.items():
+                if not math.isfinite(value):
+                    epoch = self.epoch + 1
+                    return f"{what} of epoch {epoch} is {value} in step {step} of the epoch"
         return None
 
     def _stopped(self, what: str) -> ArithmeticError:
         """The error that ends a run whose numbers are no numbers."""
         options = self.options
-        advice = f"try a lower --lr than {options.lr:g}"
-        if options.amp == "fp16":
-            advice += ", or --amp bf16 or no"
+        more = ", or --amp bf16 or no" if options.amp == "fp16" else ""
         kept = f"; {self.folder.path} keeps epoch {self.epoch}" if self.epoch else ""
-        return ArithmeticError(f"{what}; {advice}{kept}")
+        return ArithmeticError(f"{what}; try a lower --lr than {options.lr:g}{more}{kept}")
 
     def _start_prompts(self, module: pae.PromptedViT, batches: list[Tensor]) -> None:
         """Lets the family look at the training data before an epoch, if it wants to."""

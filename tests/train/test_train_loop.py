@@ -199,7 +199,9 @@ def test_penalty_that_is_not_finite_is_named(shades, tmp_path, monkeypatch):
     monkeypatch.setattr(
         pae.PromptedViT, "penalty", lambda self: self.prompts.tokens.sum() * float("inf")
     )
-    with pytest.raises(ArithmeticError, match=r"penalty beside .* epoch 1 is -?inf in step 1 of"):
+    with pytest.raises(
+        ArithmeticError, match=r"penalty beside the loss of epoch 1 is -?inf in step 1 of"
+    ):
         run(shades, tmp_path)
 
 
