@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -367,6 +368,26 @@ def find_toolkit():
 
 if __name__"""
     source.write_text(source.read_text().replace("\nif __name__", stand_in))
+
+
+def test_a_source_archive_is_whole(tmp_path):
+    """With the tests and all that they read; `tests/matrix.sh` runs them from one."""
+    pytest.importorskip("setuptools")
+    (tmp_path / "egg").mkdir()
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path / "egg"]
+    run([*command, "sdist", "-d", tmp_path])
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        found = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("bench", "csrc", "docs", "pae", "pae_kernels", "tests")
+    there = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()]
+    there += [file for file in ROOT.glob("*.*") if file.is_file()]
+    made = re.compile(r"__pycache__|_native|\.(log|whl)$|\.egg-info|/\.")
+    expected = {str(file.relative_to(ROOT)) for file in there}
+    expected = {name for name in expected if not made.search(f"/{name}")}
+    assert {"tests/conftest.py", "pae/configs/vpt-deep.toml", "mkdocs.yml", "setup.py"} <= expected
+    assert not expected - found, sorted(expected - found)
+    assert not [name for name in found if "_native" in name and name.endswith((".so", ".json"))]
 
 
 HOOKS = """

@@ -405,7 +405,8 @@ SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_head
 
 class Gated(Attention):
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs, gated=True)
+        super().__init__(*args, **kwargs)
+        self.gate = nn.Linear(self.qkv.in_features, self.proj.in_features)  # timm's `gated=True`
 
 
 def create(name, **changes):
