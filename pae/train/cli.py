@@ -59,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     saved.
     """
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    try:
+        arguments = parser.parse_args(argv)
+    except ImportError as error:  # choices are those of the constructors, which need torch
+        print(f"pae: error: {error}", file=sys.stderr)
+        return 2
     if arguments.command is None:
         parser.print_help()
         return 2
