@@ -75,6 +75,7 @@ def pytest_terminal_summary(terminalreporter, config):
 # its fixtures, unless it is in APART: its tests are long, and are handed out one by one. What
 # takes longest starts first, so that no core is left with it at the end.
 APART = (
+    "pae/test_random_models.py",
     "kernels/test_triton_compile.py",
     "kernels/test_triton_interpreter.py",
     "bench/test_bench_command.py",
