@@ -360,6 +360,8 @@ def _refuse_misfits(
     if said:
         renamed = 2 * len(problems[0][1]) > len(needed) and unknown
         advice = "give them timm's names" if renamed else "take the timm model that they are of"
+        if renamed and any("prompt" in key.lower() for key in unknown):
+            advice = "trained prompts are no backbone: PromptedViT.load or load_official reads them"
         raise CheckpointError(
             f"weights {name} do not fit {_called(model)}: {'; '.join(said)}; {advice}"
         )

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import pae
 from pae.backbones import load_weights
+from pae.tensorfile import write_tensors
 
 FUZZ = int(os.environ.get("PAE_WEIGHTS_FUZZ", "30"))
 
@@ -534,6 +535,23 @@ def test_types_and_formats(models, tmp_path, dtype, end):
     assert_filled(vit_like := vit(), backbone_of(vit_like))
     load_weights(vit_like, {k: v.numpy() for k, v in backbone_of(models[""]).items()})
     assert_filled(vit_like, backbone_of(models[""]))
+
+
+def test_files_of_pae(models, tmp_path):
+    """A fine-tuned backbone is checked by its digest; prompts are told for what they are."""
+    state = backbone_of(models[""])
+    path = tmp_path / "full.safetensors"
+    write_tensors(path, state, {"pae": "{}"})
+    model = vit()
+    assert_filled(model, state, load_weights(model, path))
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(pae.CheckpointError, match=f"{path} cannot be read: .*damaged"):
+        load_weights(vit(), path)
+    pae.PromptedViT(vit(), pae.prompts.VPTDeep(2)).save(path)
+    refuses(vit(), path, "missing 42 of 42.*; trained prompts are no backbone: ")
+    refuses(vit(), {"shallow_prompt": np.ones((1, 4, 32), "f4")}, "trained prompts are no backb")
 
 
 # ---- what is refused, in one line, with the model as it was
