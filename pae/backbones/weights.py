@@ -150,12 +150,11 @@ class _Candidate:
 
     Attributes:
         path: keys to the state dict.
-        others: number of its entries that are no tensors.
-        inside, outside: its tensors with the prefix, without it; and the others.
-        state: `inside` under timm's names.
+        inside, outside: its tensors with the prefix, which is cut off; and the others.
+        state: `inside` under timm's names; as far as it came if there is an `error`.
         layout: whose names `inside` has.
         shapes: of `state` before timm's converter.
-        error: why there is no `state`.
+        error: why it cannot be put under timm's names.
     """
 
     path: tuple[str, ...]
@@ -181,7 +180,7 @@ def _load_tables(
     head = _head_names(model)
     needed = [key for key in own if not key.startswith(head)]
     candidates, others = [], 0
-    for path, table, strange in _tables(content):
+    for path, table, strange in _tables(content, name):
         others += strange
         candidates += [
             _candidate(model, path, table, prefix, values) for prefix in _prefixes(table)
@@ -195,8 +194,9 @@ def _load_tables(
         return sum(key in candidate.state for key in needed)
 
     candidates.sort(key=_Candidate.rank)
-    likely = [each for each in candidates if each.error or 2 * covered(each) >= len(needed)]
-    chosen = likely[0] if likely else max(candidates, key=covered)
+    likely = [each for each in candidates if 2 * covered(each) >= len(needed)]
+    failed = [each for each in candidates if each.error is not None]
+    chosen = (likely or failed or [max(candidates, key=covered)])[0]
     if chosen.error is not None:
         raise CheckpointError(f"weights {name} do not fit {_called(model)}: {chosen.error}")
     unread, unknown = _unread(chosen, own, head)
@@ -213,7 +213,7 @@ def _load_tables(
 
 
 def _tables(
-    content: Mapping[str, Any], path: tuple[str, ...] = ()
+    content: Mapping[str, Any], name: str, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor], int]]:
     """(keys to it, {name: tensor}, number of its other entries) of every state dict of a file."""
     table: dict[str, Tensor] = {}
@@ -222,11 +222,13 @@ def _tables(
         tensor = as_tensor(value)
         if isinstance(value, Mapping):
             if key in _CONTAINERS and len(path) < 4:
-                yield from _tables(value, (*path, key))
+                yield from _tables(value, name, (*path, key))
         elif tensor is not None and isinstance(key, str):
             plain = _WRAPPERS.sub("", key)
             if plain in table:
-                raise CheckpointError(f"weights hold {plain!r} twice, once inside a wrapper")
+                raise CheckpointError(
+                    f"weights {name}: {plain} is there twice, once inside a wrapper"
+                )
             table[plain] = tensor
         elif path:
             others += 1
@@ -262,10 +264,10 @@ def _candidate(
         candidate.error = f"query, key and value do not go together ({first_line(error)})"
         return candidate
     candidate.shapes = {key: value.shape for key, value in state.items()}
+    candidate.state = state
     candidate.error = _other_patches(model, state)
     convert = _timm_converter(model)
     if candidate.error or convert is None:
-        candidate.state = state
         return candidate
     try:
         candidate.state = convert(state)

@@ -660,6 +660,24 @@ def test_other_sizes_are_named(models):
     refuses(vit(), quantised, r"wrong type 42: ")
 
 
+def test_a_tensor_that_is_there_twice(models, tmp_path):
+    state = backbone_of(models[""])
+    torch.save(state | {"_orig_mod.norm.bias": state["norm.bias"]}, tmp_path / "twice.pth")
+    refuses(vit(), tmp_path / "twice.pth", "norm.bias is there twice")
+
+
+def test_what_cannot_be_converted_does_not_hide_what_fits(models):
+    """timm's converter stumbles over the average, which is one of another network."""
+    state = backbone_of(models[""])
+    other = {"visual.class_embedding": torch.ones(4), "visual.proj": torch.ones(3)}
+    other["visual.positional_embedding"] = torch.ones(3)
+    model = vit()
+    loaded = load_weights(model, {"ema": other, "model": state})
+    assert_filled(model, state, loaded)
+    assert loaded.container == "model"
+    refuses(vit(), {"ema": other}, "do not fit")
+
+
 def test_query_key_and_value_that_do_not_go_together(models):
     state = hugging_face(backbone_of(models[""]))
     key = "encoder.layer.1.attention.attention.query.weight"
