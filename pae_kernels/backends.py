@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from . import native
+from . import cpu, native
 
-BACKENDS = ("reference", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 _UP_TO_32_BITS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -101,6 +101,15 @@ def with_cuda(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type == "cpu" and not native.emulated():
         return "needs a GPU"
     return native.unavailable()
+
+
+def with_cpu(device_type: str, dtype: torch.dtype) -> str | None:
+    """Predicate of compiled CPU kernels: a library for this processor, fp32 or bf16."""
+    if device_type != "cpu":
+        return "runs on a CPU"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"computes in fp32 and bf16, not {dtype}"
+    return cpu.unavailable()
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

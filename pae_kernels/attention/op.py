@@ -16,6 +16,7 @@ from . import reference
 backends.register(
     "prompt_attention",
     backends.Version("triton", f"{__package__}.triton", backends.with_triton),
+    backends.Version("cpu", f"{__package__}.cpu", backends.with_cpu),
     backends.Version("reference", reference, backends.anywhere),
 )
 

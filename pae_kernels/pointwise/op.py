@@ -15,6 +15,7 @@ from . import reference
 backends.register(
     "pointwise",
     backends.Version("triton", f"{__package__}.triton", backends.with_triton),
+    backends.Version("cpu", f"{__package__}.cpu", backends.with_cpu),
     backends.Version("reference", reference, backends.anywhere),
 )
 

@@ -1,0 +1,111 @@
+/* The C interface of the kernels for CPUs; conventions as in ../pae.h.
+ *
+ * Every struct starts with its size, which the callee checks, and the number of threads that share
+ * the work; results are the same bits for any number. Arrays are contiguous; where a pointer may be
+ * null, what it would hold is not asked for. */
+#ifndef PAE_CPU_H_
+#define PAE_CPU_H_
+
+#include <stdint.h>
+
+#define PAE_CPU_ABI_VERSION 1
+
+#define PAE_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { PAE_OK = 0, PAE_INVALID_PARAMS = 1 };
+
+/* Element types, as an int32_t; numbered as in ../pae.h, without fp16. */
+enum { PAE_FLOAT32 = 0, PAE_BFLOAT16 = 2, PAE_UINT8 = 3 };
+
+PAE_API uint32_t pae_abi_version(void);
+PAE_API const char* pae_last_error(void);
+
+/* The instruction set in use: the widest of "avx512", "avx2", "portable" that this processor runs
+ * and PAE_CPU_ISA, read at first use, allows. */
+PAE_API const char* pae_cpu_isa(void);
+
+/* `GOMP_parallel` of the OpenMP runtime that the process already has, or null: one thread. The
+ * library brings no runtime of its own, so that there is one pool of threads in a process. */
+typedef void (*pae_cpu_parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+PAE_API void pae_cpu_set_parallel(pae_cpu_parallel parallel);
+
+/* y = x + delta rounded to the type of x; xhat = (y - mean) / sqrt(var + eps); rstd = that root's
+ * inverse. Without delta, y is x and not written. */
+typedef struct pae_cpu_norm_fwd_params {
+  uint32_t struct_size;
+  int32_t threads;
+  int32_t x_type, delta_type, xhat_type;
+  float eps;
+  int64_t rows, width;
+  const void *x, *delta;
+  void *y, *xhat, *rstd; /* rstd fp32 */
+} pae_cpu_norm_fwd_params;
+PAE_API int pae_cpu_norm_fwd(const pae_cpu_norm_fwd_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_cpu_norm_fwd_params(void);
+
+/* dx = residual + rstd (d - mean(d) - xhat mean(d xhat)), and a copy of it in another type. */
+typedef struct pae_cpu_norm_bwd_params {
+  uint32_t struct_size;
+  int32_t threads;
+  int32_t d_type, xhat_type, residual_type, dx_type, copy_type;
+  int32_t reserved;
+  int64_t rows, width;
+  const void *d, *xhat, *rstd, *residual; /* residual may be null */
+  void *dx, *copy;                        /* copy may be null */
+} pae_cpu_norm_bwd_params;
+PAE_API int pae_cpu_norm_bwd(const pae_cpu_norm_bwd_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_cpu_norm_bwd_params(void);
+
+/* Activations, as an int32_t. */
+enum { PAE_GELU = 0, PAE_GELU_TANH = 1, PAE_QUICK_GELU = 2, PAE_SILU = 3, PAE_RELU = 4 };
+
+/* y = act(u), and act'(u) as a byte, round(200 act' + 27). */
+typedef struct pae_cpu_activation_fwd_params {
+  uint32_t struct_size;
+  int32_t threads;
+  int32_t type, kind;
+  int64_t count;
+  const void* u;
+  void *y, *code; /* code may be null */
+} pae_cpu_activation_fwd_params;
+PAE_API int pae_cpu_activation_fwd(const pae_cpu_activation_fwd_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_cpu_activation_fwd_params(void);
+
+/* du = d act'(u), from u or from the bytes of the forward. */
+typedef struct pae_cpu_activation_bwd_params {
+  uint32_t struct_size;
+  int32_t threads;
+  int32_t type, kept_type, kind; /* type: of d and du; kept_type PAE_UINT8 for bytes */
+  int32_t reserved;
+  int64_t count;
+  const void *d, *kept;
+  void* du;
+} pae_cpu_activation_bwd_params;
+PAE_API int pae_cpu_activation_bwd(const pae_cpu_activation_bwd_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_cpu_activation_bwd_params(void);
+
+/* Rows of a softmax from their logits, and its gradient:
+ *   probs = exp(logits - lse),  d_logits = scale probs (d_probs - sum(probs d_probs)).
+ * The logits are overwritten by the probabilities in fp32; `probs` may be the same array. */
+typedef struct pae_cpu_softmax_bwd_params {
+  uint32_t struct_size;
+  int32_t threads;
+  int32_t out_type; /* of probs and d_logits; logits, d_probs and lse are fp32 */
+  float scale;
+  int64_t rows, width;
+  void* logits;
+  const void *d_probs, *lse;
+  void *probs, *d_logits;
+} pae_cpu_softmax_bwd_params;
+PAE_API int pae_cpu_softmax_bwd(const pae_cpu_softmax_bwd_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_cpu_softmax_bwd_params(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

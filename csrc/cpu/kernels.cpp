@@ -1,0 +1,310 @@
+// The kernels, compiled once for each instruction set; PAE_ISA is the name of the table they go in.
+//
+// All are bound by memory: every array is read or written once from there, and a row of a norm or a
+// softmax (3 KB in fp32 at width 768) stays in the first cache between its two or three passes.
+// Statistics and sums are fp32, one partial sum a lane, two vectors at a time.
+
+#include "kernels.h"
+
+#include <cmath>
+
+#include "vector.h"
+
+namespace pae {
+namespace {
+
+// `f` of a null pointer to the C++ type of an element type. One instance of a kernel for each
+// combination is what makes the loops free of branches.
+template <typename Function>
+PAE_INLINE void with_type(int32_t type, Function f) {
+  if (type == PAE_FLOAT32)
+    f(static_cast<float*>(nullptr));
+  else
+    f(static_cast<Half*>(nullptr));
+}
+
+// ---- norms
+
+template <typename X, typename Delta, typename Out>
+void norm_fwd_rows(const pae_cpu_norm_fwd_params& p, int64_t begin, int64_t end) {
+  const int64_t n = p.width;
+  const float share = 1.0f / static_cast<float>(n);
+  for (int64_t row = begin; row < end; ++row) {
+    const X* x = static_cast<const X*>(p.x) + row * n;
+    F sum = {};
+    if (p.delta != nullptr) {
+      const Delta* delta = static_cast<const Delta*>(p.delta) + row * n;
+      X* y = static_cast<X*>(p.y) + row * n;
+      vectors(n, [&](int64_t i, auto v) {
+        v.store(y + i, v.load(x + i) + v.load(delta + i));
+        sum += v.load(y + i);  // as it was rounded
+      });
+      x = y;
+    } else {
+      vectors(n, [&](int64_t i, auto v) { sum += v.load(x + i); });
+    }
+    const float mean = total(sum) * share;
+    F squares = {};
+    vectors(n, [&](int64_t i, auto v) {
+      F c = v.only(v.load(x + i) - mean);
+      squares += c * c;
+    });
+    const float rstd = 1.0f / std::sqrt(total(squares) * share + p.eps);
+    Out* xhat = static_cast<Out*>(p.xhat) + row * n;
+    vectors(n, [&](int64_t i, auto v) { v.store(xhat + i, (v.load(x + i) - mean) * rstd); });
+    static_cast<float*>(p.rstd)[row] = rstd;
+  }
+}
+
+void norm_fwd(const pae_cpu_norm_fwd_params& p, int64_t begin, int64_t end) {
+  with_type(p.x_type, [&](auto* x) {
+    with_type(p.delta_type, [&](auto* delta) {
+      with_type(p.xhat_type, [&](auto* out) {
+        norm_fwd_rows<std::decay_t<decltype(*x)>, std::decay_t<decltype(*delta)>,
+                      std::decay_t<decltype(*out)>>(p, begin, end);
+      });
+    });
+  });
+}
+
+template <typename D, typename Xhat, typename Residual, typename Dx>
+void norm_bwd_rows(const pae_cpu_norm_bwd_params& p, int64_t begin, int64_t end) {
+  const int64_t n = p.width;
+  const float share = 1.0f / static_cast<float>(n);
+  const bool half_copy = p.copy_type == PAE_BFLOAT16;
+  for (int64_t row = begin; row < end; ++row) {
+    const D* d = static_cast<const D*>(p.d) + row * n;
+    const Xhat* xhat = static_cast<const Xhat*>(p.xhat) + row * n;
+    F sum = {}, dot = {};
+    vectors(n, [&](int64_t i, auto v) {
+      F g = v.load(d + i);
+      sum += g;
+      dot += g * v.load(xhat + i);
+    });
+    const float rstd = static_cast<const float*>(p.rstd)[row];
+    const float mean = total(sum) * share, along = total(dot) * share;
+    const Residual* residual = static_cast<const Residual*>(p.residual) + row * n;
+    Dx* dx = static_cast<Dx*>(p.dx) + row * n;
+    vectors(n, [&](int64_t i, auto v) {
+      F g = (v.load(d + i) - mean - v.load(xhat + i) * along) * rstd;
+      if (p.residual != nullptr) g += v.load(residual + i);
+      v.store(dx + i, g);
+      if (p.copy == nullptr) return;
+      if (half_copy)
+        v.store(static_cast<Half*>(p.copy) + row * n + i, g);
+      else
+        v.store(static_cast<float*>(p.copy) + row * n + i, g);
+    });
+  }
+}
+
+void norm_bwd(const pae_cpu_norm_bwd_params& p, int64_t begin, int64_t end) {
+  with_type(p.d_type, [&](auto* d) {
+    with_type(p.xhat_type, [&](auto* xhat) {
+      with_type(p.residual_type, [&](auto* residual) {
+        with_type(p.dx_type, [&](auto* dx) {
+          norm_bwd_rows<std::decay_t<decltype(*d)>, std::decay_t<decltype(*xhat)>,
+                        std::decay_t<decltype(*residual)>, std::decay_t<decltype(*dx)>>(p, begin,
+                                                                                        end);
+        });
+      });
+    });
+  });
+}
+
+// ---- activations
+
+// c[0] + c[1] t + ...
+template <int count>
+PAE_INLINE F polynomial(const float (&c)[count], F t) {
+  F p = splat(c[count - 1]);
+  for (int k = count - 2; k >= 0; --k) p = p * t + c[k];
+  return p;
+}
+
+// 1/2 + u p(u^2) between -`bound` and `bound`, 0 below and 1 above: both functions below are odd
+// around 1/2. The polynomial runs in t = 2 u^2 / bound^2 - 1, where its coefficients are small and
+// fp32 loses nothing to cancellation. Neither an exponential nor a division is needed.
+template <int count>
+PAE_INLINE F odd_around_half(const float (&c)[count], float bound, F u) {
+  F p = 0.5f + u * polynomial(c, u * u * (2.0f / (bound * bound)) - 1.0f);
+  p = u < -bound ? F{} : p;
+  return u > bound ? splat(1.0f) : p;
+}
+
+// The normal distribution function Phi(u), fitted to 8e-9.
+constexpr float PHI[] = {0.12855193f,    -0.064172335f,   0.0477376282f,  -0.0387927853f,
+                         0.0320702605f,  -0.0260482617f,  0.0203645658f,  -0.0149990711f,
+                         0.0102278311f,  -0.00681992853f, 0.00462177536f, -0.002418624f,
+                         0.000720110722f, -0.000529150071f, 0.000631557719f, -0.000236412641f};
+// Phi(u) + u Phi'(u), the slope of u Phi(u), fitted to 3e-8.
+constexpr float SLOPE[] = {0.114074908f,  -0.0572679117f, 0.0439286344f,  -0.0393206552f,
+                           0.0399719141f, -0.0448890515f, 0.0519184992f,  -0.0578813665f,
+                           0.0638372451f, -0.0691928416f, 0.0581091903f,  -0.0340015478f,
+                           0.0366517529f, -0.0515117161f, 0.0243083201f,  0.00863994379f,
+                           0.0008720365f, -0.0131944483f, 0.0055922633f};
+
+// Value and slope of an activation. What is not used of the two is not computed.
+struct Gelu {
+  PAE_INLINE void both(F u, F& y, F& slope) {
+    y = u * odd_around_half(PHI, 5.5f, u);
+    slope = odd_around_half(SLOPE, 6.2f, u);
+  }
+};
+PAE_INLINE F sigmoid(F x) {
+  x = x < -87.0f ? splat(-87.0f) : x;
+  return reciprocal(1.0f + exponential(-x));
+}
+
+struct GeluTanh {  // u sigmoid(2 z), z = sqrt(2 / pi) (u + 0.044715 u^3)
+  PAE_INLINE void both(F u, F& y, F& slope) {
+    F square = u * u;
+    F s = sigmoid(u * (1.5957691f + 0.071354814f * square));
+    y = u * s;
+    slope = s + y * (1.0f - s) * (1.5957691f + 0.21406444f * square);
+  }
+};
+struct QuickGelu {
+  PAE_INLINE void both(F u, F& y, F& slope) {
+    F s = sigmoid(1.702f * u);
+    y = u * s;
+    slope = s + 1.702f * y * (1.0f - s);
+  }
+};
+struct Silu {
+  PAE_INLINE void both(F u, F& y, F& slope) {
+    F s = sigmoid(u);
+    y = u * s;
+    slope = s + y * (1.0f - s);
+  }
+};
+struct Relu {
+  PAE_INLINE void both(F u, F& y, F& slope) {
+    y = u < 0.0f ? F{} : u;  // a NaN stays one
+    slope = u > 0.0f ? splat(1.0f) : F{};
+  }
+};
+
+template <typename Function>
+PAE_INLINE void with_kind(int32_t kind, Function f) {
+  if (kind == PAE_GELU) f(Gelu{});
+  if (kind == PAE_GELU_TANH) f(GeluTanh{});
+  if (kind == PAE_QUICK_GELU) f(QuickGelu{});
+  if (kind == PAE_SILU) f(Silu{});
+  if (kind == PAE_RELU) f(Relu{});
+}
+
+constexpr float CODE_SCALE = 200.0f, CODE_ZERO = 27.0f;
+
+PAE_INLINE void store_code(uint8_t* p, F slope, int n) {
+  const F magic = splat(12582912.0f);
+  F scaled = slope * CODE_SCALE + CODE_ZERO;
+  scaled = scaled < 0.0f ? F{} : scaled;
+  scaled = scaled > 255.0f ? splat(255.0f) : scaled;
+  B bytes = __builtin_convertvector(bits<U>(scaled + magic) & 0xffu, B);
+  std::memcpy(p, &bytes, n);
+}
+
+PAE_INLINE F load_code(const uint8_t* p, int n) {
+  B bytes = {};
+  std::memcpy(&bytes, p, n);
+  return (__builtin_convertvector(__builtin_convertvector(bytes, I), F) - CODE_ZERO) *
+         (1.0f / CODE_SCALE);
+}
+
+PAE_INLINE int length(Whole) { return W; }
+PAE_INLINE int length(Part part) { return part.n; }
+
+void activation_fwd(const pae_cpu_activation_fwd_params& p, int64_t begin, int64_t end) {
+  with_type(p.type, [&](auto* type) {
+    with_kind(p.kind, [&](auto act) {
+      using T = std::decay_t<decltype(*type)>;
+      const T* u = static_cast<const T*>(p.u) + begin;
+      T* y = static_cast<T*>(p.y) + begin;
+      uint8_t* code = static_cast<uint8_t*>(p.code) + begin;
+      if (p.code == nullptr)
+        vectors(end - begin, [&](int64_t i, auto v) {
+          F value, slope;
+          act.both(v.load(u + i), value, slope);
+          v.store(y + i, value);
+        });
+      else
+        vectors(end - begin, [&](int64_t i, auto v) {
+          F value, slope;
+          act.both(v.load(u + i), value, slope);
+          v.store(y + i, value);
+          store_code(code + i, slope, length(v));
+        });
+    });
+  });
+}
+
+void activation_bwd(const pae_cpu_activation_bwd_params& p, int64_t begin, int64_t end) {
+  with_type(p.type, [&](auto* type) {
+    using T = std::decay_t<decltype(*type)>;
+    const T* d = static_cast<const T*>(p.d) + begin;
+    T* du = static_cast<T*>(p.du) + begin;
+    if (p.kept_type == PAE_UINT8) {
+      const uint8_t* code = static_cast<const uint8_t*>(p.kept) + begin;
+      vectors(end - begin, [&](int64_t i, auto v) {
+        v.store(du + i, v.load(d + i) * load_code(code + i, length(v)));
+      });
+      return;
+    }
+    with_type(p.kept_type, [&](auto* kept_type) {
+      using U = std::decay_t<decltype(*kept_type)>;
+      const U* u = static_cast<const U*>(p.kept) + begin;
+      with_kind(p.kind, [&](auto act) {
+        vectors(end - begin, [&](int64_t i, auto v) {
+          F value, slope;
+          act.both(v.load(u + i), value, slope);
+          v.store(du + i, v.load(d + i) * slope);
+        });
+      });
+    });
+  });
+}
+
+// ---- softmax
+
+template <typename Out>
+void softmax_bwd_rows(const pae_cpu_softmax_bwd_params& p, int64_t begin, int64_t end) {
+  const int64_t n = p.width;
+  for (int64_t row = begin; row < end; ++row) {
+    float* logits = static_cast<float*>(p.logits) + row * n;
+    const float* d_probs = static_cast<const float*>(p.d_probs) + row * n;
+    const float lse = static_cast<const float*>(p.lse)[row];
+    Out* probs = static_cast<Out*>(p.probs) + row * n;
+    Out* d_logits = static_cast<Out*>(p.d_logits) + row * n;
+    F sum = {};
+    vectors(n, [&](int64_t i, auto v) {
+      F x = v.load(logits + i) - lse;
+      F e = exponential(x);
+      e = x < -87.0f ? F{} : e;  // a key that is masked has no part in anything
+      v.store(logits + i, e);
+      v.store(probs + i, e);
+      sum += e * v.load(d_probs + i);  // d_probs is 0 where there is no element
+    });
+    const float delta = total(sum);
+    vectors(n, [&](int64_t i, auto v) {
+      v.store(d_logits + i, v.load(logits + i) * ((v.load(d_probs + i) - delta) * p.scale));
+    });
+  }
+}
+
+void softmax_bwd(const pae_cpu_softmax_bwd_params& p, int64_t begin, int64_t end) {
+  with_type(p.out_type, [&](auto* out) {
+    softmax_bwd_rows<std::decay_t<decltype(*out)>>(p, begin, end);
+  });
+}
+
+}  // namespace
+
+#define PAE_STRING_(x) #x
+#define PAE_STRING(x) PAE_STRING_(x)
+
+extern const Kernels PAE_ISA = {
+    PAE_STRING(PAE_ISA), norm_fwd, norm_bwd, activation_fwd, activation_bwd, softmax_bwd,
+};
+
+}  // namespace pae

@@ -1,0 +1,23 @@
+// What library.cpp knows of kernels.cpp, which is compiled once for each instruction set: every
+// function works on the rows or entries [begin, end) of what a struct describes.
+#ifndef PAE_CPU_KERNELS_H_
+#define PAE_CPU_KERNELS_H_
+
+#include "cpu.h"
+
+namespace pae {
+
+struct Kernels {
+  const char* name;
+  void (*norm_fwd)(const pae_cpu_norm_fwd_params&, int64_t begin, int64_t end);
+  void (*norm_bwd)(const pae_cpu_norm_bwd_params&, int64_t begin, int64_t end);
+  void (*activation_fwd)(const pae_cpu_activation_fwd_params&, int64_t begin, int64_t end);
+  void (*activation_bwd)(const pae_cpu_activation_bwd_params&, int64_t begin, int64_t end);
+  void (*softmax_bwd)(const pae_cpu_softmax_bwd_params&, int64_t begin, int64_t end);
+};
+
+extern const Kernels avx512_bf16, avx512, avx2, portable;
+
+}  // namespace pae
+
+#endif

@@ -1,0 +1,152 @@
+// The C interface: checks, the instruction set, and the sharing of rows among threads.
+
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace pae {
+namespace {
+
+thread_local char last_error[512] = "";
+
+int fail(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(last_error, sizeof(last_error), format, arguments);
+  va_end(arguments);
+  return PAE_INVALID_PARAMS;
+}
+
+// Every table that this processor runs, the widest first.
+const Kernels& choose() {
+  const char* most = std::getenv("PAE_CPU_ISA");
+  const Kernels* tables[4];
+  int count = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512bf16")) tables[count++] = &avx512_bf16;
+    tables[count++] = &avx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables[count++] = &avx2;
+#endif
+  tables[count++] = &portable;
+  for (int i = 0; most != nullptr && i < count; ++i)
+    if (std::strcmp(tables[i]->name, most) == 0) return *tables[i];
+  return *tables[0];
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+std::atomic<pae_cpu_parallel> parallel{nullptr};
+
+// Chunks are taken by whoever is free: which thread works on a row changes nothing in it.
+template <typename Params>
+struct Work {
+  const Params& params;
+  void (*function)(const Params&, int64_t, int64_t);
+  int64_t count, chunk;
+  std::atomic<int64_t> next{0};
+
+  void run() {
+    for (;;) {
+      const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
+      if (begin >= count) return;
+      function(params, begin, begin + chunk < count ? begin + chunk : count);
+    }
+  }
+};
+
+// `size`: entries of one of the `count` units. Below 2^15 entries a thread costs more than it gives.
+template <typename Params>
+int share(const Params& p, void (*function)(const Params&, int64_t, int64_t), int64_t count,
+          int64_t size) {
+  constexpr int64_t LEAST = 1 << 15;
+  const int64_t useful = (count * size + LEAST - 1) / LEAST;
+  int64_t threads = p.threads < useful ? p.threads : useful;
+  pae_cpu_parallel start = parallel.load(std::memory_order_acquire);
+  if (threads < 2 || start == nullptr) {
+    function(p, 0, count);
+    return PAE_OK;
+  }
+  // four chunks a thread: one that is late delays the others by an eighth; whole vectors, so that
+  // the last part of one is at the end alone
+  int64_t chunk = (count + 4 * threads - 1) / (4 * threads);
+  if (size == 1) chunk = (chunk + 63) / 64 * 64;
+  Work<Params> work{p, function, count, chunk};
+  start([](void* data) { static_cast<Work<Params>*>(data)->run(); }, &work,
+        static_cast<unsigned>(threads), 0);
+  return PAE_OK;
+}
+
+bool is_float(int32_t type) { return type == PAE_FLOAT32 || type == PAE_BFLOAT16; }
+
+}  // namespace
+}  // namespace pae
+
+#define PAE_CHECK(p, condition)                                                                \
+  do {                                                                                         \
+    if ((p) == nullptr || (p)->struct_size != sizeof(*(p)))                                    \
+      return pae::fail("%s: the struct has another size than this library's", __func__);       \
+    if (!(condition)) return pae::fail("%s: not " #condition, __func__);                       \
+  } while (false)
+
+#define PAE_DEFINE_SIZEOF(noun) \
+  extern "C" uint32_t pae_sizeof_##noun##_params(void) { return sizeof(pae_##noun##_params); }
+
+extern "C" uint32_t pae_abi_version(void) { return PAE_CPU_ABI_VERSION; }
+
+extern "C" const char* pae_last_error(void) { return pae::last_error; }
+
+extern "C" const char* pae_cpu_isa(void) { return pae::kernels().name; }
+
+extern "C" void pae_cpu_set_parallel(pae_cpu_parallel start) {
+  pae::parallel.store(start, std::memory_order_release);
+}
+
+extern "C" int pae_cpu_norm_fwd(const pae_cpu_norm_fwd_params* p, void*) {
+  PAE_CHECK(p, p->rows >= 0 && p->width > 0);
+  PAE_CHECK(p, pae::is_float(p->x_type) && pae::is_float(p->delta_type) &&
+                   pae::is_float(p->xhat_type));
+  return pae::share(*p, pae::kernels().norm_fwd, p->rows, p->width);
+}
+PAE_DEFINE_SIZEOF(cpu_norm_fwd)
+
+extern "C" int pae_cpu_norm_bwd(const pae_cpu_norm_bwd_params* p, void*) {
+  PAE_CHECK(p, p->rows >= 0 && p->width > 0);
+  PAE_CHECK(p, pae::is_float(p->d_type) && pae::is_float(p->xhat_type) &&
+                   pae::is_float(p->residual_type) && pae::is_float(p->dx_type) &&
+                   pae::is_float(p->copy_type));
+  return pae::share(*p, pae::kernels().norm_bwd, p->rows, p->width);
+}
+PAE_DEFINE_SIZEOF(cpu_norm_bwd)
+
+extern "C" int pae_cpu_activation_fwd(const pae_cpu_activation_fwd_params* p, void*) {
+  PAE_CHECK(p, p->count >= 0 && p->kind >= PAE_GELU && p->kind <= PAE_RELU);
+  PAE_CHECK(p, pae::is_float(p->type));
+  return pae::share(*p, pae::kernels().activation_fwd, p->count, 1);
+}
+PAE_DEFINE_SIZEOF(cpu_activation_fwd)
+
+extern "C" int pae_cpu_activation_bwd(const pae_cpu_activation_bwd_params* p, void*) {
+  PAE_CHECK(p, p->count >= 0 && p->kind >= PAE_GELU && p->kind <= PAE_RELU);
+  PAE_CHECK(p, pae::is_float(p->type) &&
+                   (pae::is_float(p->kept_type) || p->kept_type == PAE_UINT8));
+  return pae::share(*p, pae::kernels().activation_bwd, p->count, 1);
+}
+PAE_DEFINE_SIZEOF(cpu_activation_bwd)
+
+extern "C" int pae_cpu_softmax_bwd(const pae_cpu_softmax_bwd_params* p, void*) {
+  PAE_CHECK(p, p->rows >= 0 && p->width > 0);
+  PAE_CHECK(p, pae::is_float(p->out_type));
+  return pae::share(*p, pae::kernels().softmax_bwd, p->rows, p->width);
+}
+PAE_DEFINE_SIZEOF(cpu_softmax_bwd)

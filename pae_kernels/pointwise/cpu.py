@@ -1,0 +1,128 @@
+"""The pointwise ops in C++ for CPUs: fills the structs of `csrc/cpu/cpu.h`, calls. The kernels and
+what bounds them are in `csrc/cpu/kernels.cpp`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import cpu, native
+from .reference import ACTIVATIONS
+
+_KINDS = {kind: number for number, kind in enumerate(ACTIVATIONS)}  # in the order of cpu.h
+
+_NormForward = native.params(
+    "cpu_norm_fwd",
+    **dict.fromkeys(("threads", "x_type", "delta_type", "xhat_type"), native.INT32),
+    eps=native.FLOAT32,
+    **dict.fromkeys(("rows", "width"), native.INT64),
+    **dict.fromkeys(("x", "delta", "y", "xhat", "rstd"), native.POINTER),
+)
+_NormBackward = native.params(
+    "cpu_norm_bwd",
+    **dict.fromkeys(
+        ("threads", "d_type", "xhat_type", "residual_type", "dx_type", "copy_type", "reserved"),
+        native.INT32,
+    ),
+    **dict.fromkeys(("rows", "width"), native.INT64),
+    **dict.fromkeys(("d", "xhat", "rstd", "residual", "dx", "copy"), native.POINTER),
+)
+_ActivationForward = native.params(
+    "cpu_activation_fwd",
+    **dict.fromkeys(("threads", "type", "kind"), native.INT32),
+    count=native.INT64,
+    **dict.fromkeys(("u", "y", "code"), native.POINTER),
+)
+_ActivationBackward = native.params(
+    "cpu_activation_bwd",
+    **dict.fromkeys(("threads", "type", "kept_type", "kind", "reserved"), native.INT32),
+    count=native.INT64,
+    **dict.fromkeys(("d", "kept", "du"), native.POINTER),
+)
+
+
+def _rows(x: Tensor) -> dict[str, int]:
+    width = x.shape[-1]
+    return {"rows": x.numel() // max(width, 1), "width": width}
+
+
+def _rstd_of(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def layer_norm(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Same contract as the reference's."""
+    xhat, rstd = torch.empty_like(x, dtype=dtype), _rstd_of(x)
+    if x.numel():
+        types = {"x_type": cpu.TYPES[x.dtype], "xhat_type": cpu.TYPES[dtype]}
+        given = _NormForward(**types, eps=eps, **_rows(x), x=x, xhat=xhat, rstd=rstd)
+        cpu.call("pae_cpu_norm_fwd", given)
+    return xhat, rstd
+
+
+def add_layer_norm(
+    x: Tensor, delta: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as the reference's."""
+    y, xhat, rstd = torch.empty_like(x), torch.empty_like(x, dtype=dtype), _rstd_of(x)
+    if x.numel():
+        types = {
+            "x_type": cpu.TYPES[x.dtype],
+            "delta_type": cpu.TYPES[delta.dtype],
+            "xhat_type": cpu.TYPES[dtype],
+        }
+        arrays = {"x": x, "delta": delta, "y": y, "xhat": xhat, "rstd": rstd}
+        cpu.call("pae_cpu_norm_fwd", _NormForward(**types, eps=eps, **_rows(x), **arrays))
+    return y, xhat, rstd
+
+
+def layer_norm_backward(
+    d_xhat: Tensor,
+    xhat: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    narrow: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Same contract as the reference's."""
+    dx = torch.empty_like(d_xhat, dtype=dtype)
+    copy = rstd.new_empty(0) if narrow is None else torch.empty_like(d_xhat, dtype=narrow)
+    if dx.numel():
+        types = {
+            "d_type": cpu.TYPES[d_xhat.dtype],
+            "xhat_type": cpu.TYPES[xhat.dtype],
+            "residual_type": 0 if residual is None else cpu.TYPES[residual.dtype],
+            "dx_type": cpu.TYPES[dtype],
+            "copy_type": 0 if narrow is None else cpu.TYPES[narrow],
+        }
+        arrays = {"d": d_xhat, "xhat": xhat, "rstd": rstd, "residual": residual, "dx": dx}
+        arrays["copy"] = None if narrow is None else copy
+        cpu.call("pae_cpu_norm_bwd", _NormBackward(**types, **_rows(dx), **arrays))
+    return dx, copy
+
+
+def activation(u: Tensor, kind: str) -> Tensor:
+    """Same contract as the reference's."""
+    y = torch.empty_like(u)
+    how = {"type": cpu.TYPES[u.dtype], "kind": _KINDS[kind]}
+    cpu.call("pae_cpu_activation_fwd", _ActivationForward(**how, count=u.numel(), u=u, y=y))
+    return y
+
+
+def activation_coded(u: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Same contract as the reference's."""
+    y, code = torch.empty_like(u), torch.empty_like(u, dtype=torch.uint8)
+    how = {"type": cpu.TYPES[u.dtype], "kind": _KINDS[kind]}
+    given = _ActivationForward(**how, count=u.numel(), u=u, y=y, code=code)
+    cpu.call("pae_cpu_activation_fwd", given)
+    return y, code
+
+
+def activation_backward(d: Tensor, kept: Tensor, kind: str) -> Tensor:
+    """Same contract as the reference's."""
+    du = torch.empty_like(d)
+    how = {"type": cpu.TYPES[d.dtype], "kept_type": cpu.TYPES[kept.dtype], "kind": _KINDS[kind]}
+    given = _ActivationBackward(**how, count=d.numel(), d=d, kept=kept, du=du)
+    cpu.call("pae_cpu_activation_bwd", given)
+    return du
