@@ -1,7 +1,8 @@
-"""Build entry point: metadata is in pyproject.toml, compiling the kernels in csrc/native_build.py.
+"""Build entry point: metadata is in pyproject.toml, compiling the kernels in csrc/native_build.py
+and csrc/cpu_build.py.
 
-The library needs no Python headers, so this is no extension module but one more file of the
-package, and a wheel that holds it serves every Python 3 of its platform.
+The libraries need no Python headers, so they are no extension modules but files of the package, and
+a wheel that holds them serves every Python 3 of its platform.
 """
 
 import sys
@@ -14,13 +15,14 @@ from setuptools.command.build import build
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
+import cpu_build  # noqa: E402
 import native_build  # noqa: E402
 
 
 class BuildNative(Command):
-    """Compiles csrc/ and puts the library into the package: the source's own when editable."""
+    """Compiles csrc/ and puts the libraries into the package: the source's own when editable."""
 
-    description = "compile the CUDA kernels"
+    description = "compile the kernels for CPUs and GPUs"
     user_options = ()
     editable_mode = False
 
@@ -32,8 +34,9 @@ class BuildNative(Command):
 
     def run(self):
         root = ROOT if self.editable_mode else Path(self.build_lib)
-        outcome = native_build.install(root / native_build.PACKAGE.name)
-        self.distribution.has_library = outcome.library is not None
+        package = root / native_build.PACKAGE.name
+        made = [kernels.install(package) for kernels in (cpu_build, native_build)]
+        self.distribution.has_library = any(outcome.library is not None for outcome in made)
 
     def get_source_files(self):
         return []  # MANIFEST.in names them

@@ -159,7 +159,7 @@ extern "C" void launch(float* x) { probe<<<1, 1>>>(x); }
 """
 
 
-def _run(command: list[object], patience: float, **options: Any) -> tuple[int, str]:
+def run(command: list[object], patience: float, **options: Any) -> tuple[int, str]:
     """Exit status (negative: the signal) and what a program said, in whatever letters.
 
     It is killed with all that it started when it takes longer than `patience`, or with this process
@@ -191,13 +191,13 @@ def _run(command: list[object], patience: float, **options: Any) -> tuple[int, s
 
 
 def _output(command: list[object], **options: Any) -> str:
-    status, said = _run(command, PATIENCE_TO_ASK, **options)
+    status, said = run(command, PATIENCE_TO_ASK, **options)
     if status != 0:
-        raise Unbuildable(_first_error(said, status))
+        raise Unbuildable(first_error(said, status))
     return said
 
 
-def _first_error(said: str, status: int) -> str:
+def first_error(said: str, status: int) -> str:
     """The line that tells most."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     telling = [
@@ -402,7 +402,7 @@ def compile_library(plan: Plan) -> Path:
     if failure is not None:
         status, said = failure
         print(said, file=sys.stderr)
-        raise Unbuildable(f"{plan.toolkit.nvcc} failed: {_first_error(said, status)}")
+        raise Unbuildable(f"{plan.toolkit.nvcc} failed: {first_error(said, status)}")
     return plan.library
 
 
@@ -412,18 +412,18 @@ Failure = tuple[int, str] | None  # exit status and words of what failed
 def _compile_changed(plan: Plan, ninja: str, parallel: int, environment: dict[str, str]) -> Failure:
     (plan.folder / "build.ninja").write_bytes(os.fsencode(_ninja_file(plan)))
     command = [ninja, "-j", parallel, "--quiet"]
-    status, said = _run(command, PATIENCE_TO_COMPILE, cwd=plan.folder, env=environment)
+    status, said = run(command, PATIENCE_TO_COMPILE, cwd=plan.folder, env=environment)
     return (status, said) if status != 0 else None
 
 
 def _compile_all(plan: Plan, parallel: int, environment: dict[str, str]) -> Failure:
     """Without ninja: every file."""
 
-    def run(command: list[str]) -> tuple[int, str]:
-        return _run(command, PATIENCE_TO_COMPILE, cwd=plan.folder, env=environment)
+    def ended(command: list[str]) -> tuple[int, str]:
+        return run(command, PATIENCE_TO_COMPILE, cwd=plan.folder, env=environment)
 
     def compile_one(source: Path) -> Failure:
-        status, said = run(plan.compile_command(plan.relative(source), plan.object(source).name))
+        status, said = ended(plan.compile_command(plan.relative(source), plan.object(source).name))
         plan.log(source).write_text(said, encoding="utf-8")
         return (status, said) if status != 0 else None
 
@@ -432,7 +432,7 @@ def _compile_all(plan: Plan, parallel: int, environment: dict[str, str]) -> Fail
     if failures:
         return failures[0]
     objects = [plan.object(source).name for source in plan.sources]
-    status, said = run(plan.link_command(objects, plan.library.name))
+    status, said = ended(plan.link_command(objects, plan.library.name))
     return (status, said) if status != 0 else None
 
 
@@ -493,7 +493,9 @@ def say(text: str) -> None:
     print(line, flush=True)
 
 
-def place(outcome: Outcome, folder: Path) -> None:
+def place(
+    outcome: Outcome, folder: Path, library_name: str = LIBRARY, record_name: str = RECORD
+) -> None:
     """Puts the library and its record into a package folder; without one, takes an old one away.
 
     The record has the library's SHA-256: what is loaded is what was built.
@@ -501,12 +503,12 @@ def place(outcome: Outcome, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     record = dict(outcome.record)
     if outcome.library is None:
-        (folder / LIBRARY).unlink(missing_ok=True)
+        (folder / library_name).unlink(missing_ok=True)
     else:
         library = outcome.library.read_bytes()
         record["sha256"] = hashlib.sha256(library).hexdigest()
-        write(folder / LIBRARY, library)
-    write(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+        write(folder / library_name, library)
+    write(folder / record_name, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def write(path: Path, content: bytes) -> None:

@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             ahead_of_time,
             attention,
             backends,
+            cpu,
             koopman,
             native,
             pointwise,
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def library() -> Iterator[str]:
         yield f"compiled CUDA kernels: {native.describe()}"
+        yield f"compiled CPU kernels: {cpu.describe()}"
 
     def table() -> Iterator[str]:
         yield f"{'op':<20}{'device':<8}{'version':<12}not available"

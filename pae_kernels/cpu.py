@@ -1,6 +1,6 @@
 """The kernels of `csrc/cpu/`: finds, loads and checks their library, and calls it.
 
-`csrc/cpu/cpu.h` is the interface. An op's `cpu.py` declares the struct of each of its functions with
+`csrc/cpu/cpu.h` is the interface. An op's `cpu.py` declares the struct of each function with
 `native.params`, and calls with one:
 
     cpu.call("pae_cpu_norm_fwd", Forward(rows=197, width=768, x=x, ...))
@@ -12,8 +12,10 @@ brings no runtime of its own, because two of them in one process each spin while
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,26 +24,59 @@ import torch
 
 from . import native
 
-# where setup.py puts the library
+ABI_VERSION = 1
+
+# where setup.py puts the library, and what it says about how it was built or why it was not
 PATH = Path(__file__).with_name("_cpu.so")
+BUILD = Path(__file__).with_name("_cpu_build.json")
 
 # element types as csrc/cpu/cpu.h numbers them
 TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.uint8: 3}
 
+_used: native.Library | None = None
+
+
+def build_record() -> dict:
+    """What setup.py wrote down: `reason` when it built nothing, else `compiler`, `isas`."""
+    missing = "not built; `pip install -e .` builds it where a C++ compiler is found"
+    return native.read_record(BUILD, missing, compiler=str, isas=list)
+
+
+def load(path: Path) -> native.Library:
+    """The library in a file.
+
+    Raises:
+        OSError, RuntimeError: as `native.Library`.
+    """
+    library = native.Library(path, ("pae_cpu_isa", "pae_cpu_set_parallel"), ABI_VERSION)
+    library.handle.pae_cpu_isa.restype = ctypes.c_char_p
+    library.handle.pae_cpu_set_parallel.argtypes = [ctypes.c_void_p]
+    library.handle.pae_cpu_set_parallel(_shared_pool())
+    return library
+
 
 @lru_cache
-def _found() -> native.Library | str:
-    """The library, or why there is none that can be used."""
-    if not PATH.is_file():
-        return native.build_record().get("cpu_reason", "not built; installing builds it with a C++ compiler")
+def _own() -> native.Library | str:
+    """The package's own library, or why there is none that can be used."""
     try:
-        library = native.Library(PATH)
-        library.handle.pae_cpu_isa.restype = ctypes.c_char_p
-        library.handle.pae_cpu_set_parallel.argtypes = [ctypes.c_void_p]
-        library.handle.pae_cpu_set_parallel(_shared_pool())
-    except (OSError, RuntimeError, AttributeError) as error:
+        return load(native.recorded(PATH, build_record()))
+    except (OSError, RuntimeError) as error:
         return str(error)
-    return library
+
+
+def _found() -> native.Library | str:
+    return _used or _own()
+
+
+@contextlib.contextmanager
+def using(other: native.Library) -> Iterator[native.Library]:
+    """`other` instead of the package's own library, as tests do with a sanitized one."""
+    global _used
+    before, _used = _used, other
+    try:
+        yield other
+    finally:
+        _used = before
 
 
 def unavailable() -> str | None:
@@ -57,7 +92,7 @@ def describe() -> str:
         return f"none: {found}"
     isa = found.handle.pae_cpu_isa().decode()
     threads = "PyTorch's threads" if _shared_pool() else "one thread: no OpenMP runtime found"
-    return f"{PATH.name}, {isa}, {threads}"
+    return f"{found.path}, {isa}, {threads}"
 
 
 @lru_cache

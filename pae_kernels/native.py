@@ -79,23 +79,27 @@ class Library:
 
     Args:
         path: the shared object.
+        needs: functions that tell it from other libraries.
+        abi: the version of its interface that this package was written for.
 
     Raises:
         OSError: it cannot be loaded.
         RuntimeError: it was built from other sources than this package, or is another library.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(
+        self, path: Path | str, needs: tuple[str, ...] = ("pae_probe",), abi: int = ABI_VERSION
+    ) -> None:
         self.path = Path(path)
         self.handle = ctypes.CDLL(str(path))
         self.emulated = hasattr(self.handle, "pae_emulation_set_order")
         self._functions: dict[str, Any] = {}
-        for name in ("pae_abi_version", "pae_last_error", "pae_probe"):
+        for name in ("pae_abi_version", "pae_last_error", *needs):
             self._symbol(name)
         version = self.handle.pae_abi_version()
-        if version != ABI_VERSION:
+        if version != abi:
             raise RuntimeError(
-                f"{self.path} has interface {version}, this package expects {ABI_VERSION}: "
+                f"{self.path} has interface {version}, this package expects {abi}: "
                 "install the package again"
             )
         for noun, struct in _STRUCTS.items():
@@ -155,23 +159,37 @@ def build_record() -> dict:
     """What setup.py wrote down: `reason` when it built nothing, else `nvcc`, `architectures`,
     `sha256` of the library; a `reason` too when the record cannot be read.
     """
+    missing = "not built; `pip install -e .` builds it where nvcc is found"
+    return read_record(BUILD, missing, nvcc=str, architectures=list)
+
+
+def read_record(path: Path, missing: str, **fields: type) -> dict:
+    """The record of a build, or one with the `reason` why there is none.
+
+    Args:
+        missing: the reason where there is no file.
+        fields: what a record of success holds besides `sha256`.
+    """
     try:
-        record = json.loads(BUILD.read_text())
+        record = json.loads(path.read_text())
     except FileNotFoundError:
-        return {"reason": "not built; `pip install -e .` builds it where nvcc is found"}
+        return {"reason": missing}
     except NotADirectoryError:
-        archive = next(above for above in BUILD.parents if above.is_file())
+        archive = next(above for above in path.parents if above.is_file())
         return {"reason": f"{archive} is an archive, and libraries are loaded from folders only"}
     except (OSError, ValueError, RecursionError) as error:
-        return {"reason": f"{BUILD} cannot be read ({error}): {_AGAIN}"}
-    match record:
-        case {"reason": str()}:
+        return {"reason": f"{path} cannot be read ({error}): {_AGAIN}"}
+    if isinstance(record, dict):
+        if isinstance(record.get("reason"), str):
             return record
-        case {"nvcc": str(), "architectures": [*names], "sha256": str()} if all(
-            isinstance(name, str) for name in names
-        ):
+        held = {name: record.get(name) for name in ("sha256", *fields)}
+        lists = [value for value in held.values() if isinstance(value, list)]
+        right = all(
+            isinstance(held[name], kind) for name, kind in {"sha256": str, **fields}.items()
+        )
+        if right and all(isinstance(word, str) for words in lists for word in words):
             return record
-    return {"reason": f"{BUILD} is damaged or of another version of pae: {_AGAIN}"}
+    return {"reason": f"{path} is damaged or of another version of pae: {_AGAIN}"}
 
 
 def library() -> Library:
@@ -186,7 +204,7 @@ def library() -> Library:
     if _loaded is None:
         if _failure is None:
             try:
-                _loaded = Library(_recorded())
+                _loaded = Library(recorded(PATH, build_record()))
                 return _loaded
             except (OSError, RuntimeError) as error:
                 _failure = str(error)
@@ -194,15 +212,19 @@ def library() -> Library:
     return _loaded
 
 
-def _recorded() -> Path:
-    record = build_record()
+def recorded(path: Path, record: dict) -> Path:
+    """`path`, when it is the very file that the record tells of.
+
+    Raises:
+        RuntimeError: it is not; says why.
+    """
     if "reason" in record:
         raise RuntimeError(record["reason"])
-    if not PATH.is_file():
-        raise RuntimeError(f"{PATH} is missing: {_AGAIN}")
-    if hashlib.sha256(PATH.read_bytes()).hexdigest() != record["sha256"]:
-        raise RuntimeError(f"{PATH} is damaged, or was built apart from its record: {_AGAIN}")
-    return PATH
+    if not path.is_file():
+        raise RuntimeError(f"{path} is missing: {_AGAIN}")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != record["sha256"]:
+        raise RuntimeError(f"{path} is damaged, or was built apart from its record: {_AGAIN}")
+    return path
 
 
 def describe() -> str:

@@ -24,8 +24,8 @@ enum { PAE_FLOAT32 = 0, PAE_BFLOAT16 = 2, PAE_UINT8 = 3 };
 PAE_API uint32_t pae_abi_version(void);
 PAE_API const char* pae_last_error(void);
 
-/* The instruction set in use: the widest of "avx512", "avx2", "portable" that this processor runs
- * and PAE_CPU_ISA, read at first use, allows. */
+/* The instruction set in use: the first of "avx512_bf16", "avx512", "avx2" and "portable" that this
+ * processor runs, or the one of them that PAE_CPU_ISA names, read at first use. */
 PAE_API const char* pae_cpu_isa(void);
 
 /* `GOMP_parallel` of the OpenMP runtime that the process already has, or null: one thread. The

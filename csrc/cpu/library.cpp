@@ -21,7 +21,7 @@ int fail(const char* format, ...) {
   return PAE_INVALID_PARAMS;
 }
 
-// Every table that this processor runs, the widest first.
+// The widest table that this processor runs, or the one that PAE_CPU_ISA names among those it runs.
 const Kernels& choose() {
   const char* most = std::getenv("PAE_CPU_ISA");
   const Kernels* tables[4];
@@ -41,9 +41,14 @@ const Kernels& choose() {
   return *tables[0];
 }
 
+// Not a static variable of `kernels`, whose guard would need the C++ runtime. Whoever comes first
+// chooses; so do those that come at the same time, and all choose alike.
+std::atomic<const Kernels*> chosen{nullptr};
+
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+  const Kernels* found = chosen.load(std::memory_order_acquire);
+  if (found == nullptr) chosen.store(found = &choose(), std::memory_order_release);
+  return *found;
 }
 
 std::atomic<pae_cpu_parallel> parallel{nullptr};

@@ -116,7 +116,7 @@ def _wide(rows: Tensor) -> Tensor:
 def _rows(
     qkv: Tensor, kv_prompt: Tensor, group: Tensor | None, s: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (b, H, N, d), keys and values (b, H, P + N, d) of the images `s`: fp32, contiguous."""
+    """Queries (b, H, N, d), keys and values (b, H, P + N, d) of the images `s`, in fp32."""
     q, k, v = qkv[s].permute(2, 0, 3, 1, 4)
     prompts = reference.take_groups(kv_prompt, group, len(qkv))[s].permute(2, 0, 3, 1, 4)
     batch, heads, tokens, width = q.shape
