@@ -49,6 +49,13 @@ def widest(*arguments: Any) -> torch.dtype:
     return dtype
 
 
+def rarest(*arguments: Any) -> torch.dtype:
+    """Of the dtypes among tensors and arguments, the one that the fewest versions compute."""
+    dtypes = {a.dtype if isinstance(a, Tensor) else a for a in arguments}
+    first: torch.dtype = arguments[0].dtype
+    return next((d for d in (torch.float64, torch.float16) if d in dtypes), first)
+
+
 def op(
     schema: str,
     run: str | Callable[..., Any],

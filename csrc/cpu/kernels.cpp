@@ -151,31 +151,40 @@ struct Gelu {
     slope = odd_around_half(SLOPE, 6.2f, u);
   }
 };
-PAE_INLINE F sigmoid(F x) {
-  x = x < -87.0f ? splat(-87.0f) : x;
-  return reciprocal(1.0f + exponential(-x));
+PAE_INLINE F clamp(F x, float bound) {
+  x = x < -bound ? splat(-bound) : x;
+  return x > bound ? splat(bound) : x;
+}
+
+// 1 / (1 + e^-x), and `rest` is 1 minus that, without the cancellation.
+PAE_INLINE F sigmoid(F x, F& rest) {
+  F e = exponential(-clamp(x, 87.0f));
+  F s = reciprocal(1.0f + e);
+  rest = e * s;
+  return x < -87.0f ? F{} : s;
 }
 
 struct GeluTanh {  // u sigmoid(2 z), z = sqrt(2 / pi) (u + 0.044715 u^3)
   PAE_INLINE void both(F u, F& y, F& slope) {
-    F square = u * u;
-    F s = sigmoid(u * (1.5957691f + 0.071354814f * square));
+    F v = clamp(u, 12.0f);  // where s has long been 0 or 1: the cube of what is larger overflows
+    F square = v * v;
+    F rest, s = sigmoid(v * (1.5957691f + 0.071354814f * square), rest);
     y = u * s;
-    slope = s + y * (1.0f - s) * (1.5957691f + 0.21406444f * square);
+    slope = s + v * s * rest * (1.5957691f + 0.21406444f * square);
   }
 };
 struct QuickGelu {
   PAE_INLINE void both(F u, F& y, F& slope) {
-    F s = sigmoid(1.702f * u);
+    F rest, s = sigmoid(1.702f * u, rest);
     y = u * s;
-    slope = s + 1.702f * y * (1.0f - s);
+    slope = s + 1.702f * y * rest;
   }
 };
 struct Silu {
   PAE_INLINE void both(F u, F& y, F& slope) {
-    F s = sigmoid(u);
+    F rest, s = sigmoid(u, rest);
     y = u * s;
-    slope = s + y * (1.0f - s);
+    slope = s + y * rest;
   }
 };
 struct Relu {

@@ -114,7 +114,7 @@ def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-_op = partial(registration.op, versions="pointwise")
+_op = partial(registration.op, versions="pointwise", dtype=registration.rarest)
 
 _layer_norm_fwd = _op(
     "layer_norm_fwd(Tensor x, float eps, ScalarType dtype) -> (Tensor xhat, Tensor rstd)",
@@ -135,7 +135,6 @@ _layer_norm_bwd = _op(
         _like(d_xhat, dtype),
         rstd.new_empty(0) if narrow is None else _like(d_xhat, narrow),
     ),
-    dtype=lambda d_xhat, xhat, rstd, *_: rstd.dtype,
 )
 _activation_fwd = _op(
     "activation_fwd(Tensor u, str kind) -> Tensor", "activation", lambda u, kind: _like(u)

@@ -3,6 +3,7 @@
     reference               the definition in plain PyTorch, on the CPU
     interpreter             the Triton kernels in Triton's interpreter, in a process of its own
                             (TRITON_INTERPRET=1 from the start; `test_interpreter.py` starts it)
+    cpu                     the C++ kernels for CPUs
     emulated                the CUDA kernels as a CPU library, on the execution model of csrc/host
     gpu-triton, gpu-cuda    the kernels on a GPU
 
@@ -41,7 +42,7 @@ class Execution:
     """One way to run an op.
 
     Attributes:
-        kind: reference, interpreter, emulated or gpu.
+        kind: reference, interpreter, cpu, emulated or gpu.
         version: the word of PAE_BACKEND.
         device: of the tensors.
         dtypes: what it computes; the interpreter multiplies bf16 wrongly.
@@ -165,10 +166,11 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-KERNELS = "interpreter", "emulated", "gpu"
+KERNELS = "interpreter", "emulated", "cpu", "gpu"
 EXECUTIONS = (
     Execution("reference", "reference", CPU, (FP64, FP32, BF16, FP16)),
     Execution("interpreter", "triton", CPU, (FP32, FP16)),
+    Execution("cpu", "cpu", CPU, (FP32, BF16)),
     Execution("emulated", "cuda", CPU, (FP32, BF16, FP16), len(host_library.ORDERS)),
     Execution("gpu", "triton", GPU, (BF16, FP16, FP32), 100),
     Execution("gpu", "cuda", GPU, (BF16, FP16, FP32), 100),

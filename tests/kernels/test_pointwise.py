@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from pae_kernels import backends, pointwise
+from pae_kernels import backends, cpu, pointwise
 from pae_kernels.pointwise import ACTIVATIONS, reference
 from tests.errors import error
 from tests.kernels.executions import BF16, FP16, FP32, FP64, KERNELS, each
@@ -125,6 +125,7 @@ def test_add_layer_norm_is_the_norm_of_the_rounded_sum(dtype, narrow):
 
 # dtypes of the residual stream and of what a product returns
 STREAMS = [(FP32, FP32), (FP32, FP16), (FP16, FP16)]
+CPU_STREAMS = [(FP32, FP32), (FP32, BF16), (BF16, BF16), (BF16, FP32)]
 
 
 @each(
@@ -132,11 +133,12 @@ STREAMS = [(FP32, FP32), (FP32, FP16), (FP16, FP16)]
     "width, stream, narrow",
     reference=itertools.product([64], DTYPES, DTYPES[1:]),
     interpreter=[(width, *pair) for width in (16, 33, 72, 768) for pair in STREAMS],
+    cpu=[(width, *pair) for width in (1, 15, 16, 33, 72, 768) for pair in CPU_STREAMS],
     gpu=itertools.product([384, 768, 1024, 1280], [FP32], [BF16, FP16, FP32]),
 )
 def test_norms(execution, width, stream, narrow):
     """One rounding of each result; statistics and the gradient in fp32 or wider."""
-    shape = (*execution.pick(gpu=(4, 197), interpreter=(2, 5), reference=(3, 4)), width)
+    shape = (*execution.pick(gpu=(4, 197), interpreter=(2, 5), other=(3, 4)), width)
     x, delta, d, residual = execution.moved(
         *(
             rows(*shape, dtype=dtype, seed=seed)
@@ -157,7 +159,8 @@ def test_norms(execution, width, stream, narrow):
     inner = g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True)
     for around in (None, residual):
         exact = rstd.double() * inner + (0 if around is None else around.double())
-        for dtype, copied in ((stream, None), (stream, narrow), (narrow, FP16)):
+        third = narrow, half(execution)
+        for dtype, copied in ((stream, None), (stream, narrow), third):
             got = pointwise.layer_norm_backward(d, xhat, rstd, around, dtype=dtype, narrow=copied)
             dx, copy = got if copied else (got, None)
             assert dx.dtype == dtype and error(dx, exact) < ROUNDING[dtype]
@@ -165,15 +168,16 @@ def test_norms(execution, width, stream, narrow):
                 assert copy.dtype == copied and error(copy, exact) < ROUNDING[copied]
 
 
-@each(OP, on=("reference", "interpreter"))
+@each(OP, on=("reference", "interpreter", "cpu"))
 def test_norms_of_any_shape(execution):
     """Against the formula in fp64. A row's mean is off by a few steps of fp32 at its size."""
+    pairs = execution.pick(cpu=CPU_STREAMS, other=STREAMS)
 
     @examples(20)
     @given(
         count=st.integers(0, 9),
         width=st.integers(1, 300),
-        streams=st.sampled_from(STREAMS),
+        streams=st.sampled_from(pairs),
         eps=st.sampled_from([1e-6, 1e-5, 0.1]),
         shift=st.sampled_from([0.0, 5.0]),
     )
@@ -191,7 +195,7 @@ def test_norms_of_any_shape(execution):
         inner = g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True)
         exact = residual.double() + rstd.double() * inner
         if count:
-            limit = {FP32: 2e-6, FP16: 2e-3}[product]
+            limit = {FP32: 2e-6, FP16: 2e-3, BF16: 1.6e-2}[product]
             steps = 1e-6 * (1 + shift) / eps**0.5  # where all entries of a row are equal
             loose = {"rtol": 0, "atol": limit + (steps if width == 1 else 4e-6 * (1 + shift))}
             torch.testing.assert_close(xhat.double(), expected, **loose)
@@ -205,6 +209,7 @@ def test_norms_of_any_shape(execution):
     "dtype",
     reference=[FP64, FP32, BF16],
     interpreter=[FP32, FP16],
+    cpu=[FP32, BF16],
     gpu=[BF16, FP16, FP32],
 )
 def test_layer_norm_of_tiny_rows_obeys_eps(execution, dtype):
@@ -219,6 +224,11 @@ def test_layer_norm_of_tiny_rows_obeys_eps(execution, dtype):
     zero, rstd = pointwise.layer_norm(torch.zeros(1, 1, 8, device=x.device, dtype=dtype), 1e-6)
     assert torch.equal(zero, torch.zeros_like(zero))
     torch.testing.assert_close(rstd, torch.full_like(rstd, 1e3))
+
+
+def half(execution):
+    """A 16-bit dtype that it computes."""
+    return execution.pick(cpu=BF16, other=FP16)
 
 
 def twice(function, *tensors, layout):
@@ -239,7 +249,7 @@ def test_layouts(execution, layout):
     )
     assert torch.equal(given, LAYOUTS[layout](x))  # not added to in place
     twice(lambda x: pointwise.layer_norm(x, 1e-6), x, layout=layout)
-    back = lambda d, xhat, r: pointwise.layer_norm_backward(d, xhat, rstd, r, narrow=FP16)
+    back = lambda d, xhat, r: pointwise.layer_norm_backward(d, xhat, rstd, r, narrow=half(execution))
     twice(back, d, xhat, r, layout=layout)
     for kind in execution.pick(interpreter=["gelu"], other=KINDS):
         (u,), (_, code) = twice(
@@ -253,9 +263,9 @@ def test_layouts(execution, layout):
 @each(OP, "shape", other=[(0, 5, 16), (3, 0, 16)])
 def test_no_rows(execution, shape):
     x = torch.empty(shape, device=execution.device)
-    _, xhat, rstd = pointwise.add_layer_norm(x, x, 1e-6, FP16)
+    _, xhat, rstd = pointwise.add_layer_norm(x, x, 1e-6, half(execution))
     assert xhat.shape == shape and rstd.shape == (*shape[:2], 1)
-    dx, narrow = pointwise.layer_norm_backward(x, xhat, rstd, x, dtype=FP32, narrow=FP16)
+    dx, narrow = pointwise.layer_norm_backward(x, xhat, rstd, x, dtype=FP32, narrow=half(execution))
     assert dx.shape == narrow.shape == shape
     y, code = pointwise.activation(x, "gelu", code=True)
     assert y.shape == code.shape == pointwise.activation_backward(x, code, "gelu").shape == shape
@@ -267,8 +277,8 @@ def test_bitwise_the_same_on_every_run(execution):
     x, d = execution.moved(rows(*shape, dtype=FP32), rows(*shape, dtype=FP32, seed=1))
     first = None
     for _ in execution.runs():
-        y, xhat, rstd = pointwise.add_layer_norm(x, d, 1e-6, FP16)
-        dx = pointwise.layer_norm_backward(d, xhat, rstd, x, dtype=FP32, narrow=FP16)
+        y, xhat, rstd = pointwise.add_layer_norm(x, d, 1e-6, half(execution))
+        dx = pointwise.layer_norm_backward(d, xhat, rstd, x, dtype=FP32, narrow=half(execution))
         u, code = pointwise.activation(x, "gelu", code=True)
         slope = pointwise.activation_backward(d, code, "gelu")
         results = y, xhat, rstd, *dx, u, code, slope
@@ -290,8 +300,8 @@ def test_the_kernels_run(execution, monkeypatch):
         assert backends.choose(OP, execution.device, dtype).__name__.endswith(execution.version)
 
 
-@pytest.mark.parametrize("narrow", (torch.bfloat16, torch.float16, torch.float32), ids=str)
-def test_layer_norm_backward_gives_the_same_gradient_twice(narrow):
+@each(OP, "narrow", reference=[BF16, FP16, FP32], cpu=[BF16, FP32])
+def test_layer_norm_backward_gives_the_same_gradient_twice(execution, narrow):
     xhat, rstd = pointwise.layer_norm(rows(3, 4, 64, dtype=torch.float32), 1e-6)
     d, r = (rows(3, 4, 64, dtype=torch.float32, seed=s) for s in (1, 2))
     alone = pointwise.layer_norm_backward(d, xhat, rstd, r)
@@ -300,8 +310,8 @@ def test_layer_norm_backward_gives_the_same_gradient_twice(narrow):
     assert copy.dtype == narrow and copy.data_ptr() != dx.data_ptr()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layer_norm_backward_rounds_once(dtype):
+@each(OP, "dtype", reference=DTYPES, cpu=[FP32, BF16])
+def test_layer_norm_backward_rounds_once(execution, dtype):
     """The result in any dtype is the fp32 one rounded; 16-bit inputs are widened first."""
     x, d, r = (rows(3, 4, 64, dtype=torch.bfloat16, seed=s) for s in range(3))
     xhat, rstd = pointwise.layer_norm(x, 1e-6)
@@ -371,10 +381,11 @@ def test_8_bit_derivative(kind):
     "kind, dtype",
     reference=itertools.product(KINDS, DTYPES),
     interpreter=itertools.product(KINDS, [FP32, FP16]),
+    cpu=itertools.product(KINDS, [FP32, BF16]),
     gpu=itertools.product(KINDS, [BF16, FP16, FP32]),
 )
 def test_activations(execution, kind, dtype):
-    shape = execution.pick(gpu=(5, 197, 3072), interpreter=(3, 1500), reference=(3, 50))
+    shape = execution.pick(gpu=(5, 197, 3072), interpreter=(3, 1500), other=(3, 50))
     u, d = execution.moved(*(rows(*shape, dtype=dtype, seed=seed) for seed in range(2)))
     u = 3 * u
     wide = u.double().requires_grad_()
@@ -445,13 +456,62 @@ def test_opcheck(layout, dtype):
             opcheck(OPS.activation_bwd.default, (d, kept, kind), test_utils=quick)
 
 
-def test_the_reference_runs_on_the_cpu(monkeypatch):
+@pytest.mark.parametrize("reason", ["fp64", "not built"])
+def test_the_reference_runs_where_no_kernel_can(monkeypatch, reason):
     calls = []
     layer_norm = reference.layer_norm
     monkeypatch.setattr(reference, "layer_norm", lambda *a: calls.append(1) or layer_norm(*a))
-    pointwise.layer_norm(rows(2, 8), 1e-6)
+    dtype = FP64
+    if reason == "not built":
+        dtype = FP32
+        monkeypatch.setattr(cpu, "_own", lambda: reason)
+        assert backends.choose("pointwise", "cpu") is reference
+    pointwise.layer_norm(rows(2, 8, dtype=dtype), 1e-6)
     assert calls == [1]
-    assert backends.choose("pointwise", "cpu") is reference
+
+
+@each(OP, "kind, dtype", cpu=itertools.product(KINDS, [FP32, BF16]))
+def test_activations_of_every_size(execution, kind, dtype):
+    """From the smallest to the largest numbers, with what is not finite, each against fp64: as far
+    as rounding goes, and of entries themselves, not of the norm.
+    """
+    sizes = torch.logspace(-30, 30, 901, dtype=FP64)
+    near = torch.linspace(-12, 12, 4801, dtype=FP64)
+    u = torch.cat([near, sizes, -sizes, torch.tensor([0.0, -0.0])]).to(dtype)
+    wide = u.double().requires_grad_()
+    exact = ACTIVATIONS[kind](wide)
+    (slope,) = torch.autograd.grad(exact.sum(), wide)
+    y, code = pointwise.activation(u, kind, code=True)
+    got = pointwise.activation_backward(torch.ones_like(u), u, kind)
+    # a value is u times a number between 0 and 1, which is off by a few steps of fp32
+    step = torch.finfo(dtype).eps
+    assert ((y.double() - exact).abs() <= step * exact.abs() + 4e-7 * u.double().abs()).all()
+    assert ((got.double() - slope).abs() <= step * slope.abs() + 1e-6).all()
+    from_code = pointwise.activation_backward(torch.ones_like(u), code, kind)
+    assert ((from_code.double() - slope).abs() <= 1 / 400 + step + 1e-6).all()
+    nan = torch.tensor([torch.nan] * 20, dtype=dtype)
+    assert pointwise.activation(nan, kind)[0].isnan().all()
+    if kind != "relu":
+        assert pointwise.activation_backward(torch.ones_like(nan), nan, kind).isnan().all()
+
+
+@each(OP, on=("cpu",))
+def test_threads_change_no_bit(execution):
+    """Rows and entries are shared among threads; which one works on which is nobody's business."""
+    x, d = (rows(3, 197, 768, dtype=FP32, seed=seed) for seed in range(2))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            y, xhat, rstd = pointwise.add_layer_norm(x, d, 1e-6, BF16)
+            dx = pointwise.layer_norm_backward(d, xhat, rstd, x, dtype=FP32, narrow=BF16)
+            u, code = pointwise.activation(x, "gelu", code=True)
+            slope = pointwise.activation_backward(d, x, "gelu")
+            found.append((y, xhat, rstd, *dx, u, code, slope))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_layer_norm_equals_pytorch():
