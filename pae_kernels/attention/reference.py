@@ -126,14 +126,14 @@ def forward(
         return out.transpose(1, 2).reshape(batch, tokens, heads * width), lse.contiguous()
     scores = _scores(q, k, scale, bias)
     lse = scores.logsumexp(dim=-1)
-    out = scores.sub_(lse[..., None]).exp_().to(v.dtype) @ v
-    return out.transpose(1, 2).flatten(2), lse
+    out = scores.sub_(lse[..., None]).exp_() @ v.to(scores.dtype)
+    return out.to(v.dtype).transpose(1, 2).flatten(2), lse
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """Logits in at least fp32."""
     scores = _inner_products(q, k).mul_(scale)
-    return scores if bias is None else scores + bias
+    return scores if bias is None else scores + bias.to(scores.dtype)
 
 
 def _inner_products(a: Tensor, b: Tensor) -> Tensor:
@@ -207,8 +207,7 @@ def _explicit(
     """
     probs = _scores(q, k, scale, bias).sub_(lse[..., None]).exp_()
     d_v = probs.to(v.dtype).transpose(-1, -2) @ d_out
-    d_probs = _inner_products(d_out, v).to(probs.dtype)  # a bias in fp64 makes them that wide
-    d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
+    d_scores = torch._softmax_backward_data(_inner_products(d_out, v), probs, -1, probs.dtype)
     d_scores = d_scores.mul_(scale).to(q.dtype)
     return d_scores @ k, d_scores.transpose(-1, -2) @ q, d_v
 

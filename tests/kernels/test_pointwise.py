@@ -249,7 +249,9 @@ def test_layouts(execution, layout):
     )
     assert torch.equal(given, LAYOUTS[layout](x))  # not added to in place
     twice(lambda x: pointwise.layer_norm(x, 1e-6), x, layout=layout)
-    back = lambda d, xhat, r: pointwise.layer_norm_backward(d, xhat, rstd, r, narrow=half(execution))
+    back = lambda d, xhat, r: pointwise.layer_norm_backward(
+        d, xhat, rstd, r, narrow=half(execution)
+    )
     twice(back, d, xhat, r, layout=layout)
     for kind in execution.pick(interpreter=["gelu"], other=KINDS):
         (u,), (_, code) = twice(

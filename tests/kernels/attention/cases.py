@@ -116,7 +116,7 @@ def check(execution, qkv, kv, d_out=None, **options):
     for name in ("group", "log_multiplicity"):
         if options.get(name) is not None:
             options[name] = options[name].to(execution.device)
-    plain = execution.pick(interpreter=by_definition, gpu=sdpa)
+    plain = execution.pick(interpreter=by_definition, other=sdpa)
     got = results(prompt_attention, qkv, kv, d_out, **options)
     theirs = results(plain, qkv, kv, d_out, **options)
     d_wide = None if d_out is None else d_out.double()

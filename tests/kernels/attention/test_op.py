@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from pae_kernels import backends, prompt_attention
+from pae_kernels import backends, cpu, prompt_attention
 from pae_kernels.attention import reference
 from tests.errors import error
 from tests.kernels.attention.cases import BWD, FWD, LAYOUTS, OP, each_path, inputs, results
@@ -83,6 +83,7 @@ FEW = itertools.product(
     "layout, sets, class_only, dtype",
     reference=OPTIONS,
     interpreter=[(layout, *which, dtype) for layout, which, dtype in FEW],
+    cpu=[(layout, sets, False, BF16) for layout in ("heads_first",) for sets in (1, 2, 3)],
 )
 def test_opcheck(execution, layout, sets, class_only, dtype):
     """Schema, fake tensors (shapes, strides, dtypes) and autograd registration."""
@@ -157,13 +158,18 @@ def test_bad_arguments(case):
     assert "\n" not in str(caught.value)
 
 
-def test_the_reference_runs_on_the_cpu(monkeypatch):
+@pytest.mark.parametrize("reason", ["fp64", "not built"])
+def test_the_reference_runs_where_no_kernel_can(monkeypatch, reason):
     calls = []
     forward = reference.forward
     monkeypatch.setattr(reference, "forward", lambda *a: calls.append(1) or forward(*a))
-    prompt_attention(*inputs())
+    dtype = torch.float64
+    if reason == "not built":
+        dtype = BF16
+        monkeypatch.setattr(cpu, "_own", lambda: reason)
+        assert backends.choose("prompt_attention", "cpu", dtype) is reference
+    prompt_attention(*inputs(dtype=dtype))
     assert calls == [1]
-    assert backends.choose("prompt_attention", "cpu") is reference
 
 
 def test_forced_versions(monkeypatch):

@@ -216,14 +216,14 @@ def test_large_logits(execution, path, size, shift):
 # ---- layouts
 
 
-@along(LAYOUTS, "layout", reference=LAYOUTS, gpu=LAYOUTS)
+@along(LAYOUTS, "layout", reference=LAYOUTS, cpu=LAYOUTS, gpu=LAYOUTS)
 def test_layouts_of_the_inputs(execution, path, layout):
     """Offsets, transposed storage, inner strides that are not 1: read as they lie, or copied."""
     arrange = LAYOUTS[layout]
     size = execution.pick(
         reference=(3, 7, 4, 2, 8, 1), other=(2, 9, 5, 2, 16, 2), gpu=(3, 197, 20, 12, 64, 3)
     )
-    for dtype in execution.pick(reference=(FP64, FP32), interpreter=(FP32,), gpu=(BF16,)):
+    for dtype in execution.pick(reference=(FP64, FP32), interpreter=(FP32,), other=(BF16,)):
         qkv, kv = execution.moved(*inputs(*size, dtype=dtype))
         arranged = [(arrange(qkv), kv)]
         if layout != "offset":  # would change the number of prompts
@@ -243,21 +243,21 @@ GRADIENTS = {
 }
 
 
-@along(GRADIENTS, "layout", reference=GRADIENTS, gpu=GRADIENTS)
+@along(GRADIENTS, "layout", reference=GRADIENTS, cpu=GRADIENTS, gpu=GRADIENTS)
 def test_layouts_of_the_gradient(execution, path, layout):
     size = execution.pick(
-        reference=(3, 7, 4, 2, 8, 1), interpreter=(2, 9, 5, 2, 16, 1), gpu=(3, 197, 20, 12, 64, 1)
+        reference=(3, 7, 4, 2, 8, 1), other=(2, 9, 5, 2, 16, 1), gpu=(3, 197, 20, 12, 64, 1)
     )
-    dtype = execution.pick(reference=FP64, interpreter=FP32, gpu=BF16)
+    dtype = execution.pick(reference=FP64, interpreter=FP32, other=BF16)
     qkv, kv = execution.moved(*inputs(*size, dtype=dtype))
     d_out = torch.randn(size[0], size[1], size[3] * size[4]).to(qkv)
     for prompts in execution.pick(reference=(kv, kv[:, :0]), other=(kv,)):
         check(execution, qkv, prompts, GRADIENTS[layout](d_out))
 
 
-@each_path("reference", "interpreter")
+@each_path("reference", "interpreter", "cpu")
 def test_inputs_are_not_changed(execution, path):
-    qkv, kv = inputs(2, 17, 5, 2, 16, dtype=FP32)
+    qkv, kv = inputs(2, 17, 5, 2, 16, dtype=execution.pick(cpu=BF16, other=FP32))
     weight = torch.rand(1, 5)
     before = [t.clone() for t in (qkv, kv, weight)]
     results(prompt_attention, qkv, kv, log_multiplicity=weight)
@@ -269,6 +269,7 @@ def test_inputs_are_not_changed(execution, path):
     [(17,)],
     "tokens",
     reference=[50],
+    cpu=[50],
     gpu=[197, 577],
 )
 def test_bitwise_the_same_on_every_run(execution, path, tokens, poisoned_memory):
@@ -276,6 +277,7 @@ def test_bitwise_the_same_on_every_run(execution, path, tokens, poisoned_memory)
     size, dtype = execution.pick(
         reference=((4, tokens, 10, 3, 64, 2), FP32),
         interpreter=((2, tokens, 18, 1, 16, 2), FP16),
+        cpu=((3, tokens, 10, 3, 64, 2), BF16),
         gpu=((32, tokens, 50, 12, 64, 1), BF16),
     )
     qkv, kv = execution.moved(*inputs(*size, dtype=dtype))
