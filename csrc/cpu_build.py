@@ -13,6 +13,7 @@ serves every processor of its architecture, and every version of Python and PyTo
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -78,6 +79,14 @@ def compilers() -> Iterator[list[str]]:
             yield [found]
 
 
+def sources_digest() -> str:
+    """SHA-256 of what the library is made of, and how: of this file too."""
+    digest = hashlib.sha256()
+    for path in (Path(__file__), *sorted(SOURCES.iterdir())):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def compile_library(compiler: Sequence[str], library: Path, extra: Sequence[str] = ()) -> None:
     """Compiles and links with `compiler`, all files at once.
 
@@ -127,7 +136,8 @@ def build(library: Path) -> Outcome:
             reasons.append(" ".join(f"{error}".split()) or type(error).__name__)
             continue
         say(f"CPU kernels for {', '.join(ISAS)}, {time.monotonic() - start:.0f} s")
-        return Outcome(library, {"compiler": compiler[0], "isas": list(ISAS)})
+        record = {"compiler": compiler[0], "isas": list(ISAS), "sources": sources_digest()}
+        return Outcome(library, record)
     reason = "; ".join(reasons) or "no C++ compiler was found as CXX, c++, g++ or clang++"
     if demand == "require":
         raise SystemExit(f"PAE_CPU=require: {reason}")

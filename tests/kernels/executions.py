@@ -28,7 +28,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pae_kernels import backends, native
+from pae_kernels import backends, cpu, native
 from tests.kernels import host_library
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -112,6 +112,8 @@ class Execution:
             patch.setenv("PAE_BACKEND", self.version)
             if self.kind == "emulated":
                 stack.enter_context(host_library.emulated(*_sources(op)))
+            if self.kind == "cpu":
+                stack.enter_context(cpu.using(host_library.cpu_library()))
             if self.kind == "gpu":
                 stack.enter_context(tf32(False))
                 stack.callback(torch.cuda.synchronize)

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -20,11 +21,14 @@ from pathlib import Path
 
 import pytest
 
-from pae_kernels import native
-from tests.processes import run
+from pae_kernels import cpu, native
+from tests.processes import ROOT, run
 
-ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
+sys.path.insert(0, str(SOURCES))
+
+import cpu_build  # noqa: E402
+
 CACHE = ROOT / "build" / "host"
 
 FLAGS = (
@@ -37,6 +41,10 @@ FLAGS = (
 SANITIZERS = (
     *("-O1", "-fsanitize=address,alignment,bounds,signed-integer-overflow"),
     *("-fno-sanitize-recover=all", "--param=asan-stack=0", "--param=asan-globals=0"),
+)
+CPU_SANITIZERS = (
+    *("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "-fno-sanitize=float-divide-by-zero",
 )
 if os.environ.get("PAE_HOST_SANITIZERS") == "1":
     FLAGS += SANITIZERS
@@ -125,6 +133,28 @@ def library(*sources: str | Path) -> native.Library:
             link = ["-shared", f"-Wl,--version-script={exports}", *map(str, objects)]
             _compile([_compiler(), *FLAGS, *link], target)
     return native.Library(target)
+
+
+@lru_cache
+def cpu_library() -> native.Library:
+    """The kernels for CPUs: the package's library where it was made of these very sources, else one
+    compiled from them; with sanitizers where these are asked for.
+    """
+    sanitized = os.environ.get("PAE_HOST_SANITIZERS") == "1"
+    made_of = cpu_build.sources_digest()
+    if not sanitized and cpu.build_record().get("sources") == made_of and not cpu.unavailable():
+        return cpu.load(cpu.PATH)
+    extra = CPU_SANITIZERS if sanitized else ()
+    version = run([_compiler(), "--version"]).stdout.encode()
+    with _alone():
+        target = CACHE / f"cpu-{_key(version, repr(extra).encode(), made_of.encode())}.so"
+        if not target.is_file():
+            unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.delenv("LD_PRELOAD", raising=False)
+                cpu_build.compile_library([_compiler()], unfinished, extra)
+            unfinished.replace(target)
+    return cpu.load(target)
 
 
 @contextlib.contextmanager

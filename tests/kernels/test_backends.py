@@ -15,16 +15,24 @@ import pytest
 import torch
 
 import pae_kernels.__main__
-from pae_kernels import attention, backends, native, pointwise  # noqa: F401  (importing registers)
+from pae_kernels import attention, backends, cpu, native, pointwise  # noqa: F401  (importing registers)
 from tests.processes import ROOT, run
 
 PACKAGE = Path(backends.__file__).parent
 
 
-def test_the_reference_runs_on_a_cpu(monkeypatch):
+def test_what_runs_on_a_cpu(monkeypatch):
+    """The C++ kernels in fp32 and bf16, where they are built; else the reference."""
     monkeypatch.delenv("PAE_BACKEND", raising=False)
-    for op in ("prompt_attention", "pointwise"):
-        assert backends.choose(op, "cpu").__name__.endswith("reference")
+    chosen = lambda dtype: {
+        backends.choose(op, "cpu", dtype).__name__.rpartition(".")[2]
+        for op in ("prompt_attention", "pointwise")
+    }
+    assert chosen(torch.float64) == chosen(torch.float16) == {"reference"}
+    monkeypatch.setattr(cpu, "_own", lambda: "not built")
+    assert chosen(torch.float32) == {"reference"}
+    monkeypatch.setattr(cpu, "unavailable", lambda: None)
+    assert chosen(torch.float32) == chosen(torch.bfloat16) == {"cpu"}
 
 
 def test_a_forced_version_that_cannot_run_is_an_error(monkeypatch):
@@ -111,7 +119,7 @@ print("trained")
 """
     done = run([sys.executable, "-c", code], env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert "\npackage triton is not installed\n" in done.stdout
-    assert re.search(r"^prompt_attention +cpu +reference", done.stdout, re.M)
+    assert re.search(r"^prompt_attention +cpu +(cpu|reference)", done.stdout, re.M)
     assert done.stdout.endswith("\ntrained\n")
 
 
@@ -151,7 +159,7 @@ def test_the_diagnostic_names_an_unknown_version(monkeypatch, capsys):
     assert pae_kernels.__main__.main([]) == 0
     said = capsys.readouterr().out
     assert "PAE_BACKEND must be auto or one of" in said and "got 'fast'; every op refuses" in said
-    assert re.search(r"^pointwise +cpu +reference", said, re.M)
+    assert re.search(r"^pointwise +cpu +(cpu|reference)", said, re.M)
 
 
 def test_what_goes_wrong_in_between_is_one_line(monkeypatch, capsys):

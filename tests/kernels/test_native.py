@@ -206,11 +206,13 @@ def sanitized(*command, check=True):
 
 
 def test_kernels_stay_within_their_tensors():
-    """All tests of emulated kernels that are marked for it, in a process with sanitizers."""
+    """All tests that are marked for it, of emulated kernels and of those for CPUs, in a process of
+    its own.
+    """
     files = sorted(Path(__file__).parent.rglob("test_*.py"))
     marked = re.compile(r"mark\.sanitize|sanitized\(")
     files = [file for file in files if marked.search(file.read_text())]
-    few = "-m", "sanitize", "-k", "emulated or order", *files
+    few = "-m", "sanitize", "-k", "emulated or order or cpu", *files
     done = sanitized("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *few)
     assert re.search(r"^\d+ passed", done.stdout.splitlines()[-1]), done.stdout
 
@@ -267,16 +269,19 @@ def test_another_struct_is_refused(Arrays, library):
 
 def test_every_struct_has_the_size_that_the_library_says():
     """With everything in it: a struct without its function, and one of another size, are found."""
-    for file in Path(native.__file__).parent.glob("*/cuda.py"):
-        importlib.import_module(f"pae_kernels.{file.parent.name}.cuda")
-    whole = host_library.library()
-    header = (host_library.SOURCES / "pae.h").read_text()
-    nouns = re.findall(r"typedef struct pae_(\w+)_params", header)
-    assert "probe" in nouns
-    assert set(nouns) == set(native._STRUCTS)
-    for noun, struct in native._STRUCTS.items():
-        assert hasattr(whole.handle, f"pae_sizeof_{noun}_params"), noun
-        assert whole.mismatch(noun, struct) is None
+    for file in Path(native.__file__).parent.glob("*/c*.py"):
+        if file.stem in ("cuda", "cpu"):
+            importlib.import_module(f"pae_kernels.{file.parent.name}.{file.stem}")
+    libraries = {"pae.h": host_library.library(), "cpu/cpu.h": host_library.cpu_library()}
+    declared = set()
+    for header, whole in libraries.items():
+        text = (host_library.SOURCES / header).read_text()
+        nouns = re.findall(r"typedef struct pae_(\w+)_params", text)
+        declared.update(nouns)
+        for noun in nouns:
+            assert hasattr(whole.handle, f"pae_sizeof_{noun}_params"), noun
+            assert whole.mismatch(noun, native._STRUCTS[noun]) is None
+    assert "probe" in declared and declared == set(native._STRUCTS)
 
 
 # ---- choice
