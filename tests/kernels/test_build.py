@@ -403,7 +403,8 @@ def test_kernels_are_compiled_in_the_build_step_alone_and_once(tree, tmp_path):
     def hook(*arguments):
         (tmp_path / "calls").write_text("")
         done = run([sys.executable, "-c", HOOKS, *arguments], cwd=tree)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("pae: ")]
+        said = [line for line in done.stdout.splitlines() if line.startswith("pae: ")]
+        lines = [line for line in said if "CPU kernels" not in line]
         return (tmp_path / "calls").read_text().count("compiled"), lines
 
     for number, asks in enumerate(
