@@ -234,6 +234,17 @@ def test_records_of_a_run(tmp_path):
     assert try_all(run.metrics_json, read, pae.CheckpointError) > NUMBER * 0.8
 
 
+def test_a_signed_table():
+    table = pae.files.signed({"a": float("nan"), "b": [1, {"c": 0.1}]})
+    again = pae.files.from_json(pae.files.to_json(table))
+    assert pae.files.check_signature(again) == {"a": None, "b": [1, {"c": 0.1}]}
+    digest = again.pop("digest")
+    assert pae.files.check_signature(again) == again  # without it, it is taken as it is
+    for changed in ({"digest": digest, **again, "b": 2}, {"digesT": digest, **again}):
+        with pytest.raises(ValueError, match=r'damaged or changed .* without its line "digest"'):
+            pae.files.check_signature(changed)
+
+
 @pytest.mark.parametrize("kind", ["toml", "json"])
 def test_files_of_options(kind, tmp_path):
     """Written by hand, so a changed digit is another wish; no damage is a traceback."""

@@ -188,7 +188,7 @@ class _Run:
         self.settled = True  # whether the state is that between two steps
         self.signals = _Signals()
         if saved is not None:
-            self._restore(saved)
+            self._restore_or_refuse(saved)
         elif options.mpa or options.spt or on_start is not None:
             self._save()  # the first prompts are worth keeping
 
@@ -628,6 +628,15 @@ class _Run:
     def _write_last(self) -> None:
         if self.main:
             self.module.save(self.folder.last)
+
+    def _restore_or_refuse(self, saved: dict[str, Any]) -> None:
+        try:
+            self._restore(saved)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise pae.CheckpointError(
+                f"{self.folder.state} is not what this version writes ({type(error).__name__}: "
+                f"{error}); go on with the one that wrote it, or start anew"
+            ) from error
 
     def _restore(self, saved: dict[str, Any]) -> None:
         streams = saved["streams"]

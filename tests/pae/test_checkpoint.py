@@ -692,6 +692,15 @@ def test_a_file_of_version_0_1_knows_one_image_size(tmp_path):
     with_backbone(tmp_path / "b", "prompts.tokens holds NaN or infinity in 1 of 192 values")
 
 
+def test_a_digest_that_is_gone(tmp_path):
+    """A new file that lost it is no old one."""
+    model_of().save(tmp_path / "a")
+    state, texts, _ = tensorfile.read_tensors(tmp_path / "a")
+    del texts["pae.digest"]
+    save_file(state, tmp_path / "b", metadata=texts)
+    with_backbone(tmp_path / "b", "cannot be read: its digest is missing")
+
+
 # ---- values
 
 

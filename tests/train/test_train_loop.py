@@ -518,6 +518,15 @@ def test_state_of_another_model_is_refused(stopped, shades, capsys):
     assert capsys.readouterr().err.count("warning: ") == 1
 
 
+@pytest.mark.parametrize("part", ["streams", "best", "optimizer", "module"])
+def test_state_of_another_version_is_refused(stopped, shades, part):
+    state = stopped.read_state()
+    del state[part]
+    stopped.write_state(state)
+    with pytest.raises(pae.CheckpointError, match=rf"state\.pt is not what .*KeyError: '{part}'"):
+        run(shades, stopped.path, resume="last", method="vpt-deep", dropout=0.2)
+
+
 def test_damaged_best_checkpoint_is_named(stopped, shades, monkeypatch):
     finish = loop._Run._finish
 
