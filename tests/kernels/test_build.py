@@ -383,12 +383,12 @@ def test_a_source_archive_is_whole(tmp_path):
     folders = ("bench", "csrc", "docs", "pae", "pae_kernels", "tests")
     there = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()]
     there += [file for file in ROOT.glob("*.*") if file.is_file()]
-    made = re.compile(r"__pycache__|_native|\.(log|whl)$|\.egg-info|/\.")
+    made = re.compile(r"__pycache__|/_(native|cpu)[._]|\.(log|whl)$|\.egg-info|/\.")
     expected = {str(file.relative_to(ROOT)) for file in there}
     expected = {name for name in expected if not made.search(f"/{name}")}
     assert {"tests/conftest.py", "pae/configs/vpt-deep.toml", "mkdocs.yml", "setup.py"} <= expected
     assert not expected - found, sorted(expected - found)
-    assert not [name for name in found if "_native" in name and name.endswith((".so", ".json"))]
+    assert not [name for name in found if re.search(r"/_(native|cpu)[._].*(so|json)$", name)]
 
 
 HOOKS = """
