@@ -19,7 +19,7 @@ from pae_kernels.pointwise import ACTIVATIONS
 
 from ..errors import UnsupportedBackbone
 from ..prompts.base import BackboneShape
-from .view import BackboneView, BlockWeights, Linear, Norm, added_to
+from .view import BackboneView, BlockWeights, Linear, Norm, added_to, random_rows
 
 
 class TimmView(BackboneView):
@@ -55,8 +55,7 @@ class TimmView(BackboneView):
             return False  # a hook on the norm is shown all rows
         if self.like.device.type == "meta":
             return True
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randn(2, 3, vit.embed_dim, generator=generator).to(self.like)
+        rows = random_rows(2, 3, vit.embed_dim).to(self.like)
         modes = {part: part.training for part in vit.modules()}
         vit.eval()
         try:  # what else a readout does is told by its values
@@ -286,7 +285,7 @@ def read_block(block: nn.Module, name: str) -> BlockWeights:
 
 def _activation(module: nn.Module, name: str) -> str:
     """Key of the activation that `module` computes, told by its values."""
-    u = torch.linspace(-6, 6, 97)
+    u = torch.linspace(-6, 6, 97, device="cpu")
     with torch.no_grad():
         y = module(u.clone())
     for kind, function in ACTIVATIONS.items():

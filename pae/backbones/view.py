@@ -147,7 +147,12 @@ class BackboneView(ABC):
         """Raise UnsupportedBackbone unless every block, in the mode it is in, computes its formula
         on sequences of its length, to within what fp64 leaves of a difference.
         """
-        for i, (block, rows) in enumerate(zip(self.blocks, lengths, strict=True)):
+        if len(self.blocks) != len(lengths):
+            raise UnsupportedBackbone(
+                f"the backbone has {len(self.blocks)} blocks, and the prompts were made for "
+                f"{len(lengths)}: build a new model"
+            )
+        for i, (block, rows) in enumerate(zip(self.blocks, lengths)):
             _prove(block, self.read_block(i), f"blocks.{i}", 1, rows, torch.float64)
 
     @abstractmethod
@@ -256,6 +261,12 @@ def apply_block(weights: BlockWeights, x: Tensor) -> Tensor:
     return x + scaled(w.scale2, F.linear(h, w.fc2.weight, w.fc2.bias))
 
 
+def random_rows(*size: int) -> Tensor:
+    """The same on every device and whatever the default device is, a CPU's."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(*size, generator=generator, device="cpu")
+
+
 def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
     """`value` with every tensor in it so: a tensor, a dataclass of this file, or neither."""
     if isinstance(value, Tensor):
@@ -283,8 +294,7 @@ def _prove(
     # in 16 bits rounding of the rows can hide or fake a difference in a small update
     dtype = torch.promote_types(like.dtype, torch.float32) if dtype is None else dtype
     parameters = {n: p.to(dtype) for n, p in block.named_parameters()}
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(batch, count, like.shape[1], generator=generator).to(like.device, dtype)
+    rows = random_rows(batch, count, like.shape[1]).to(like.device, dtype)
     try:
         with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             got = apply_block(_in_dtype(weights, dtype), rows)

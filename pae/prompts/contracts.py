@@ -264,8 +264,9 @@ def _compare_answers(family: PromptFamily, base: type[PromptFamily], counts: lis
     if like.device.type == "meta":
         return
     name, shape = type(family).__name__, family.shape
-    rows = torch.randn(2, shape.num_tokens, shape.width, generator=torch.Generator().manual_seed(0))
-    shown = rows.to(like.device, like.dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    size = 2, shape.num_tokens, shape.width
+    shown = torch.randn(size, generator=generator, device="cpu").to(like.device, like.dtype)
     unknown = shown.new_full((), torch.nan).expand_as(shown)
     modes = {module: module.training for module in family.modules()}
     family.eval()

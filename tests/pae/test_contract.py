@@ -9,13 +9,16 @@ import io
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -370,14 +373,14 @@ ROWS["`torch.export`"] = refused(r"inside torch\.export", exported)
 
 @row("`torch.compile`")
 def _(engine):
-    model, x = model_and_images(depth=2)
+    model, x = model_and_images(depth=1)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: loss(model, x, engine), backend="aot_eager")
+    compiled = torch.compile(lambda x: loss(model, x, engine), backend="eager")
     return torch.autograd.grad(compiled(x), model.prompts.tokens)
 
 
 def in_one_graph(engine):
-    model, x = model_and_images(depth=2)
+    model, x = model_and_images(depth=1)
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: model(x, engine=engine), backend="eager", fullgraph=True)
     try:
@@ -404,6 +407,44 @@ def test_replicas_of_data_parallel_are_refused():
     for engine in ("reference", "fast"):
         with pytest.raises(RuntimeError, match=r"replica of torch\.nn\.DataParallel.*use Distrib"):
             replica(x, engine=engine)
+
+
+def sharded(engine, ignored=lambda model: None):
+    """One process of FullyShardedDataParallel on a CPU."""
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, x = model_and_images()
+        whole = FullyShardedDataParallel(
+            model,
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
+            ignored_states=ignored(model),
+        )
+        logits = whole(x, engine=engine)
+        logits.sum().backward()
+        return logits.detach().clone(), model.prompts.tokens.grad.clone()
+    finally:
+        dist.destroy_process_group()
+
+
+ROWS["FullyShardedDataParallel over the backbone"] = refused(
+    r"blocks\.0\.norm1\.weight requires a gradient", sharded
+)
+ROWS["FullyShardedDataParallel that leaves the backbone out"] = partial(
+    sharded, ignored=lambda model: list(model.backbone.parameters())
+)
+
+
+@row("another default device or dtype")
+def _(engine):
+    model, x = model_and_images("plain")
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"):
+            return torch.autograd.grad(loss(model, x, engine), model.prompts.tokens)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # ---- the model
@@ -532,6 +573,16 @@ def of_another_class(blocks):
     )
 
 
+def fewer(engine):
+    model, x = model_and_images()
+    model(x, engine=engine)
+    model.backbone.blocks = model.backbone.blocks[:2]
+    return model(x, engine=engine)
+
+
+ROWS["fewer blocks than the prompts were made for"] = refused(
+    r"the backbone has 2 blocks, and the prompts were made for 3", fewer
+)
 ROWS["hooks on a block or a part of it"] = changed(r"blocks\.1\.mlp has a forward hook", hooked)
 ROWS["a replaced forward"] = changed(r"blocks\.1 has a replaced forward", replaced)
 ROWS["a block that computes something else"] = changed(

@@ -121,6 +121,23 @@ def test_memory_modes(name, memory):
     assert_engines_agree(made, tiny.images(made.backbone), grads=grads, memory=memory)
 
 
+@pytest.mark.parametrize("engine", ["reference", "fast"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_training_after_evaluation_in_inference_mode(name, engine):
+    """Nothing that evaluation leaves behind is refused by autograd, or changes a gradient."""
+    made = model(name)
+    x = tiny.images(made.backbone)
+    expected, expected_grads = losses(made, x, engine)
+    expected_grads = {k: None if g is None else g.clone() for k, g in expected_grads.items()}
+    with torch.inference_mode():
+        made.eval()(x, engine=engine)
+    got, got_grads = losses(made.train(), x, engine)
+    assert torch.equal(got, expected)
+    for key, grad in expected_grads.items():
+        assert (grad is None) == (got_grads[key] is None)
+        assert grad is None or torch.equal(got_grads[key], grad), key
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_initial_prompts(name):
     """As a user meets the family: nothing has been trained yet."""
