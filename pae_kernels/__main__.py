@@ -90,8 +90,8 @@ def _place() -> Iterator[str]:
     for where in _installed():
         if where != HERE.resolve():
             yield (
-                f"it hides the package installed in {where}; start Python in another folder, "
-                "without PYTHONPATH, to use that"
+                f"it hides the package installed in {where}: it comes first on Python's path "
+                "(the current folder, PYTHONPATH)"
             )
 
 

@@ -146,7 +146,7 @@ def test_the_diagnostic_from_an_archive_that_hides_an_install(tmp_path):
     said = diagnose(cwd=tmp_path, PYTHONPATH=f"{archive}{os.pathsep}{site}")
     assert said.startswith(f"pae_kernels in {archive}/pae_kernels\n")
     for root in (site, checkout):
-        assert f"it hides the package installed in {root / 'pae_kernels'}; start Python" in said
+        assert f"it hides the package installed in {root / 'pae_kernels'}: it comes first" in said
     assert f"none: {archive} is an archive, and libraries are loaded from folders only" in said
 
 
