@@ -8,16 +8,18 @@ import io
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import pae
 from docs import options as documented
-from pae.train import cli, loop, methods, runfolder
+from pae.train import cli, loop, methods, options, runfolder
 from pae.train.declared import Refused, declared
 from pae.train.options import Options, combine, find_config, read_config, shipped
 from pae.train.runfolder import RunFolder
@@ -377,3 +379,25 @@ def test_the_table_of_the_documentation_is_current():
     assert documented.PAGE.read_text(encoding="utf-8") == documented.page()
     for name in OPTIONS:
         assert f"| `{name}` |" in documented.page()
+
+
+@pytest.mark.parametrize("has", [False, True])
+@pytest.mark.parametrize("faster", [False, True])
+def test_bf16_is_chosen_where_it_is_faster(monkeypatch, has, faster):
+    """Not where the processor has it and multiplies it more slowly than fp32, as some do."""
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has}, raising=False)
+    slow = torch.float32 if faster else torch.bfloat16
+
+    def timed(rows, weight):
+        if rows.dtype == slow:
+            time.sleep(0.02)
+        return linear(rows, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", timed)
+    options._bf16_pays.cache_clear()
+    try:
+        assert options._resolve_amp("auto", "cpu", str) == ("bf16" if has and faster else "no")
+        assert options._resolve_amp("bf16", "cpu", str) == "bf16"  # whoever asks for it gets it
+    finally:
+        options._bf16_pays.cache_clear()
