@@ -259,6 +259,7 @@ def _run(
         warnings.filterwarnings("ignore", module=r"PIL\.")
         with accelerator.main_process_first():  # one process fetches, the others find the cache
             task = loop.load_task(options)
+        task = task.surveyed(options.workers)
         folder = _take(accelerator, folder, launch.output, task.name)
         stack.callback(folder.release)
         reporter.say(_headline(options, task, folder, accelerator))

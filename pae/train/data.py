@@ -6,10 +6,11 @@ import heapq
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pae.train.images import Ranges, survey
 from pae.train.layouts import read_classes, read_layout
 from pae.train.listing import shown, some
 
@@ -40,13 +41,29 @@ class Images:
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task: class names and three splits; `test` is None when there is none."""
+    """A classification task: class names and three splits; `test` is None when there is none.
+
+    `ranges` is what `surveyed` finds, None before.
+    """
 
     name: str
     classes: tuple[str, ...]
     train: Images
     val: Images
     test: Images | None
+    ranges: Ranges | None = None
+
+    def surveyed(self, workers: int) -> Task:
+        """The task with the ranges of all its images, found by `images.survey` unless known.
+
+        Raises:
+            ValueError: see `images.survey`.
+        """
+        if self.ranges is not None:
+            return self
+        splits = [split for split in (self.train, self.val, self.test) if split]
+        items = [item for split in splits for item in split.items]
+        return replace(self, ranges=survey(items, workers))
 
     def sizes(self) -> dict[str, int]:
         """Number of images per split."""

@@ -42,8 +42,8 @@ _STRANGERS = (
     (0, b"version https://git-lfs", "it is a Git LFS pointer; run git lfs pull"),
     (0, b"%PDF", "it is a PDF; convert it to PNG"),
     (0, b"\x93NUMPY", "it is a NumPy array; convert it to PNG"),
-    (0, b"II*\0", "PIL reads no TIFF of its kind; save it as 8 or 16 bits"),
-    (0, b"MM\0*", "PIL reads no TIFF of its kind; save it as 8 or 16 bits"),
+    (0, b"II*\0", "it is a TIFF that PIL does not read, or damaged; save it as 8 or 16 bits"),
+    (0, b"MM\0*", "it is a TIFF that PIL does not read, or damaged; save it as 8 or 16 bits"),
     (0, b"\x89PNG", "it begins as a PNG does, and is damaged; copy it again"),
     (0, b"\xff\xd8", "it begins as a JPEG does, and is damaged; copy it again"),
     (0, b"GIF8", "it begins as a GIF does, and is damaged; copy it again"),
@@ -158,7 +158,7 @@ def _reason(path: Any, error: Exception) -> str:
         return f"{message} Make it smaller, or take it out"
     if message and isinstance(error, (OSError, SyntaxError, ValueError)):
         return message
-    return f"{type(error).__name__} in its decoder{message and ': '}{message}"
+    return f"it is damaged ({type(error).__name__}{message and ': '}{message})"
 
 
 def decode(item: Any, ranges: Ranges) -> Image.Image:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import pae
 from pae.train import embedded, methods, pixels, record
 from pae.train.data import Images, Task, read_folder
-from pae.train.images import survey
+from pae.train.images import Ranges
 from pae.train.options import Options
 from pae.train.report import Advance, Reporter
 from pae.train.runfolder import Rows, RunFolder
@@ -234,8 +234,7 @@ class _Run:
         options, config = self.options, self.data_config
         size = config["input_size"]
         mean, std = pixels.normalisation(options.norm, config)
-        parts = [part for part in (task.train, task.val, task.test) if part]
-        ranges = survey([item for part in parts for item in part.items], options.workers)
+        ranges = cast(Ranges, task.surveyed(options.workers).ranges)
         self.module.task = pae.TaskInfo(
             classes=tuple(task.classes),
             input_size=(len(mean), *size),

@@ -240,11 +240,17 @@ def test_a_run_on_deep_images_says_so_and_keeps_their_range(tmp_path, capsys):
             for i in range(count):
                 array = rng.normal(level, 100, (32, 32)).clip(0, 4095).astype(np.uint16)
                 Image.fromarray(array).save(tmp_path / "data" / split / name / f"{i}.png")
-    recipe = ["--method", "linear", "--epochs", "1", "--batch-size", "4"]
-    folders = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "run")]
-    assert main(["train", *folders, *BACKBONE_FLAGS, *CPU_FLAGS, *recipe]) == 0
+    recipe = ["--method", "compare", "--epochs", "1", "--batch-size", "4", "--num-tokens", "1"]
+    parts = ["--kld-dim", "8", "--mpa-window", "8", "--mpa-stride", "8", "--mpa-images", "1"]
+    flags = ["--data", str(tmp_path / "data"), *BACKBONE_FLAGS, *CPU_FLAGS, *recipe, *parts]
+    assert main(["train", *flags, "--output", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().err.splitlines()
     assert len([line for line in said if "0 is black, 4095 white (12 of 12 images" in line]) == 1
-    task = pae.read_checkpoint(tmp_path / "run" / "best.safetensors").task
+    task = pae.read_checkpoint(tmp_path / "run" / "vpt-deep" / "best.safetensors").task
     assert task.integer_white == 4095 and task.real_white is None
     assert "integer_white" not in task.transform()
+    (tmp_path / "data" / "val" / "light" / "0.png").write_bytes(b"<html>")
+    assert main(["train", *flags, "--output", str(tmp_path / "other")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pae: error: unreadable image") and "0.png: it is a web page" in line
+    assert not (tmp_path / "other").exists()
