@@ -70,14 +70,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        print("pae: interrupted", file=sys.stderr)
+        _tell("pae: interrupted")
         return STOPPED
     except Exception as error:
         if arguments.debug or not _is_expected(error):
             raise
         line = " ".join(str(error).split()) or type(error).__name__
-        print(f"pae: error: {line}", file=sys.stderr)
+        _tell(f"pae: error: {line}")
         return 2
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the terminal hung up: the status says enough
+        print(line, file=sys.stderr, flush=True)
 
 
 def _is_expected(error: Exception) -> bool:
@@ -275,7 +280,7 @@ def _run(
             if accelerator.is_main_process:
                 began = folder.config.is_file()
                 way = f"; go on with: pae train --resume {path}" if began else ""
-                print(f"pae: interrupted{way}", file=sys.stderr)
+                _tell(f"pae: interrupted{way}")
             return STOPPED
         except OSError as error:
             if not folder.config.is_file():

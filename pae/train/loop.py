@@ -142,6 +142,7 @@ class _Run:
         self.main = accelerator.is_main_process
 
         self.alignment: pae.MPAResult | None = None  # where this process made the first prompts
+        self.resume = resume
         saved = None if resume is None else self._read_state(resume)
         set_seed(options.seed)
         module = methods.build_method(options, len(task.classes), say=reporter.say)
@@ -302,6 +303,8 @@ class _Run:
                 f"{path} cannot be compared with the runs beside it: {'; '.join(found)}; put it "
                 "back, or start a new comparison"
             )
+        if saved is None and self.resume is not None:
+            self.reporter.warn(f"{path} holds no state yet: the run begins from its first step")
         was = None if saved is None else saved.get("record")
         if saved is not None and was is None:
             self.reporter.warn(
@@ -643,6 +646,11 @@ class _Run:
             raise ValueError(
                 f"{self.folder.path} was run by {len(streams)} processes, "
                 f"this is {self.accelerator.num_processes}"
+            )
+        if saved["best"] is not None and not self.folder.best.is_file():
+            raise pae.CheckpointError(
+                f"{self.folder.best} is gone, the best checkpoint so far (epoch "
+                f"{saved['best'][2]}); put it back, or start a new run"
             )
         methods.load_trained_state(self.module, saved["module"], self.folder.state)
         self.optimizer.load_state_dict(saved["optimizer"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -285,7 +286,7 @@ class Pipeline:
             pin_memory=self.device.type == "cuda",
             # its own generator: the default one would advance the model's random stream
             generator=torch.Generator().manual_seed(0),
-            worker_init_fn=_silence_pil,
+            worker_init_fn=_begin_work,
         )
         for batch in loader:
             if isinstance(batch, ValueError):
@@ -302,6 +303,14 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def _silence_pil(worker: int) -> None:
-    """What PIL warns about, `survey` has said, and with the names of files."""
+def _begin_work(worker: int) -> None:
+    """In a new worker: PIL is silent, for `survey` has said it all, and with the names of files.
+
+    A batch system signals all processes of a job. When to stop is the run's to say, which needs its
+    workers until then; of a second SIGTERM, which is the run's own, they end.
+    """
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

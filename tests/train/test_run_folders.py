@@ -45,8 +45,10 @@ def flags(shades):
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
+def quicker(monkeypatch):
+    """No pictures, and options that are right need no rehearsal."""
     monkeypatch.setattr(report, "plot_curves", lambda path, runs: None)
+    monkeypatch.setattr(loop.methods, "rehearse", lambda options, given: None)
 
 
 def interrupted(monkeypatch, arguments, updates=2, name=None):
@@ -127,7 +129,6 @@ def test_refused_run_leaves_no_folder(flags, shades, tmp_path, capsys, monkeypat
         raise ValueError("no such weights")
 
     monkeypatch.setattr(loop.methods, "build_method", refuse)  # after the folder is chosen
-    monkeypatch.setattr(loop.methods, "rehearse", lambda options, given: None)
     for method in (DEEP, []):
         for output in ([], ["--output", "a/b/run"]):
             assert "no such weights" in error_line(capsys, [*flags, *method, *output])
@@ -369,7 +370,8 @@ def test_another_run_is_not_gone_on_with(stopped, images, capsys, monkeypatch, c
 def test_what_may_change_while_a_run_is_stopped(stopped, images, flags, tmp_path, capsys):
     moved = tmp_path / "moved"
     images.rename(moved)
-    assert 'images": no such folder' in error_line(capsys, ["train", "--resume", str(stopped)])
+    line = error_line(capsys, ["train", "--resume", str(stopped)])
+    assert str(images) in line and line.endswith("no such folder")
     more = ["--data", str(moved), "--workers", "0", "--save-every-steps", "1"]
     assert main(["train", "--resume", str(stopped), *more, "--quiet"]) == 0
     assert not capsys.readouterr().err
@@ -428,6 +430,20 @@ def test_parts_of_a_comparison_have_the_same_images(flags, images, tmp_path, cap
     assert (
         "vpt-deep cannot be compared with the runs beside it: test split: 6 images, now 7" in line
     )
+
+
+def test_what_is_gone_is_named_before_the_training(stopped, flags, tmp_path, capsys):
+    best = stopped / "best.safetensors"
+    best.rename(tmp_path / "best")
+    line = error_line(capsys, ["train", "--resume", str(stopped)])
+    assert f"{best} is gone, the best checkpoint so far (epoch 1); put it back" in line
+    for state in stopped.glob("state*"):
+        state.unlink()
+    assert main(["train", "--resume", str(stopped), "--quiet"]) == 0
+    warning = f"warning: {stopped} holds no state yet: the run begins from its first step"
+    assert capsys.readouterr().err.splitlines() == [warning]
+    assert main([*flags, *DEEP, "--output", str(tmp_path / "whole")]) == 0
+    assert_same_run(stopped, tmp_path / "whole")
 
 
 # ---- requeued jobs

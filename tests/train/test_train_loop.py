@@ -5,6 +5,7 @@ loses more than the current interval.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -455,6 +456,26 @@ def test_validation_does_not_keep_a_signal_waiting(shades, tmp_path, monkeypatch
     assert (state["epoch"], state["step"]) == (0, 4)
     run(shades, tmp_path, resume="last", method="vpt-deep", dropout=0.2)
     assert_same_run(tmp_path, whole(method="vpt-deep", dropout=0.2))
+
+
+def test_signal_to_all_processes_of_a_job_saves(shades, tmp_path, monkeypatch, whole):
+    changes = {"method": "vpt-deep", "dropout": 0.2, "augment": "crop"}
+    expected, original = whole(**changes), loop._Run._after_step
+
+    def hook(self):
+        original(self)
+        if self.updates == 6:
+            (worker,) = multiprocessing.active_children()
+            for process in (worker.pid, os.getpid()):
+                os.kill(process, signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(loop.Interrupted):
+        patch.setattr(loop._Run, "_after_step", hook)
+        run(shades, tmp_path, **changes)
+    assert RunFolder(tmp_path).read_state()["updates"] == 6
+    assert not multiprocessing.active_children()
+    run(shades, tmp_path, resume="last", **changes)
+    assert_same_run(tmp_path, expected)
 
 
 def test_workers_that_a_signal_ended_are_no_error(shades, tmp_path, monkeypatch, whole):
