@@ -21,6 +21,7 @@ from .errors import one_line
 TEMPORARY = ".*.pae-tmp"  # a glob pattern: files that `write_atomically` is still filling
 DIGEST = "digest"  # the name under which a table carries its own
 _SHA256 = "sha256-"
+_DEEPEST = 100  # tables and lists in one another
 
 
 def write_atomically(
@@ -106,9 +107,22 @@ def from_json(text: str | bytes) -> Any:
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     try:
-        return json.loads(text, object_pairs_hook=_no_name_twice)
+        value = json.loads(text, object_pairs_hook=_no_name_twice)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    check_nesting(value)
+    return value
+
+
+def check_nesting(value: Any) -> None:
+    """Raise ValueError where tables and lists are nested deeper than whoever walks them can go."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner = [list(v.values()) if isinstance(v, dict) else v for v in level]
+        level = [part for v in inner if isinstance(v, list) for part in v]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
 
 
 def signed(table: dict[str, Any]) -> dict[str, Any]:
@@ -135,10 +149,7 @@ def check_signature(table: dict[str, Any]) -> dict[str, Any]:
 
 def _digest(table: dict[str, Any]) -> str:
     """Of what `table` says, not of how it is laid out."""
-    try:
-        plain = json.dumps(_finite(table), sort_keys=True, separators=(",", ":"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    plain = json.dumps(_finite(table), sort_keys=True, separators=(",", ":"))
     return _SHA256 + hashlib.sha256(plain.encode()).hexdigest()
 
 

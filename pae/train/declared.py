@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pae.errors import one_line
-from pae.files import from_json
+from pae.files import check_nesting, from_json
 
 Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]
 
@@ -460,6 +460,9 @@ def parsed(path: Path) -> dict[str, Any]:
             table = from_json(text)
         else:
             table = _toml(text)
+            check_nesting(table)
+        if table in ({}, []):
+            raise ValueError("expected options, and there are none in it")
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply") from None
     except ValueError as error:  # of the encoding, of JSON and of TOML

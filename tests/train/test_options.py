@@ -235,6 +235,11 @@ def test_each_is_refused_with_its_name(line, message):
         ('{"settings": 3}', "mine: settings: expected a table"),
         ("\udcff", "mine: 'utf-8' codec"),
         ("lr = " + "[" * 9999, "mine: "),
+        *((f"method_args = {{a = {'[' * n}{']' * n}}}", "nested too deeply") for n in (200, 975)),
+        *((f'{{"a": {"[" * n}{"]" * n}}}', "mine: nested too deeply") for n in (200, 975)),
+        ("", "mine: expected options, and there are none in it"),
+        ("# nothing", "mine: expected options, and there are none in it"),
+        ("{}", "mine: expected options, and there are none in it"),
     ],
 )
 def test_a_file_that_is_none_is_named(text, message):
