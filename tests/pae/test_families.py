@@ -55,10 +55,10 @@ def kld():
     return pae.KLD(dim=6)
 
 
-def model(name, with_kld=False, feature="plain", dtype=torch.float64, trained=True):
+def model(name, with_kld=False, dtype=torch.float64, trained=True):
     """In training mode; `trained` moves every prompt parameter off its initial value."""
     torch.manual_seed(0)
-    vit = tiny.backbone(feature, dtype)
+    vit = tiny.backbone(dtype=dtype)
     made = pae.PromptedViT(vit, FAMILIES[name](), kld() if with_kld else None).train()
     if trained:
         generator = torch.Generator().manual_seed(2)
