@@ -15,7 +15,7 @@ from pae_kernels.attention import reference
 from . import roofline
 from .memory import SavedBytes
 from .peers import attention as peers
-from .rows import attempt, checked, errors
+from .rows import attempt, checked, errors, ours_in_versions
 from .runner import Group, Provider, Runnable, Settings
 
 KINDS = ("forward", "backward", "both")
@@ -127,7 +127,7 @@ def peer(name: str, make: Callable[[], peers.Attend], left_out: str = "") -> Pro
 
 
 def providers(settings: Settings, compile_too: bool) -> list[Provider]:
-    no_gpu = settings.why_not_cuda()
+    no_gpu, mine = settings.why_not_cuda(), lambda shared: prepare(shared, ours)
     flash = peer(FLASH, lambda: peers.sdpa("flash"))
     return [
         peer("eager", lambda: peers.eager),
@@ -135,10 +135,22 @@ def providers(settings: Settings, compile_too: bool) -> list[Provider]:
         peer(CUDNN, lambda: peers.sdpa("cuDNN"), no_gpu),
         peer("flash-attn", peers.flash_attn, no_gpu),
         peer("FlexAttention, compiled", peers.flex, settings.why_not_compile(compile_too)),
-        Provider("pae", lambda shared: prepare(shared, ours)),
+        *ours_in_versions("prompt_attention", settings, lambda shared: shared.qkv, mine),
     ]
 
 
+# ViT-S/16 of 224 pixels, the demo's ViT-S/14 of 112, ViT-B/16 of 384
+CPU_SHAPES = [
+    Shape(heads, 64, tokens, prompts, batch, dtype)
+    for heads, tokens, prompts, batch in (
+        (6, 197, 50, 4),
+        (6, 65, 10, 16),
+        (12, 577, 50, 1),
+        # with --full
+        *((6, 197, prompts, 4) for prompts in (0, 10, 100, 200)),
+    )
+    for dtype in ("fp32", "bf16")
+]
 GPU_SHAPES = [
     *(Shape(12, 64, 197, prompts, 128, "bf16") for prompts in (50, 0, 10, 100, 200)),
     Shape(6, 64, 197, 50, 128, "bf16"),
@@ -158,10 +170,10 @@ def groups(settings: Settings) -> list[Group]:
         return [group(Shape(2, 16, 9, 3, 2, "fp32"), kind, settings) for kind in KINDS]
     shapes, found = GPU_SHAPES, []
     if not settings.on_gpu:
-        shapes = [Shape(6, 64, 197, p, settings.batch or 4, "fp32") for p in (50, 0, 10, 100, 200)]
+        shapes = [s._replace(batch=settings.batch or s.batch) for s in CPU_SHAPES]
     for i, shape in enumerate(shapes):
         for kind in KINDS:
-            default = i == 0 or (settings.on_gpu and i < 9 and kind != "both")
+            default = i == 0 or (i < 9 and kind != "both" if settings.on_gpu else i < 6)
             left_out = settings.why_not_size(i == 0, default)
             found.append(group(shape, kind, settings, i == 0, left_out))
     return found
@@ -178,6 +190,7 @@ def group(
         rounds=40 if settings.on_gpu else 7,
         unit=kind if kind != "both" else "forward and backward",
         left_out=left_out,
+        dtype=shape.dtype,
     )
 
 

@@ -191,12 +191,10 @@ def group(
 ) -> Group:
     name, window, stride, prompts, batch = case
     if kind == "mpa_ranking":
-        narrow = settings.on_gpu or settings.size in ("full", "smoke")
-        slow = "" if narrow else "slow without bf16 arithmetic; runs with --full"
         start, grid = start_ranking, ""
         ours = [
             Provider("pae fp32", partial(start, torch.float32)),
-            Provider("pae bf16", partial(start, torch.bfloat16), left_out=slow),
+            Provider("pae bf16", partial(start, torch.bfloat16), settings.why_not_bf16()),
         ]
     else:
         start, grid, ours = start_both, f"stride{stride}/", [Provider("pae", start_ours)]

@@ -82,7 +82,7 @@ def with_sizes(provider: Provider, case: Case) -> Provider:
 
 def groups(settings: Settings) -> list[Group]:
     """All groups of this file; those outside the chosen size carry a reason."""
-    rows = {p.name: p for p in providers(False, settings)}
+    rows = {p.name: p for p in providers(False, settings, base(settings).dtype)}
     return [
         Group(
             name=f"scaling/{name}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pae
 
-from . import cost, shapes
+from . import cost, shapes, shown
 from .memory import SavedBytes, own_bytes, peak_bytes, tensors_in
 from .peers.vpt import OfficialStyleVPT
 from .rows import attempt, checked, compiled, errors
@@ -134,20 +135,21 @@ def open_step(case: Case, device: torch.device) -> Step:
 
 def prepare(
     step: Step,
-    forward: Callable[[Tensor], Tensor],
-    official: bool = False,
+    trained: OfficialStyleVPT | pae.PromptedViT,
+    forward: Callable[[Tensor], Tensor] | None = None,
     memory: str | None = None,
     compiler: bool = False,
 ) -> Runnable:
-    """`memory`: the mode of a row that runs on the folded plan, None for the others. `compiler`: it
-    chooses what is kept, so no model of that is shown.
+    """`forward`: of the model `trained`, its own if None. `memory`: the mode of a row that runs on
+    the folded plan, None for the others. `compiler`: it chooses what is kept, so no model of that
+    is shown.
     """
+    official = isinstance(trained, OfficialStyleVPT)
     method = "official" if official else "pae" if memory else "sdpa"
-    trained = step.official if official else step.model
     prompts = trained.prompts if official else trained.prompts.tokens
     folded, memory = step.folded() if memory else [], memory or "keep"
     weights = [*trained.parameters(), *trained.buffers()]
-    work = partial(step.run, forward, trained)
+    work = partial(step.run, forward or trained, trained)
     device, mb_per_image = step.images.device, len(step.images) * 1e6
 
     def check() -> dict[str, float]:
@@ -167,6 +169,15 @@ def prepare(
     return Runnable(work, check, dtype=step.dtype)
 
 
+def narrowed(model: nn.Module) -> nn.Module:
+    """A copy whose frozen linears are stored in bf16, so that autocast casts no weight."""
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not layer.weight.requires_grad:
+            layer.bfloat16()
+    return model
+
+
 def start_cudnn(step: Step) -> Runnable:
     """The reference with the attention kernels that are the fastest of PyTorch's on new GPUs."""
 
@@ -175,12 +186,12 @@ def start_cudnn(step: Step) -> Runnable:
             return step.model(images)
 
     attempt("refused", lambda: step.run(forward, step.model))  # no kernel for this device or dtype
-    return prepare(step, forward)
+    return prepare(step, step.model, forward)
 
 
 def start_compiled(step: Step, mode: str | None = None) -> Runnable:
     forward = compiled(step.model, lambda forward: step.run(forward, step.model), mode=mode)
-    return prepare(step, forward, compiler=True)
+    return prepare(step, step.model, forward, compiler=True)
 
 
 def start_graphed(step: Step) -> Runnable:
@@ -207,18 +218,22 @@ def start_graphed(step: Step) -> Runnable:
 def ours(memory: str) -> Provider:
     def start(step: Step) -> Runnable:
         forward = lambda x: pae.fast_forward(step.model, x, memory=memory)
-        return prepare(step, forward, memory=memory)
+        return prepare(step, step.model, forward, memory=memory)
 
     return Provider(f"pae {memory}", start)
 
 
-def providers(compile_too: bool, settings: Settings) -> list[Provider]:
+def providers(compile_too: bool, settings: Settings, dtype: str) -> list[Provider]:
     slow, slowest = settings.why_not_compile(compile_too), settings.why_not_compile(False)
     no_gpu, autotuned = settings.why_not_cuda(), partial(start_compiled, mode="max-autotune")
     more = [ours("recompute")] if settings.size in ("full", "smoke") else []
+    peers = {OFFICIAL: lambda step: step.official, REFERENCE: lambda step: step.model}
+    if dtype == "bf16":
+        peers |= {
+            n + shown.NARROW: lambda step, of=of: narrowed(of(step)) for n, of in peers.items()
+        }
     return [
-        Provider(OFFICIAL, lambda step: prepare(step, step.official, official=True)),
-        Provider(REFERENCE, lambda step: prepare(step, step.model)),
+        *(Provider(n, lambda step, of=of: prepare(step, of(step))) for n, of in peers.items()),
         Provider("timm + SDPA cuDNN", start_cudnn, left_out=no_gpu),
         Provider(COMPILED_REFERENCE, start_compiled, left_out=slow),
         Provider("timm + SDPA, compiled max-autotune", autotuned, left_out=no_gpu or slowest),
@@ -232,17 +247,18 @@ def providers(compile_too: bool, settings: Settings) -> list[Provider]:
 def cases(settings: Settings) -> Iterator[tuple[Case, bool, bool]]:
     """Every case, whether --quick has it and whether a run by default has it.
 
-    On a CPU small batches, or nobody would wait for them, and mostly fp32, as one without bf16
-    arithmetic needs five times as long for it. On a GPU bf16 autocast, the case that matters most
-    first: a run that ends early has it.
+    On a CPU both dtypes, in batches for which somebody would wait, the demo's task first. On a GPU
+    bf16 autocast, the case that matters most first: a run that ends early has it.
     """
     batch = settings.batch
     if not settings.on_gpu:
-        for name in (shapes.SMALL, shapes.BASE):
-            for dtype, counts in (("fp32", (10, 50, 100, 200)), ("bf16", (50, 100))):
-                for count in counts:
-                    usual = (name, dtype) == (shapes.BASE, "fp32") and count in (50, 100)
-                    yield Case(name, count, dtype, batch or 2), usual and count == 50, usual
+        for dtype in DTYPES:
+            yield Case(shapes.DEMO, 10, dtype, batch or 16, 112), True, True
+        for count in (50, 10, 100, 200):
+            for dtype in DTYPES:
+                usual = count == 50
+                case = Case(shapes.BASE, count, dtype, batch or 4)
+                yield case, usual and dtype == "fp32", usual
         return
     first = [
         *(Case(shapes.BASE, 50, "bf16", size) for size in ([batch] if batch else [128, 16, 64])),
@@ -279,14 +295,16 @@ def group(case: Case, settings: Settings, left_out: str = "") -> Group:
         compile_too &= case.batch >= 128 or settings.batch is not None
     else:
         compile_too &= settings.size != "quick"
+    image = f"{case.image}px/" if case.image else ""
     return Group(
-        name=f"step/{case.backbone}/P{case.prompts}/{case.dtype}/B{case.batch}",
+        name=f"step/{case.backbone}/{image}P{case.prompts}/{case.dtype}/B{case.batch}",
         open=lambda: open_step(case, settings.device),
-        providers=providers(compile_too, settings),
+        providers=providers(compile_too, settings, case.dtype),
         baselines=(OFFICIAL, REFERENCE, COMPILED_REFERENCE),
         rounds=20 if settings.on_gpu else 7 if settings.size == "full" else 4,
         unit="step",
         left_out=left_out,
+        dtype=case.dtype,
     )
 
 

@@ -163,6 +163,7 @@ def _machine(config) -> dict[str, Any]:
         device |= {"driver": driver, "CUDA": cuda, "cuDNN": cudnn}
     else:
         device["device"] += f" ({torch.backends.cpu.get_cpu_capability()})"
+        device["bf16 instructions"] = ", ".join(roofline.bf16_instructions()) or "none"
     tested = {"clock test": clock.summary(state.clock_test)} if state.clock_test else {}
     return {
         **device,

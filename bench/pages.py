@@ -12,6 +12,8 @@ from .shown import Axis
 from .table import COLUMNS, label, machine, markdown, providers_of, ratio, ratios
 
 UNMEASURED = "*Not measured yet.*"
+PEAK = COLUMNS["peak MB"]
+ALIKE = 1.01  # peaks are exact; so far apart they may be alignment
 
 
 def blocks(numbers: dict[str, dict]) -> dict[str, str]:
@@ -33,7 +35,9 @@ def blocks(numbers: dict[str, dict]) -> dict[str, str]:
     }
     for name, (_, prefixes) in shown.SECTIONS.items():
         run = first_with(cpu, *prefixes)
-        made[f"suite section {name}"] = section(run, prefixes) if run else UNMEASURED
+        made[f"suite section {name}"] = (
+            section(run, prefixes) if run else why_unmeasured(cpu, prefixes)
+        )
     return made
 
 
@@ -50,6 +54,7 @@ def first_screen(run: Run | None, dtypes: Sequence[str]) -> str:
     headings = {
         shown.OFFICIAL: shown.OFFICIAL,
         shown.SDPA: shown.SDPA,
+        **{name + shown.NARROW: name + shown.NARROW for name in (shown.OFFICIAL, shown.SDPA)},
         shown.COMPILED: "torch.compile",
         shown.EXACT: "pae",
         shown.LOW: 'pae, `memory="recompute8"`',
@@ -102,6 +107,13 @@ def section(run: Run, prefixes: Sequence[str]) -> str:
     return f"{table.rows_table(run.matching(*prefixes))}\n\n{machine(run)}"
 
 
+def why_unmeasured(chosen: list[Run], prefixes: Sequence[str]) -> str:
+    """Why no row of a section could run, where that is known."""
+    rows = (row for run in chosen for rows in run.named(*prefixes).values() for row in rows)
+    reasons = ", ".join(dict.fromkeys(row.reason for row in rows))
+    return f"*Not measured: {reasons}.*" if reasons else UNMEASURED
+
+
 def details(run: Run) -> str:
     """All that the file says of machine and versions."""
     return markdown([["", ""], *([key, str(value)] for key, value in run.machine.items())])
@@ -139,9 +151,8 @@ def slower_than_peers(chosen: list[Run]) -> str:
         for run, ours, peer in found:
             middle, _, high = peer.times(ours)
             if middle < 1:
-                kind = {"step": "step, ", "kld": "regulariser, "}.get(ours.group.split("/")[0], "")
                 said = ratio(middle) + ("" if high < 1 else ", within the spread")
-                line = [kind + label(ours.group), ours.provider, peer.provider, said]
+                line = [_case(ours), ours.provider, peer.provider, said]
                 line += [_memory(ours, peer), *([run.device] if several else [])]
                 lines.append((middle, line))
         if found:
@@ -150,7 +161,31 @@ def slower_than_peers(chosen: list[Run]) -> str:
             head = ["case", "ours", "faster peer", "its time / ours", "memory, ours and its"]
             head += ["on"] if several else []
             parts.append(markdown([head, *(line for _, line in sorted(lines, key=lambda p: p[0]))]))
-    return "\n\n".join(parts) or UNMEASURED
+    return "\n\n".join(parts + larger_than_peers(chosen)) or UNMEASURED
+
+
+def larger_than_peers(chosen: list[Run]) -> list[str]:
+    """Every row of ours whose peak of memory is above a peer's, worst first; [] without peaks."""
+    known = [p for run in chosen for p in pairs(run) if all("peak_mb" in r.columns for r in p)]
+    larger: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for ours, peer in known:
+        times = ours.columns["peak_mb"] / peer.columns["peak_mb"]
+        if times > ALIKE:
+            theirs = f"{peer.provider}: {PEAK(peer)} ({ratio(times)})"
+            where = _case(ours), f"{ours.provider}: {PEAK(ours)}"
+            larger.setdefault(where, []).append((times, theirs))
+    found = [(sorted(peers, reverse=True), where) for where, peers in larger.items()]
+    lines = [["case", "ours, MB", "peers with less, MB (ours / its)"]]
+    for peers, where in sorted(found, reverse=True):
+        lines.append([*where, "; ".join(said for _, said in peers)])
+    count = sum(map(len, larger.values()))
+    title = f"**Peak memory**: ours is higher in {count} of {len(known)} pairs."
+    return [title, *([markdown(lines)] if found else [])] if known else []
+
+
+def _case(row: Row) -> str:
+    kind = {"step": "step, ", "kld": "regulariser, "}.get(row.group.split("/")[0], "")
+    return kind + label(row.group)
 
 
 def _memory(ours: Row, peer: Row) -> str:

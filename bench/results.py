@@ -10,6 +10,7 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,13 +119,17 @@ class Run:
         device = re.sub(r"\W+", "-", self.device.lower()).strip("-")
         return f"{name}_{device}" if self.on_gpu else name
 
-    def matching(self, *prefixes: str) -> dict[str, list[Row]]:
-        """Groups with a measured row whose name begins with one of `prefixes`."""
+    def named(self, *prefixes: str) -> dict[str, list[Row]]:
+        """Groups whose name begins with one of `prefixes`, in which * is anything."""
         return {
             name: rows
             for name, rows in self.groups.items()
-            if name.startswith(prefixes) and measured(rows)
+            if any(fnmatchcase(name, f"{prefix}*") for prefix in prefixes)
         }
+
+    def matching(self, *prefixes: str) -> dict[str, list[Row]]:
+        """Those of `named` with a measured row."""
+        return {name: rows for name, rows in self.named(*prefixes).items() if measured(rows)}
 
 
 def runs(numbers: dict[str, dict]) -> list[Run]:

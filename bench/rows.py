@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from pae_kernels import backends
 
-from .runner import Runnable, Unavailable, relative
+from .runner import Provider, Runnable, Settings, Unavailable, relative
 
 T = TypeVar("T")
 
@@ -87,15 +89,37 @@ def in_version(version: str, op: str, like: Tensor, work: Callable[[], T]) -> Ca
     Raises:
         Unavailable: that version of `op` does not run on the device or in the dtype of `like`.
     """
-    environment = {"PAE_BACKEND": version}
-    with mock.patch.dict(os.environ, environment):
+    with mock.patch.dict(os.environ, {"PAE_BACKEND": version}):
         try:
             backends.choose(op, like.device, like.dtype)
         except RuntimeError as error:
             raise Unavailable(str(error)) from error
 
-    def forced() -> T:
-        with mock.patch.dict(os.environ, environment):
+    def forced() -> T:  # a patch of all the environment would take longer than a small op
+        before, os.environ["PAE_BACKEND"] = os.environ.get("PAE_BACKEND", ""), version
+        try:
             return work()
+        finally:
+            os.environ["PAE_BACKEND"] = before
 
     return forced
+
+
+def ours_in_versions(
+    op: str, settings: Settings, like: Callable[[Any], Tensor], start: Callable[[Any], Runnable]
+) -> list[Provider]:
+    """Our rows of one op: on a GPU what runs there by itself, on a CPU every version, the one that
+    runs by itself first. `like(shared)`: a tensor of the device and dtype it runs in.
+    """
+
+    def start_in(version: str, shared: Any) -> Runnable:
+        ready = start(shared)
+        work, check = (
+            in_version(version, op, like(shared), each) for each in (ready.work, ready.check)
+        )
+        return replace(ready, work=work, check=check)
+
+    if settings.on_gpu:
+        return [Provider("pae", start)]
+    versions = {"pae, CPU": "cpu", "pae, reference": "reference"}
+    return [Provider(name, partial(start_in, version)) for name, version in versions.items()]

@@ -44,6 +44,12 @@ class Settings:
         """Why a row of CUDA kernels is left out; nothing if it runs."""
         return "" if self.on_gpu else "needs a GPU"
 
+    def why_not_bf16(self) -> str:
+        """Why bf16 rows are left out; nothing where they run: emulated they take minutes."""
+        if self.on_gpu or self.size == "smoke" or roofline.bf16_instructions():
+            return ""
+        return "this processor has no bf16 instructions"
+
     def why_not_size(self, quick: bool, default: bool) -> str:
         """Why a group is left out that runs with --quick or by default if so said, else --full."""
         if self.size in ("full", "smoke") or (quick if self.size == "quick" else default):
@@ -112,6 +118,7 @@ class Group:
         baselines: providers that the others are compared with, most important first.
         rounds: how often each is timed, unless the command line says otherwise.
         unit: what one measured time belongs to, e.g. "step".
+        dtype: a "bf16" group's rows are left out where `Settings.why_not_bf16` has a reason.
         left_out: a reason not to run the group; its providers are then not listed.
     """
 
@@ -122,13 +129,15 @@ class Group:
     rounds: int
     unit: str
     left_out: str = ""
+    dtype: str = "fp32"
 
 
 def run_group(group: Group, names: set[str], settings: Settings) -> dict[str, Row]:
     """Check the providers in `names`, then time them in turns; their rows by name."""
     about = {"clock": settings.clock, "unit": group.unit, "baselines": group.baselines}
+    missing = settings.why_not_bf16() if group.dtype == "bf16" else ""
     rows = {
-        p.name: Row(group.name, p.name, reason=p.left_out, **about)
+        p.name: Row(group.name, p.name, reason=p.left_out or missing, **about)
         for p in group.providers
         if p.name in names
     }
@@ -143,9 +152,9 @@ def run_group(group: Group, names: set[str], settings: Settings) -> dict[str, Ro
 def _fill(rows: dict[str, Row], group: Group, settings: Settings) -> None:
     rounds = 1 if settings.size == "smoke" else settings.rounds or group.rounds
     works: dict[str, Callable[[], object]] = {}
-    running = [p for p in group.providers if p.name in rows and not p.left_out]
+    running = [p for p in group.providers if p.name in rows and not rows[p.name].reason]
     try:
-        shared = group.open()
+        shared = group.open() if running else None
         for provider in running:
             work = _start(provider, shared, rows[provider.name], settings)
             if work is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 CLASSES = 200
 BASE, SMALL, TINY = "vit_base_patch16_224", "vit_small_patch16_224", "tiny"
 NARROW, LARGE = "vit_tiny_patch16_224", "vit_large_patch16_224"
+DEMO = "vit_small_patch14_dinov2"  # what `pae train` runs without weights of the user's own
 
 
 @torch.no_grad()
@@ -33,6 +34,8 @@ def random_backbone(name: str, device: torch.device, seed: int = 0, **changes) -
         elif isinstance(module, nn.LayerNorm):
             module.weight.normal_(1, 0.1, generator=generator)
             module.bias.normal_(0, 0.02, generator=generator)
+        elif hasattr(module, "gamma"):  # LayerScale, which begins near 0
+            module.gamma.normal_(1, 0.1, generator=generator)
     vit.pos_embed.normal_(0, 0.2, generator=generator)
     vit.cls_token.normal_(0, 0.2, generator=generator)
     return vit.to(device)

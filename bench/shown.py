@@ -11,11 +11,13 @@ from .results import Row, Run, first_with, measured
 STEP = "step/vit_base_patch16_224/"
 SCALING = "scaling/"
 OFFICIAL, SDPA, COMPILED = "official-style", "timm + SDPA", "timm + SDPA, compiled"
+NARROW = ", bf16 weights"  # of a peer whose frozen linears are stored in bf16
 EXACT, LOW = "pae keep", "pae recompute8"
 
 # sections of docs/numbers.md: heading, and prefixes of their groups
 SECTIONS = {
-    "step": ("Training step", ("step/",)),
+    "step": ("Training step, fp32", ("step/*/fp32/",)),
+    "bf16": ("Training step, bf16", ("step/*/bf16/",)),
     "kld": ("Regulariser", ("kld/",)),
     "mpa": ("Modal Pre-Alignment", ("mpa_ranking/", "mpa/")),
     "filter": ("Filter, and patch embedding of filtered images", ("filter/", "tokens/")),

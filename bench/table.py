@@ -18,6 +18,7 @@ from .results import Row, Run, measured, our_first, spread
 # what a group's name is made of, for a reader
 _NAMES = {
     "vit_tiny_patch16_224": "ViT-Ti/16 224",
+    "vit_small_patch14_dinov2": "ViT-S/14",
     "vit_small_patch16_224": "ViT-S/16 224",
     "vit_base_patch16_224": "ViT-B/16 224",
     "vit_large_patch16_224": "ViT-L/16 224",
@@ -197,6 +198,11 @@ def machine(run: Run) -> str:
     clocks = dict.fromkeys(row.clock for row in run.rows if row.seconds)
     m = run.machine
     threads = "" if run.on_gpu else f"{m['threads']} thread{'s' * (m['threads'] > 1)}, "
+    if bf16 := m.get("bf16 instructions"):
+        amx = "" if "amx" in bf16 else " without AMX"
+        narrow, wide = (m.get(f"{dtype} product TFLOP/s") for dtype in ("bf16", "fp32"))
+        rate = f", a large product at {ratio(narrow / wide)} fp32's rate" if narrow and wide else ""
+        threads = f"bf16 by {bf16}{amx}{rate}, {threads}"
     return (
         f"{m['device']}, {threads}{' and '.join(clocks)} time, medians over interleaved rounds; "
         f"torch {m['torch']}, commit {m['commit']}."

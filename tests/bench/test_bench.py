@@ -250,10 +250,11 @@ def test_attention_bytes_are_those_of_inputs_and_outputs():
 @pytest.mark.parametrize("name", sorted(bench_pointwise.KINDS))
 def test_bytes_of_a_pass_are_those_of_its_arguments_and_results(name):
     """But for one statistic per row."""
-    shared = bench_pointwise.open_inputs(name, rows=3, width=64, device=CPU)
-    results = shared.kind.ours(*shared.arguments)
-    moved = [t for t in (*shared.arguments, *results) if t.shape[-1] > 1]
-    assert shared.floor_mb * 1e6 == sum(t.nbytes for t in moved)
+    for of in roofline.DTYPES:
+        shared = bench_pointwise.open_inputs(name, rows=3, width=64, of=of, device=CPU)
+        results = shared.kind.ours(*shared.arguments)
+        moved = [t for t in (*shared.arguments, *results) if t.shape[-1] > 1]
+        assert shared.floor_mb * 1e6 == sum(t.nbytes for t in moved)
 
 
 def test_peers_of_attention_agree():
@@ -292,8 +293,9 @@ def test_a_gpu_has_groups_of_its_own(module, size):
     assert smaller is None or running(smaller) < running(size) or module is bench_pointwise
 
 
-def test_peak_on_a_cpu_is_the_most_at_one_time():
+def test_peak_on_a_cpu_is_the_most_at_one_time(monkeypatch):
     """Also inside of an operator, and beyond what was there before."""
+    monkeypatch.setenv("PAE_BACKEND", "reference")  # whose activation has tensors in between
     size = 2**20
     kept = torch.ones(size)
 
@@ -315,14 +317,42 @@ def test_peak_on_a_cpu_is_the_most_at_one_time():
 def test_a_cpu_lists_what_only_a_gpu_can_run():
     def rows(module, device):
         settings = runner.Settings("default", 1, None, None, torch.device(device), "process")
-        return {p.name: p.left_out for p in module.groups(settings)[0].providers}
+        return {p.name: p.left_out for p in module.groups(settings)[-1].providers}
 
     for module in (bench_step, bench_attention):
         cpu, gpu = rows(module, "cpu"), rows(module, "cuda")
         alone = set(gpu) - set(cpu)
-        assert alone <= {bench_attention.FLASH}  # a CPU's SDPA chooses by itself
+        # a CPU's SDPA chooses by itself, and our versions there have a row each
+        assert alone <= {bench_attention.FLASH, "pae"}
         needing = {name for name, reason in cpu.items() if reason == "needs a GPU"}
         assert len(needing) >= 2 and not any(gpu[name] == "needs a GPU" for name in needing)
+
+
+def test_bf16_weights_change_no_value_and_are_cast_no_more():
+    step = bench_step.open_step(bench_step.Case(shapes.TINY, 5, "bf16", 3), CPU)
+    for model in (step.official, step.model):
+        narrow = bench_step.narrowed(model)
+        norms = [m.weight.dtype for m in narrow.modules() if isinstance(m, nn.LayerNorm)]
+        assert set(norms) == {torch.float32}
+        assert all(p.dtype == torch.float32 for p in narrow.parameters() if p.requires_grad)
+        found = []
+        for each in (model, narrow):
+            ready = bench_step.prepare(step, each)
+            copies = ready.check()["weight_copies_mb"]
+            found.append((copies, step.run(each, each)))
+        (cast, logits), (none, same) = found
+        head = 2 * model.head.weight.numel() / 1e6  # is trained, and stays in fp32
+        assert cast > 2 * head and none == head and torch.equal(same, logits)
+
+
+def test_a_bf16_group_without_instructions_says_so_and_opens_nothing(monkeypatch):
+    monkeypatch.setattr(roofline, "bf16_instructions", list)
+    group = replace(a_group(runner.Provider("plain", runnable())), open=wrong, dtype="bf16")
+    row = runner.run_group(group, {"plain"}, SETTINGS)["plain"]
+    assert row.reason == "this processor has no bf16 instructions" and not row.error
+    monkeypatch.setattr(roofline, "bf16_instructions", lambda: ["avx512_bf16"])
+    row = runner.run_group(group, {"plain"}, SETTINGS)["plain"]
+    assert "gradients are off" in row.reason
 
 
 def test_own_bytes_are_those_that_nobody_shares():

@@ -264,6 +264,31 @@ def test_where_we_lose():
     assert won == "**What pae runs by itself**: the peer is faster in 0 of 1 pairs."
 
 
+def test_where_ours_takes_more_memory():
+    peaks = {"official-style": 20.0, "timm + SDPA": 10.0, "pae": 30.0, "pae low": 10.05}
+    rows = [bench("kld/a", name, [1.0] * 3, peak_mb=peak) for name, peak in peaks.items()]
+    text = pages.blocks({"cpu.json": run_of(*rows)})["suite losses"]
+    assert text.endswith(
+        "**Peak memory**: ours is higher in 2 of 4 pairs.\n\n"
+        "| case | ours, MB | peers with less, MB (ours / its) |\n| --- | --- | --- |\n"
+        "| regulariser, a | pae: 30 | timm + SDPA: 10 (3.00x); official-style: 20 (1.50x) |"
+    )
+
+
+def test_bf16_has_a_section_of_its_own_or_a_reason():
+    missing = [{"group": f"{STEP}P50/bf16/B4", "provider": "pae keep", "reason": "no bf16"}]
+    blocks = pages.blocks({"cpu.json": run_of(*step(50), left_out=missing)})
+    assert blocks["suite section bf16"] == "*Not measured: no bf16.*"
+    machine = {"bf16 instructions": "avx512_bf16", "fp32 product TFLOP/s": 2}
+    machine["bf16 product TFLOP/s"] = 1
+    other = run_of(*step(50, dtype="bf16"), **machine)
+    blocks = pages.blocks({"cpu.json": run_of(*step(50)), "cpu_bf16.json": other})
+    assert "bf16, batch 4" in blocks["suite section bf16"]
+    said = "bf16 by avx512_bf16 without AMX, a large product at 0.50x fp32's rate, 1 thread"
+    assert said in blocks["suite section bf16"]
+    assert "bf16" not in blocks["suite section step"]
+
+
 def test_what_counts_as_ours():
     def rows(*names):
         raw = [bench("g", name, [1.0], baselines=("eager", "pae images, conv")) for name in names]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bench import rows
-from bench.runner import Settings, Unavailable
+from bench.runner import Runnable, Settings, Unavailable
+from pae_kernels import cpu
 
 EXPECTED = {"out": torch.tensor([3.0, 4.0]).double(), "d_x": torch.ones(4).double()}
 LIMITS = {"out": 1e-3, torch.float32: 1e-2}  # of d_x by its dtype
@@ -47,6 +48,25 @@ def test_a_version_is_forced_around_the_work_alone(monkeypatch):
     assert work() == "reference" and os.environ["PAE_BACKEND"] == "auto"
     with pytest.raises(Unavailable, match="cuda cannot run koopman_losses on cpu"):
         rows.in_version("cuda", "koopman_losses", torch.zeros(1, dtype=torch.float64), work)
+
+
+def test_our_rows_are_the_versions_of_a_cpu(monkeypatch):
+    """Work and check of a row run in its version; one that cannot run says why."""
+    monkeypatch.setenv("PAE_BACKEND", "auto")
+    seen = []
+    start = lambda shared: Runnable(
+        lambda: seen.append(os.environ["PAE_BACKEND"]), lambda: {os.environ["PAE_BACKEND"]: 1.0}
+    )
+    settings = Settings("smoke", 1, None, None, torch.device("cpu"), "process")
+    made = rows.ours_in_versions("pointwise", settings, lambda shared: torch.zeros(1), start)
+    assert [p.name for p in made] == ["pae, CPU", "pae, reference"]
+    ready = made[1].start(None)
+    ready.work()
+    assert ready.check() == {"reference": 1.0} and seen == ["reference"]
+    assert os.environ["PAE_BACKEND"] == "auto"
+    monkeypatch.setattr(cpu, "unavailable", lambda: "no library")
+    with pytest.raises(Unavailable, match="cannot run pointwise on cpu: cpu: no library"):
+        made[0].start(None)
 
 
 def test_what_stops_a_peer_is_the_reason_of_its_row():
