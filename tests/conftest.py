@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,9 @@ GOLDEN = Path(__file__).parent / "golden"
 # tiny tensors: a second thread only waits for the first, and badly when the machine is shared;
 # other numbers of threads round differently, which a wider run asks for
 torch.set_num_threads(int(os.environ.get("PAE_TEST_THREADS", "1")))
+
+# under nohup it is ignored, by all that is started too; the tests that send it want it to arrive
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # ---- examples of property tests
 #

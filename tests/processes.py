@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -30,18 +31,7 @@ def run(
     ended and the end of what it said: after a timeout, and for another status than 0 unless
     `check` is False.
     """
-    environment = {**os.environ, "PYTEST_XDIST_WORKER": None, **(env or {})}
-    process = subprocess.Popen(
-        command,
-        env={name: value for name, value in environment.items() if value is not None},
-        cwd=ROOT if cwd is None else cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    process = _start(command, env, cwd)
     ending = None
     try:
         out, err = process.communicate(timeout=timeout)
@@ -58,6 +48,39 @@ def run(
         said = "".join(f"\n--- {name}\n{_tail(text)}" for name, text in _named(out, err))
         raise AssertionError(f"{_shown(command)} {ending}{said}")
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str | os.PathLike], *, env: Mapping[str, str | None] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """The same program while it runs; what is left of it and of all it started is killed after."""
+    process = _start(command, env, None)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def _start(
+    command: Sequence[str | os.PathLike],
+    env: Mapping[str, str | None] | None,
+    cwd: str | os.PathLike | None,
+) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTEST_XDIST_WORKER": None, **(env or {})}
+    return subprocess.Popen(
+        command,
+        env={name: value for name, value in environment.items() if value is not None},
+        cwd=ROOT if cwd is None else cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
 
 
 def how_it_ended(status: int) -> str:

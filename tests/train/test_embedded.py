@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import tarfile
 import time
@@ -23,6 +22,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from pae.train import embedded, pixels
+from tests.processes import started
 
 # ---- image sets: archives made here in place of the published ones
 
@@ -299,9 +299,8 @@ def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch, number):
     """Nor does a killed one, once the next has started, which leaves those alone that go on."""
     monkeypatch.setenv("PAE_CACHE", str(tmp_path))
     number = getattr(signal, number)
-    process = subprocess.Popen([sys.executable, "-c", FETCHING], stderr=subprocess.DEVNULL)
     failing_pip(monkeypatch, "no")
-    try:
+    with started([sys.executable, "-c", FETCHING]) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("*/half")):
             assert process.poll() is None and time.monotonic() < deadline
@@ -309,9 +308,8 @@ def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch, number):
         with pytest.raises(embedded.FetchError, match="failed: no; check the network"):
             embedded.load_task("pneumonia")
         assert len(unfinished(tmp_path)) == 1
-    finally:
         process.send_signal(number)
-    status = process.wait(60)
+        status = process.wait(60)
     if number == signal.SIGKILL:
         assert len(unfinished(tmp_path)) == 1
         with pytest.raises(embedded.FetchError, match="failed: no; check the network"):
