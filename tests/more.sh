@@ -18,9 +18,9 @@ say ruff format --check .
 say ruff check .
 mapfile -t properties < <(grep -rl --include='test_*.py' '@examples(' tests)
 say pytest -q --fresh "${properties[@]}" "$@"
-say env ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+say env ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 PAE_CPU_ISA=avx2 \
   pytest "${here[@]}" "${numbers[@]}" "$@"
-say env ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=default \
+say env ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=default PAE_CPU_ISA=portable \
   pytest "${here[@]}" "${numbers[@]}" "$@"
 # threads of two processes would spin while they wait for the same two cores
 say env PAE_TEST_THREADS=2 OMP_NUM_THREADS=2 pytest -n0 "${here[@]}" tests/pae/test_engine.py \
