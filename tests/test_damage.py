@@ -23,7 +23,7 @@ from pae.train import embedded, methods
 from pae.train.data import read_folder
 from pae.train.options import Options, combine, read_config, shipped
 from pae.train.runfolder import RunFolder
-from tests.tiny import backbone
+from tests.tiny import backbone, counted_backbone
 
 NUMBER = int(os.environ.get("PAE_DAMAGES", "40"))
 
@@ -170,7 +170,7 @@ def test_checkpoints_without_a_digest(tmp_path):
     path.write_bytes(old.read_bytes())
 
     def read():
-        return values(pae.PromptedViT.from_file(path, backbone("plain", torch.float32)))
+        return values(pae.PromptedViT.from_file(path, counted_backbone("plain")))
 
     def wrong(before, after):
         shapes = [{name: t.shape for name, t in each.items()} for each in (before, after)]
