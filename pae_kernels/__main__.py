@@ -1,6 +1,6 @@
 """`python -m pae_kernels`: where this package lies, which version of every op runs here, and why.
-With `--compile` instead: registers, shared memory and spills of every Triton tile that ships,
-without a GPU.
+With `--compile` instead: what the machine code of every Triton tile that ships takes, without a
+GPU; of a few with words of their labels, as in `--compile gelu coded --arch 90`.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -20,9 +21,15 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit status is 1 where something that the report needs cannot be imported."""
     parser = argparse.ArgumentParser(prog="python -m pae_kernels", description=__doc__)
     parser.add_argument(
-        "--compile", action="store_true", help="compile the Triton tiles and print what they take"
+        "--compile",
+        nargs="*",
+        metavar="WORD",
+        help="compile the Triton tiles whose label has these words, and print what they take",
     )
-    compiling = parser.parse_args(arguments).compile
+    parser.add_argument(
+        "--arch", type=int, choices=(80, 90, 100), help="of what to compile for; 80 and 90"
+    )
+    given = parser.parse_args(arguments)
     _say(_place)
     try:
         import torch
@@ -43,8 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"pae_kernels cannot be imported: {what}")
         return 1
-    if compiling:
-        return _say(ahead_of_time.table)
+    if given.compile is not None:
+        architectures = (given.arch,) if given.arch else ahead_of_time.ARCHITECTURES
+        return _say(partial(ahead_of_time.table, architectures, " ".join(given.compile)))
 
     def versions() -> Iterator[str]:
         yield f"torch {torch.__version__}, CUDA {'yes' if torch.cuda.is_available() else 'no'}"

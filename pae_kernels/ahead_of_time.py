@@ -10,16 +10,13 @@ kernel's compile-time switches can be.
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import backends
+from . import backends, machine_code
+from .machine_code import Resources
 
 ARCHITECTURES = (80, 90)
 
@@ -54,40 +51,47 @@ class Launch:
     may_spill: bool = False
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What a compiled kernel takes: registers a thread, spilled bytes a thread, shared bytes; and
-    how many tensor-core instructions and loads of single 16-bit entries its code has.
-    """
-
-    registers: int
-    spilled: int
-    shared: int
-    tensor_core: int
-    scalar_loads: int
-
-
 def triton_modules() -> list[ModuleType]:
     """The Triton modules of all registered ops, each once."""
     versions = (v for versions in backends.registered().values() for v in versions)
     return list(dict.fromkeys(v.load() for v in versions if v.name == "triton"))
 
 
-def table(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[str]:
-    """Lines of the table of all shipped launches, each as soon as it is compiled."""
-    yield f"{'kernel and tile':<44}{'sm':>4}{'registers':>11}{'shared KB':>11}{'spilled B':>11}"
+def table(architectures: tuple[int, ...] = ARCHITECTURES, words: str = "") -> Iterator[str]:
+    """Lines of the table of all shipped launches, each as soon as it is compiled.
+
+    Args:
+        architectures: 80, 90 or 100 each.
+        words: of the launches that are wanted, every word is part of their label.
+    """
+    yield f"{'kernel and tile':<44}{'sm':>4}{HEADING}"
     for module in triton_modules():
         for architecture in architectures:
             for launch in module.shipped_launches(architecture):
-                used = compile_launch(launch, architecture)
-                yield (
-                    f"{launch.label:<44}{architecture:>4}{used.registers:>11}"
-                    f"{used.shared / 1024:>11.1f}{used.spilled:>11}"
-                )
+                if all(word in launch.label for word in words.split()):
+                    used = compile_launch(launch, architecture)
+                    yield f"{launch.label:<44}{architecture:>4}{row(used)}"
+
+
+HEADING = (
+    f"{'registers':>11}{'spilled B':>11}{'shared KB':>11}{'per SM':>8}{'instructions':>14}"
+    f"{'products':>10}{'barriers':>10}{'conversions':>13}{'async':>7}  loads; loops"
+)
+
+
+def row(used: Resources) -> str:
+    """The columns of `HEADING`; loads as number x bits."""
+    loads = " ".join(f"{count}x{width}" for width, count in used.loads.items())
+    loops = " ".join(map(str, used.loops))
+    return (
+        f"{used.registers:>11}{used.spilled:>11}{used.shared / 1024:>11.1f}{used.programs:>8}"
+        f"{used.instructions:>14}{used.products:>10}{used.barriers:>10}{used.conversions:>13}"
+        f"{used.asynchronous:>7}  {'; '.join(filter(None, (loads, loops)))}"
+    )
 
 
 def compile_launch(launch: Launch, architecture: int) -> Resources:
-    """Compile for sm_`architecture` and read registers, spills, shared memory, instructions."""
+    """Compile for sm_`architecture`, and read what the binary takes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -104,25 +108,6 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
         target=GPUTarget("cuda", architecture, 32),
         options={"num_warps": launch.warps, "num_stages": launch.stages, **OPTIONS},
     )
-    usage = _resource_usage(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
-    return Resources(
-        registers=usage["REG"],
-        spilled=usage["STACK"] + usage["LOCAL"],
-        shared=compiled.metadata.shared,
-        tensor_core=len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx)),
-        scalar_loads=len(re.findall(r"ld\.global\S*\.b16 ", ptx)),
+    return machine_code.read(
+        compiled.asm["cubin"], compiled.metadata.shared, launch.warps, architecture
     )
-
-
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}

@@ -1,0 +1,213 @@
+"""What a compiled kernel's machine code takes, read from its binary without a GPU.
+
+Triton's wheel carries the two tools that print it: `cuobjdump` for what a launch takes, `nvdisasm`
+for the instructions (SASS). Counts are those of the code as it lies there, each instruction once
+whatever a loop repeats; `loops` says how long their bodies are.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What programs share on one multiprocessor, and the most shared memory one may ask for."""
+
+    shared: int
+    most_shared: int
+    warps: int = 64
+    programs: int = 32
+    registers: int = 65536
+
+
+# architecture -> A100, H100 and H200, B200
+MULTIPROCESSORS = {
+    80: Multiprocessor(164 * 1024, 163 * 1024),
+    90: Multiprocessor(228 * 1024, 227 * 1024),
+    100: Multiprocessor(228 * 1024, 227 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes.
+
+    Attributes:
+        warps: of a program.
+        registers: a thread.
+        spilled: bytes of a thread that do not fit into registers.
+        shared: bytes a program.
+        programs: that a multiprocessor holds at a time.
+        instructions: of a thread's code.
+        loops: instructions in the body of each loop, those of inner loops included; outer loops
+            and earlier ones first.
+        products: instructions of the tensor cores.
+        tf32: those among them that round fp32 to TF32.
+        functions: of the special function unit: exponential, logarithm, root, reciprocal.
+        barriers: that all warps of a program wait at.
+        conversions: accesses of shared memory other than asynchronous copies.
+        loads, stores: of global memory, number by width in bits of what a thread moves at once.
+        asynchronous: copies from global to shared memory that no register passes.
+    """
+
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+    programs: int
+    instructions: int
+    loops: tuple[int, ...]
+    products: int
+    tf32: int
+    functions: int
+    barriers: int
+    conversions: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    asynchronous: int
+
+
+def read(cubin: bytes, shared: int, warps: int, architecture: int) -> Resources:
+    """What the kernel of this binary takes; `shared` bytes as its launch asks for."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        text = _tool("nvdisasm", "-c", file.name)
+    took = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    code = Code(text)
+    return Resources(
+        warps=warps,
+        registers=took["REG"],
+        spilled=took["STACK"] + took["LOCAL"],
+        shared=shared,
+        programs=occupancy(architecture, warps, took["REG"], shared),
+        instructions=len(code.instructions),
+        loops=code.loops,
+        products=code.count(_PRODUCTS),
+        tf32=code.count(_PRODUCTS, "TF32"),
+        functions=code.count({"MUFU"}),
+        barriers=code.count({"BAR"}) - code.count({"BAR"}, "ARV"),
+        conversions=code.count({"LDS", "STS", "LDSM", "STSM"}),
+        loads=code.widths("LDG"),
+        stores=code.widths("STG"),
+        asynchronous=code.count({"LDGSTS", "UBLKCP", "UTMALDG"}),
+    )
+
+
+def occupancy(architecture: int, warps: int, registers: int, shared: int) -> int:
+    """Programs that a multiprocessor holds at a time; 0 when one does not fit."""
+    has = MULTIPROCESSORS[architecture]
+    if shared > has.most_shared:
+        return 0
+    of_a_warp = -(-registers * 32 // 256) * 256  # registers are handed out by 256
+    held = has.registers // of_a_warp // 4 * 4  # each quarter of a multiprocessor has its own
+    return min(
+        has.programs,
+        has.warps // warps,
+        held // warps,
+        has.shared // (shared + 1024),  # 1 KB a program is the system's
+    )
+
+
+_PRODUCTS = {"HMMA", "IMMA", "DMMA", "HGMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA"}
+_JUMPS = {"BRA", "CALL"}
+_SPIN = 8
+_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+
+
+class Code:
+    """Instructions of one kernel, as `nvdisasm -c` prints them."""
+
+    def __init__(self, text: str) -> None:
+        self.instructions: list[list[str]] = []  # of each the words of its opcode: LDG, E, 128
+        labels: dict[str, int] = {}
+        jumps: dict[int, str] = {}
+        onward: list[bool] = []  # of each, whether the next one may follow it
+        for label, opcode, always, rest in _lines(text):
+            if label:
+                labels[label] = len(self.instructions)
+                continue
+            words = opcode.split(".")
+            target = re.search(r"\.L_\w+", rest) if words[0] in _JUMPS else None
+            if target:
+                jumps[len(self.instructions)] = target[0]
+            onward.append(not (always and words[0] in ("BRA", "EXIT", "RET")))
+            self.instructions.append(words)
+        # behind the code it is filled up with jumps to themselves and with nothing
+        ends = [i for i, words in enumerate(self.instructions) if words[0] in ("EXIT", "RET")]
+        del self.instructions[ends[-1] + 1 :]
+        size = len(self.instructions)
+        following = [[i + 1] if onward[i] and i + 1 < size else [] for i in range(size)]
+        back: dict[int, list[int]] = {}  # first instruction of a loop -> what jumps back to it
+        for at, label in jumps.items():
+            if at < size and (to := labels.get(label, size)) < size:
+                following[at].append(to)
+                if to <= at:
+                    back.setdefault(to, []).append(at)
+        before: list[list[int]] = [[] for _ in range(size)]
+        for i, others in enumerate(following):
+            for to in others:
+                before[to].append(i)
+        bodies = []
+        for first, lasts in sorted(back.items()):
+            # code that lies apart also jumps back, but it is no loop: not all ways there lead
+            # through its goal
+            around = _reached(following, [0], first)
+            body = _reached(before, [i for i in lasts if i not in around], first)
+            bodies.append(len(body) + 1)
+        # a few instructions that go round wait for a copy or a product
+        self.loops = tuple(size for size in bodies if size >= _SPIN)
+
+    def count(self, opcodes: set[str], modifier: str | None = None) -> int:
+        """Instructions of these opcodes, those with a modifier if one is given."""
+        found = (w for w in self.instructions if w[0] in opcodes)
+        return sum(modifier is None or modifier in words for words in found)
+
+    def widths(self, opcode: str) -> dict[int, int]:
+        """Number of accesses by their width in bits."""
+        found = Counter(
+            next((_WIDTHS[word] for word in words[1:] if word in _WIDTHS), 32)
+            for words in self.instructions
+            if words[0] == opcode
+        )
+        return dict(sorted(found.items()))
+
+
+def _reached(next_to: list[list[int]], start: list[int], without: int) -> set[int]:
+    """Instructions that these lead to, and they themselves, on ways around one of them."""
+    found, left = {without}, list(start)
+    while left:
+        at = left.pop()
+        if at not in found:
+            found.add(at)
+            left += next_to[at]
+    return found - {without}
+
+
+def _lines(text: str) -> Iterator[tuple[str, str, bool, str]]:
+    """(label, ...) or ("", opcode, whether it has no condition, operands) of the code."""
+    lines = iter(text.splitlines())
+    for line in lines:
+        if line.startswith(".text."):
+            break
+    for line in takewhile(lambda line: "//------" not in line, lines):
+        if label := re.match(r"(\.L_\w+):", line):
+            yield label[1], "", True, ""
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+ +)?([A-Z][\w.]*)(.*)", line):
+            yield "", found[2], not found[1], found[3]
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
