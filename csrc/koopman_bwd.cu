@@ -219,19 +219,36 @@ __device__ void lyapunov_gradient(Scratch<TILE>& scratch, const Backward& p, int
   const float* images = p.images + 2 * first * k;
   const float* pull = p.pull + 2 * first;
   const float d_lyapunov = p.d_lyapunov[run];
+  // The two rows of a prompt enter by their differences, as in the reference: exactly 0 where the
+  // operators change nothing. No sum is written as a product and its opposite, because a fused
+  // multiply-add would round only one of them.
   multiply<TILE, false, false>(
       scratch, rows,
       [&](int i, int d) {
         i += corner.row;
-        return i < k ? images[Index(d) * k + i] * (d_lyapunov * pull[d]) : 0.0f;
+        if (i >= k) return 0.0f;
+        const float image = images[Index(d) * k + i];
+        if (d % (2 * n.prompts) < n.prompts) return image * (d_lyapunov * pull[d]);
+        const float later = images[Index(d - n.prompts) * k + i];
+        return later * (d_lyapunov * (pull[d - n.prompts] + pull[d])) +
+               (image - later) * (d_lyapunov * pull[d]);
       },
-      [&](int d, int j) { return corner.column + j < k ? points(d, corner.column + j) : 0.0f; });
+      [&](int d, int j) {
+        j += corner.column;
+        if (j >= k) return 0.0f;
+        const bool later = d % (2 * n.prompts) < n.prompts;
+        return points(d, j) - (later ? points(d + n.prompts, j) : 0.0f);
+      });
   const Index matrix = Index(run) * n.groups() + group;
-  const float spin = used ? d_lyapunov * p.spin[matrix] : 0.0f;
+  const float spin = used ? d_lyapunov * p.spin[2 * matrix] : 0.0f;
+  const float level = used ? p.spin[2 * matrix + 1] : 0.0f;
+  const float* L = n.matrix(p.L, run, group);
   visit_entries<TILE>(scratch, [&](int i, int j, float x) {
     i += corner.row, j += corner.column;
     if (i >= k || j >= k) return;
-    if (used) x += spin * p.left[matrix * k + i] * p.right[matrix * k + j];
+    if (used)
+      x += spin * (level > 0 ? level * L[Index(i) * k + j]
+                             : p.left[matrix * k + i] * p.right[matrix * k + j]);
     p.d_L[((Index(run) * n.stack() + group) * k + i) * k + j] = x;
   });
 }

@@ -227,6 +227,9 @@ __global__ void __launch_bounds__(kFinishThreads) koopman_finish_kernel(Forward 
       if (j == group)
         for (int i = lane; i < n.k; i += kWarp)
           p.left[Index(matrix) * n.k + i] = image[i] / fmaxf(stretch, kTiny);
+      const float spread = read_sums(at.sums_of(0), at.tiles).first;
+      if (j == group && lane == 0)
+        p.spin[2 * matrix + 1] = inverse_spread(spread) == 0.0f ? 1.0f / (sigma * n.k) : 0.0f;
     }
     const Index first = (Index(run) * pairs + j) * P;
     const float* state_squares = p.state_squares + (Index(run) * n.blocks + j) * P * chunks;
@@ -273,7 +276,7 @@ __global__ void __launch_bounds__(kFinishThreads) koopman_finish_kernel(Forward 
     }
     flow = warp_sum(flow);
     flow_of_run += flow;
-    if (code && n.layerwise && lane == 0) p.spin[matrix] = -2 * flow * gain;
+    if (code && n.layerwise && lane == 0) p.spin[2 * matrix] = -2 * flow * gain;
   }
   // every lane of a warp holds its sums: one lane speaks for it
   const bool speaks = lane == 0;
@@ -286,7 +289,7 @@ __global__ void __launch_bounds__(kFinishThreads) koopman_finish_kernel(Forward 
   if (threadIdx.x == 0) {
     p.consistency[run] = code ? squares / (float(P) * n.k) : squares;
     p.lyapunov[run] = lyapunov;
-    if (code && !n.layerwise) p.spin[run] = -2 * flow_of_run * gain;
+    if (code && !n.layerwise) p.spin[2 * run] = -2 * flow_of_run * gain;
   }
 }
 

@@ -18,7 +18,7 @@
 
 #include <stdint.h>
 
-#define PAE_ABI_VERSION 1
+#define PAE_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define PAE_API __attribute__((visibility("default")))
@@ -79,7 +79,7 @@ typedef struct pae_koopman_fwd_params {
   void *consistency, *lyapunov;          /* (R) */
   void *states, *predicted, *images;     /* (R, J, P, k), (R, m, P, k), (R, m, 2P, k) */
   void *pull, *radial;                   /* (R, m, 2P) */
-  void *spin, *left, *right;             /* (R, G), (R, G, k) twice */
+  void *spin, *left, *right;             /* (R, G, 2), (R, G, k) twice */
   void* statistics;                      /* (R, J, P, 2), or null without gauge */
   void* workspace;                       /* scratch */
   int64_t workspace_floats;              /* at least what pae_koopman_workspace says */

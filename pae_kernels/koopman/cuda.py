@@ -82,7 +82,7 @@ def forward(
         "images": new(runs, pairs, 2 * count, k),
         "pull": new(runs, pairs, 2 * count),
         "radial": new(runs, pairs, 2 * count),
-        "spin": made(runs, groups),
+        "spin": made(runs, groups, 2),
         "left": made(runs, groups, k),
         "right": made(runs, groups, k),
         "statistics": new(0) if eps is None else new(runs, blocks, count, 2),

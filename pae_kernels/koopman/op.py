@@ -194,7 +194,7 @@ def _outputs(
         new(packed, pairs, 2 * count, k),
         new(packed, pairs, 2 * count),
         new(packed, pairs, 2 * count),
-        new(packed, groups),
+        new(packed, groups, 2),
         new(packed, groups, k),
         new(packed, groups, k),
         new(0) if eps is None else new(packed, blocks, count, 2),

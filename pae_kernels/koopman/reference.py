@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .spectral import top_singular_triple
+from .spectral import is_scaled_identity, top_singular_triple
 
 EPS = 1e-8
 CEILING = 10.0
@@ -85,7 +85,9 @@ def forward(
                               the earlier one; unit is a power of two of the size of L, 1 for
                               "paper"
         pull, radial (R, m, 2P)  d lyapunov / d x = pull (L^T images) - radial x
-        spin (R, G)           d lyapunov / d L = (pull images)^T x + spin left right^T
+        spin (R, G, 2)        d lyapunov / d L = (pull images)^T x + spin_0 left right^T, or
+                              + spin_0 spin_1 L where L is a multiple of the identity: spin_1 is
+                              1 / (k sigma) there and 0 elsewhere
         left, right (R, G, k) top singular vectors; 0 where V is not normalised
         statistics (R, J, P, 2)  mean and 1 / std of the prompt rows; (0,) without LayerNorm
     """
@@ -124,16 +126,17 @@ def forward(
         pull = 2 * slope * weight / lengths.square()
         # c scales rows longer than 1: their gradient has no part along the row
         radial = torch.where(norms + EPS > 1, 2 * slope * values / (norms * lengths), 0)
-        flow = (slope * values).sum(dim=2)
+        flow = (slope[..., :count] * rise).sum(dim=2)
         flow = flow if K.dim() == 4 else flow.sum(dim=1, keepdim=True)
-        spin = -2 * flow * gain
+        level = is_scaled_identity(_operators(L)).reshape(sigma.shape)
+        spin = torch.stack([-2 * flow * gain, torch.where(level, 1 / (k * sigma), 0)], dim=2)
     else:
         rise = squares[..., :count].sum(dim=2) - squares[..., count:].sum(dim=2)
         lyapunov = rise.relu().sum(dim=1)
         slope = 2 * (rise > 0).to(rise.dtype)[..., None].expand(runs, pairs, count)
         pull = torch.cat([slope, -slope], dim=2)
         radial = torch.zeros_like(pull)
-        spin, left = pull.new_zeros(runs, groups), pull.new_zeros(runs, groups, k)
+        spin, left = pull.new_zeros(runs, groups, 2), pull.new_zeros(runs, groups, k)
         right = torch.zeros_like(left)
     consistency = _row_squares(predicted - following).sum(dim=(1, 2)) * _share(formulation, now)
     saved = states, predicted, images, pull, radial, spin, left, right, statistics
@@ -162,8 +165,8 @@ def backward(
     """Gradients of prompts, lift, K and L; layerwise operators that belong to no pair get zeros.
 
     d_consistency and d_lyapunov are (R,). V's gradients for its argument and for L are both one
-    product with the images; the spectral norm adds a rank-one term. No product is larger than
-    (2mP, k) by (k, k) or (JP, k) by (k, D).
+    product with the images; the spectral norm adds a rank-one term, or L itself. No product is
+    larger than (2mP, k) by (k, k) or (JP, k) by (k, D).
     """
     runs, _, count, width = prompts.shape
     now, following = states[:, :-1], states[:, 1:]
@@ -174,8 +177,18 @@ def backward(
     pulled = images * (d_lyapunov * pull[..., None])
     d_points = (_by_operator(pulled, L) @ _operators(L)).reshape(points.shape)
     d_points.addcmul_(points, d_lyapunov * radial[..., None], value=-1)
-    d_L = _sum_outer(pulled, points, L)
-    twist = (d_lyapunov[..., 0] * spin[..., None] * left)[..., None] * right[..., None, :]
+    later, earlier = pulled[:, :, :count], pulled[:, :, count:]
+    # of a pair's two terms, by their differences: 0 exactly where the operators change nothing, as
+    # at K = L = I, whatever the order of the sum; an optimiser such as Adam would magnify rounding
+    d_L = _sum_outer(
+        torch.cat([later, later + earlier], dim=2),
+        torch.cat([points[:, :, :count] - now, now], dim=2),
+        L,
+    )
+    twist = left[..., None] * right[..., None, :]  # (R, G, k, k)
+    level = spin[..., 1:, None]
+    twist = torch.where(level > 0, level * _operators(L).reshape(twist.shape), twist)
+    twist *= d_lyapunov * spin[..., :1, None]
     (d_L[:, :-1] if L.dim() == 4 else d_L).add_(twist if L.dim() == 4 else twist[:, 0])
     d_later, d_now = d_points[:, :, :count], d_points[:, :, count:]
 

@@ -64,6 +64,17 @@ def top_singular_triple(L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _triple(A, unit, right)
 
 
+def is_scaled_identity(L: Tensor) -> Tensor:
+    """Whether each matrix is s I: (b,) bool. There all singular values are equal.
+
+    Training starts at L = I and stays there while no energy changes. No vector is the top one: the
+    derivative of sigma is spread evenly over all of them, as autograd does with the ties of a
+    decomposition, and is L / (k sigma).
+    """
+    _, _, _, E = split_identity(L)
+    return E.square().sum(dim=(1, 2)) < SMALLEST_SPREAD
+
+
 def _triple(A: Tensor, unit: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     left = (A @ right[..., None])[..., 0]
     stretch = torch.linalg.vector_norm(left, dim=1)
@@ -119,7 +130,7 @@ def top_by_squaring(L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = len(L)
     M = E.mT @ E + s[:, None, None] * (E + E.mT)
     F = M.square().sum(dim=(1, 2))
-    flat = F < SMALLEST_SPREAD  # a multiple of the identity, and of an orthogonal matrix
+    flat = F < SMALLEST_SPREAD  # a multiple of the identity
     F = torch.where(flat, 1, F).sqrt()
     M = torch.where(flat[:, None, None], 0, M / F[:, None, None])
     square = M @ M

@@ -40,7 +40,7 @@ from .triton_kernels import (
     koopman_predict_kernel,
     koopman_total_kernel,
 )
-from .triton_spectral import product, spectral_launches, spectral_norm
+from .triton_spectral import STEPS, product, spectral_launches, spectral_norm
 
 
 def _tiles(rows: int, columns: int, block: int) -> int:
@@ -82,7 +82,7 @@ def forward(
     images = new(n.runs, n.pairs, 2 * n.prompts, n.k)
     pull, radial = new(images.shape[:3]), new(images.shape[:3])
     spin, left, right = (
-        made(n.runs, n.groups, *tail) for tail in ((), (n.k,), (n.k,))
+        made(n.runs, n.groups, tail) for tail in (2, n.k, n.k)
     )  # fmt: skip
     statistics = new(0) if eps is None else new(n.runs, n.blocks, n.prompts, 2)
     saved = states, predicted, images, pull, radial, spin, left, right, statistics
@@ -98,7 +98,7 @@ def forward(
     errors = new(n.matrices, error_tiles)
     parts = new(n.runs, n.pairs, 2)
     consistency, lyapunov = new(n.runs), new(n.runs)
-    image = scales = statistics  # neither is looked at in "paper"
+    image = scales = settled = statistics  # none is looked at in "paper"
     tiling = product(n.block)
     with backends.on(prompts.device):
         koopman_lift_kernel[(_tiles(n.rows, n.k, n.block), n.runs)](
@@ -110,16 +110,16 @@ def forward(
             n.blocks, n.groups, n.stack, chunks, **tiling,
         )  # fmt: skip
         if n.code:
-            image, scales = spectral_norm(L, right, n.groups, n.stack)
+            image, scales, settled = spectral_norm(L, right, n.groups, n.stack)
         koopman_image_kernel[(_tiles(2 * n.now_rows, n.k, n.block), n.matrices)](
             states, predicted, L, scales, images, image_squares, 2 * n.now_rows, n.k, n.prompts,
             n.pairs, n.blocks, n.groups, n.stack, chunks, CODE=n.code, **tiling,
         )  # fmt: skip
         koopman_pair_kernel[(n.pairs, n.runs)](
-            state_squares, predicted_squares, image_squares, scales, image,
+            state_squares, predicted_squares, image_squares, scales, image, settled,
             pull, radial, spin, left, parts,
             n.k, n.prompts, n.pairs, n.blocks, n.groups, chunks,
-            CODE=n.code, BLOCK_P=triton.next_power_of_2(n.prompts),
+            STEPS=STEPS, CODE=n.code, BLOCK_P=triton.next_power_of_2(n.prompts),
             BLOCK_K=triton.next_power_of_2(n.k), num_warps=4, **OPTIONS,
         )  # fmt: skip
         koopman_total_kernel[(n.runs,)](
@@ -183,7 +183,7 @@ def backward(
         for of_L, rows in ((False, n.now_rows), (True, 2 * n.now_rows)):
             koopman_bwd_operators_kernel[grid](
                 d_consistency, d_lyapunov, states, predicted, images, pull, spin, left, right,
-                d_points, d_K, d_L, rows, n.k, n.prompts, n.pairs, n.blocks, n.groups, n.stack,
+                L, d_points, d_K, d_L, rows, n.k, n.prompts, n.pairs, n.blocks, n.groups, n.stack,
                 n.share, OF_L=of_L, CODE=n.code, **tiling,
             )  # fmt: skip
         if eps is not None:
@@ -224,6 +224,7 @@ def _launches(k: int, width: int, count: int, block: int, square: int, code: boo
     tiled = {"CODE": code, "GAUGE": gauge, **product(block)}
     flat = {
         "CODE": code,
+        "STEPS": STEPS,
         "BLOCK_P": triton.next_power_of_2(count),
         "BLOCK_K": triton.next_power_of_2(k),
     }

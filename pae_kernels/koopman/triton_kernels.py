@@ -186,10 +186,10 @@ def _store_row_factors(pull, radial, o_row, mask, slope, over, value, norm, leng
 
 @triton.jit(do_not_specialize=COUNTS)
 def koopman_pair_kernel(
-    state_squares, predicted_squares, image_squares, scales, image,
+    state_squares, predicted_squares, image_squares, scales, image, settled,
     pull, radial, spin, left, parts,
     k, prompts, pairs, blocks, groups, chunks,
-    CODE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr, CODE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """lyapunov and spin of one pair, and the factors of its rows; grid (m, R)."""
     j, run = tl.program_id(0), tl.program_id(1)
@@ -215,6 +215,8 @@ def koopman_pair_kernel(
         over = gain / (sigma / unit)
         if j == group:
             tl.store(left + matrix * k + o_k, x / tl.maximum(stretch, TINY), mask=o_k < k)
+            level = tl.load(settled + matrix * STEPS) > 0
+            tl.store(spin + 2 * matrix + 1, tl.where(level, 1.0 / (sigma * k), 0.0))
 
         norms = _row_sum(predicted_squares + first * chunks, o_t, mask, chunks)
         later, later_norm, later_length = _value(later, norms, over * unit)
@@ -230,7 +232,7 @@ def koopman_pair_kernel(
         tl.store(at, saturated * CEILING)
         tl.store(at + 1, -2 * flow * gain)
         if groups > 1:
-            tl.store(spin + matrix, -2 * flow * gain)
+            tl.store(spin + 2 * matrix, -2 * flow * gain)
         _store_row_factors(pull, radial, o_t, mask, slope, over, later, later_norm, later_length)
         _store_row_factors(
             pull, radial, o_t + prompts, mask, -slope, over, now, now_norm, now_length
@@ -268,7 +270,7 @@ def koopman_total_kernel(
     tl.store(lyapunov + run, tl.sum(losses, 0))
     if CODE:  # noqa: SIM102 - of compile time, unlike the next one
         if groups == 1:
-            tl.store(spin + run, tl.sum(spins, 0))
+            tl.store(spin + 2 * run, tl.sum(spins, 0))
 
 
 # ---- backward
@@ -412,12 +414,16 @@ def koopman_bwd_lift_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def koopman_bwd_operators_kernel(
-    d_consistency, d_lyapunov, states, predicted, images, pull, spin, left, right, d_points,
+    d_consistency, d_lyapunov, states, predicted, images, pull, spin, left, right, L, d_points,
     d_K, d_L, rows, k, prompts, pairs, blocks, groups, stack, share,
     OF_L: tl.constexpr, CODE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A tile of d K = now^T d predicted, or of d L = (pull images)^T points + spin left right^T;
     grid (tiles, R stack).
+
+    d L takes the two rows of a prompt by their differences, as the reference does: exactly 0 where
+    the operators change nothing. No sum is written as a product and its opposite, because a fused
+    multiply-add would round only one of them.
 
     `rows` are those that meet one operator; the layerwise one that belongs to no pair gets zeros.
     """
@@ -432,16 +438,34 @@ def koopman_bwd_operators_kernel(
             weight = tl.load(d_lyapunov + run)
             for start in range(0, rows, BLOCK_D):
                 o_d = start + tl.arange(0, BLOCK_D)
-                a = load_flipped(images + 2 * first * k, o_m, o_d, k, rows, k)
+                # its partner: the row of the same pair and prompt, before or after it
+                later = o_d % (2 * prompts) < prompts
+                o_e = tl.where(later, o_d + prompts, o_d - prompts)
                 factor = tl.load(pull + 2 * first + o_d, mask=o_d < rows, other=0.0)
-                a *= weight * factor[None, :]
-                b = _points(states, predicted + first * k, o_d, o_n, rows, k, prompts, CODE, False)
+                other = tl.load(pull + 2 * first + o_e, mask=o_e < rows, other=0.0)
+                a = load_flipped(images + 2 * first * k, o_m, o_d, k, rows, k)
+                c = load_flipped(images + 2 * first * k, o_m, o_e, k, rows, k)
+                both = weight * (factor + other)
+                a = tl.where(
+                    later[None, :],
+                    weight * factor[None, :] * a,
+                    both[None, :] * c + weight * factor[None, :] * (a - c),
+                )
+                at = predicted + first * k
+                b = _points(states, at, o_d, o_n, rows, k, prompts, CODE, False)
+                c = _points(states, at, o_e, o_n, rows, k, prompts, CODE, False)
+                b -= tl.where(later[:, None], c, 0.0)
                 acc = dot(a, b, acc)
             if CODE:
                 matrix = run * groups + group
                 x = tl.load(left + matrix * k + o_m, mask=o_m < k, other=0.0)
                 y = tl.load(right + matrix * k + o_n, mask=o_n < k, other=0.0)
-                acc += weight * tl.load(spin + matrix) * (x[:, None] * y[None, :])
+                level = tl.load(spin + 2 * matrix + 1)
+                twist = x[:, None] * y[None, :]
+                if level > 0.0:
+                    at = L + tl.program_id(1).to(tl.int64) * k * k
+                    twist = level * load(at, o_m, o_n, k, k, k)
+                acc += weight * tl.load(spin + 2 * matrix) * twist
         else:
             weight = 2 * share * tl.load(d_consistency + run)
             for start in range(0, rows, BLOCK_D):

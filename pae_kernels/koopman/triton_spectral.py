@@ -188,6 +188,8 @@ def koopman_square_kernel(
     share = 1.0
     if PLAIN or FIRST:
         squares, trace = _read_sums(sums, side, TILES)
+        if PLAIN and i_t == 0:  # for the gradient: whether L is s I
+            tl.store(settled + i_b * STEPS, (squares < SMALLEST_SPREAD).to(tl.int32))
         spread = tl.where(squares < SMALLEST_SPREAD, 0.0, 1.0 / tl.sqrt(squares))
         if FIRST:
             fourth, _ = _read_sums(sums + 2 * side * side, side, TILES)
@@ -269,13 +271,14 @@ def product(block: int) -> dict:
     return {"BLOCK": block, "BLOCK_D": 32, "num_warps": _warps(block), "num_stages": 2, **OPTIONS}
 
 
-def spectral_norm(L: Tensor, right: Tensor, groups: int, stack: int) -> tuple[Tensor, Tensor]:
+def spectral_norm(L: Tensor, right: Tensor, groups: int, stack: int) -> tuple[Tensor, ...]:
     """Writes `right` (R, G, k), the top right singular vectors of the first `groups` of every
     `stack` matrices in L, (R stack, k, k) in memory.
 
     Returns:
-        L right / unit, (R G, k), whose length is sigma / unit; and (R G, 32, 3), from which
-        `read_scale` reads the unit.
+        L right / unit, (R G, k), whose length is sigma / unit; (R G, 32, 3), from which
+        `read_scale` reads the unit; and (R G, STEPS) int32, whose first column is 1 where L is
+        a multiple of the identity.
     """
     matrices, k = right.shape[0] * groups, right.shape[2]
     block = tiles.square(k, matrices)
@@ -306,7 +309,7 @@ def spectral_norm(L: Tensor, right: Tensor, groups: int, stack: int) -> tuple[Te
         L, scales, even, M, settled, right, image, k, groups, stack,
         STEPS=STEPS, **rows, num_warps=4, **OPTIONS,
     )  # fmt: skip
-    return image, scales
+    return image, scales, settled
 
 
 def _vector_rows(k: int) -> dict:

@@ -49,6 +49,30 @@ def test_equal_states_under_the_identity_are_a_fixed_point(mode):
     assert d_K.abs().max() > 1e-3  # ... but it would under another K
 
 
+START = list(itertools.product(MODES, GAUGES))
+
+
+@each(
+    OP,
+    "mode, gauge",
+    reference=START,
+    interpreter=START[::3],
+    emulated=START,
+    gpu=START,
+)
+def test_gradient_of_L_is_exactly_zero_at_the_start_of_training(execution, mode, gauge):
+    """K = L = I changes no state: rounding of 1e-9 would be a full step of Adam."""
+    blocks, count, k, width = execution.pick(interpreter=(3, 5, 18, 21), other=(6, 13, 40, 70))
+    inputs = problem(mode, blocks, count, k, torch.float32, width=width)
+    with torch.no_grad():
+        for operator in inputs[2:]:
+            operator.copy_(torch.eye(k).expand_as(operator))
+    inputs = execution.moved(*inputs)
+    *_, d_lift, d_K, d_L = values_and_gradients(koopman_losses, inputs, "code", gauge)
+    assert d_L.abs().max() == 0
+    assert d_lift.abs().max() > 1e-3 and d_K.abs().max() > 1e-3
+
+
 @BOTH
 def test_layerwise_with_equal_operators_is_global(formulation):
     prompts, lift, K, L = problem()

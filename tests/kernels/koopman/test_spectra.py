@@ -137,6 +137,31 @@ def test_equal_singular_values_give_the_slope_of_one_of_them():
     close([actual], torch.autograd.grad((10 * torch.tanh(s / 10)).sum(), L), 1e-10)
 
 
+LEVEL = {
+    "identity": torch.eye(18),
+    "scaled": -0.37 * torch.eye(18),
+}
+EACH_LEVEL = list(itertools.product(LEVEL, MODES))
+
+
+@each(
+    OP,
+    "spectrum, mode",
+    reference=EACH_LEVEL,
+    interpreter=EACH_LEVEL[::3],
+    emulated=EACH_LEVEL,
+    gpu=EACH_LEVEL,
+)
+def test_a_multiple_of_the_identity_spreads_the_slope_of_its_norm_evenly(execution, spectrum, mode):
+    """As autograd does with ties of a decomposition: K moves before L, so training meets them."""
+    prompts, lift, K, _ = problem(mode, 3, 5, 18, FP32, width=21)
+    L = LEVEL[spectrum].expand_as(K).clone().requires_grad_()
+    inputs = execution.moved(prompts, lift, K, L)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    expected = values_and_gradients(definition, exact, "code")
+    close(values_and_gradients(koopman_losses, inputs, "code"), expected, 1e-5)
+
+
 @each(
     OP,
     "triple, k, distance",
