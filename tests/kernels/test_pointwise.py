@@ -472,14 +472,20 @@ def test_the_reference_runs_where_no_kernel_can(monkeypatch, reason):
     assert calls == [1]
 
 
-@each(OP, "kind, dtype", cpu=itertools.product(KINDS, [FP32, BF16]))
+@each(
+    OP,
+    "kind, dtype",
+    cpu=itertools.product(KINDS, [FP32, BF16]),
+    interpreter=itertools.product(KINDS, [FP32]),
+    gpu=itertools.product(KINDS, [FP32, BF16]),
+)
 def test_activations_of_every_size(execution, kind, dtype):
     """From the smallest to the largest numbers, with what is not finite, each against fp64: as far
     as rounding goes, and of entries themselves, not of the norm.
     """
     sizes = torch.logspace(-30, 30, 901, dtype=FP64)
     near = torch.linspace(-12, 12, 4801, dtype=FP64)
-    u = torch.cat([near, sizes, -sizes, torch.tensor([0.0, -0.0])]).to(dtype)
+    (u,) = execution.moved(torch.cat([near, sizes, -sizes, torch.tensor([0.0, -0.0])]).to(dtype))
     wide = u.double().requires_grad_()
     exact = ACTIVATIONS[kind](wide)
     (slope,) = torch.autograd.grad(exact.sum(), wide)
@@ -491,7 +497,7 @@ def test_activations_of_every_size(execution, kind, dtype):
     assert ((got.double() - slope).abs() <= step * slope.abs() + 1e-6).all()
     from_code = pointwise.activation_backward(torch.ones_like(u), code, kind)
     assert ((from_code.double() - slope).abs() <= 1 / 400 + step + 1e-6).all()
-    nan = torch.tensor([torch.nan] * 20, dtype=dtype)
+    nan = torch.tensor([torch.nan] * 20, dtype=dtype, device=execution.device)
     assert pointwise.activation(nan, kind)[0].isnan().all()
     if kind != "relu":
         assert pointwise.activation_backward(torch.ones_like(nan), nan, kind).isnan().all()

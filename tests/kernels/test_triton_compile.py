@@ -85,3 +85,17 @@ def test_what_may_spill():
     for module in MODULES.values():
         for launch in (*module.shipped_launches(90), *module.variant_launches(90)):
             assert "fp32" in launch.label or not launch.may_spill, launch.label
+
+
+@each_architecture
+def test_pointwise_kernels_keep_to_one_layout(architecture):
+    """A pass through shared memory between two layouts doubles what a kernel issues, and where it
+    lies before the formula, the formula is there twice. One warp sums a row without a barrier.
+    """
+    for launch in MODULES["pointwise"].shipped_launches(architecture):
+        used = ahead_of_time.compile_launch(launch, architecture)
+        assert used.shared == used.conversions == used.barriers == 0, launch.label
+        if launch.label == "gelu coded":  # an exponential each for the value and the bell
+            entries = launch.constants["BLOCK"] // (32 * launch.warps)
+            assert used.functions == 2 * entries
+            assert used.instructions <= 27 * entries
