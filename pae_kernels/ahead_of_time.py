@@ -10,7 +10,7 @@ kernel's compile-time switches can be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -92,22 +92,33 @@ def row(used: Resources) -> str:
 
 def compile_launch(launch: Launch, architecture: int) -> Resources:
     """Compile for sm_`architecture`, and read what the binary takes."""
+    pointers = tuple(n for n, kind in launch.types.items() if kind.startswith("*"))
+    return compile_kernel(
+        launch.kernel, launch.types, launch.constants, pointers + launch.aligned,
+        launch.warps, launch.stages, architecture,
+    )  # fmt: skip
+
+
+def compile_kernel(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    aligned: Collection[str],
+    warps: int,
+    stages: int,
+    architecture: int,
+) -> Resources:
+    """As `compile_launch`; `aligned` are all arguments that are multiples of 16, pointers too."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = launch.kernel.arg_names
-    signature = {n: "constexpr" if n in launch.constants else launch.types[n] for n in names}
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(names)
-        if signature[n].startswith("*") or n in launch.aligned
-    }
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned}
     compiled = triton.compile(
-        ASTSource(launch.kernel, signature, launch.constants, attributes),
+        ASTSource(kernel, signature, dict(constants), attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages, **OPTIONS},
+        options={"num_warps": warps, "num_stages": stages, **OPTIONS},
     )
-    return machine_code.read(
-        compiled.asm["cubin"], compiled.metadata.shared, launch.warps, architecture
-    )
+    return machine_code.read(compiled.asm["cubin"], compiled.metadata.shared, warps, architecture)

@@ -50,6 +50,7 @@ class Resources:
         loops: instructions in the body of each loop, those of inner loops included; outer loops
             and earlier ones first.
         products: instructions of the tensor cores.
+        wide: those among them that a group of four warps issues together, sm_90's and sm_100's.
         tf32: those among them that round fp32 to TF32.
         functions: of the special function unit: exponential, logarithm, root, reciprocal.
         barriers: that all warps of a program wait at.
@@ -66,6 +67,7 @@ class Resources:
     instructions: int
     loops: tuple[int, ...]
     products: int
+    wide: int
     tf32: int
     functions: int
     barriers: int
@@ -93,6 +95,7 @@ def read(cubin: bytes, shared: int, warps: int, architecture: int) -> Resources:
         instructions=len(code.instructions),
         loops=code.loops,
         products=code.count(_PRODUCTS),
+        wide=code.count(_WIDE),
         tf32=code.count(_PRODUCTS, "TF32"),
         functions=code.count({"MUFU"}),
         barriers=code.count({"BAR"}) - code.count({"BAR"}, "ARV"),
@@ -118,7 +121,8 @@ def occupancy(architecture: int, warps: int, registers: int, shared: int) -> int
     )
 
 
-_PRODUCTS = {"HMMA", "IMMA", "DMMA", "HGMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA"}
+_WIDE = {"HGMMA", "IGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA", "UTCOMMA"}
+_PRODUCTS = {"HMMA", "IMMA", "DMMA"} | _WIDE
 _JUMPS = {"BRA", "CALL"}
 _SPIN = 8
 _WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}

@@ -1,0 +1,267 @@
+"""The compile gate: the machine code of everything that is launched, against a committed file.
+
+    python -m tests.gate                   what is worse than tests/budgets.json; exit code 1 if any
+    python -m tests.gate gelu --arch 90    figures of the launches whose names have these words
+    python -m tests.gate --update          write them down as they are now, for this Triton
+
+No GPU is needed: `launches.py` says what a step or a benchmark launches, with its true types,
+alignments and constants, Triton compiles it, and `pae_kernels/machine_code.py` reads the binary.
+
+Other versions of Triton make other code, so a budget belongs to a line of them (3.8). There code
+may become worse by `ROOM`. A line without budgets is measured by the worst known one, with more
+room: it is red for another kind of code (spills, a polynomial formed twice, loads of single
+entries, products that leave the tensor cores), not for other code of the same kind. A name says
+what is computed; tiles, warps and stages are ours to choose, so they are no part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+
+from pae.checkpoint import write_atomically
+from pae_kernels.machine_code import Resources
+from tests import launches
+from tests.stand_in import Launch
+
+FILE = Path(__file__).parent / "budgets.json"
+ACCEPT = "python -m tests.gate --update"
+ARCHITECTURES = (80, 90, 100)
+LINE = ".".join(triton.__version__.split(".")[:2])
+
+ROOM, ROOM_ELSEWHERE = 0.05, 0.3
+SPILLED_ELSEWHERE = 64  # bytes a thread that another Triton may spill
+
+# what a program makes, for instructions per entry; of a kernel with loops nothing is said
+ENTRIES: dict[str, Callable[[dict], int]] = {
+    "activation_fwd": lambda c: c["BLOCK"],
+    "activation_bwd": lambda c: c["BLOCK"],
+    "layer_norm_fwd": lambda c: c["WIDTH"] * c["ROWS"],
+    "layer_norm_bwd": lambda c: c["WIDTH"] * c["ROWS"],
+    "row_stats": lambda c: c["WIDTH"] * c["ROWS"],
+}
+_TILES = ("BLOCK", "ROWS", "PER_PROGRAM", "PARTS")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is guarded of a launch, in the order of the file; worse is more, or less in `FEWER`."""
+
+    spilled: int
+    programs: int
+    instructions: int
+    loop: int  # the longest innermost body
+    products: int
+    wide: int
+    tf32: int
+    functions: int
+    barriers: int
+    conversions: int
+    loads: int
+    narrow: int  # loads and stores of fewer than 32 bits
+    asynchronous: int
+    registers: int  # these three are for information
+    shared: int
+    per_entry: float
+
+    @classmethod
+    def of(cls, used: Resources, launch: Launch) -> Figures:
+        entries = ENTRIES.get(name_of(launch), lambda c: 0)(dict(launch.constants))
+        each = used.instructions * 32 * used.warps / entries if entries else 0.0
+        moves = [*used.loads.items(), *used.stores.items()]
+        return cls(
+            spilled=used.spilled,
+            programs=used.programs,
+            instructions=used.instructions,
+            loop=used.loops[-1] if used.loops else 0,
+            products=used.products,
+            wide=used.wide,
+            tf32=used.tf32,
+            functions=used.functions,
+            barriers=used.barriers,
+            conversions=used.conversions,
+            loads=sum(used.loads.values()),
+            narrow=sum(count for width, count in moves if width < 32),
+            asynchronous=used.asynchronous,
+            registers=used.registers,
+            shared=used.shared,
+            per_entry=round(each, 1),
+        )
+
+
+FEWER = ("programs", "wide", "asynchronous")
+COLUMNS = tuple(Figures.__dataclass_fields__)
+GUARDED = COLUMNS[: COLUMNS.index("registers")]
+
+
+def name_of(launch: Launch) -> str:
+    return launch.kernel.__name__.removesuffix("_kernel").removeprefix("prompt_")
+
+
+def described(launch: Launch) -> str:
+    """Kernel, dtypes that it reads and writes, switches; and what is not aligned."""
+    kinds = [kind[1:] for _, kind in launch.types if kind.startswith("*")]
+    runs = [k for i, k in enumerate(kinds) if i == 0 or kinds[i - 1] != k]
+    switches = [f"{n}={v}" for n, v in launch.constants if not n.startswith(_TILES)]
+    odd = [n for n, kind in launch.types if kind.startswith("*") and n not in launch.aligned]
+    rest = [f"unaligned {' '.join(odd)}"] if odd else []
+    return " ".join([name_of(launch), ",".join(runs), *switches, *rest])
+
+
+def tile_of(launch: Launch) -> str:
+    sizes = [f"{n}={v}" for n, v in launch.constants if n.startswith(_TILES)]
+    return " ".join([*sizes, f"warps={launch.warps} stages={launch.stages}"])
+
+
+def named(found: Iterable[Launch]) -> dict[str, Launch]:
+    """By their names; the tile tells those apart that differ in nothing else."""
+    by_name: dict[str, list[Launch]] = {}
+    for launch in found:
+        by_name.setdefault(described(launch), []).append(launch)
+    return {
+        name if len(same) == 1 else f"{name} {tile_of(launch)}": launch
+        for name, same in sorted(by_name.items())
+        for launch in same
+    }
+
+
+# ---- the file
+
+
+Budgets = dict[str, dict[str, Figures]]  # name -> "3.8 sm_90" -> figures
+
+
+def read() -> Budgets:
+    """The committed budgets."""
+    file = json.loads(FILE.read_text()) if FILE.exists() else {"columns": [], "launches": {}}
+    return {
+        name: {where: Figures(**dict(zip(file["columns"], row))) for where, row in rows.items()}
+        for name, rows in file["launches"].items()
+    }
+
+
+def write(budgets: Budgets) -> None:
+    """One line per launch and place."""
+    blocks = [
+        f"  {json.dumps(name)}: {{\n"
+        + ",\n".join(
+            f'   "{where}": {json.dumps(list(vars(figures).values()))}'
+            for where, figures in sorted(rows.items())
+        )
+        + "\n  }"
+        for name, rows in sorted(budgets.items())
+        if rows
+    ]
+    text = f'{{\n "columns": {json.dumps(COLUMNS)},\n "launches": {{\n' + ",\n".join(blocks)
+    write_atomically(FILE, lambda path: path.write_text(text + "\n }\n}\n"))
+
+
+_KINDS = ("tf32", "narrow")  # a single one more is another kind of code
+
+
+def complaints(
+    name: str, now: Figures, committed: dict[str, Figures], architecture: int, line: str = LINE
+) -> Iterator[str]:
+    """What is wrong with one launch, each in one line.
+
+    Args:
+        committed: its budgets, by place.
+        line: the version line of Triton that compiled it.
+    """
+    at = f"{name}, sm_{architecture}"
+    known = committed.get(f"{line} sm_{architecture}")
+    worst = [f for where, f in committed.items() if where.endswith(f" sm_{architecture}")]
+    if not worst:
+        yield f"{at} has no budget. Write one down: {ACCEPT}"
+        return
+    for column in GUARDED:
+        value = getattr(now, column)
+        budget = [getattr(f, column) for f in ([known] if known else worst)]
+        bound = _bound(column, budget, known is not None)
+        fewer = column in FEWER
+        if value < bound if fewer else value > bound:
+            was, word = (min(budget), "least") if fewer else (max(budget), "most")
+            yield f"{at}: {column} {value}, was {was}, at {word} {bound}. If it must be: {ACCEPT}"
+
+
+def _bound(column: str, budget: list[int], known: bool) -> int:
+    """The worst that is allowed, given the budgets that count."""
+    if column in FEWER:
+        least = min(budget)
+        if known or least == 0:
+            return least
+        return max(1, least - 1) if column == "programs" else 1
+    most = max(budget)
+    if known or column in _KINDS:
+        return most if column in _KINDS else int(most * (1 + ROOM))
+    more = SPILLED_ELSEWHERE if column == "spilled" else 2
+    return int(most * (1 + ROOM_ELSEWHERE)) + more
+
+
+# ---- the command
+
+
+def compiled(chosen: dict[str, Launch], architecture: int) -> dict[str, Figures]:
+    """Name -> figures, on all cores."""
+    work = [(launch, architecture) for launch in chosen.values()]
+    global _WORK
+    _WORK = work  # kernels do not travel between processes, but are there after a fork
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        return dict(zip(chosen, pool.map(_compiled, range(len(work)), chunksize=1)))
+
+
+_WORK: list[tuple[Launch, int]] = []
+
+
+def _compiled(i: int) -> Figures:
+    launch, architecture = _WORK[i]
+    return Figures.of(launch.compiled(architecture), launch)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.gate", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("words", nargs="*", help="of the names of the launches that are wanted")
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--from", dest="sources", nargs="+", choices=launches.SOURCES,
+                        default=["steps", "benchmarks"])  # fmt: skip
+    parser.add_argument("--update", action="store_true", help="accept the figures as they are")
+    given = parser.parse_args(arguments)
+    budgets, said, seen = read(), [], set()
+    print(f"Triton {triton.__version__}")
+    for architecture in given.arch:
+        where = f"{LINE} sm_{architecture}"
+        found = {
+            l: None for source in given.sources for l in launches.SOURCES[source](architecture)
+        }
+        everything = named(found)
+        chosen = {n: l for n, l in everything.items() if all(w in n for w in given.words)}
+        for name, figures in compiled(chosen, architecture).items():
+            if given.words:
+                print(f"{name}, sm_{architecture}, {tile_of(chosen[name])}")
+                print("   ", ", ".join(f"{c} {v}" for c, v in vars(figures).items() if v))
+            said += complaints(name, figures, budgets.get(name, {}), architecture)
+            if given.update:
+                budgets.setdefault(name, {})[where] = figures
+        seen |= chosen.keys()
+        if not given.words:  # what is no longer launched
+            gone = [n for n, rows in budgets.items() if where in rows and n not in chosen]
+            said += [f"{n}, sm_{architecture} is no longer launched: {ACCEPT}" for n in gone]
+            for name in gone if given.update else ():
+                del budgets[name][where]
+    print("\n".join(said) or f"{len(seen)} launches as committed")
+    if given.update:
+        write(budgets)
+    return int(bool(said) and not given.update)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

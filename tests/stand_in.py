@@ -1,0 +1,270 @@
+"""A GPU of shapes alone: code for one runs through without one, and its Triton launches are kept.
+
+Tensors have shapes, strides, dtypes, alignments and a device, and nothing in them (PyTorch's fake
+tensors). A number that is read out of one is 1, and every question whether values are right has the
+answer yes. Ops of our own run the version that a GPU would run, not what says how their results
+look. A Triton launch goes as far as its specialisation, through Triton's own code: which kernel,
+which types, what is divisible by 16, which constants and options. Nothing is compiled or launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from pae import plan
+from pae_kernels import ahead_of_time, backends, native
+from pae_kernels.attention import tiles
+from pae_kernels.machine_code import Resources
+from pae_kernels.spectrum import op as spectrum
+
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch as Triton specialises it: all that the machine code depends on.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        types: (argument, Triton type) of what is known when it is launched.
+        constants: (argument, value) of what is known at compile time, an argument that is 1 among
+            them.
+        aligned: arguments that are multiples of 16, addresses too.
+        warps, stages: options of the compiler.
+    """
+
+    kernel: JITFunction
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    warps: int
+    stages: int
+
+    def compiled(self, architecture: int) -> Resources:
+        """What its machine code takes."""
+        return ahead_of_time.compile_kernel(
+            self.kernel, dict(self.types), dict(self.constants), self.aligned,
+            self.warps, self.stages, architecture,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def gpu(architecture: int) -> Iterator[dict[Launch, int]]:
+    """The launches that the code below makes on a GPU of sm_`architecture`, each with how often."""
+    launches: dict[Launch, int] = {}
+
+    def keep(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        launch = _launch(fn.jit_function, compile)
+        launches[launch] = launches.get(launch, 0) + 1
+        return True  # Triton need do nothing more
+
+    size = architecture // 10, MULTIPROCESSORS[architecture]
+    driver = triton.runtime.driver
+    before = driver._active
+    with contextlib.ExitStack() as stack:
+        for where, names in (
+            (torch.cuda, _cuda(architecture)),
+            (torch, _autocast() | {"Generator": _Generator}),
+            (torch.Tensor, _moves()),
+            (FakeTensor, _outside()),
+            (torch.nn.Module, {"_apply": _apply}),
+            (backends, {"on": lambda device: contextlib.nullcontext()}),
+            (native, {"unavailable": lambda: "nothing compiled runs on a stand-in"}),
+            (tiles, {"_device": lambda device: size}),
+            (plan, {"_refuse": lambda name, module: None}),  # it folds plain tensors alone
+            (spectrum, {"_readable": lambda t: False}),
+            (triton.knobs.runtime, {"jit_cache_hook": keep}),
+        ):
+            for name, value in names.items():
+                stack.enter_context(mock.patch.object(where, name, value))
+        stack.enter_context(mock.patch.dict(os.environ, {"PAE_BACKEND": "auto"}))
+        stack.callback(_forget)
+        stack.callback(setattr, driver, "_active", before)
+        driver.set_active(_Driver(architecture))
+        _forget()
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_OurOps())
+        yield launches
+
+
+def _forget() -> None:
+    """What kernels know of a driver that they have met."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("pae_kernels."):
+            for kernel in vars(module).values():
+                if isinstance(kernel, JITFunction):
+                    kernel.device_caches.clear()
+
+
+def _launch(kernel: JITFunction, compiled: dict[str, Any]) -> Launch:
+    """What Triton is about to compile."""
+    names = kernel.arg_names
+    (attributes,) = compiled["configs"]
+    return Launch(
+        kernel,
+        tuple((n, kind) for n, kind in compiled["signature"].items() if kind != "constexpr"),
+        tuple((names[i], value) for (i,), value in compiled["constants"].items()),
+        tuple(names[i] for (i,), words in attributes.items() if words),
+        compiled["num_warps"],
+        compiled["num_stages"],
+    )
+
+
+class _Driver:
+    """What Triton asks a driver for before it compiles."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+# ---- tensors. To PyTorch's own code they lie on the CPU, since its autograd engine would ask a GPU
+# for streams; everybody else sees a GPU.
+
+
+class _OurOps(TorchDispatchMode):
+    """What runs instead of an operation."""
+
+    within = False  # PyTorch's own code
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in _YES:
+            return True
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
+        kwargs = {name: _here(value) for name, value in (kwargs or {}).items()}
+        ours = func.namespace == "pae"
+        before, _OurOps.within = _OurOps.within, not ours
+        try:
+            if ours:
+                with self:
+                    return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
+            return func(*args, **kwargs)
+        finally:
+            _OurOps.within = before
+
+
+_ATEN = torch.ops.aten
+_YES = (_ATEN.equal.default, _ATEN.allclose.default, _ATEN.is_nonzero.default)
+
+
+def _here(value: Any) -> Any:
+    if isinstance(value, str | torch.device) and str(value).startswith("cuda"):
+        return CPU
+    return value
+
+
+def _outside() -> dict[str, Any]:
+    inside = FakeTensor.device
+    return {
+        "device": property(lambda t: inside.__get__(t) if _OurOps.within else GPU),
+        "data_ptr": lambda t: 2**20 + t.storage_offset() * t.element_size(),
+    }
+
+
+def _moves() -> dict[str, Any]:
+    to = torch.Tensor.to
+
+    def here(t: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        return to(t, *map(_here, given), **{name: _here(value) for name, value in named.items()})
+
+    return {"to": here, "cuda": lambda t, *_, **__: t}
+
+
+_OWN_GENERATOR = torch.Generator
+
+
+class _Generator(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> torch.Generator:
+        return _OWN_GENERATOR(CPU)
+
+
+def _apply(module: torch.nn.Module, change: Callable, recurse: bool = True) -> torch.nn.Module:
+    """As PyTorch's, which refuses to change such parameters in place."""
+    for child in module.children() if recurse else ():
+        _apply(child, change)
+    for name, old in module._parameters.items():
+        if old is not None and (new := change(old.detach())).dtype != old.dtype:
+            module._parameters[name] = torch.nn.Parameter(new, old.requires_grad)
+    for name, old in module._buffers.items():
+        module._buffers[name] = None if old is None else change(old)
+    return module
+
+
+def _autocast() -> dict[str, Any]:
+    autocast, enabled, dtype = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
+    kind = lambda device_type: "cpu" if device_type == "cuda" else device_type
+    return {
+        "autocast": lambda device_type, *a, **k: autocast(kind(device_type), *a, **k),
+        "is_autocast_enabled": lambda *given: enabled(*map(kind, given)),
+        "get_autocast_dtype": lambda device_type: dtype(kind(device_type)),
+    }
+
+
+# ---- torch.cuda
+
+
+def _cuda(architecture: int) -> dict[str, Any]:
+    major, minor = divmod(architecture, 10)
+    properties = SimpleNamespace(
+        name=f"a stand-in for sm_{architecture}",
+        major=major,
+        minor=minor,
+        multi_processor_count=MULTIPROCESSORS[architecture],
+        total_memory=80 * 2**30,
+    )
+    nothing = lambda *_, **__: None
+    alone = lambda *_, **__: contextlib.nullcontext()
+    return {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: (major, minor),
+        "get_device_name": lambda device=None: properties.name,
+        "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+        "is_current_stream_capturing": lambda: False,
+        "Stream": _Stream,
+        "current_stream": _Stream,
+        "CUDAGraph": _Stream,
+        **dict.fromkeys(("device", "stream", "graph"), alone),
+        **dict.fromkeys(
+            ("_lazy_init", "synchronize", "empty_cache", "set_rng_state", "manual_seed", "_sleep"),
+            nothing,
+        ),
+        **dict.fromkeys(("reset_peak_memory_stats", "manual_seed_all"), nothing),
+        **dict.fromkeys(("memory_allocated", "max_memory_allocated"), lambda *_, **__: 1),
+    }
+
+
+class _Stream:
+    """A stream, an event or a graph: whatever is asked of it, nothing happens."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
