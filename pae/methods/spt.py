@@ -19,6 +19,7 @@ from ..model import PromptedViT
 from ..mpa.incoming import check_positive, undisturbed
 from ..prompts import PromptFamily
 
+POOLED = ("mean_pooling", "max_pooling")
 IMAGES_AT_ONCE = 64  # of a tensor; a loader's batches are taken as they come
 
 
@@ -29,6 +30,7 @@ def spt_init(
     method: str = "random",
     sample: int = 4096,
     seed: int = 0,
+    official: bool = False,
 ) -> None:
     """Set each block's prompts to patch tokens that enter this block when the frozen backbone runs
     on training images.
@@ -39,6 +41,8 @@ def spt_init(
     - "random": P tokens, drawn uniformly from all images and positions.
     - "mean_pooling", "max_pooling": the L tokens of an image are pooled in runs of L // (P - 1)
       neighbours, row by row, and one run of what is left; P of all pooled tokens are drawn.
+      `official=True` pools as released: P - 1 runs, and one of the last L mod (L // (P - 1)) tokens
+      or, where that is 0, of the whole image; P must then be from 2 to L + 1.
     - "kmeans": the P centres of scikit-learn's k-means on `sample` tokens, drawn uniformly. (The
       released code reads centres of 30 % of the data from files that it does not make.)
 
@@ -57,6 +61,7 @@ def spt_init(
         method: one of the above.
         sample: tokens per block that k-means sees; sample x D values are kept per block.
         seed: of the draws and of k-means.
+        official: runs of the pooling methods as released; of no meaning for the others.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what was expected.
@@ -67,6 +72,8 @@ def spt_init(
     if method not in SPT_METHODS:
         raise ValueError(f"method must be one of {SPT_METHODS}, got {method!r}")
     check_positive("sample", sample)
+    if official and method not in POOLED:
+        raise ValueError(f"official=True is for the methods {POOLED}, got method {method!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
     counts = _counts(model)
@@ -82,8 +89,8 @@ def spt_init(
     with undisturbed(model, images):
         for batch in _batches(model, images):
             for block, tokens in enumerate(_tokens(model, batch, len(counts))):
-                if method in ("mean_pooling", "max_pooling"):
-                    tokens = _pool(tokens, counts[block], method)
+                if method in POOLED and counts[block]:
+                    tokens = _pool(tokens, counts[block], method, official)
                 reservoirs[block].add(tokens.flatten(0, 1))
     prompts: list[Tensor | None] = [None] * model.view.shape.depth
     for block, (count, reservoir) in enumerate(zip(counts, reservoirs)):
@@ -145,11 +152,20 @@ def _tokens(model: PromptedViT, images: Tensor, blocks: int) -> Iterator[Tensor]
             yield x[:, view.num_prefix_tokens :]
 
 
-def _pool(tokens: Tensor, count: int, method: str) -> Tensor:
+def _pool(tokens: Tensor, count: int, method: str, official: bool) -> Tensor:
     """(B, L, D) to (B, runs, D)."""
     length = tokens.shape[1]
-    run = max(1, length // max(1, count - 1))
-    parts = tokens.split(run, dim=1)
+    if official:
+        if not 2 <= count <= length + 1:
+            raise ValueError(
+                f"official=True needs 2 to {length + 1} prompts per block, one more than the "
+                f"{length} tokens of an image, got {count}"
+            )
+        run = length // (count - 1)
+        parts = [tokens[:, start : start + run] for start in range(0, run * (count - 1), run)]
+        parts.append(tokens[:, -(length % run) :])  # all of them where nothing is left
+    else:
+        parts = list(tokens.split(max(1, length // max(1, count - 1)), dim=1))
     if method == "mean_pooling":
         return torch.stack([part.mean(1) for part in parts], dim=1)
     return torch.stack([part.amax(1) for part in parts], dim=1)

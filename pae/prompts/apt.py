@@ -21,9 +21,8 @@ class APT(PromptFamily):
     They pass neither norm nor projection, and all heads share them: 2 T d numbers and 2 T scales
     per block. No prompt has a query, so no work is thrown away even by the reference.
 
-    The family was published for VideoMAE (1568 tokens of 8 x 14 x 14 tubes, mean pooling), and
-    works on any backbone of `PromptedViT`; a video backbone whose stem makes such tokens needs
-    nothing else, since neither N nor its grid is read.
+    The family was published for VideoMAE (1568 tokens of 8 x 14 x 14 tubes, mean pooling). Here it
+    works on any backbone of `PromptedViT`, which takes images: 5-D clips are refused.
 
     Args:
         num_tokens: T, at least 1.
@@ -32,7 +31,8 @@ class APT(PromptFamily):
 
     Attributes:
         keys, values: (blocks, T, d), U(-v, v) with v = sqrt(6 / (C ph pw + d)).
-        scales: (blocks, 2, T), ones; below 1 a scale has no effect and no gradient.
+        scales: (blocks, 2, T), ones; below 1 a scale has no effect and no gradient. At 1, where
+            all start, a tie of max(s, 1), the gradient is half of the one above 1, as released.
 
     Neither KLD nor MPA applies: there are no prompts in the width of the rows.
 
@@ -88,8 +88,8 @@ class APT(PromptFamily):
         i = index - self.start
         pair = torch.stack([self.keys[i], self.values[i]], dim=1)  # (T, 2, d)
         scales = self.scales[i]
-        # not clamp, whose gradient may vanish at the limit, where all scales start
-        scales = torch.where(scales >= 1, scales, 1.0)
+        # not clamp, which gives a tie the whole gradient
+        scales = torch.maximum(scales, scales.new_ones(()))
         pair = pair * scales.t()[..., None]
         pair = F.dropout(pair, self.dropout, self.training)
         return pair[:, :, None].expand(-1, -1, self.shape.num_heads, -1)

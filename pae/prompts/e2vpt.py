@@ -19,6 +19,7 @@ from .vpt import _VPT
 
 MASKS = ("none", "learned", "fixed")
 PRUNED = ("zero", "remove")
+KEPT_PIECES = 4  # of every token, however many it has
 INIT_FAN = 6.0  # Kaiming uniform, a = 0: bound sqrt(6 / fan_in)
 
 
@@ -152,8 +153,8 @@ class E2VPT(_VPT):
 
         Args:
             importance: of this family, from `e2vpt_importance`.
-            token_fraction, piece_fraction: shares to drop, in [0, 1); at least one token stays, and
-                in each token at least a quarter of its pieces.
+            token_fraction, piece_fraction: shares to drop, in [0, 1); what is no whole number is
+                rounded down, as released. At least one token stays, and in each token 4 pieces.
             pruned: "zero" or "remove"; as in this family when None.
 
         Returns:
@@ -170,10 +171,10 @@ class E2VPT(_VPT):
             )
         check_probability("token_fraction", token_fraction)
         check_probability("piece_fraction", piece_fraction)
-        drop = min(round(token_fraction * self.num_tokens), self.num_tokens - 1)
+        drop = min(_share(token_fraction, self.num_tokens), self.num_tokens - 1)
         token_mask = torch.ones(self.num_tokens)
         token_mask[tokens.argsort(stable=True)[:drop].cpu()] = 0
-        drop = min(round(piece_fraction * self.pieces), self.pieces - max(1, self.pieces // 4))
+        drop = min(_share(piece_fraction, self.pieces), max(self.pieces - KEPT_PIECES, 0))
         piece_mask = torch.ones(self.num_tokens, self.pieces)
         piece_mask.scatter_(1, pieces.argsort(dim=1, stable=True)[:, :drop].cpu(), 0)
         made = E2VPT(
@@ -214,6 +215,11 @@ class E2VPT(_VPT):
         return tokens * mask
 
 
+def _share(fraction: float, count: int) -> int:
+    """floor(fraction count); 0.29 of 100 is 29, although their product is a little less."""
+    return int(fraction * count + 1e-9)
+
+
 @dataclass(frozen=True, eq=False)
 class E2VPTImportance:
     """Mean gradient of the loss by each mask entry: tokens (T,), pieces (T, s); small is idle."""
@@ -228,14 +234,14 @@ def e2vpt_importance(
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     absolute: bool = False,
 ) -> E2VPTImportance:
-    """Mean over batches of d loss / d mask, without any step.
+    """Mean over batches of d loss / d mask, without any step and without dropout.
 
     The released code ranks the signed mean, although a large negative gradient means that growing
     the token would help; `absolute=True` ranks its size.
 
     Args:
-        model: a `PromptedViT` over an `E2VPT` with `masks="learned"`; its training flag decides
-            whether dropout is drawn.
+        model: a `PromptedViT` over an `E2VPT` with `masks="learned"`; it is put into eval mode and
+            back.
         batches: (images, labels), at least one.
         loss: of (logits, labels).
 
@@ -249,11 +255,17 @@ def e2vpt_importance(
         raise ValueError(f"model.prompts must have masks='learned', got {family.masks!r}")
     masks, count = (family.token_mask, family.piece_mask), 0
     sums = [torch.zeros_like(m) for m in masks]
-    for images, labels in batches:
-        value = loss(model(images, engine="fast"), labels)
-        for total, grad in zip(sums, torch.autograd.grad(value, masks)):
-            total += grad
-        count += 1
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for images, labels in batches:
+            value = loss(model(images, engine="fast"), labels)
+            for total, grad in zip(sums, torch.autograd.grad(value, masks)):
+                total += grad
+            count += 1
+    finally:
+        for module, training in flags:
+            module.training = training
     if count == 0:
         raise ValueError("batches must hold at least one batch, got none")
     tokens, pieces = (s / count for s in sums)

@@ -19,6 +19,7 @@ from .vpt import _VPT
 REDUCTIONS = ("mean", "max")
 REINFORCED = ("topk", "all")
 MATCHES = ("rank", "shared")
+MIX_STARTS = ("copied", "independent")
 
 
 @register("ivpt")
@@ -46,6 +47,8 @@ class IVPT(_VPT):
             then that of the backbone's default image size; `num_reinforced` is not used.
         reduction: over heads, "mean" or "max"; decides the order alone.
         match: "rank": the j-th most attended row gets vector j; "shared": all get the same.
+        mix_start: "copied": M_l and c_l start the same in all blocks, as in the authors' modules;
+            "independent": each is drawn for itself.
         dropout, dropout_scope: as in `VPTDeep`.
 
     Attributes:
@@ -76,6 +79,7 @@ class IVPT(_VPT):
         reinforced: str = "topk",
         reduction: str = "mean",
         match: str = "rank",
+        mix_start: str = "copied",
         dropout: float = 0.0,
         dropout_scope: str = "batch",
     ) -> None:
@@ -87,6 +91,7 @@ class IVPT(_VPT):
         self.reinforced = check_choice("reinforced", reinforced, REINFORCED)
         self.reduction = check_choice("reduction", reduction, REDUCTIONS)
         self.match = check_choice("match", match, MATCHES)
+        self.mix_start = check_choice("mix_start", mix_start, MIX_STARTS)
         self.adjusts_rows = reinforced == "all"
         self.reads_class_attention = reinforced == "topk" and num_reinforced > 0
         for name in ("mix", "mix_bias", "added"):
@@ -102,8 +107,11 @@ class IVPT(_VPT):
             )
         self._allocate(shape, shape.depth, count)
         bound = count**-0.5
-        self.mix = nn.Parameter(torch.empty(pairs, count, count).uniform_(-bound, bound))
-        self.mix_bias = nn.Parameter(torch.empty(pairs, count).uniform_(-bound, bound))
+        drawn = 1 if self.mix_start == "copied" else pairs
+        mix = torch.empty(drawn, count, count).uniform_(-bound, bound)
+        bias = torch.empty(drawn, count).uniform_(-bound, bound)
+        self.mix = nn.Parameter(mix.expand(pairs, -1, -1).clone())
+        self.mix_bias = nn.Parameter(bias.expand(pairs, -1).clone())
         if self.adjusts_rows or self.reads_class_attention:
             rows = patches if self.reinforced == "all" else self.num_reinforced
             rows = 1 if self.match == "shared" else rows

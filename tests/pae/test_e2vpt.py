@@ -83,6 +83,19 @@ def test_importance_is_the_mean_gradient():
     assert torch.equal(sizes.tokens, got.tokens.abs())
 
 
+def test_importance_draws_no_dropout_and_leaves_the_flags():
+    made = prompted(4, 2, masks="learned", pieces=8, dropout=0.5, kv_dropout=0.5)
+    made.head.eval()
+    flags = [m.training for m in made.modules()]
+    batches = [(tiny.images(made.backbone), torch.tensor([0, 1, 2]))]
+    first, second = (e2vpt_importance(made, batches) for _ in range(2))
+    assert torch.equal(first.pieces, second.pieces) and first.pieces.any()
+    assert [m.training for m in made.modules()] == flags
+    with pytest.raises(TypeError):
+        e2vpt_importance(made, [None])
+    assert [m.training for m in made.modules()] == flags
+
+
 def importance(tokens, pieces=None):
     tokens = torch.tensor(tokens)
     pieces = torch.arange(8.0).expand(len(tokens), 8) if pieces is None else pieces
@@ -109,12 +122,12 @@ def test_rewinding(pruned):
     tiny.assert_engines_agree(made, tiny.images(made.backbone))
 
 
-def test_pruning_keeps_a_token_and_a_quarter_of_the_pieces():
+def test_pruning_keeps_a_token_and_four_pieces():
     old = prompted(4, 2, masks="learned", pieces=8)
     family = old.prompts.rewound(importance([0.0] * 4), 0.99, 0.99)
     pae.PromptedViT(tiny.backbone(), family)
     assert family.token_mask.sum() == 1
-    assert (family.piece_mask.sum(1) == 2).all()
+    assert (family.piece_mask.sum(1) == 4).all()
 
 
 def test_zero_rows_keep_their_share_of_the_softmax():

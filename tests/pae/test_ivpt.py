@@ -127,6 +127,11 @@ def test_parameter_count_and_start():
     }
     assert not made.prompts.added.any()
     assert made.prompts.mix.abs().max() <= 5**-0.5 and made.prompts.mix.std() > 0.1
+    assert torch.equal(made.prompts.mix[0], made.prompts.mix[1])
+    assert torch.equal(made.prompts.mix_bias[0], made.prompts.mix_bias[1])
+    apart = prompted(5, mix_start="independent").prompts
+    assert not torch.equal(apart.mix[0], apart.mix[1])
+    assert not torch.equal(apart.mix_bias[0], apart.mix_bias[1])
     assert prompted(5, 0).prompts.added is None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import pae
-from pae.methods.spt import _Reservoir
+from pae.methods.spt import _pool, _Reservoir
 from pae.prompts import VPTDeep, VPTShallow
 from tests import tiny
 
@@ -92,6 +92,62 @@ def test_pooled_runs_of_neighbours(method, count, runs):
         assert len(pool) == runs * len(x)
         rows = model.prompts.raw_prompts()[block]
         assert len(set(found(rows, torch.stack(pool)).tolist())) == count
+
+
+class Noise:
+    """A generator whose largest numbers are the smallest of the stored ones, in the file's order:
+    window by window, images side by side."""
+
+    def __init__(self, noise, images):
+        self.noise, self.images = noise, images
+
+    def random(self, count):
+        order = torch.arange(count).view(-1, self.images).t().reshape(-1)
+        return (1 - self.noise[:count].double())[order].numpy()
+
+
+@pytest.mark.parametrize("precision", ["f32", "f64"])
+@pytest.mark.parametrize("method", ["random", "mean_pooling", "max_pooling"])
+def test_released_runs_and_draw(golden, monkeypatch, method, precision):
+    """Stored numbers of the released code, its noise included; see tests/golden/README.md."""
+    arrays = {k: torch.as_tensor(v) for k, v in golden("spt_init").items() if k != "meta_json"}
+    blocks = arrays["tokens"].to({"f32": torch.float32, "f64": torch.float64}[precision])
+    noise = Noise(arrays["noise"], blocks.shape[1])
+    cases = [k.split("/")[0] for k in arrays if k.startswith(method) and "prompts" in k]
+    assert len(set(cases)) == (8 if method == "random" else 10)
+    for case in set(cases):
+        count = int(case.split("_")[-1])
+        for block, tokens in enumerate(blocks):
+            if method == "random":
+                noise.random = lambda n: (1 - noise.noise[:n].double()).numpy()
+                rows = tokens
+            else:
+                rows = _pool(tokens, count, method, official=True)
+                expected = arrays[f"{case}/{precision}/pooled"]
+                if block == 0:
+                    assert (rows.transpose(0, 1) - expected).abs().max() <= 1e-6
+            reservoir = _Reservoir(count, (0,))
+            reservoir.random = noise
+            reservoir.add(rows.flatten(0, 1))
+            drawn = arrays[f"{case}/{precision}/prompts"][block]
+            assert (reservoir.rows - drawn).abs().max() <= 1e-6, (case, block)
+
+
+@pytest.mark.parametrize("method", ["mean_pooling", "max_pooling"])
+def test_released_runs_of_a_model(method):
+    model = made([6, 0, 4])  # 16 patches: 5 runs of 3 and the last token; 3 runs of 5 and one
+    x = tiny.images(model.backbone, 4)
+    pae.spt_init(model, x, method, official=True)
+    for block, size in ((0, 3), (2, 5)):
+        tokens = all_tokens(model, x)[block]
+        runs = [tokens[:, i : i + size] for i in range(0, 15, size)] + [tokens[:, 15:]]
+        pooled = [r.mean(1) if method == "mean_pooling" else r.amax(1) for r in runs]
+        found(model.prompts.raw_prompts()[block], torch.cat(pooled))
+    pae.spt_init(made(5), x, method, official=True)  # nothing is left: the whole image
+    for other in (made(1), made(18)):
+        message = "official=True needs 2 to 17 prompts per block, .* got (1|18)$"
+        refused(ValueError, message, lambda m=other: pae.spt_init(m, x, method, official=True))
+    refused(ValueError, "official=True is for", lambda: pae.spt_init(model, x, official=True))
 
 
 def test_kmeans_centres():
