@@ -11,9 +11,8 @@ namespace {
 PAE_INLINE int length(Whole) { return W; }
 PAE_INLINE int length(Part part) { return part.n; }
 
-// x / scale to nearest, between -127 and 127, plus 128.
-PAE_INLINE void store_codes(uint8_t* p, F x, float inverse, int n) {
-  F scaled = x * inverse;
+// x times the inverse of its scale, to nearest, between -127 and 127, plus 128.
+PAE_INLINE void store_codes(uint8_t* p, F scaled, int n) {
   scaled = scaled < -127.0f ? splat(-127.0f) : scaled;
   scaled = scaled > 127.0f ? splat(127.0f) : scaled;
   const F magic = splat(12582912.0f + 128);  // adding 1.5 * 2^23 rounds to an integer
@@ -42,8 +41,8 @@ PAE_INLINE F gelu(F u) {  // as in csrc/cpu/kernels.cpp
 
 // x + delta, its normalised rows and 1/std as csrc/cpu/kernels.cpp has them, and their codes.
 template <typename X, typename T>
-void norm(const X* x, const T* delta, X* y, T* xhat, float* rstd, uint8_t* codes, float scale,
-          float eps, int64_t n) {
+void norm(const X* x, const T* delta, X* y, T* xhat, float* rstd, uint8_t* codes,
+          const float* inverse, float eps, int64_t n) {
   F sum = {}, squares = {};
   vectors(n, [&](int64_t i, auto v) {
     if (delta != nullptr) v.store(y + i, v.load(x + i) + v.load(delta + i));
@@ -59,7 +58,7 @@ void norm(const X* x, const T* delta, X* y, T* xhat, float* rstd, uint8_t* codes
   vectors(n, [&](int64_t i, auto v) {
     F hat = (v.load(x + i) - mean) * *rstd;
     v.store(xhat + i, hat);
-    store_codes(codes + i, hat, 1.0f / scale, length(v));
+    store_codes(codes + i, hat * v.load(inverse + i), length(v));
   });
 }
 
@@ -84,31 +83,34 @@ EXPORT rows_codes(int kind, const void* from, uint8_t* codes, float* scale, int6
       for (int lane = 0; lane < W; ++lane) largest = std::fmax(largest, most[lane]);
       *scale = largest / 127.0f;
       vectors(n, [&](int64_t i, auto v) {
-        store_codes(codes + i, v.load(x + i), 1.0f / *scale, length(v));
+        store_codes(codes + i, v.load(x + i) * (1.0f / *scale), length(v));
       });
     }
   });
 }
 
-// One scale, of x or of GELU(x), whose values nobody needs.
-EXPORT fixed_codes(int kind, int act, const void* from, uint8_t* codes, float scale, int64_t n) {
+// A scale for each column, of x or of GELU(x), whose values nobody needs.
+EXPORT column_codes(int kind, int act, const void* from, uint8_t* codes, const float* inverse,
+                    int64_t rows, int64_t n) {
   each(kind, from, [&](auto* x) {
-    vectors(n, [&](int64_t i, auto v) {
-      F y = v.load(x + i);
-      store_codes(codes + i, act ? gelu(y) : y, 1.0f / scale, length(v));
-    });
+    for (; rows > 0; --rows, x += n, codes += n)
+      vectors(n, [&](int64_t i, auto v) {
+        F y = v.load(x + i);
+        store_codes(codes + i, (act ? gelu(y) : y) * v.load(inverse + i), length(v));
+      });
   });
 }
 
 EXPORT norm_codes(int stream, int kind, const void* from, const void* delta, void* y, void* xhat,
-                  float* rstd, uint8_t* codes, float scale, float eps, int64_t rows, int64_t n) {
+                  float* rstd, uint8_t* codes, const float* inverse, float eps, int64_t rows,
+                  int64_t n) {
   each(stream, from, [&](auto* x) {
     each(kind, delta, [&](auto* d) {
       auto* sum = static_cast<std::remove_const_t<std::remove_pointer_t<decltype(x)>>*>(y);
       auto* hat = static_cast<std::remove_const_t<std::remove_pointer_t<decltype(d)>>*>(xhat);
       for (int64_t at = 0; at < rows * n; at += n)
-        norm(x + at, d == nullptr ? d : d + at, sum + at, hat + at, rstd++, codes + at, scale, eps,
-             n);
+        norm(x + at, d == nullptr ? d : d + at, sum + at, hat + at, rstd++, codes + at, inverse,
+             eps, n);
     });
   });
 }

@@ -5,9 +5,9 @@
         --train-size 240 --val-size 100 --test-size 500
     python -m bench.studies.int8 report --output runs/int8
 
-The frozen weights of a plan get codes of 8 bits, one scale for each output channel; rows get one
-static scale a product, the largest value of the first batch. oneDNN multiplies, weights packed once
-(`qlinear_pointwise`). "fused" writes the codes inside the norm and the GELU before the product, in
+The frozen weights of a plan get codes of 8 bits, a scale for each output channel; each
+column of the rows a static one, from the first batch. oneDNN multiplies (`qlinear_pointwise`,
+weights packed once). "fused" writes the codes inside the norm and the GELU before the product, in
 `int8.cpp`, compiled here. With "both", gradients are multiplied in int8 too, each row with a scale
 of its own. Attention, norms, the stream, prompts' keys and a last block of one row are left alone.
 """
@@ -29,26 +29,30 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import cpuinfo
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from timm.data import resolve_data_config
 from torch import Tensor
 
 import pae
 import pae.plan
-from bench.bench_step import Case, open_step
+from bench.bench_step import Case, Step, open_step
 from bench.shapes import BASE, DEMO, random_backbone
 from bench.table import table_of
 from bench.timing import interleave
 from pae import block as frozen
+from pae.train import methods, pixels
 from pae_kernels import pointwise
 
 from . import runs
 
 CPU = torch.device("cpu")
 KINDS = {torch.float32: 0, torch.bfloat16: 2}
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
 JSON = "int8.json"
 # columns of the tables; errors are norm-relative
 FORMATS = {
@@ -61,20 +65,25 @@ FORMATS = {
     "its length": ".4f",
 }
 
+SHARE = 0.7  # of the unevenness of columns that the weights take over
+FORWARD = {"fused": True, "backward": False, "columns": True}
 # name -> dtype of the plan, and the options of `arm` where products run in int8
 ARMS: dict[str, tuple[str, dict[str, bool] | None]] = {
     "fp32": ("fp32", None),
     "bf16": ("bf16", None),
-    "int8 forward, unfused": ("fp32", {"fused": False, "backward": False}),
-    "int8 forward": ("fp32", {"fused": True, "backward": False}),
-    "int8 both": ("fp32", {"fused": True, "backward": True}),
-    "int8 both, the rest bf16": ("bf16", {"fused": True, "backward": True}),
+    "int8 forward, one scale": ("fp32", FORWARD | {"columns": False}),
+    "int8 forward, unfused": ("fp32", FORWARD | {"fused": False}),
+    "int8 forward": ("fp32", FORWARD),
+    "int8 both": ("fp32", FORWARD | {"backward": True}),
+    "int8 both, the rest bf16": ("bf16", FORWARD | {"backward": True}),
 }
 TRAINED = ("fp32", "bf16", "int8 forward", "int8 both")
-CASES = {
+CASES: dict[str, Case | str] = {  # a string: the first batch of a task, with trained weights
     "ViT-B/16, 197 rows, P = 50, batch 4": Case(BASE, 50, "fp32", 4),
     "ViT-S/14, 65 rows, P = 10, batch 16": Case(DEMO, 10, "fp32", 16, image=112),
+    "the task's ViT-S/14, 37 rows, P = 10, batch 16": "fashion-mnist",
 }
+TASK = {"train_size": 240, "val_size": 100, "epochs": 4, "img_size": 84}
 
 
 @functools.cache
@@ -86,11 +95,11 @@ def kernels() -> ctypes.CDLL:
     """
     if not torch.cpu._is_vnni_supported():
         raise SystemExit("bench.studies.int8 needs a processor with VNNI, and this one has none")
-    here, library = Path(__file__), Path(tempfile.mkdtemp(), "int8.so")
-    source, include = here.with_suffix(".cpp"), here.parents[2] / "csrc" / "cpu"
-    shared = ("-fPIC", "-shared", "-Wno-psabi", f"-I{include}", source, "-o", library)
-    subprocess.run(["c++", *FLAGS, "-fno-math-errno", "-fno-trapping-math", *shared], check=True)
-    return ctypes.CDLL(str(library))
+    source, include = Path(__file__).with_suffix(".cpp"), Path(pae.__file__).parents[1] / "csrc/cpu"
+    with tempfile.TemporaryDirectory() as scratch:
+        library = Path(scratch, "int8.so")
+        subprocess.run(["c++", *FLAGS, f"-I{include}", source, "-o", library], check=True)
+        return ctypes.CDLL(str(library))
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -130,29 +139,43 @@ class Weight:
     """A frozen weight that stands in a plan for `wide` (N, K): its products run in int8.
 
     Attributes:
-        scale: of the rows that it multiplies; None before the first of them.
+        inverse: (K,) one over the scale of each column of the rows; None before the first of them.
     """
 
-    def __init__(self, wide: Tensor, bias: Tensor, fused: bool, backward: bool) -> None:
-        self.wide, self.bias, self.fused = wide, bias.float(), fused
-        self.dtype, self.scale = wide.dtype, None
-        self.forward, self.backward = Packed(wide), Packed(wide.t()) if backward else None
+    def __init__(
+        self, wide: Tensor, bias: Tensor, fused: bool, backward: bool, columns: bool
+    ) -> None:
+        self.wide, self.bias, self.fused, self.columns = wide, bias.float(), fused, columns
+        self.dtype, self.inverse = wide.dtype, None
+        self.backward = Packed(wide.t()) if backward else None
 
     @property
     def known(self) -> bool:
         """Whether the pass before the product may write its codes."""
-        return self.fused and self.scale is not None
+        return self.fused and self.inverse is not None
 
-    def rows(self, rows: Tensor) -> Tensor:
-        """rows W^T + b, quantised in a pass of its own."""
-        if self.scale is None:
-            self.scale = max(rows.abs().max().item(), 1e-30) / 127
-        rows = rows.contiguous()
+    def see(self, rows: Tensor) -> None:
+        """Set the scales by the first rows: the largest of a column (to the power of `SHARE`, over
+        the largest of the weight's to what is left) is made even, and the weight makes up for it.
+        """
+        wide, most = self.wide.float(), rows.detach().float().abs().flatten(0, -2).amax(0)
+        even = torch.ones_like(most)
+        if self.columns:
+            even = most.clamp_min(1e-3) ** SHARE / wide.abs().amax(0).clamp_min(1e-6) ** (1 - SHARE)
+        self.scale = (most / even).amax().clamp_min(1e-30).item() / 127
+        self.inverse = 1 / (self.scale * even)
+        self.forward = Packed(wide * even)
+
+    def rows(self, rows: Tensor, act: int = 0) -> Tensor:
+        """rows W^T + b, or GELU(rows) W^T + b where the scales are known."""
+        if self.inverse is None:
+            self.see(rows)
         if self.fused:
-            codes = torch.empty_like(rows, dtype=torch.uint8)
-            call("fixed_codes", KINDS[rows.dtype], 0, rows, codes, self.scale, rows.numel())
+            rows, codes = rows.contiguous(), torch.empty_like(rows, dtype=torch.uint8)
+            sizes = rows.shape[:-1].numel(), rows.shape[-1]
+            call("column_codes", KINDS[rows.dtype], act, rows, codes, self.inverse, *sizes)
         else:
-            nearest = (rows.float() * (1 / self.scale)).round_().clamp_(-127, 127)
+            nearest = (rows * self.inverse).round_().clamp_(-127, 127)
             codes = nearest.add_(128).to(torch.uint8)
         return self.product(codes)
 
@@ -181,27 +204,24 @@ def norm(x: Tensor, pending: Tensor | None, eps: float, weight: Weight) -> tuple
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     kinds, sizes = (KINDS[x.dtype], KINDS[xhat.dtype]), (rstd.numel(), x.shape[-1])
     pending = None if pending is None else pending.contiguous()
-    call("norm_codes", *kinds, x, pending, y, xhat, rstd, codes, weight.scale, eps, *sizes)
+    call("norm_codes", *kinds, x, pending, y, xhat, rstd, codes, weight.inverse, eps, *sizes)
     return y, xhat, rstd, weight.product(codes)
 
 
 def attention_half(block, stream, keys, class_only=False, steps=frozen.AS_A_BACKWARD_NEEDS):
-    """As `pae.block.attention_half`."""
+    """As `pae.block.attention_half`, for all rows: the last block of one row is another's."""
     x, xhat, rstd, qkv = norm(stream.rows, stream.pending, block.eps1, block.w_qkv)
     qkv = qkv.view(*xhat.shape[:2], 3, block.num_heads, block.head_width)
     out, lse = steps.attention(xhat, qkv, keys, class_only)
     kept = frozen.AttentionKept(xhat, rstd, qkv, lse, frozen.HeadNorms())
-    return x[:, :1] if class_only else x, out, kept
+    return x, out, kept
 
 
 def mlp_half(block, x, out, memory="keep", steps=frozen.AS_A_BACKWARD_NEEDS):
     """As `pae.block.mlp_half`, memory mode "keep"."""
     y, xhat, rstd, hidden = norm(x, block.w_proj.rows(out), block.eps2, block.w_fc1)
     if block.w_fc2.known and block.activation == "gelu":
-        codes = torch.empty_like(hidden, dtype=torch.uint8)
-        scale, count = block.w_fc2.scale, hidden.numel()
-        call("fixed_codes", KINDS[hidden.dtype], 1, hidden, codes, scale, count)
-        rows = block.w_fc2.product(codes)
+        rows = block.w_fc2.rows(hidden, act=1)
     else:
         rows = block.w_fc2.rows(pointwise.activation(hidden, block.activation)[0])
     return y, rows, frozen.MLPKept(xhat, rstd, hidden)
@@ -267,20 +287,41 @@ def time(arguments: argparse.Namespace) -> None:
     """One training step of every arm, and the products of its blocks alone, in turns; what there is
     of other cases is kept.
     """
+    from cpuinfo import get_cpu_info  # comes with pytest-benchmark
+
     path, rounds = arguments.output / JSON, arguments.rounds
     record = json.loads(path.read_text()) if path.exists() else {"steps": {}, "products": {}}
-    record |= {"processor": cpuinfo.get_cpu_info()["brand_raw"], "torch": torch.__version__}
+    record |= {"processor": get_cpu_info()["brand_raw"], "torch": torch.__version__}
     record["rounds"] = rounds
     for name in arguments.cases:
-        record["steps"][name] = steps(CASES[name], rounds)
-        record["products"][name] = products(CASES[name], rounds)
+        case = CASES[name]
+        step = task_step(case) if isinstance(case, str) else open_step(case, CPU)
+        record["steps"][name] = steps(step, rounds)
+        if isinstance(case, Case):
+            record["products"][name] = products(case, rounds)
         runs.write_json(path, record)
     print(_table(record["steps"]), _table(record["products"]), sep="\n\n")
 
 
-def steps(case: Case, rounds: int) -> dict[str, dict[str, float]]:
+def task_step(dataset: str) -> Step:
+    """The first step of a run, with the reference engine's logits and gradient as what is right."""
+    settings = runs.Cell("", dataset, 0, {"amp": "no"}).settings(**TASK)
+    task = runs.load_task(settings)
+    torch.manual_seed(0)
+    model = methods.build_method(settings, len(task.classes)).train()
+    config = resolve_data_config({}, model=model.backbone)
+    transform, _ = pixels.make_transform("none", False, settings.img_size, "bicubic")
+    split = pixels.PixelSplit(task.train, transform)
+    images, labels = split.__getitems__(torch.arange(16))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in pixels.normalisation("model", config))
+    step = Step(model, None, (images / 255 - mean) / std, labels, "fp32", None)
+    logits = step.run(model, model).detach()
+    return replace(step, expected={"logits": logits, "d_prompts": model.prompts.tokens.grad})
+
+
+def steps(step: Step, rounds: int) -> dict[str, dict[str, float]]:
     """By arm: its time, and its errors."""
-    works, found, step = {}, {}, open_step(case, CPU)
+    works, found = {}, {}
     for name, (dtype, options) in ARMS.items():
         own = replace(step, model=copy.deepcopy(step.model), dtype=dtype)
         work = functools.partial(_work, own, options)
@@ -291,7 +332,7 @@ def steps(case: Case, rounds: int) -> dict[str, dict[str, float]]:
     return _timed(works, rounds, found)
 
 
-def _work(step: Any, options: dict[str, bool] | None) -> tuple[Tensor, Tensor]:
+def _work(step: Step, options: dict[str, bool] | None) -> tuple[Tensor, Tensor]:
     with arm(options):
         logits = step.run(functools.partial(pae.fast_forward, step.model), step.model)
     return logits, step.model.prompts.tokens.grad
@@ -327,7 +368,7 @@ def products(case: Case, rounds: int) -> dict[str, dict[str, float]]:
         (x, torch.ops.mkldnn._reorder_linear_weight(w, count), b, "none", [], "")
         for x, w, b in half
     ]
-    ours = [Weight(w, b, fused=True, backward=False) for _, w, b in half]
+    ours = [Weight(w, b, **FORWARD) for _, w, b in half]
     codes = [torch.randint(1, 256, x.shape, dtype=torch.uint8) for x, _, _ in given]
     signed = [
         (c.int().sub(128).to(torch.int8), w.mul(99).to(torch.int8).t())
@@ -394,7 +435,9 @@ def blocks(numbers: dict) -> dict[str, str]:
         }
         for name, row in numbers["accuracy"].items()
     ]
+    gains = sorted(1 / found["int8 both"]["times fp32"] for found in numbers["steps"].values())
     return {
+        "int8 gain": " to ".join(dict.fromkeys(f"{g:.1f}x" for g in (gains[0], gains[-1]))),
         "int8 setting": setting,
         "int8 products": _table(numbers["products"]),
         "int8 steps": _table(numbers["steps"]),
