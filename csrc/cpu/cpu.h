@@ -104,6 +104,25 @@ typedef struct pae_cpu_softmax_bwd_params {
 PAE_API int pae_cpu_softmax_bwd(const pae_cpu_softmax_bwd_params* p, void* stream);
 PAE_API uint32_t pae_sizeof_cpu_softmax_bwd_params(void);
 
+/* The eigenvectors of the largest eigenvalues of symmetric matrices, as Lanczos' method finds them
+ * from one start: to a residual of `tolerance` times a matrix's size, or what `steps` steps give.
+ * It may be another eigenvalue's if the start is orthogonal to all that belongs to the largest. */
+enum { PAE_CPU_MOST_STEPS = 192 };
+typedef struct pae_cpu_eigenvector_params {
+  uint32_t struct_size;
+  int32_t threads;
+  int32_t steps; /* from 1 to PAE_CPU_MOST_STEPS */
+  float tolerance;
+  int64_t count, width;
+  const void *matrices, *start;            /* fp32: (count, width, width), (width) */
+  void *vectors;                           /* fp32: (count, width), of length 1 */
+  void *values, *residuals, *sizes;        /* fp32: (count); a size is at most the spectral norm */
+  void *taken;                             /* int32_t: (count), steps */
+  void *workspace;                         /* fp32: (count, steps + 1, width) */
+} pae_cpu_eigenvector_params;
+PAE_API int pae_cpu_eigenvector(const pae_cpu_eigenvector_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_cpu_eigenvector_params(void);
+
 #ifdef __cplusplus
 }
 #endif

@@ -8,6 +8,7 @@
 
 #include <cmath>
 
+#include "eigenvector.h"
 #include "vector.h"
 
 namespace pae {
@@ -313,7 +314,7 @@ void softmax_bwd(const pae_cpu_softmax_bwd_params& p, int64_t begin, int64_t end
 #define PAE_STRING(x) PAE_STRING_(x)
 
 extern const Kernels PAE_ISA = {
-    PAE_STRING(PAE_ISA), norm_fwd, norm_bwd, activation_fwd, activation_bwd, softmax_bwd,
+    PAE_STRING(PAE_ISA), norm_fwd, norm_bwd, activation_fwd, activation_bwd, softmax_bwd, eigenvector,
 };
 
 }  // namespace pae

@@ -14,6 +14,7 @@ struct Kernels {
   void (*activation_fwd)(const pae_cpu_activation_fwd_params&, int64_t begin, int64_t end);
   void (*activation_bwd)(const pae_cpu_activation_bwd_params&, int64_t begin, int64_t end);
   void (*softmax_bwd)(const pae_cpu_softmax_bwd_params&, int64_t begin, int64_t end);
+  void (*eigenvector)(const pae_cpu_eigenvector_params&, int64_t begin, int64_t end);
 };
 
 extern const Kernels avx512_bf16, avx512, avx2, portable;

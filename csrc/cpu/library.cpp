@@ -155,3 +155,9 @@ extern "C" int pae_cpu_softmax_bwd(const pae_cpu_softmax_bwd_params* p, void*) {
   return pae::share(*p, pae::kernels().softmax_bwd, p->rows, p->width);
 }
 PAE_DEFINE_SIZEOF(cpu_softmax_bwd)
+
+extern "C" int pae_cpu_eigenvector(const pae_cpu_eigenvector_params* p, void*) {
+  PAE_CHECK(p, p->count >= 0 && p->width > 0 && p->steps > 0 && p->steps <= PAE_CPU_MOST_STEPS);
+  return pae::share(*p, pae::kernels().eigenvector, p->count, 32 * p->width * p->width);
+}
+PAE_DEFINE_SIZEOF(cpu_eigenvector)

@@ -14,11 +14,12 @@ happen in place; the last block forms no key or value of any row (`pae.block`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pae_kernels import pointwise
 
 from .. import block as frozen
 from ..engine import BlockPrompts, walk
@@ -28,13 +29,6 @@ from ..sequence import cut_rows, insert_rows
 
 # rows of all forwards of one size that pay for laying the weights out for it
 _WORTH_PACKING = 4096
-
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": torch.ops.aten.gelu_,
-    "gelu_tanh": lambda u: torch.ops.aten.gelu_(u, approximate="tanh"),
-    "silu": torch.ops.aten.silu_,
-    "relu": torch.ops.aten.relu_,
-}
 
 
 class ZeroPromptForward:
@@ -144,9 +138,7 @@ class _Steps(frozen.Steps):
         return super().add(x, rows, block, name, overwrite)
 
     def activation(self, hidden: Tensor, kind: str, code: bool) -> tuple[Tensor, Tensor | None]:
-        if kind not in _IN_PLACE:
-            return super().activation(hidden, kind, code)
-        return _IN_PLACE[kind](hidden), None
+        return pointwise.activation_(hidden, kind), None
 
     def attention(
         self, xhat: Tensor, qkv: Tensor, keys: frozen.Keys, class_only: bool

@@ -16,6 +16,7 @@ backends.register(
     "koopman_losses",
     backends.Version("cuda", f"{__package__}.cuda", backends.with_cuda),
     backends.Version("triton", f"{__package__}.triton", backends.with_triton),
+    backends.Version("cpu", f"{__package__}.cpu", backends.with_cpu),
     backends.Version("reference", reference, backends.anywhere),
 )
 
@@ -60,10 +61,10 @@ def koopman_losses(
         Operators that belong to no pair get zeros. Where several singular values of L are the
         largest, one of them is differentiated, once: there is no second derivative by L.
 
-    Numerics: sigma_max(L) is exact to 1e-6, relative, at every spectrum and scale, to rounding in
-        the reference. An L with NaN or infinity makes the Lyapunov term NaN and raises nothing.
-        Products are exact fp32 whatever the flags for TF32 and autocast say, but for those of the
-        reference on a GPU, which are PyTorch's.
+    Numerics: sigma_max(L) is exact to 1e-6, relative, at every spectrum and scale, to rounding on
+        a CPU and in the reference. An L with NaN or infinity makes the Lyapunov term NaN and
+        raises nothing. Products are exact fp32 whatever the flags for TF32 and autocast say, but
+        for those of the reference on a GPU, which are PyTorch's.
 
     On a GPU in fp32 nothing waits for the device and nothing depends on earlier calls: it may be
     captured in a CUDA graph. The reference reads flags on the host (fp64 on a GPU).

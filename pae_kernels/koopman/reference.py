@@ -26,6 +26,8 @@ states, and every distinct L has its spectral norm taken once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -74,9 +76,15 @@ def koopman_losses(
 
 
 def forward(
-    prompts: Tensor, lift: Tensor, K: Tensor, L: Tensor, formulation: str, eps: float | None
+    prompts: Tensor,
+    lift: Tensor,
+    K: Tensor,
+    L: Tensor,
+    formulation: str,
+    eps: float | None,
+    eigenvector: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Both losses (R,), then what `backward` reads.
+    """Both losses (R,), then what `backward` reads; `eigenvector` as in `top_singular_triple`.
 
     With G = 1 operator per run, or G = m for layerwise ones:
         states (R, J, P, k)
@@ -103,7 +111,7 @@ def forward(
     used = _operators(L)
     if formulation == "code":
         sigma, left, right = (
-            t.reshape(runs, groups, *t.shape[1:]) for t in top_singular_triple(used)
+            t.reshape(runs, groups, *t.shape[1:]) for t in top_singular_triple(used, eigenvector)
         )
         sigma = sigma.clamp(min=torch.finfo(sigma.dtype).tiny)
         unit = _power_of_two(sigma)

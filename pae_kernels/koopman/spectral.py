@@ -1,8 +1,8 @@
 """The largest singular value and its vectors, exact at every spectrum, in two ways.
 
-`top_singular_triple` decomposes: the reference's way, fastest on a CPU, but it reads flags on the
-host. `top_by_squaring` needs products alone and decides on the device: what the kernels do, written
-in PyTorch so that it can be read and tested beside the decomposition.
+`top_singular_triple` decomposes, or takes the vector from a kernel for CPUs (`cpu.py`); both read
+flags on the host. `top_by_squaring` needs products alone and decides on the device: what the
+kernels for GPUs do, written in PyTorch so that it can be read and tested beside the decomposition.
 
 Both split the identity off first. With s the mean of the diagonal and E = L - s I,
     M = L^T L - s^2 I = E^T E + s (E + E^T)
@@ -12,6 +12,8 @@ around 1.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -44,11 +46,14 @@ def split_identity(L: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return A, torch.where(finite, unit, torch.nan), s, E
 
 
-def top_singular_triple(L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def top_singular_triple(
+    L: Tensor, eigenvector: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular value of each matrix, and unit vectors with L right = sigma left.
 
     Args:
         L: (b, k, k) in fp32 or fp64, of any scale.
+        eigenvector: another version of `top_eigenvector`, None for that.
 
     Returns:
         sigma (b,), left (b, k), right (b, k), exact to rounding at every spectrum; where several
@@ -58,7 +63,7 @@ def top_singular_triple(L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A, unit, s, E = split_identity(L)
     M = torch.baddbmm(E * s[:, None, None], E.mT, A)
     try:
-        right = _top_eigenvector(M)
+        right = (eigenvector or top_eigenvector)(M)
     except torch.linalg.LinAlgError:  # not known to happen to a finite symmetric matrix
         right = torch.full_like(L[..., 0], torch.nan)
     return _triple(A, unit, right)
@@ -82,7 +87,7 @@ def _triple(A: Tensor, unit: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Ten
     return stretch * unit, left, right
 
 
-def _top_eigenvector(M: Tensor) -> Tensor:
+def top_eigenvector(M: Tensor) -> Tensor:
     """Unit eigenvectors (b, k) of the largest eigenvalues of symmetric matrices (b, k, k).
 
     Inverse iteration at the top eigenvalue costs two thirds of a decomposition with all vectors and
@@ -95,10 +100,7 @@ def _top_eigenvector(M: Tensor) -> Tensor:
     shifted.diagonal(dim1=1, dim2=2).sub_(eigenvalues[:, -1:])
     factors, order, _ = torch.linalg.lu_factor_ex(shifted)  # singular to rounding, as it should be
 
-    # a start that is orthogonal to nothing in particular: a low-discrepancy sequence in [0.5, 1.5)
-    index = torch.arange(1, M.shape[1] + 1, device=M.device, dtype=torch.float64)
-    start = 0.5 + index * 0.6180339887498949 % 1
-    v = start.to(M.dtype)[:, None].repeat(len(M), 1, 1)
+    v = start_vector(M.shape[1], M.device).to(M.dtype)[:, None].repeat(len(M), 1, 1)
     for _ in range(INVERSE_ITERATIONS):
         v = torch.linalg.lu_solve(factors, order, v)
         v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
@@ -111,6 +113,12 @@ def _top_eigenvector(M: Tensor) -> Tensor:
     if not exact.all():
         v = torch.where(exact, v, torch.linalg.eigh(M).eigenvectors[..., -1])
     return v
+
+
+def start_vector(k: int, device: torch.device) -> Tensor:
+    """(k,) in fp64, orthogonal to nothing in particular: of low discrepancy in [0.5, 1.5)."""
+    index = torch.arange(1, k + 1, device=device, dtype=torch.float64)
+    return 0.5 + index * 0.6180339887498949 % 1
 
 
 def top_by_squaring(L: Tensor) -> tuple[Tensor, Tensor, Tensor]:

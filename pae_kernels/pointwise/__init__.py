@@ -4,6 +4,7 @@ activations.
 
 from .op import (
     activation,
+    activation_,
     activation_backward,
     add_layer_norm,
     layer_norm,
@@ -14,6 +15,7 @@ from .reference import ACTIVATIONS
 __all__ = [
     "ACTIVATIONS",
     "activation",
+    "activation_",
     "activation_backward",
     "add_layer_norm",
     "layer_norm",

@@ -104,7 +104,15 @@ def layer_norm_backward(
 
 def activation(u: Tensor, kind: str) -> Tensor:
     """Same contract as the reference's."""
-    y = torch.empty_like(u)
+    return _activation(u, kind, torch.empty_like(u))
+
+
+def activation_(u: Tensor, kind: str) -> Tensor:
+    """Same contract as the reference's, for contiguous u."""
+    return _activation(u, kind, u)
+
+
+def _activation(u: Tensor, kind: str, y: Tensor) -> Tensor:
     how = {"type": cpu.TYPES[u.dtype], "kind": _KINDS[kind]}
     cpu.call("pae_cpu_activation_fwd", _ActivationForward(**how, count=u.numel(), u=u, y=y))
     return y

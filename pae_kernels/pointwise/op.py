@@ -95,6 +95,25 @@ def activation(u: Tensor, kind: str, code: bool = False) -> tuple[Tensor, Tensor
     return _activation_fwd(u, kind), None
 
 
+def activation_(u: Tensor, kind: str) -> Tensor:
+    """act(u) in place of u, which comes back: for forwards that keep nothing, outside a graph.
+
+    Args:
+        u: (..., F) float, without a gradient.
+        kind: a key of `ACTIVATIONS`.
+
+    Raises:
+        ValueError: another kind; u requires a gradient while one is recorded.
+    """
+    _check_kind(kind)
+    if u.requires_grad and torch.is_grad_enabled():
+        raise ValueError("u requires a gradient, but activation_ has none: use torch.no_grad()")
+    version = backends.choose("pointwise", u.device, u.dtype)
+    if u.is_contiguous() and hasattr(version, "activation_"):
+        return version.activation_(u, kind)
+    return reference.activation_(u, kind)
+
+
 def activation_backward(d: Tensor, u_or_code: Tensor, kind: str) -> Tensor:
     """d act'(u), from u itself or from its coded derivative (uint8)."""
     _check_kind(kind)

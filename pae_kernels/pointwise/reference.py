@@ -25,6 +25,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_,
+    "gelu_tanh": lambda u: torch.ops.aten.gelu_(u, approximate="tanh"),
+    "quick_gelu": lambda u: u.mul_(torch.sigmoid(1.702 * u)),
+    "silu": torch.ops.aten.silu_,
+    "relu": torch.ops.aten.relu_,
+}
+
 # 8-bit storage of an activation's derivative. GELU's lies in [-0.130, 1.130]; code = 200 g + 27 is
 # exact at 0 and 1, where most entries are, and is off by at most 1/400 elsewhere.
 _CODE_SCALE, _CODE_ZERO = 200.0, 27.0
@@ -72,6 +80,11 @@ def layer_norm_backward(
 def activation(u: Tensor, kind: str) -> Tensor:
     """act(u) in the dtype of u."""
     return ACTIVATIONS[kind](u)
+
+
+def activation_(u: Tensor, kind: str) -> Tensor:
+    """act(u) in place of u."""
+    return _IN_PLACE[kind](u)
 
 
 def activation_backward(d: Tensor, kept: Tensor, kind: str) -> Tensor:

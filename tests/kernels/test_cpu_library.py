@@ -18,6 +18,7 @@ from torch import Tensor
 from pae_kernels import cpu, native
 from pae_kernels.attention import cpu as attention
 from pae_kernels.attention import reference as attention_reference
+from pae_kernels.koopman import cpu as koopman
 from pae_kernels.pointwise import ACTIVATIONS, reference
 from pae_kernels.pointwise import cpu as pointwise
 from tests.errors import error
@@ -223,6 +224,20 @@ def test_softmax_on_every_instruction_set(isa, width):
     assert width == 1 or error(d_probs, exact) < 2e-6
     if width > 1:
         assert not logits[:, 2, 1].any() and not d_probs[:, 2, 1].any()
+
+
+@pytest.mark.parametrize("width", [1, 5, 16, sanitized(43), 100])
+def test_eigenvectors_on_every_instruction_set(isa, width):
+    M = rows(3, width, width)
+    M = M + M.mT
+    vectors, values, residuals, sizes, taken = koopman.lanczos(M)
+    exact = torch.linalg.eigvalsh(M.double())
+    norms = exact.abs().amax(1)
+    assert ((values - exact[:, -1]).abs() <= 1e-6 * norms).all()
+    assert (residuals <= 2e-6 * norms).all() and (taken <= width).all()
+    assert (sizes <= norms * (1 + 1e-6)).all() and (sizes >= norms / 3).all()
+    off = torch.einsum("bij,bj->bi", M.double(), vectors.double()) - vectors * exact[:, -1:]
+    assert (off.norm(dim=1) <= 2e-6 * norms).all()
 
 
 def test_what_is_not_finite(isa):

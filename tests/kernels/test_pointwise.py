@@ -395,6 +395,11 @@ def test_activations(execution, kind, dtype):
     (slope,) = torch.autograd.grad(exact, wide, d.double())
     value, none = pointwise.activation(u, kind)
     assert none is None and value.dtype == dtype and error(value, exact) < ROUNDING[dtype]
+    in_place = u.detach().clone()
+    assert pointwise.activation_(in_place, kind) is in_place
+    assert error(in_place, exact) < ROUNDING[dtype] * execution.pick(reference=2, other=1)
+    strided = u.detach().mT.contiguous().mT
+    assert error(pointwise.activation_(strided, kind), exact) < 2 * ROUNDING[dtype]
     got = pointwise.activation_backward(d, u, kind)
     # PyTorch rounds what quick_gelu's slope is made of as well
     assert got.dtype == dtype and error(got, slope) < ROUNDING[dtype] * execution.pick(
@@ -427,6 +432,7 @@ def test_inputs_are_not_changed():
 def test_unknown_activation():
     for call in (
         lambda: pointwise.activation(rows(2), "tanh"),
+        lambda: pointwise.activation_(rows(2), "tanh"),
         lambda: pointwise.activation_backward(rows(2), rows(2), "tanh"),
     ):
         with pytest.raises(ValueError, match=r"kind must be one of \['gelu'.*got 'tanh'"):

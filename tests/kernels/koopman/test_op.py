@@ -135,7 +135,7 @@ def test_no_graph_without_grad():
 
 
 def test_a_forced_version_that_does_not_exist_is_an_error(monkeypatch):
-    assert backends.choose("koopman_losses", "cpu") is reference
+    assert backends.choose("koopman_losses", "cpu", torch.float64) is reference
     monkeypatch.setenv("PAE_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="PAE_BACKEND=cuda cannot run koopman_losses"):
         koopman_losses(*problem())
@@ -181,7 +181,8 @@ def test_error_messages(change, error, message):
 @each(OP, on=KERNELS)
 def test_fp64_is_refused_by_name_or_runs_on_the_reference(execution, monkeypatch):
     inputs = execution.moved(*problem())
-    refusal = f"{execution.version}: computes in fp32 at most, not torch.float64"
+    known = execution.pick(cpu="fp32 and bf16", other="fp32 at most")
+    refusal = f"{execution.version}: computes in {known}, not torch.float64"
     with pytest.raises(RuntimeError, match=refusal):
         koopman_losses(*inputs)
     monkeypatch.delenv("PAE_BACKEND")

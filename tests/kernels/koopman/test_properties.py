@@ -112,12 +112,14 @@ def test_no_pair_gives_zeros_that_can_be_differentiated(execution, mode, formula
     "mode, formulation",
     reference=PAIRS,
     interpreter=[("layerwise", "code")],
+    cpu=PAIRS,
     emulated=[*PAIRS[:-1], sanitized(*PAIRS[-1])],
     gpu=PAIRS,
 )
 def test_bitwise_the_same_on_every_run_and_inputs_untouched(execution, mode, formulation):
     blocks, count, k, width = execution.pick(
         reference=(6, 5, 40, 42),
+        cpu=(6, 5, 40, 42),
         interpreter=(2, 3, 6, 8),
         emulated=(4, 5, 20, 40),
         gpu=(11, 50, 128, 256),

@@ -8,8 +8,10 @@ import math
 import pytest
 import torch
 
-from pae_kernels import backends
+from pae_kernels import backends, cpu
+from pae_kernels.koopman import cpu as koopman_cpu
 from pae_kernels.koopman import koopman_losses, spectral
+from tests.kernels import host_library
 from tests.kernels.executions import FP32, each
 from tests.kernels.koopman.cases import (
     MODES,
@@ -71,6 +73,7 @@ SCALES = (1.0, 1e-20, 1e-37, 1e18, 1e36)
     "triple, tile, scales",
     reference=[(way, None, [scale]) for way in (triple_of, by_squaring) for scale in SCALES],
     interpreter=[(triple_of, 32, [1.0, 1e-30, 1e30])],
+    cpu=[(triple_of, None, [scale]) for scale in SCALES],
     emulated=[(triple_of, tile, [scale]) for tile in (16, 32) for scale in SCALES],
     gpu=[(triple_of, None, [scale]) for scale in SCALES],
 )
@@ -106,7 +109,7 @@ def test_top_singular_value_in_double_precision():
 FINITE = list(itertools.product(SPECTRA, MODES))
 
 
-@each(OP, "spectrum, mode", reference=FINITE, emulated=FINITE, gpu=FINITE)
+@each(OP, "spectrum, mode", reference=FINITE, cpu=FINITE, emulated=FINITE, gpu=FINITE)
 def test_losses_and_gradients_stay_finite_at_every_spectrum(execution, spectrum, mode):
     L = SPECTRA[spectrum]()
     prompts, lift, K, _ = problem(k=len(L), dtype=FP32)
@@ -171,11 +174,12 @@ def test_a_multiple_of_the_identity_spreads_the_slope_of_its_norm_evenly(executi
         for k in (16, 64)
         for power in range(2, 8)
     ],
+    cpu=[(triple_of, k, 10.0**-power) for k in (16, 64, 256) for power in range(1, 8)],
     emulated=[(triple_of, 64, distance) for distance in (1e-7, 1e-5, 1e-3, 1e-1)],
 )
 def test_top_vector_next_to_the_identity(execution, triple, k, distance):
     """Resolved relative to the distance: the entries of L - I are all that fp32 rounds."""
-    L = torch.eye(k) + distance * torch.randn(execution.pick(reference=10, other=2), k, k)
+    L = torch.eye(k) + distance * torch.randn(execution.pick(reference=10, cpu=5, other=2), k, k)
     exact = torch.linalg.svd(L.double())[2][:, 0]
     right = triple(execution, L)[2]
     angle = (right - exact * (right * exact).sum(1, keepdim=True)).norm(dim=1)
@@ -243,6 +247,42 @@ def test_a_bad_residual_falls_back_to_the_full_decomposition(monkeypatch):
     assert calls
     close([sigma], expected[:1], 1e-6)
     assert ((right.double() * expected[2]).sum(1).abs() > 1 - 1e-6).all()
+
+
+def spectrum_of(k):
+    """A symmetric matrix whose largest eigenvalue is 2, alone, with its vector."""
+    vectors = torch.linalg.qr(
+        torch.cat([spectral.start_vector(k, "cpu")[:, None], torch.randn(k, k - 1)], 1).double()
+    )[0]
+    values = torch.cat([torch.linspace(-1, 1, k - 1, dtype=torch.float64), vectors.new_tensor([2])])
+    return ((vectors * values) @ vectors.mT).float()[None], vectors[:, -1]
+
+
+def test_lanczos_that_misses_the_largest_eigenvalue_is_not_believed():
+    """The start is an eigenvector of -1, so that Lanczos' method ends there with no residual."""
+    M, expected = spectrum_of(48)
+    with cpu.using(host_library.cpu_library()):
+        _, value, residual, *_ = koopman_cpu.lanczos(M)
+        assert value < 1.9 and residual < 1e-5
+        found = koopman_cpu.top_eigenvector(torch.cat([torch.eye(48)[None], M]))
+    assert abs(found[1].double() @ expected) > 1 - 1e-6
+
+
+def test_lanczos_is_enough_by_itself(monkeypatch):
+    decomposed = []
+    full = spectral.top_eigenvector
+    monkeypatch.setattr(spectral, "top_eigenvector", lambda M: decomposed.append(1) or full(M))
+    near = [torch.eye(256) + distance * torch.randn(2, 256, 256) for distance in (1e-6, 1e-3, 0.1)]
+    even = matrix_with(torch.linspace(0.1, 1, 256))[None]
+    with cpu.using(host_library.cpu_library()):
+        for L in (*near, even):
+            exact = torch.linalg.svdvals(L.double())[:, 0]
+            sigma, _, _ = spectral.top_singular_triple(L, koopman_cpu.top_eigenvector)
+            assert ((sigma - exact).abs() <= 1e-6 * exact).all()
+        assert not decomposed
+        monkeypatch.setattr(koopman_cpu, "STEPS", 4)
+        sigma, _, _ = spectral.top_singular_triple(even, koopman_cpu.top_eigenvector)
+        assert decomposed and (sigma - exact).abs() <= 1e-6 * exact
 
 
 def test_a_failing_decomposition_gives_nan(monkeypatch):

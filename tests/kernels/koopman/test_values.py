@@ -49,6 +49,7 @@ FEW = [
     "dtype, tile, runs, mode, formulation, gauge",
     reference=[(dtype, None, *rest) for dtype in (FP64, FP32) for rest in SWITCHES],
     interpreter=[(FP32, 16, *rest) for rest in FEW],
+    cpu=[(FP32, None, *rest) for rest in SWITCHES],
     emulated=[(FP32, tile, *rest) for tile in tiles.TILES for rest in SWITCHES],
     gpu=[(FP32, None, *rest) for rest in SWITCHES],
 )
@@ -60,6 +61,7 @@ def test_values_and_gradients_equal_the_definition(
         use_tile(monkeypatch, tile)
     blocks, count, k, width = execution.pick(
         reference=(5, 7, 16, 18),
+        cpu=(5, 7, 16, 18),
         interpreter=(3, 7, 18, 21),
         emulated=(4, 7, 18, 37),
         gpu=(5, 20, 96, 208),
@@ -95,7 +97,7 @@ REAL = [(11, 20, 768, 256), (12, 50, 768, 256), (11, 100, 768, 256), (23, 50, 10
 OTHER = [(12, 5, 70, 40), (19, 2, 6, 4)]  # tiles of the table, more pairs than warps
 
 
-@each(OP, "size", gpu=[*REAL, (3, 7, 33, 17)], emulated=OTHER, reference=OTHER)
+@each(OP, "size", gpu=[*REAL, (3, 7, 33, 17)], emulated=OTHER, reference=OTHER, cpu=OTHER)
 def test_other_sizes(execution, size):
     blocks, prompts, width, k = size
     for mode in execution.pick(gpu=("global",), other=MODES):
@@ -107,6 +109,7 @@ def test_other_sizes(execution, size):
     "mode, formulation",
     reference=PAIRS,
     interpreter=[(mode, "code") for mode in MODES],
+    cpu=[sanitized(*pair) for pair in PAIRS],
     emulated=[sanitized(*pair) for pair in PAIRS],
 )
 def test_one_pair_of_single_rows(execution, mode, formulation):
@@ -126,6 +129,7 @@ def test_every_kernel_once(execution, mode, formulation, gauge):
     "mode, formulation, gauge",
     reference=EVERY,
     interpreter=[("layerwise", "paper", "layernorm")],
+    cpu=[EVERY[0], sanitized(*EVERY[-1])],
     emulated=[sanitized(*EVERY[0]), *EVERY[1:]],
     gpu=EVERY,
 )
