@@ -55,6 +55,22 @@ PAE_INLINE H narrow(F x) {
 #endif
 }
 
+// Bytes as integers and back, x from 0 to 255. In one step, GCC moves them one by one.
+PAE_INLINE I widen(B b) {
+#if defined(__AVX512F__)
+  return bits<I>(_mm512_maskz_cvtepu8_epi32(0xffff, bits<__m128i>(b)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(b, H), I);
+#endif
+}
+PAE_INLINE B narrow(U x) {
+#if defined(__AVX512F__)
+  return bits<B>(_mm512_maskz_cvtepi32_epi8(0xffff, bits<__m512i>(x)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(x, H), B);
+#endif
+}
+
 PAE_INLINE float total(F x) {
   float lanes[W];
   std::memcpy(lanes, &x, sizeof(x));

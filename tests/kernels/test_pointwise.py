@@ -498,11 +498,14 @@ def test_activations_of_every_size(execution, kind, dtype):
     y, code = pointwise.activation(u, kind, code=True)
     got = pointwise.activation_backward(torch.ones_like(u), u, kind)
     # a value is u times a number between 0 and 1, which is off by a few steps of fp32
-    step = torch.finfo(dtype).eps
-    assert ((y.double() - exact).abs() <= step * exact.abs() + 4e-7 * u.double().abs()).all()
-    assert ((got.double() - slope).abs() <= step * slope.abs() + 1e-6).all()
+    step, near, of_slope = torch.finfo(dtype).eps, 4e-7 * u.double().abs(), 1e-6
+    short = execution.pick(cpu=dtype == BF16 and kind == "gelu", other=False)
+    if short:  # a shorter polynomial
+        near, of_slope = (2e-5 * u.double().abs()).clamp(max=1.1e-5), 2.1e-5
+    assert ((y.double() - exact).abs() <= step * exact.abs() + near).all()
+    assert ((got.double() - slope).abs() <= step * slope.abs() + of_slope).all()
     from_code = pointwise.activation_backward(torch.ones_like(u), code, kind)
-    assert ((from_code.double() - slope).abs() <= 1 / 400 + step + 1e-6).all()
+    assert ((from_code.double() - slope).abs() <= 1 / 400 + step + of_slope).all()
     nan = torch.tensor([torch.nan] * 20, dtype=dtype, device=execution.device)
     assert pointwise.activation(nan, kind)[0].isnan().all()
     if kind != "relu":
