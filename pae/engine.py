@@ -182,7 +182,8 @@ def _answers(
 def _with_keys_values(
     plan: FrozenPlan, prompts: list[BlockPrompts], blocks: int
 ) -> list[BlockPrompts]:
-    """With keys and values of the first `blocks` blocks, from one LayerNorm and one product.
+    """With keys and values of the first `blocks` blocks, from one LayerNorm and, where that is not
+    slower, one product.
 
     As they came unless all those blocks have shared prompts of one shape, one eps and one number of
     heads, and no keys that are normalised per head.
@@ -197,6 +198,11 @@ def _with_keys_values(
     if any((b.eps1, b.num_heads, b.k_norm) != like for b in plan.blocks[:blocks]):
         return prompts
     normed = normalise(torch.cat(rows), first.eps1, plan.dtype)
+    if normed.device.type == "cpu" and normed.dtype.itemsize < 4:
+        # oneDNN's batched product would first copy all those weights, at the cost of 70 rows each
+        pairs = zip(plan.blocks, normed.split(1))
+        known = [p._replace(kv=keys_values(*pair)) for p, pair in zip(prompts, pairs)]
+        return known + prompts[blocks:]
     own = first.num_heads * first.head_width
     weight, bias = plan.w_qkv[:blocks, own:], plan.b_qkv[:blocks, None, own:]
     kv = torch.baddbmm(bias, normed, weight.transpose(1, 2))

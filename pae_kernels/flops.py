@@ -160,13 +160,20 @@ def _pool(tokens: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(tokens)
 
 
+def _linear(rows: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(rows) * weight[0]
+
+
 def register() -> None:
-    """Tell `torch.utils.flop_counter` all formulas; imports it. More than once does no harm."""
+    """Tell `torch.utils.flop_counter` all formulas, and that of a product with bias that PyTorch
+    runs by oneDNN and does not count; imports it. More than once does no harm.
+    """
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    for name, formula in _FORMULAS.items():
-        op = getattr(torch.ops.pae, name)
-        if op not in flop_registry:
+    formulas = [(getattr(torch.ops.pae, name), formula) for name, formula in _FORMULAS.items()]
+    formulas.append((getattr(torch.ops.mkldnn, "_linear_pointwise", None), _linear))
+    for op, formula in formulas:
+        if op is not None and op not in flop_registry:
             register_flop_formula(op)(formula)
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import pae
 from pae import block, engine
-from tests import processes, tiny
+from tests import counts, processes, tiny
 from tests.errors import assert_not_worse
 from tests.tiny import FEATURES, FromRows, Given, assert_engines_agree, error, gradients, prompted
 
@@ -305,6 +306,59 @@ def test_a_fault_of_16_bits_is_seen(fault, monkeypatch):
     fault(monkeypatch)
     with pytest.raises(AssertionError, match=r"expected at most 1\.2: logits"):
         assert_as_good_as_the_reference("plain", autocast=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 64), (0, 5, 64), (1, 1, 24)])
+@pytest.mark.parametrize("way", ["as here", "another schema", "switched off", "fp32"])
+def test_product_with_its_bias(way, shape, monkeypatch):
+    """In bf16 by oneDNN's own op where this PyTorch has it as we know it, and else by `F.linear`:
+    rounded once, of rows that lie apart too, and counted alike.
+    """
+    block._fuses_bias.cache_clear()
+    here = block._fuses_bias()
+    block._fuses_bias.cache_clear()
+    if way == "another schema":
+        monkeypatch.setattr(block, "_FUSED", block._FUSED.replace("str attr", "int attr"))
+    dtype = torch.float32 if way == "fp32" else torch.bfloat16
+    torch.manual_seed(0)
+    rows = torch.randn(*shape[:2], 2 * shape[2]).to(dtype)[..., : shape[2]]
+    weight, bias = torch.randn(48, shape[2]).to(dtype), torch.randn(48).to(dtype)
+    if way == "switched off":
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with FlopCounterMode(display=False) as flops, counts.Work() as work:
+        got = block._linear(rows, weight, bias)
+    block._fuses_bias.cache_clear()
+    assert work.ops["_linear_pointwise"] == (way == "as here" and here)
+    assert flops.get_total_flops() == 2 * rows.shape[:2].numel() * weight.numel()
+    wide = [t.double() for t in (rows, weight, bias)]
+    exact, size = F.linear(*wide), F.linear(*(t.abs() for t in wide))
+    step = torch.finfo(dtype).eps / 2
+    assert got.dtype == dtype and got.shape == exact.shape
+    assert ((got - exact).abs() <= step * exact.abs() + max(step / 2, 1e-6) * size).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_prompt_keys_of_all_blocks_in_16_bits(groups):
+    """One by one, because a batched product copies weights; the same keys, values and gradients."""
+    model = prompted("plain", [3, 3, 3], torch.bfloat16)
+    plan = model.plan()
+    torch.manual_seed(0)
+    rows = torch.randn(3, groups, 3, plan.w_qkv.shape[-1]).bfloat16().requires_grad_()
+    asked = [engine.BlockPrompts(each) for each in rows.unbind()]
+    with counts.Work() as work:
+        found = engine._with_keys_values(plan, asked, 2)
+    assert not work.ops["baddbmm"] and found[2] is asked[2]
+    if groups == 2:  # of each sample or group: block by block, as they came
+        assert found == asked
+        return
+    assert work.ops["native_layer_norm"] == 1
+    for i, prompts in enumerate(found[:2]):
+        own = block.keys_values(plan.blocks[i], block.normalise(rows[i], 1e-6, torch.bfloat16))
+        assert error(prompts.kv, own) < 1e-6
+        one, other = (
+            torch.autograd.grad(kv.sum(), rows, retain_graph=True) for kv in (prompts.kv, own)
+        )
+        assert error(one[0], other[0]) < 1e-6
 
 
 @pytest.mark.parametrize("feature", ["plain", "avg"])
