@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from pae.checkpoint import write_atomically
 
 from . import figures, pages
-from .studies import convergence, end_to_end, families
+from .studies import convergence, end_to_end, families, int8
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,6 +50,7 @@ SOURCES: Sources = (
     (families, "science/families.json"),
     (convergence, "science/convergence.json"),
     (end_to_end, "science/end_to_end.json"),
+    (int8, "science/int8.json"),
 )
 
 

@@ -290,13 +290,13 @@ def time(arguments: argparse.Namespace) -> None:
     from cpuinfo import get_cpu_info  # comes with pytest-benchmark
 
     path, rounds = arguments.output / JSON, arguments.rounds
-    record = json.loads(path.read_text()) if path.exists() else {"steps": {}, "products": {}}
+    parts = {"steps": {}, "products": {}, "rounds": {}}
+    record = json.loads(path.read_text()) if path.exists() else parts
     record |= {"processor": get_cpu_info()["brand_raw"], "torch": torch.__version__}
-    record["rounds"] = rounds
     for name in arguments.cases:
-        case = CASES[name]
+        case, record["rounds"][name] = CASES[name], rounds
         step = task_step(case) if isinstance(case, str) else open_step(case, CPU)
-        record["steps"][name] = steps(step, rounds)
+        record["steps"][name] = steps(step, rounds, arguments.arms)
         if isinstance(case, Case):
             record["products"][name] = products(case, rounds)
         runs.write_json(path, record)
@@ -319,10 +319,12 @@ def task_step(dataset: str) -> Step:
     return replace(step, expected={"logits": logits, "d_prompts": model.prompts.tokens.grad})
 
 
-def steps(step: Step, rounds: int) -> dict[str, dict[str, float]]:
+def steps(
+    step: Step, rounds: int, arms: Iterable[str] = tuple(ARMS)
+) -> dict[str, dict[str, float]]:
     """By arm: its time, and its errors."""
     works, found = {}, {}
-    for name, (dtype, options) in ARMS.items():
+    for name, (dtype, options) in ((arm, ARMS[arm]) for arm in arms):
         own = replace(step, model=copy.deepcopy(step.model), dtype=dtype)
         work = functools.partial(_work, own, options)
         work()  # folds, and finds the scales
@@ -421,7 +423,8 @@ def blocks(numbers: dict) -> dict[str, str]:
     ((name, task),) = facts["tasks"].items()
     setting = (
         f"{numbers['processor']}, torch {numbers['torch']}, one thread, process time, medians over "
-        f"{numbers['rounds']} interleaved rounds. Accuracy: {name}, {task['train']} training, "
+        f"{' or '.join(map(str, sorted({*numbers['rounds'].values()})))} interleaved rounds. "
+        f"Accuracy: {name}, {task['train']} training, "
         f"{task['val']} validation and {task['test']} test images, {facts['model']} at "
         f"{facts['img_size']} px, {facts['num_tokens']} prompts per block, "
         f"{facts['epochs']} epochs."
@@ -465,8 +468,9 @@ def options(name: str, command: argparse.ArgumentParser) -> None:
         command.add_argument("--rounds", type=int, default=15)
     else:
         command.add_argument("--dataset", default="fashion-mnist")
-    if name == "run":
-        command.add_argument("--arms", nargs="+", default=list(TRAINED), choices=TRAINED)
+    if name != "report":
+        arms = list(TRAINED if name == "run" else ARMS)
+        command.add_argument("--arms", nargs="+", default=arms, choices=arms)
 
 
 if __name__ == "__main__":

@@ -167,8 +167,8 @@ def test_a_wrong_scale_shows(monkeypatch, part, column):
 
     monkeypatch.setattr(int8.Weight, "__init__", wrong)
     monkeypatch.setattr(int8.Weight, "see", wrongly_seen)
-    monkeypatch.setattr(int8, "ARMS", {"fp32": ("fp32", None), "int8 both": ("fp32", BOTH)})
-    assert int8.steps(int8.open_step(CASE, int8.CPU), 1)["int8 both"][column] > LIMIT
+    step, arms = int8.open_step(CASE, int8.CPU), ("fp32", "int8 both")
+    assert int8.steps(step, 1, arms)["int8 both"][column] > LIMIT
 
 
 def test_from_training_to_tables(tmp_path, monkeypatch):
@@ -186,6 +186,7 @@ def test_from_training_to_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "quantised", lambda *a, **k: seen.append(k) or quantised(*a, **k))
     int8.run(given)
     assert FORWARD in seen and BOTH in seen  # training took the plans in int8
+    given.arms = list(int8.ARMS)
     int8.time(given)
     int8.report(given)
     blocks = int8.blocks(int8.json.loads((given.to / int8.JSON).read_text()))
