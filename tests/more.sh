@@ -5,7 +5,8 @@
 #
 # Style; property tests on fresh examples; and the tests that compare numbers once more on what
 # other processors have: AVX2 alone, AVX-512 without its later parts, no vector instructions in
-# PyTorch's own loops, two threads. A last argument or more goes to each pytest, as `-x`.
+# PyTorch's own loops, two threads. The CPU kernels also run as aarch64 code in every `pytest` where
+# `apt-get install g++-aarch64-linux-gnu qemu-user-static` was done. A last argument or more goes to each pytest, as `-x`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 numbers=(tests/pae tests/kernels/attention tests/kernels/test_pointwise.py

@@ -98,7 +98,7 @@ def top_eigenvector(M: Tensor) -> Tensor:
     rounding = torch.finfo(M.dtype).eps * eigenvalues.abs().amax(dim=1, keepdim=True)
     shifted = M.clone()
     shifted.diagonal(dim1=1, dim2=2).sub_(eigenvalues[:, -1:])
-    factors, order, _ = torch.linalg.lu_factor_ex(shifted)  # singular to rounding, as it should be
+    factors, order = _factorised(shifted)  # singular to rounding, as it should be
 
     v = start_vector(M.shape[1], M.device).to(M.dtype)[:, None].repeat(len(M), 1, 1)
     for _ in range(INVERSE_ITERATIONS):
@@ -113,6 +113,16 @@ def top_eigenvector(M: Tensor) -> Tensor:
     if not exact.all():
         v = torch.where(exact, v, torch.linalg.eigh(M).eigenvectors[..., -1])
     return v
+
+
+def _factorised(M: Tensor) -> tuple[Tensor, Tensor]:
+    """LU factors and pivots. On a CPU one matrix after the other: PyTorch shares a batch among its
+    threads, and oneMKL's factorisation, called by two of them at a time, may never end.
+    """
+    if M.device.type != "cpu":
+        return torch.linalg.lu_factor_ex(M)[:2]
+    each = [torch.linalg.lu_factor_ex(m) for m in M]
+    return torch.stack([e[0] for e in each]), torch.stack([e[1] for e in each])
 
 
 def start_vector(k: int, device: torch.device) -> Tensor:

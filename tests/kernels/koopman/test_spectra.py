@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.kernels.koopman.cases import (
     use_tile,
     values_and_gradients,
 )
+from tests.processes import run
 
 
 def matrix_with(singular_values, dtype=torch.float32):
@@ -247,6 +249,19 @@ def test_a_bad_residual_falls_back_to_the_full_decomposition(monkeypatch):
     assert calls
     close([sigma], expected[:1], 1e-6)
     assert ((right.double() * expected[2]).sum(1).abs() > 1 - 1e-6).all()
+
+
+def test_many_matrices_are_decomposed_by_several_threads():
+    """In a process of its own: what oneMKL does to a batch there may never end."""
+    code = (
+        "import torch; torch.set_num_threads(2)\n"
+        "from pae_kernels.koopman import spectral\n"
+        "L = torch.eye(256) + 0.1 * torch.randn(10, 256, 256)\n"
+        "sigma = spectral.top_singular_triple(L)[0]\n"
+        "exact = torch.linalg.svdvals(L.double())[:, 0]\n"
+        "assert ((sigma - exact).abs() <= 1e-6 * exact).all()\n"
+    )
+    assert not run([sys.executable, "-c", code], env={"OMP_NUM_THREADS": "2"}, timeout=120).stderr
 
 
 def spectrum_of(k):
