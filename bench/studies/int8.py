@@ -182,6 +182,10 @@ class Weight:
     def product(self, codes: Tensor) -> Tensor:
         return self.forward(codes, self.scale, self.bias, self.dtype)
 
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Of `wide`, for prompts' keys and values."""
+        return self.wide[rows]
+
     def __rmatmul__(self, d: Tensor) -> Tensor:
         """d W, as a backward asks for it."""
         if self.backward is None:
