@@ -119,7 +119,7 @@ def _factorised(M: Tensor) -> tuple[Tensor, Tensor]:
     """LU factors and pivots. On a CPU one matrix after the other: PyTorch shares a batch among its
     threads, and oneMKL's factorisation, called by two of them at a time, may never end.
     """
-    if M.device.type != "cpu":
+    if M.device.type != "cpu" or len(M) < 2:
         return torch.linalg.lu_factor_ex(M)[:2]
     each = [torch.linalg.lu_factor_ex(m) for m in M]
     return torch.stack([e[0] for e in each]), torch.stack([e[1] for e in each])
