@@ -20,9 +20,10 @@ from ..model import PromptedViT
 from ..plan import BlockPlan
 from ..prompts import VPTDeep
 
-SMOOTHED_FROM = 128  # singular values above which their curve is smoothed
+SMOOTHED_FROM = 128  # singular values above which their curve is smoothed, and its ends left out
 SMOOTHING = 10.0
-ENDS = 0.03
+ENDS = 0.03  # of both ends together
+ACCUMULATIONS = ("images", "batches")
 
 
 class NullSpace(nn.Module):
@@ -36,26 +37,34 @@ class NullSpace(nn.Module):
         C2 += the same mean of S^T S                             (P, P)
 
     and Pi = eta B + (1 - eta) I with B the projection onto the null space of C. How many singular
-    values count as zero is where their curve bends most (largest second difference, 3 % at both
-    ends left out; smoothed with a Gaussian of 10 where there are 128 or more).
+    values count as zero is where their curve bends most: at the largest second difference. Where
+    there are 128 or more, the curve is smoothed with a Gaussian of 10 and 3 % of it are left out,
+    half of them at each end.
 
     Means and standard deviations of prompt rows should not move either (LayerNorm divides by
     them): `penalty` is their L1 drift since the last task.
 
     Use: train task 1; `observe(batches)`; then for each further task wrap the optimiser with
-    `project(optimizer)`, add `penalty()` to the loss, and `observe` again at its end.
+    `project(optimizer)`, add `penalty()` to the loss, and `observe` again at its end. The released
+    code starts prompts in U(-1, 1), divides logits by 28 in training, and gives every task a head;
+    its CLIP variant prompts blocks 0 to 3 alone.
 
     Args:
-        model: a `PromptedViT` over `VPTDeep` with one count in all blocks and no norm per head.
-        eta: 0 leaves updates alone, 1 projects fully; published: 0.94 to 0.98.
+        model: a `PromptedViT` over `VPTDeep` with one count in every block that has prompts, and no
+            norm per head.
+        eta: 0 leaves updates alone, 1 projects fully; published: 0.94 to 0.98. Two numbers are for
+            Pi1 and Pi2 apart.
         official: as the released code: W = W_k without g, and B divided by its Frobenius norm, so
             that what lies in the null space shrinks too, to eta / sqrt(nullity) + 1 - eta.
+        accumulate: what a task adds to C1 and C2: "images", the mean over all its images, or
+            "batches", the sum of the means of its batches, as released: a task then counts by its
+            number of batches.
 
     Attributes:
-        C1, C2: (depth, D, D) and (depth, P, P); like all of these buffers, so that `state_dict`
-            resumes a sequence of tasks.
+        C1, C2: (b, D, D) and (b, P, P), of the b blocks with prompts; like all of these buffers, so
+            that `state_dict` resumes a sequence of tasks.
         tasks: how many were observed.
-        means, deviations: (depth, P) of the prompt rows at the end of the last.
+        means, deviations: (b, P) of the prompt rows at the end of the last.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what was expected.
@@ -68,26 +77,39 @@ class NullSpace(nn.Module):
     means: Tensor
     deviations: Tensor
 
-    def __init__(self, model: PromptedViT, eta: float = 0.97, official: bool = False) -> None:
+    def __init__(
+        self,
+        model: PromptedViT,
+        eta: float | tuple[float, float] = 0.97,
+        official: bool = False,
+        accumulate: str = "images",
+    ) -> None:
         super().__init__()
         if not isinstance(model, PromptedViT):
             raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
         family = model.prompts
-        if type(family) is not VPTDeep or family.tokens.dim() != 3 or family.tokens.shape[1] == 0:
+        counts = family.prompt_counts if type(family) is VPTDeep else []
+        if len({count for count in counts if count}) != 1:
             raise ValueError(
-                "model.prompts must be VPTDeep with one count of at least 1 in all blocks, got "
-                f"{family!r}"
+                "model.prompts must be VPTDeep with one count of at least 1 in every block that "
+                f"has prompts, got {family!r}"
             )
         if any(model.view.read_block(i).k_norm for i in range(model.view.shape.depth)):
             raise ValueError(
                 "model's keys are normalised per head: a prompt's key is not linear in it"
             )
-        if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
-            raise ValueError(f"eta must be a number in [0, 1], got {eta!r}")
-        self.eta, self.official = float(eta), bool(official)
+        etas = eta if isinstance(eta, tuple) else (eta, eta)
+        if len(etas) != 2 or any(
+            isinstance(e, bool) or not isinstance(e, (int, float)) or not 0 <= e <= 1 for e in etas
+        ):
+            raise ValueError(f"eta must be a number in [0, 1], or two of them, got {eta!r}")
+        if accumulate not in ACCUMULATIONS:
+            raise ValueError(f"accumulate must be one of {ACCUMULATIONS}, got {accumulate!r}")
+        self.eta, self.official, self.accumulate = etas, bool(official), accumulate
         object.__setattr__(self, "model", model)  # not a submodule: its state is its own
-        depth, count, width = family.tokens.shape
-        zeros = partial(torch.zeros, device=family.tokens.device, dtype=torch.float64)
+        self._prompted = [i for i, count in enumerate(counts) if count]
+        depth, count, width = self._tokens.shape
+        zeros = partial(torch.zeros, device=self._tokens.device, dtype=torch.float64)
         self.register_buffer("C1", zeros(depth, width, width))
         self.register_buffer("C2", zeros(depth, count, count))
         self.register_buffer("tasks", torch.zeros((), dtype=torch.int64))
@@ -96,8 +118,14 @@ class NullSpace(nn.Module):
         self._projections: tuple[int, Tensor, Tensor] | None = None
 
     @property
-    def _tokens(self) -> Tensor:
+    def _parameter(self) -> nn.Parameter:
         return cast(VPTDeep, self.model.prompts).tokens
+
+    @property
+    def _tokens(self) -> Tensor:
+        """(b, P, D): the prompts of the blocks that have any, a view."""
+        tokens = self._parameter
+        return tokens.view(len(self._prompted), -1, tokens.shape[-1])
 
     @torch.no_grad()
     def observe(self, batches: Iterable[Tensor | tuple]) -> None:
@@ -113,13 +141,15 @@ class NullSpace(nn.Module):
             for batch in batches:
                 images = batch if isinstance(batch, Tensor) else batch[0]
                 x = view.embed(images)
-                rows += x.shape[0] * x.shape[1]
+                each = x.shape[0] * x.shape[1]
+                rows += each
+                share = view.shape.num_heads * (each if self.accumulate == "batches" else 1)
                 stream = frozen.Stream(x.to(plan.dtype).contiguous())
                 for i, block in enumerate(plan.blocks):
-                    stream = self._observe_block(i, block, stream, c1[i], c2[i])
+                    stream = self._observe_block(i, block, stream, c1, c2, 1 / share)
         if rows == 0:
             raise ValueError("batches must hold at least one image, got none")
-        share = rows * view.shape.num_heads
+        share = 1 if self.accumulate == "batches" else rows
         self.C1 += c1 / share
         self.C2 += c2 / share
         means, deviations = _row_statistics(self._tokens)
@@ -129,30 +159,41 @@ class NullSpace(nn.Module):
         self._projections = None
 
     def _observe_block(
-        self, index: int, block: BlockPlan, stream: frozen.Stream, c1: Tensor, c2: Tensor
+        self,
+        index: int,
+        block: BlockPlan,
+        stream: frozen.Stream,
+        c1: Tensor,
+        c2: Tensor,
+        weight: float,
     ) -> frozen.Stream:
-        """Add one block's sums to c1 and c2; the stream that enters the next block."""
-        prompts = self._tokens[index][None]
+        """Add one block's weighted sums to c1 and c2; the stream that enters the next block."""
+        tokens = self._tokens
+        prompted = index in self._prompted
+        at = self._prompted.index(index) if prompted else 0
+        prompts = tokens[at][None] if prompted else tokens[:1, :0]
         kv = frozen.keys_values(block, frozen.normalise(prompts, block.eps1, block.w_qkv.dtype))
         x, out, seen = frozen.attention_half(block, stream, frozen.Keys(kv))
-        q = seen.qkv[:, :, 0].transpose(1, 2)  # (B, H, N, d), scaled
-        w_qkv = self.model.view.read_block(index).qkv.weight if self.official else block.w_qkv
-        w_k = w_qkv.chunk(3)[1].unflatten(0, (block.num_heads, -1)).to(q)  # (H, d, D)
-        interest = torch.einsum("bhnd,hde->bhne", q / block.scale, w_k).flatten(0, 2).double()
-        c1 += interest.T @ interest
-        logits = torch.einsum("bhnd,phd->bhnp", q, kv[0, :, 0])
-        attention = (logits - seen.lse[..., None]).exp().flatten(0, 2).double()
-        c2 += attention.T @ attention
+        if prompted:
+            q = seen.qkv[:, :, 0].transpose(1, 2)  # (B, H, N, d), scaled
+            w_qkv = self.model.view.read_block(index).qkv.weight if self.official else block.w_qkv
+            w_k = w_qkv.chunk(3)[1].unflatten(0, (block.num_heads, -1)).to(q)  # (H, d, D)
+            interest = torch.einsum("bhnd,hde->bhne", q / block.scale, w_k).flatten(0, 2).double()
+            c1[at].addmm_(interest.T, interest, alpha=weight)
+            logits = torch.einsum("bhnd,phd->bhnp", q, kv[0, :, 0])
+            attention = (logits - seen.lse[..., None]).exp().flatten(0, 2).double()
+            c2[at].addmm_(attention.T, attention, alpha=weight)
         return frozen.Stream(*frozen.mlp_half(block, x, out)[:2])
 
     def projections(self) -> tuple[Tensor, Tensor]:
-        """Pi1 (depth, D, D) and Pi2 (depth, P, P); identities before the first task."""
+        """Pi1 (b, D, D) and Pi2 (b, P, P); identities before the first task."""
         tasks = int(self.tasks)
         if self._projections is None or self._projections[0] != tasks:
-            self._projections = tasks, self._project(self.C1), self._project(self.C2)
+            eta1, eta2 = self.eta
+            self._projections = tasks, self._project(self.C1, eta1), self._project(self.C2, eta2)
         return self._projections[1:]
 
-    def _project(self, C: Tensor) -> Tensor:
+    def _project(self, C: Tensor, eta: float) -> Tensor:
         identity = torch.eye(C.shape[1], dtype=C.dtype, device=C.device).expand_as(C)
         if int(self.tasks) == 0:
             return identity
@@ -163,7 +204,7 @@ class NullSpace(nn.Module):
             B = null.T @ null
             if self.official:
                 B = B / B.norm().clamp(min=torch.finfo(B.dtype).tiny)
-            out.append(self.eta * B + (1 - self.eta) * one)
+            out.append(eta * B + (1 - eta) * one)
         return torch.stack(out)
 
     def project(self, optimizer: Optimizer) -> Optimizer:
@@ -178,7 +219,7 @@ class NullSpace(nn.Module):
         Raises:
             ValueError: `optimizer` does not hold the prompts.
         """
-        tokens = self._tokens
+        tokens = self._parameter
         if not any(p is tokens for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("optimizer must hold model.prompts.tokens")
         before: dict[str, Tensor] = {}
@@ -190,21 +231,22 @@ class NullSpace(nn.Module):
         def replace(*_: Any) -> None:
             old = before.pop("tokens")
             pi1, pi2 = self.projections()
-            update = pi2 @ (tokens - old).to(pi2.dtype) @ pi1
-            tokens.copy_(old + update.to(tokens.dtype))
+            update = pi2 @ (tokens - old).view_as(self._tokens).to(pi2.dtype) @ pi1
+            tokens.copy_(old + update.view_as(tokens).to(tokens.dtype))
 
         optimizer.register_step_pre_hook(keep)
         optimizer.register_step_post_hook(replace)
         return optimizer
 
     def penalty(self) -> Tensor:
-        """Mean absolute drift of the prompt rows' means plus that of their deviations; 0 before the
-        first task.
+        """Absolute drift of the prompt rows' means plus that of their deviations, each a mean over
+        the prompts of a block, summed over blocks; 0 before the first task.
         """
         if int(self.tasks) == 0:
             return self._tokens.new_zeros(())
         means, deviations = _row_statistics(self._tokens)
-        return (means - self.means).abs().mean() + (deviations - self.deviations).abs().mean()
+        drift = (means - self.means).abs() + (deviations - self.deviations).abs()
+        return drift.mean(dim=1).sum()
 
 
 def _row_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,22 +254,22 @@ def _row_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rank(values: Tensor) -> int:
-    """Where descending singular values bend most: what stands before is not the null space."""
+    """Where descending singular values bend most: from there on they count as zero."""
     count = len(values)
     if count < 3:
         return int((values > values[0] * count * torch.finfo(values.dtype).eps).sum())
+    curve, margin = values, 0
     if count >= SMOOTHED_FROM:
-        values = _smoothed(values)
-    bend = values[:-2] - 2 * values[1:-1] + values[2:]  # at 1 .. count - 2
-    margin = int(ENDS * count)
-    inner = bend[margin : len(bend) - margin]
-    return margin + 1 + int(inner.argmax())
+        curve, margin = _smoothed(values), int(ENDS * count / 2)
+    bend = curve[:-2] - 2 * curve[1:-1] + curve[2:]  # at 1 .. count - 2
+    at = margin + 1 + int(bend[margin : len(bend) - margin].argmax())
+    return int((values >= values[at]).sum()) - 1  # the last of equal values is the first zero
 
 
 def _smoothed(values: Tensor) -> Tensor:
-    """Gaussian of width `SMOOTHING`, mirrored at the ends."""
-    radius = min(int(4 * SMOOTHING + 0.5), len(values) - 1)
+    """Gaussian of width `SMOOTHING`, mirrored at the ends, the end value repeated."""
+    radius = int(4 * SMOOTHING + 0.5)
     offset = torch.arange(-radius, radius + 1, dtype=values.dtype, device=values.device)
     weights = torch.exp(-0.5 * (offset / SMOOTHING) ** 2)
-    padded = F.pad(values[None, None], (radius, radius), mode="reflect")
-    return F.conv1d(padded, (weights / weights.sum())[None, None])[0, 0]
+    padded = torch.cat([values[:radius].flip(0), values, values[-radius:].flip(0)])
+    return F.conv1d(padded[None, None], (weights / weights.sum())[None, None])[0, 0]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 import pae
+from pae.methods.nsp2 import NullSpace
 from tests.tiny import error
 
 PRECISIONS = {"f32": torch.float32, "f64": torch.float64}
@@ -336,3 +337,47 @@ def test_apt(golden, case, precision, engine):
     if case != "noscale":
         pairs.append((family.scales.grad, "scales"))
     check_gradients(arrays, at, pairs, precision)
+
+
+def test_nsp2(golden, tiny_vit, precision, engine):
+    """Sums over two batches, projections, and three projected steps of Adam."""
+    arrays, dtype = stored(golden, "nsp2", precision)
+    data, _ = stored(golden, "data", precision)
+    images, labels = data["images"][:6], data["labels"][:6]
+    family = pae.prompts.VPTDeep(5)
+    model = pae.PromptedViT(tiny_vit(dtype), family).train()
+    space = NullSpace(model, (0.97, 0.95), official=True, accumulate="batches")
+    at = f"{precision}/"
+    # what lies between: the sums are read at the prompts the steps start from, drift is measured
+    # from others
+    with torch.no_grad():
+        family.tokens.copy_(arrays["prompts"])
+    space.observe([images[:3], images[3:]])
+    for got, key in zip((space.C1, space.C2, *space.projections()), NSP2_SUMS, strict=True):
+        assert error(got, arrays[f"{at}{key}"]) <= GRADIENT[precision], key
+    old = arrays["prompts_old"].double()
+    space.means.copy_(old.mean(-1))
+    space.deviations.copy_(old.std(-1, correction=0))
+    optimizer = space.project(
+        torch.optim.Adam([family.tokens], lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=5e-5)
+    )
+    start = family.tokens.detach().clone()
+    for step in range(3):
+        logits = run(model, images, engine)
+        ce, penalty = F.cross_entropy(logits / 28, labels), space.penalty()
+        if step == 0:
+            assert close(logits, arrays[f"{at}logits"], VALUE[precision])
+        assert close(ce, arrays[f"{at}ce"][step], VALUE[precision])
+        assert close(penalty, arrays[f"{at}penalty"][step], 10 * VALUE[precision])
+        optimizer.zero_grad()
+        (ce + penalty).backward()
+        if step == 0:
+            assert error(family.tokens.grad, arrays[f"{at}grad_prompts"]) <= GRADIENT[precision]
+        optimizer.step()
+        if step == 0:
+            update = family.tokens.detach() - start
+            assert error(update, arrays[f"{at}first_update"]) <= GRADIENT[precision]
+    assert error(family.tokens, arrays[f"{at}prompts_after"]) <= GRADIENT[precision]
+
+
+NSP2_SUMS = ("C1", "C2", "projection1", "projection2")

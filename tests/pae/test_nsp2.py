@@ -52,6 +52,38 @@ def test_sums_by_hand(feature, prefix, official):
     assert model.training is False
 
 
+def test_batches_count_each_as_released():
+    model, images, x = prepared()
+    batches = NullSpace(model, accumulate="batches")
+    images.observe([x[:1]]), images.observe([x[1:]])  # a task each
+    batches.observe([x[:1], x[1:]])
+    for name in ("C1", "C2"):
+        assert error(getattr(batches, name), getattr(images, name)) < 1e-12
+    together = NullSpace(model)
+    together.observe([x])
+    assert error(batches.C1, together.C1) > 0.1
+
+
+def test_blocks_without_prompts_are_left_out():
+    """The published CLIP variant prompts the first blocks alone."""
+    model = prompted("plain", [4, 4, 0])
+    space, x = NullSpace(model, 1.0), tiny.images(model.backbone, batch=4)
+    whole = prompted("plain", 4)
+    with torch.no_grad():
+        whole.prompts.tokens[:2].copy_(model.prompts.tokens.view(2, 4, -1))
+    other = NullSpace(whole, 1.0)
+    space.observe([x]), other.observe([x])
+    assert space.C1.shape == (2, 32, 32) and space.C2.shape == (2, 4, 4)
+    assert error(space.C1, other.C1[:2]) < 1e-12 and error(space.C2, other.C2[:2]) < 1e-12
+    optimizer = space.project(torch.optim.SGD([model.prompts.tokens], lr=0.1))
+    before = model.prompts.tokens.detach().clone()
+    pae.fast_forward(model, x).sum().backward()
+    (pi1, pi2), gradient = space.projections(), model.prompts.tokens.grad.view(2, 4, -1)
+    optimizer.step()
+    moved = (model.prompts.tokens.detach() - before).view(2, 4, -1)
+    assert error(moved, -0.1 * (pi2 @ gradient @ pi1)) < 1e-9
+
+
 def test_tasks_add_up():
     _, space, x = prepared()
     space.observe([x])
@@ -67,6 +99,16 @@ def test_rank_is_where_the_values_bend(size, rank):
     values = torch.cat([torch.linspace(2, 1.5, rank), torch.linspace(1e-3, 0, size - rank)])
     got = nsp2._rank(values.double())
     assert abs(got - rank) <= (0 if size < nsp2.SMOOTHED_FROM else 15)
+
+
+def test_released_ranks(golden):
+    """Sizes of the null space for spectra of many lengths; see tests/golden/README.md."""
+    arrays = golden("nsp2")
+    names = [k.removeprefix("spectrum/") for k in arrays if k.startswith("spectrum/")]
+    assert len(names) == 60
+    for name in names:
+        values = torch.from_numpy(arrays[f"spectrum/{name}"]).double()  # as C1 and C2 are kept
+        assert len(values) - nsp2._rank(values) == arrays[f"null_size/{name}"][1], name
 
 
 @pytest.mark.parametrize("values, rank", [([1.0], 1), ([1.0, 1e-20], 1), ([0.0, 0.0], 0)])
@@ -172,8 +214,11 @@ def test_penalty_is_the_drift_of_means_and_deviations():
         model.prompts.tokens.mul_(2).add_(1)
     tokens = model.prompts.tokens
     old = (tokens.detach() - 1) / 2
-    expected = (tokens.mean(-1) - old.mean(-1)).abs().mean()
-    expected = expected + (tokens.std(-1, correction=0) - old.std(-1, correction=0)).abs().mean()
+    expected = 0
+    for now, before in zip(tokens, old):  # a sum over blocks, as released
+        expected = expected + (now.mean(-1) - before.mean(-1)).abs().mean()
+        change = now.std(-1, correction=0) - before.std(-1, correction=0)
+        expected = expected + change.abs().mean()
     assert error(space.penalty(), expected) < 1e-9
     space.penalty().backward()
     assert model.prompts.tokens.grad.norm() > 0
@@ -209,6 +254,10 @@ def test_bad_arguments():
     model, space, _ = prepared()
     with pytest.raises(ValueError, match="eta must be a number"):
         NullSpace(model, 1.5)
+    with pytest.raises(ValueError, match=r"or two of them, got \(0.9, 2\)"):
+        NullSpace(model, (0.9, 2))
+    with pytest.raises(ValueError, match="accumulate must be one of"):
+        NullSpace(model, accumulate="tasks")
     with pytest.raises(ValueError, match="at least one image"):
         space.observe([])
     with pytest.raises(ValueError, match="optimizer must hold"):
