@@ -88,21 +88,34 @@ typedef struct pae_cpu_activation_bwd_params {
 PAE_API int pae_cpu_activation_bwd(const pae_cpu_activation_bwd_params* p, void* stream);
 PAE_API uint32_t pae_sizeof_cpu_activation_bwd_params(void);
 
-/* Rows of a softmax from their logits, and its gradient:
- *   probs = exp(logits - lse),  d_logits = scale probs (d_probs - sum(probs d_probs)).
- * The logits are overwritten by the probabilities in fp32; `probs` may be the same array. */
-typedef struct pae_cpu_softmax_bwd_params {
+/* Attention of image rows over prompts and image rows, and its gradient:
+ *   logits = scale q k^T + bias,  lse = log sum exp(logits),  out = exp(logits - lse) v.
+ * The `width` entries of a row lie side by side, everything else at distances in entries. The
+ * first `rows` rows of an image ask. In the backward, without d_qkv, keys and values of image rows
+ * are not read; with it, the queries' part of it is written for those rows alone. */
+typedef struct pae_cpu_attention_params {
   uint32_t struct_size;
   int32_t threads;
-  int32_t out_type; /* of probs and d_logits; logits, d_probs and lse are fp32 */
+  int32_t type; /* of all that is not said to be fp32 */
   float scale;
-  int64_t rows, width;
-  void* logits;
-  const void *d_probs, *lse;
-  void *probs, *d_logits;
-} pae_cpu_softmax_bwd_params;
-PAE_API int pae_cpu_softmax_bwd(const pae_cpu_softmax_bwd_params* p, void* stream);
-PAE_API uint32_t pae_sizeof_cpu_softmax_bwd_params(void);
+  int64_t batch, tokens, rows, prompts, heads, sets, width;
+  int64_t qkv_image, qkv_row, qkv_part, qkv_head;
+  int64_t kv_set, kv_row, kv_part, kv_head;
+  const void *qkv, *kv;
+  const int64_t* group; /* (batch): which set; null: the only one, or one for each image */
+  const float* bias;    /* (sets, prompts), or null */
+  void* out;            /* (batch, rows, heads, width) */
+  float* lse;           /* (batch, heads, rows) */
+  /* of the backward alone: */
+  int64_t images; /* in turn, whose gradients of prompts are added up */
+  int64_t d_out_image, d_out_row;
+  const void* d_out;
+  void* d_qkv; /* (batch, tokens, 3, heads, width), or null */
+  float* d_kv; /* (batch / images rounded up, prompts, 2, heads, width) */
+} pae_cpu_attention_params;
+PAE_API int pae_cpu_attention_fwd(const pae_cpu_attention_params* p, void* stream);
+PAE_API int pae_cpu_attention_bwd(const pae_cpu_attention_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_cpu_attention_params(void);
 
 /* The eigenvectors of the largest eigenvalues of symmetric matrices, as Lanczos' method finds them
  * from one start: to a residual of `tolerance` times a matrix's size, or what `steps` steps give.

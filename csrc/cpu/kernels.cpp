@@ -9,6 +9,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "attention.h"
 #include "eigenvector.h"
 #include "vector.h"
 
@@ -295,46 +296,14 @@ void activation_bwd(const pae_cpu_activation_bwd_params& p, int64_t begin, int64
   });
 }
 
-// ---- softmax
-
-template <typename Out>
-void softmax_bwd_rows(const pae_cpu_softmax_bwd_params& p, int64_t begin, int64_t end) {
-  const int64_t n = p.width;
-  for (int64_t row = begin; row < end; ++row) {
-    float* logits = static_cast<float*>(p.logits) + row * n;
-    const float* d_probs = static_cast<const float*>(p.d_probs) + row * n;
-    const float lse = static_cast<const float*>(p.lse)[row];
-    Out* probs = static_cast<Out*>(p.probs) + row * n;
-    Out* d_logits = static_cast<Out*>(p.d_logits) + row * n;
-    F sum = {};
-    vectors(n, [&](int64_t i, auto v) {
-      F x = v.load(logits + i) - lse;
-      F e = exponential(x);
-      e = x < -87.0f ? F{} : e;  // a key that is masked has no part in anything
-      v.store(logits + i, e);
-      v.store(probs + i, e);
-      sum += e * v.load(d_probs + i);  // d_probs is 0 where there is no element
-    });
-    const float delta = total(sum);
-    vectors(n, [&](int64_t i, auto v) {
-      v.store(d_logits + i, v.load(logits + i) * ((v.load(d_probs + i) - delta) * p.scale));
-    });
-  }
-}
-
-void softmax_bwd(const pae_cpu_softmax_bwd_params& p, int64_t begin, int64_t end) {
-  with_type(p.out_type, [&](auto* out) {
-    softmax_bwd_rows<std::decay_t<decltype(*out)>>(p, begin, end);
-  });
-}
-
 }  // namespace
 
 #define PAE_STRING_(x) #x
 #define PAE_STRING(x) PAE_STRING_(x)
 
 extern const Kernels PAE_ISA = {
-    PAE_STRING(PAE_ISA), norm_fwd, norm_bwd, activation_fwd, activation_bwd, softmax_bwd, eigenvector,
+    PAE_STRING(PAE_ISA), norm_fwd,       norm_bwd,      activation_fwd, activation_bwd,
+    eigenvector,         attention_room, attention_fwd, attention_bwd,
 };
 
 }  // namespace pae

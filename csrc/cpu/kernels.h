@@ -1,4 +1,4 @@
-// What library.cpp knows of kernels.cpp, which is compiled once for each instruction set: every
+// What library.cpp knows of kernels.cpp, which is compiled once for each instruction set: a
 // function works on the rows or entries [begin, end) of what a struct describes.
 #ifndef PAE_CPU_KERNELS_H_
 #define PAE_CPU_KERNELS_H_
@@ -13,8 +13,11 @@ struct Kernels {
   void (*norm_bwd)(const pae_cpu_norm_bwd_params&, int64_t begin, int64_t end);
   void (*activation_fwd)(const pae_cpu_activation_fwd_params&, int64_t begin, int64_t end);
   void (*activation_bwd)(const pae_cpu_activation_bwd_params&, int64_t begin, int64_t end);
-  void (*softmax_bwd)(const pae_cpu_softmax_bwd_params&, int64_t begin, int64_t end);
   void (*eigenvector)(const pae_cpu_eigenvector_params&, int64_t begin, int64_t end);
+  // one unit of work, in a thread's own memory of `attention_room` entries
+  int64_t (*attention_room)(const pae_cpu_attention_params&, bool backward);
+  void (*attention_fwd)(const pae_cpu_attention_params&, int64_t unit, float* memory);
+  void (*attention_bwd)(const pae_cpu_attention_params&, int64_t unit, float* memory);
 };
 
 extern const Kernels avx512_bf16, avx512, avx2, portable;

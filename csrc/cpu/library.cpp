@@ -94,6 +94,54 @@ int share(const Params& p, void (*function)(const Params&, int64_t, int64_t), in
 
 bool is_float(int32_t type) { return type == PAE_FLOAT32 || type == PAE_BFLOAT16; }
 
+// Units of attention, one at a time: each is much work, and every thread has a room for it.
+struct Attention {
+  const pae_cpu_attention_params& params;
+  void (*function)(const pae_cpu_attention_params&, int64_t, float*);
+  int64_t units, room;
+  float* rooms;
+  std::atomic<int64_t> next{0}, taken{0};
+
+  void run() {
+    float* own = rooms + taken.fetch_add(1, std::memory_order_relaxed) * room;
+    for (;;) {
+      const int64_t unit = next.fetch_add(1, std::memory_order_relaxed);
+      if (unit >= units) return;
+      function(params, unit, own);
+    }
+  }
+};
+
+int attend(const pae_cpu_attention_params& p, bool backward) {
+  for (int64_t i = 0; p.group != nullptr && i < p.batch; ++i)
+    if (p.group[i] < 0 || p.group[i] >= p.sets)
+      return fail("group[%lld] is %lld: there are %lld sets of prompts", static_cast<long long>(i),
+                  static_cast<long long>(p.group[i]), static_cast<long long>(p.sets));
+  const Kernels& table = kernels();
+  const int64_t turns = backward ? (p.batch + p.images - 1) / p.images : p.batch;
+  const int64_t units = turns * p.heads, room = table.attention_room(p, backward);
+  int64_t threads = p.threads < units ? p.threads : units;
+  pae_cpu_parallel start = parallel.load(std::memory_order_acquire);
+  if (threads < 1 || start == nullptr) threads = 1;
+  void* memory = std::malloc(threads * room * sizeof(float) + 64);
+  if (memory == nullptr) return fail("attention: out of memory");
+  const uintptr_t aligned = (reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64;
+  Attention work{p, backward ? table.attention_bwd : table.attention_fwd, units, room,
+                 reinterpret_cast<float*>(aligned)};
+  if (threads == 1)
+    work.run();
+  else
+    start([](void* data) { static_cast<Attention*>(data)->run(); }, &work,
+          static_cast<unsigned>(threads), 0);
+  std::free(memory);
+  return PAE_OK;
+}
+
+bool is_right(const pae_cpu_attention_params& p) {
+  return p.batch >= 0 && p.rows > 0 && p.tokens >= p.rows && p.prompts >= 0 && p.heads > 0 &&
+         p.width > 0 && is_float(p.type);
+}
+
 }  // namespace
 }  // namespace pae
 
@@ -149,12 +197,16 @@ extern "C" int pae_cpu_activation_bwd(const pae_cpu_activation_bwd_params* p, vo
 }
 PAE_DEFINE_SIZEOF(cpu_activation_bwd)
 
-extern "C" int pae_cpu_softmax_bwd(const pae_cpu_softmax_bwd_params* p, void*) {
-  PAE_CHECK(p, p->rows >= 0 && p->width > 0);
-  PAE_CHECK(p, pae::is_float(p->out_type));
-  return pae::share(*p, pae::kernels().softmax_bwd, p->rows, p->width);
+extern "C" int pae_cpu_attention_fwd(const pae_cpu_attention_params* p, void*) {
+  PAE_CHECK(p, pae::is_right(*p));
+  return pae::attend(*p, false);
 }
-PAE_DEFINE_SIZEOF(cpu_softmax_bwd)
+
+extern "C" int pae_cpu_attention_bwd(const pae_cpu_attention_params* p, void*) {
+  PAE_CHECK(p, pae::is_right(*p) && p->images > 0);
+  return pae::attend(*p, true);
+}
+PAE_DEFINE_SIZEOF(cpu_attention)
 
 extern "C" int pae_cpu_eigenvector(const pae_cpu_eigenvector_params* p, void*) {
   PAE_CHECK(p, p->count >= 0 && p->width > 0 && p->steps > 0 && p->steps <= PAE_CPU_MOST_STEPS);

@@ -40,7 +40,7 @@ PAE_INLINE To bits(From x) {
   return y;
 }
 
-PAE_INLINE F splat(float x) { return F{} + x; }
+PAE_INLINE F splat(float x) { return x - F{}; }  // 0 + x would be an addition: it makes -0 to 0
 
 PAE_INLINE F widen(H h) { return bits<F>(__builtin_convertvector(h, U) << 16); }
 

@@ -1,19 +1,15 @@
-"""Prompt-concatenated attention in bf16 on CPUs; in fp32, PyTorch's fused attention is the fastest
-known and the reference leans on it already.
+"""Prompt-concatenated attention on CPUs: `csrc/cpu/attention.h`, in fp32 and bf16.
 
-PyTorch's fused attention in bf16 converts tile by tile, as often as a tile is read. Here every row
-is converted once, by the copy that puts prompts in front of images, and all products are fp32: with
-heads 64 wide those of bf16 are no faster, unless the processor multiplies whole tiles (AMX). The
-forward is then the fused one in fp32. The backward is a few whole products per head around a
-softmax gradient in C++, chunk by chunk: as many heads as fill `CHUNK_BYTES` with their logits, so
-that these stay in the second cache from the two products that make them to the three that use them;
-`softmax_bwd` reads both once and writes both once, in place. Gradients are taken of whole rows of
-the softmax and not of `out`, whose rounding to 16 bits would be most of the error.
+Queries, keys and values are read where the packed product and the prompts lie, and gradients are
+written where the next product reads them: nothing is concatenated, expanded or packed by PyTorch.
+All products and sums are fp32. In bf16 gradients are taken of whole rows of the softmax and not of
+`out`, whose rounding would be most of the error.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +17,18 @@ from torch import Tensor
 from .. import cpu, native
 from . import reference
 
-CHUNK_BYTES = 1 << 20
+PARTS = 256  # sums over the batch are begun in about so many heads of images
 
-_SoftmaxBackward = native.params(
-    "cpu_softmax_bwd",
-    **dict.fromkeys(("threads", "out_type"), native.INT32),
+_Attention = native.params(
+    "cpu_attention",
+    **dict.fromkeys(("threads", "type"), native.INT32),
     scale=native.FLOAT32,
-    **dict.fromkeys(("rows", "width"), native.INT64),
-    **dict.fromkeys(("logits", "d_probs", "lse", "probs", "d_logits"), native.POINTER),
+    **dict.fromkeys(("batch", "tokens", "rows", "prompts", "heads", "sets", "width"), native.INT64),
+    **dict.fromkeys(("qkv_image", "qkv_row", "qkv_part", "qkv_head"), native.INT64),
+    **dict.fromkeys(("kv_set", "kv_row", "kv_part", "kv_head"), native.INT64),
+    **dict.fromkeys(("qkv", "kv", "group", "bias", "out", "lse"), native.POINTER),
+    **dict.fromkeys(("images", "d_out_image", "d_out_row"), native.INT64),
+    **dict.fromkeys(("d_out", "d_qkv", "d_kv"), native.POINTER),
 )
 
 
@@ -46,16 +46,16 @@ def forward(
     log_multiplicity: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's."""
-    if qkv.dtype == torch.float32 or class_only or not qkv.numel() or _multiplies_tiles():
+    # with AMX PyTorch's fused attention multiplies bf16 by tiles, several times as fast as fp32
+    tiles = qkv.dtype == torch.bfloat16 and not class_only and _multiplies_tiles()
+    if tiles or not qkv.numel():
         return reference.forward(qkv, kv_prompt, group, scale, class_only, log_multiplicity)
     batch, tokens, _, heads, width = qkv.shape
-    q, k, v = _rows(qkv, kv_prompt, group, slice(None))
-    bias = _bias(log_multiplicity, group, batch, tokens)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, attn_mask=bias, scale=scale
-    )
-    rows = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype)
-    return rows.copy_(out.transpose(1, 2)).flatten(2), lse.contiguous()
+    rows = 1 if class_only else tokens
+    out = torch.empty(batch, rows, heads * width, dtype=qkv.dtype)
+    lse = torch.empty(batch, heads, rows, dtype=torch.float32)
+    _call("fwd", qkv, kv_prompt, group, scale, log_multiplicity, out, lse)
+    return out, lse
 
 
 def backward(
@@ -70,78 +70,64 @@ def backward(
     lse: Tensor,
     need_qkv: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as the reference's."""
-    if qkv.dtype == torch.float32 or class_only or not need_qkv or not qkv.numel():
+    """Same contract as the reference's. The same bits at any number of threads."""
+    if not qkv.numel():
         return reference.backward(
             *(d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, out, lse),
             need_qkv,
         )
+    batch, _, _, heads, width = qkv.shape
+    sets, prompts = kv_prompt.shape[:2]
+    d_qkv = torch.empty(qkv.shape if need_qkv else 0, dtype=qkv.dtype)
+    if class_only and need_qkv:
+        d_qkv[:, 1:, 0] = 0
+    # one set for all images: the kernel adds up `images` of them, in turn
+    images = max(1, batch * heads // PARTS) if group is None and sets == 1 else 1
+    d_kv = torch.empty(-(-batch // images), prompts, 2, heads, width, dtype=torch.float32)
+    _call(
+        *("bwd", qkv, kv_prompt, group, scale, log_multiplicity, out, lse),
+        images=images,
+        d_out=d_out,
+        d_out_image=d_out.stride(0),
+        d_out_row=d_out.stride(1),
+        d_qkv=d_qkv if need_qkv else None,
+        d_kv=d_kv,
+    )
+    return d_qkv, reference.sum_groups(d_kv, group, sets).to(kv_prompt.dtype)
+
+
+def _call(
+    direction: str,
+    qkv: Tensor,
+    kv_prompt: Tensor,
+    group: Tensor | None,
+    scale: float,
+    log_multiplicity: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    **more: Any,
+) -> None:
     batch, tokens, _, heads, width = qkv.shape
-    prompts = kv_prompt.shape[1]
-    keys = prompts + tokens
-    d_out = d_out.view(batch, tokens, heads, width).transpose(1, 2)
-    bias = _bias(log_multiplicity, group, batch, tokens)
-    d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    d_kv = torch.empty(batch, prompts, 2, heads, width, dtype=qkv.dtype)
-    at_once = max(1, CHUNK_BYTES // (tokens * keys * lse.itemsize))  # heads
-    images = max(1, at_once // heads)
-    for i in range(0, batch, images):
-        s = slice(i, i + images)
-        q, k, v = (t.flatten(0, 1) for t in _rows(qkv, kv_prompt, group, s))
-        d = _wide(d_out[s]).flatten(0, 1)
-        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for j in range(0, len(q), at_once):
-            h = slice(j, j + at_once)
-            logits = torch.bmm(q[h], k[h].mT)
-            if scale != 1.0:
-                logits.mul_(scale)
-            if bias is not None:
-                of_images = torch.arange(j, min(j + at_once, len(q))) // heads
-                logits += bias[s].flatten(0, 2)[of_images][:, None]
-            d_probs = torch.bmm(d[h], v[h].mT)
-            _softmax_backward_(logits, d_probs, lse[s].flatten(0, 1)[h], scale)
-            torch.bmm(logits.mT, d[h], out=d_v[h])
-            torch.bmm(d_probs, k[h], out=d_q[h])
-            torch.bmm(d_probs.mT, q[h], out=d_k[h])
-        grads = (t.unflatten(0, (-1, heads)) for t in (d_q, d_k, d_v))
-        reference._pack(grads, d_qkv[s], d_kv[s], prompts)
-    d_kv = reference.sum_groups(d_kv, group, kv_prompt.shape[0]).to(kv_prompt.dtype)
-    return d_qkv, d_kv
-
-
-def _wide(rows: Tensor) -> Tensor:
-    return torch.empty(rows.shape, dtype=torch.float32).copy_(rows)
-
-
-def _rows(
-    qkv: Tensor, kv_prompt: Tensor, group: Tensor | None, s: slice
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (b, H, N, d), keys and values (b, H, P + N, d) of the images `s`, in fp32."""
-    q, k, v = qkv[s].permute(2, 0, 3, 1, 4)
-    prompts = reference.take_groups(kv_prompt, group, len(qkv))[s].permute(2, 0, 3, 1, 4)
-    batch, heads, tokens, width = q.shape
-    count = prompts.shape[3]
-    both = []
-    for first, rest in zip(prompts, (k, v)):
-        rows = torch.empty(batch, heads, count + tokens, width, dtype=torch.float32)
-        rows[:, :, :count], rows[:, :, count:] = first, rest
-        both.append(rows)
-    return _wide(q), both[0], both[1]
-
-
-def _bias(
-    log_multiplicity: Tensor | None, group: Tensor | None, batch: int, tokens: int
-) -> Tensor | None:
-    """What is added to the logits, (B, 1, 1, P + N) in fp32, or None."""
-    if log_multiplicity is None:
-        return None
-    return reference._key_bias(log_multiplicity, group, batch, tokens).to(torch.float32)
-
-
-def _softmax_backward_(logits: Tensor, d_probs: Tensor, lse: Tensor, scale: float) -> None:
-    """In place: logits become probabilities, and their gradients those of the products behind the
-    logits.
-    """
-    arrays = {"logits": logits, "d_probs": d_probs, "probs": logits, "d_logits": d_probs}
-    sizes = {"rows": lse.numel(), "width": logits.shape[-1]}
-    cpu.call("pae_cpu_softmax_bwd", _SoftmaxBackward(scale=scale, **sizes, **arrays, lse=lse))
+    sets, prompts = kv_prompt.shape[:2]
+    axes = ("qkv_image", "qkv_row", "qkv_part", "qkv_head")
+    kv_axes = ("kv_set", "kv_row", "kv_part", "kv_head")
+    # held until the call is over
+    group = None if group is None else group.contiguous()
+    bias = None if log_multiplicity is None else log_multiplicity.float().contiguous()
+    out, lse = out.contiguous(), lse.contiguous()
+    params = _Attention(
+        type=cpu.TYPES[qkv.dtype],
+        scale=scale,
+        batch=batch,
+        tokens=tokens,
+        rows=lse.shape[2],
+        prompts=prompts,
+        heads=heads,
+        sets=sets,
+        width=width,
+        **dict(zip(axes, qkv.stride())),
+        **dict(zip(kv_axes, kv_prompt.stride())),
+        **{"qkv": qkv, "kv": kv_prompt, "group": group, "bias": bias, "out": out, "lse": lse},
+        **more,
+    )
+    cpu.call(f"pae_cpu_attention_{direction}", params)

@@ -75,13 +75,22 @@ void all_of(int32_t type) {
 int main() {
   all_of<float>(PAE_FLOAT32);
   all_of<uint16_t>(PAE_BFLOAT16);
-  auto logits = taken<float>(COUNT), d_probs = taken<float>(COUNT), lse = taken<float>(ROWS);
-  auto softmax = made<pae_cpu_softmax_bwd_params>();
-  softmax.scale = 0.5f, softmax.rows = ROWS, softmax.width = WIDTH;
-  softmax.logits = softmax.probs = logits.data(), softmax.lse = lse.data();
-  softmax.d_probs = softmax.d_logits = d_probs.data();
-  ended(pae_cpu_softmax_bwd(&softmax, nullptr));
-  give(logits), give(d_probs);
+  // one image of ROWS rows, ROWS prompts, two heads
+  auto qkv = taken<float>(6 * COUNT), kv = taken<float>(4 * COUNT), d_out = taken<float>(2 * COUNT);
+  std::vector<float> out(2 * COUNT), lse(2 * ROWS), d_qkv(6 * COUNT), d_kv(4 * COUNT);
+  auto attention = made<pae_cpu_attention_params>();
+  attention.scale = 0.3f, attention.batch = attention.sets = attention.images = 1;
+  attention.tokens = attention.rows = attention.prompts = ROWS;
+  attention.heads = 2, attention.width = WIDTH;
+  attention.qkv_row = 6 * WIDTH, attention.kv_row = 4 * WIDTH, attention.d_out_row = 2 * WIDTH;
+  attention.qkv_part = attention.kv_part = 2 * WIDTH;
+  attention.qkv_head = attention.kv_head = WIDTH;
+  attention.qkv = qkv.data(), attention.kv = kv.data(), attention.d_out = d_out.data();
+  attention.out = out.data(), attention.lse = lse.data();
+  attention.d_qkv = d_qkv.data(), attention.d_kv = d_kv.data();
+  ended(pae_cpu_attention_fwd(&attention, nullptr));
+  ended(pae_cpu_attention_bwd(&attention, nullptr));
+  give(out), give(lse), give(d_qkv), give(d_kv);
   auto matrix = taken<float>(WIDTH * WIDTH), start = taken<float>(WIDTH);
   std::vector<float> vector(WIDTH), value(1), residual(1), size(1), room((WIDTH + 1) * WIDTH);
   std::vector<int32_t> steps(1);

@@ -102,6 +102,7 @@ def test_the_library_that_was_built_is_the_one_that_is_loaded(monkeypatch, tmp_p
         assert isinstance(own(), native.Library)
         assert cpu.describe().startswith(f"{tmp_path}/_cpu.so, ")
         content = (tmp_path / "_cpu.so").read_bytes()
+        (tmp_path / "_cpu.so").unlink()  # it is loaded: another file takes its name
         (tmp_path / "_cpu.so").write_bytes(content[: len(content) // 2])
         assert "is damaged, or was built apart from its record" in own()
         assert cpu.describe() == f"none: {own()}"
@@ -208,22 +209,48 @@ def test_every_instruction_set(isa, width, dtype):
         assert error(from_code, reference.activation_backward(d, code, kind)) < limit
 
 
-@pytest.mark.parametrize("width", [1, 5, 16, sanitized(75)])
-def test_softmax_on_every_instruction_set(isa, width):
-    logits, d_probs = 3 * rows(4, 6, width), rows(4, 6, width, seed=1)
-    logits[..., 0] = 0.0
-    if width > 1:
-        logits[:, 2, 1] = -torch.inf  # a masked key
-    wide = logits.double()
-    lse = wide.logsumexp(-1)
-    probs = (wide - lse[..., None]).exp()
-    d = d_probs.double()
-    exact = 0.5 * probs * (d - (d * probs).sum(-1, keepdim=True))
-    attention._softmax_backward_(logits, d_probs, lse.float(), 0.5)
-    assert error(logits, probs) < 1e-6
-    assert width == 1 or error(d_probs, exact) < 2e-6
-    if width > 1:
-        assert not logits[:, 2, 1].any() and not d_probs[:, 2, 1].any()
+@pytest.mark.parametrize("width", [1, 7, 16, 24, sanitized(48), 64, 80, 128])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_attention_on_every_instruction_set(isa, dtype, width):
+    """Every number of rows of a tile, and of vectors in it: 23 rows, 19 to 128 keys."""
+    for tokens, prompts in ((23, 20), (1, 18), (59, 69), (110, 5)):
+        qkv = rows(2, tokens, 3, 2, width, dtype=dtype)
+        kv, d_out = rows(1, prompts, 2, 2, width, dtype=dtype, seed=1), rows(2, tokens, 2 * width)
+        bias = rows(1, prompts, seed=3)
+        bias[:, 1::4] = -torch.inf
+        d_out = d_out.to(dtype)
+        out, lse = attention.forward(qkv, kv, None, 0.3, False, bias)
+        given = d_out, qkv, kv, None, 0.3, False, bias, out, lse
+        leaves = qkv.double().requires_grad_(), kv.double().requires_grad_()
+        exact, exact_lse = attention_reference.prompt_attention(*leaves, None, 0.3, False, bias)
+        exact_grads = torch.autograd.grad(exact, leaves, d_out.double())
+        limit = {FP32: 2e-6, BF16: 5e-3}[dtype]
+        assert error(out, exact) < limit and error(lse, exact_lse) < 1e-6
+        for need_qkv in (True, False):
+            grads = attention.backward(*given, need_qkv)
+            assert error(grads[1], exact_grads[1]) < limit
+            assert not need_qkv or error(grads[0], exact_grads[0]) < limit
+            assert not grads[1][:, 1::4].any()
+
+
+def test_attention_where_rows_are_not_finite(isa):
+    """NaN and infinities go where the formula sends them, and nowhere else."""
+    qkv, kv = rows(3, 9, 3, 2, 16), rows(3, 4, 2, 2, 16, seed=1)
+    qkv[0, 3, 0, 1, 5], qkv[0, 4, 0, 0, 2] = torch.nan, torch.inf  # one row's logits
+    qkv[1, 2, 1, 0, 3], kv[1, 1, 1, 1, 0] = torch.nan, -torch.inf  # one key, one value
+    kv[2, 0, 0, 1] = torch.inf
+    d_out = rows(3, 9, 32, seed=2)
+    leaves = qkv.double().requires_grad_(), kv.double().requires_grad_()
+    exact = attention_reference.prompt_attention(*leaves, None, 0.3, False, None)
+    exact_grads = torch.autograd.grad(exact[0], leaves, d_out.double())
+    out, lse = attention.forward(qkv, kv, None, 0.3, False, None)
+    grads = attention.backward(d_out, qkv, kv, None, 0.3, False, None, out, lse, True)
+    for got, expected in zip((out, lse, *grads), (*exact, *exact_grads), strict=True):
+        same = torch.isfinite(got) == torch.isfinite(expected)
+        assert same.all(), (~same).nonzero()
+        finite = torch.isfinite(got)
+        assert error(got[finite], expected[finite].to(got)) < 2e-6
+    assert out[0, 5:].isfinite().all() and not out[0, 3, 16:].isfinite().any()
 
 
 @pytest.mark.parametrize("width", [1, 5, 16, sanitized(43), 100])
@@ -313,17 +340,48 @@ def test_without_a_pool_there_is_one_thread(library):
 # ---- attention
 
 
-def test_tiles_of_a_processor_leave_the_fused_forward(monkeypatch):
+def test_attention_is_the_same_bits_at_any_number_of_threads(library):
+    """Also where gradients of prompts are added up over several images in turn."""
+    qkv, kv, d_out = rows(90, 9, 3, 6, 16), rows(1, 5, 2, 6, 16, seed=1), rows(90, 9, 96, seed=2)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        with cpu.using(library):
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                out, lse = attention.forward(qkv, kv, None, 0.3, False, None)
+                given = d_out, qkv, kv, None, 0.3, False, None, out, lse
+                found.append((out, lse, *attention.backward(*given, True)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+def test_a_group_that_there_is_not(library):
+    qkv, kv = rows(2, 3, 3, 1, 4), rows(3, 2, 2, 1, 4, seed=1)
+    with cpu.using(library):
+        for wrong in (3, -1):
+            group = torch.tensor([0, wrong])
+            with pytest.raises(RuntimeError, match=rf"group\[1\] is {wrong}: there are 3 sets"):
+                attention.forward(qkv, kv, group, 1.0, False, None)
+
+
+def test_tiles_of_a_processor_leave_the_fused_forward(monkeypatch, library):
     """With AMX, PyTorch's fused attention in bf16 is the fastest there is: it is what runs."""
     calls = []
     forward = attention_reference.forward
-    monkeypatch.setattr(attention_reference, "forward", lambda *a: calls.append(1) or forward(*a))
-    qkv, kv = rows(2, 9, 3, 2, 8, dtype=BF16), rows(1, 4, 2, 2, 8, dtype=BF16, seed=1)
+    monkeypatch.setattr(attention_reference, "forward", lambda *a: calls.append(a) or forward(*a))
+    expected = {(True, BF16): 1}
     for tiles in (True, False):
-        monkeypatch.setattr(attention, "_multiplies_tiles", lambda tiles=tiles: tiles)
-        out, _ = attention.forward(qkv, kv, None, 1.0, False, None)
-        exact = attention_reference.prompt_attention(
-            qkv.double(), kv.double(), None, 1.0, False, None
-        )[0]
-        assert error(out, exact) < 1e-2
-        assert len(calls) == 1
+        for dtype in (FP32, BF16):
+            qkv, kv = rows(2, 9, 3, 2, 8, dtype=dtype), rows(1, 4, 2, 2, 8, dtype=dtype, seed=1)
+            monkeypatch.setattr(attention, "_multiplies_tiles", lambda tiles=tiles: tiles)
+            with cpu.using(library):
+                out, _ = attention.forward(qkv, kv, None, 1.0, False, None)
+            exact = attention_reference.prompt_attention(
+                qkv.double(), kv.double(), None, 1.0, False, None
+            )[0]
+            assert error(out, exact) < 1e-2
+            assert len(calls) == expected.get((tiles, dtype), 0)
+            calls.clear()

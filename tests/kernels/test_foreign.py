@@ -11,6 +11,7 @@ import subprocess
 import pytest
 import torch
 
+from pae_kernels.attention import reference as attention_reference
 from pae_kernels.koopman.spectral import start_vector
 from pae_kernels.pointwise import ACTIVATIONS, reference
 from tests.errors import error
@@ -56,9 +57,10 @@ def test_every_function_on_aarch64(tmp_path):
     draw = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=draw)
     inputs = [normal(3, ROWS, WIDTH).to(dtype) for dtype in (FP32, BF16)]
-    logits, d_probs, M = 3 * normal(ROWS, WIDTH), normal(ROWS, WIDTH), normal(WIDTH, WIDTH)
-    lse, M = logits.double().logsumexp(-1), M + M.mT
-    given = (*inputs, logits, d_probs, lse.float(), M, start_vector(WIDTH, "cpu").float())
+    attended = [normal(1, ROWS, parts, 2, WIDTH) for parts in (3, 2)]
+    d_out, M = normal(1, ROWS, 2 * WIDTH), normal(WIDTH, WIDTH)
+    M = M + M.mT
+    given = (*inputs, *attended, d_out, M, start_vector(WIDTH, "cpu").float())
     ran = subprocess.run(
         [EMULATOR, program(tmp_path)], input=as_bytes(*given), capture_output=True, timeout=60
     )
@@ -83,10 +85,11 @@ def test_every_function_on_aarch64(tmp_path):
             off = code.int() - reference.activation_coded(x.float(), kind)[1].int()
             assert off.abs().max() <= 1, kind
 
-    probs, d = (logits.double() - lse[:, None]).exp(), d_probs.double()
-    assert error(results.take(ROWS, WIDTH), probs) < 1e-6
-    exact = 0.5 * probs * (d - (d * probs).sum(-1, keepdim=True))
-    assert error(results.take(ROWS, WIDTH), exact) < 2e-6
+    leaves = [t.double().requires_grad_() for t in attended]
+    out, lse = attention_reference.prompt_attention(*leaves, None, 0.3, False, None)
+    grads = torch.autograd.grad(out, leaves, d_out.double())
+    for exact in (out, lse, *grads):
+        assert error(results.take(*exact.shape), exact) < 2e-6
     vector, value, residual = results.take(WIDTH), results.take(1), results.take(1)
     exact = torch.linalg.eigvalsh(M.double())
     assert (value - exact[-1]).abs() <= 1e-6 * exact.abs().max()

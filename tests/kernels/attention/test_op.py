@@ -83,7 +83,10 @@ FEW = itertools.product(
     "layout, sets, class_only, dtype",
     reference=OPTIONS,
     interpreter=[(layout, *which, dtype) for layout, which, dtype in FEW],
-    cpu=[(layout, sets, False, BF16) for layout in ("heads_first",) for sets in (1, 2, 3)],
+    cpu=[
+        ("heads_first", sets, class_only, dtype)
+        for sets, class_only, dtype in ((1, False, BF16), (2, True, FP32), (3, False, FP32))
+    ],
 )
 def test_opcheck(execution, layout, sets, class_only, dtype):
     """Schema, fake tensors (shapes, strides, dtypes) and autograd registration."""

@@ -30,7 +30,7 @@ def exactly(execution):
     return execution.pick(reference=(FP64, 1e-13), other=(FP32, 1e-6))
 
 
-PROPERTY = "reference", "interpreter"
+PROPERTY = "reference", "interpreter", "cpu"
 
 
 @each_path(*PROPERTY)
@@ -74,7 +74,7 @@ def test_shared_equals_expanded(execution, path):
     assert not grouped[3][0].any()  # nobody reads set 0
 
 
-@along(["all", "class"], "queries", reference=["all", "class"])
+@along(["all", "class"], "queries", reference=["all", "class"], cpu=["all", "class"])
 def test_no_prompts_is_plain_attention(execution, path, queries):
     dtype, tolerance = exactly(execution)
     qkv, kv = inputs(1, 33, 0, 1, 16, dtype=dtype)
@@ -92,6 +92,7 @@ COPIES = list(itertools.product([1, 2, 7], ["all", "class"]))
     [(times, "all") for times in (1, 2, 7)],
     "times, queries",
     reference=COPIES,
+    cpu=[(times, "all") for times in (1, 2, 7)],
 )
 def test_log_multiplicity_stands_for_copies(execution, path, times, queries):
     dtype, tolerance = exactly(execution)
@@ -104,7 +105,7 @@ def test_log_multiplicity_stands_for_copies(execution, path, times, queries):
     assert error(once[3], copies[3].unflatten(1, (3, times)).sum(2)) < tolerance
 
 
-@along(["all"], "queries", reference=["all", "class"])
+@along(["all"], "queries", reference=["all", "class"], cpu=["all", "class"])
 def test_minus_infinity_masks_a_prompt(execution, path, queries):
     dtype, tolerance = exactly(execution)
     qkv, kv = inputs(1, 17, 18, 1, 16, dtype=dtype)
@@ -197,6 +198,7 @@ def test_class_attention_of_another_shape():
     itertools.product([30.0, 1000.0], [0.0, -300.0]),
     "size, shift",
     reference=itertools.product([30.0, 1000.0], [0.0, -300.0]),
+    cpu=itertools.product([30.0, 1000.0], [0.0, -300.0]),
 )
 def test_large_logits(execution, path, size, shift):
     """No overflow where the log-sum-exp is far from 0: padding keys have logit 0 all the same."""
@@ -223,7 +225,8 @@ def test_layouts_of_the_inputs(execution, path, layout):
     size = execution.pick(
         reference=(3, 7, 4, 2, 8, 1), other=(2, 9, 5, 2, 16, 2), gpu=(3, 197, 20, 12, 64, 3)
     )
-    for dtype in execution.pick(reference=(FP64, FP32), interpreter=(FP32,), other=(BF16,)):
+    kinds = {"reference": (FP64, FP32), "interpreter": (FP32,), "cpu": (FP32, BF16)}
+    for dtype in execution.pick(**kinds, other=(BF16,)):
         qkv, kv = execution.moved(*inputs(*size, dtype=dtype))
         arranged = [(arrange(qkv), kv)]
         if layout != "offset":  # would change the number of prompts
