@@ -35,8 +35,7 @@ constexpr int MOST = 2;
 constexpr int tile_rows(int vectors) { return vectors == 2 ? 6 : 12; }
 #endif
 
-// Row-major matrices. An entry (r, k) of A lies at r * stride + k, or at k * stride + r of its
-// transpose.
+// Row-major. An entry (r, k) lies at r * stride + k, or at k * stride + r of the transpose.
 struct Matrix {
   const float* at;
   int64_t stride;
@@ -413,11 +412,11 @@ void attention_bwd_unit(const pae_cpu_attention_params& p, int64_t unit, float* 
           store(grads + j, e * (load(grads + j) - delta));
         }
       }
-      multiply<true>(room.keys, wide, rows, {room.logits, line}, {d_out, wide}, room.dv, wide, true);
-      multiply<true>(room.keys, wide, rows, {room.d_logits, line}, {q, wide}, room.dk, wide, true);
+      const Matrix probs{room.logits, line}, grads{room.d_logits, line};
+      multiply<true>(room.keys, wide, rows, probs, {d_out, wide}, room.dv, wide, true);
+      multiply<true>(room.keys, wide, rows, grads, {q, wide}, room.dk, wide, true);
       if (!all) continue;
-      multiply<false>(rows, wide, room.keys, {room.d_logits, line}, {room.k, wide}, room.rows,
-                      wide, false);
+      multiply<false>(rows, wide, room.keys, grads, {room.k, wide}, room.rows, wide, false);
       Rows{rows, p.width, wide}.unpack(
           room.rows, [&](int64_t) { return p.scale; }, d_rows + from * 3 * row, 3 * row);
     }

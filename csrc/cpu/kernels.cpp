@@ -1,7 +1,7 @@
 // The kernels, compiled once for each instruction set; PAE_ISA is the name of the table they go in.
 //
-// All are bound by memory: every array is read or written once from there, and a row of a norm or a
-// softmax (3 KB in fp32 at width 768) stays in the first cache between its two or three passes.
+// Those in this file are bound by memory: every array is read or written once from there, and a row
+// of a norm (3 KB in fp32 at width 768) stays in the first cache between its two or three passes.
 // Statistics and sums are fp32, one partial sum a lane, two vectors at a time.
 
 #include "kernels.h"
