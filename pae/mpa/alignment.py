@@ -38,6 +38,7 @@ class MPAResult:
         window, stride: side and step of the windows in bins. head: what ranked them.
         images_seen: (S,) int64, images that each window was ranked on; None for all.
         near_ties: what checking the bf16 losses found; None in exact precision.
+        forwards: filtered images that went through the backbone, a second look counting again.
     """
 
     losses: Tensor
@@ -48,6 +49,7 @@ class MPAResult:
     head: str
     images_seen: Tensor | None = None
     near_ties: NearTies | None = None
+    forwards: int = 0
 
     def report(self) -> str:
         """One line for a log."""
@@ -162,7 +164,8 @@ def mpa_init(
         prompts = _through_blocks(model, torch.cat(rows))
         model.prompts.set_prompts([None if p is None else ranks.from_first(p) for p in prompts])
     seen = None if search == "exact" else ranking.images_seen
-    return MPAResult(ranking.losses, origins, selected, window, stride, head, seen, ties)
+    done = losses.forwards
+    return MPAResult(ranking.losses, origins, selected, window, stride, head, seen, ties, done)
 
 
 def _window_origins(images: Tensor, window: int, stride: int) -> Tensor:

@@ -90,7 +90,7 @@ class WindowLosses:
         advance: called with the number of filtered images that are done.
 
     Attributes:
-        windows: S. dtype: the backbone's.
+        windows: S. dtype: the backbone's. forwards: filtered images asked for so far.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class WindowLosses:
         chunk: int | None,
         advance: Callable[[int], None],
     ) -> None:
-        self.windows, self.dtype = len(origins), backbone_dtype(model)
+        self.windows, self.dtype, self.forwards = len(origins), backbone_dtype(model), 0
         self._ranks, self._chunk, self._advance = ranks, chunk, advance
         self._room = images_per_forward(model, (spectrum.shape[-2], spectrum.shape[-1]))
         self._workers = []
@@ -124,6 +124,7 @@ class WindowLosses:
         return losses_of
 
     def _losses(self, windows: Tensor, images: Tensor, dtype: torch.dtype) -> Tensor:
+        self.forwards += len(windows) * len(images)
         parts = self._parts(len(windows), len(images))[self._ranks.rank :: self._ranks.world]
         found = []
         for i, (rows, columns) in enumerate(parts):

@@ -101,7 +101,8 @@ def train(
             gradients are clipped and used; updates count from 0.
     Returns:
         dict with "name", "trained_parameters", "val_accuracy", "best_epoch", "test_accuracy" (None
-        without a test split), "seconds".
+        without a test split), "seconds", and what that was spent on: "passes" of an image through
+        the backbone (forward, or backward), "mpa_passes" and "mpa_seconds" among them.
     Raises:
         Interrupted: one of `SIGNALS` arrived; the state is saved.
         ArithmeticError: a loss is not finite.
@@ -142,6 +143,7 @@ class _Run:
         self.main = accelerator.is_main_process
 
         self.alignment: pae.MPAResult | None = None  # where this process made the first prompts
+        self.aligned = {"mpa_passes": 0, "mpa_seconds": 0.0}  # what that took
         self.resume = resume
         saved = None if resume is None else self._read_state(resume)
         set_seed(options.seed)
@@ -344,7 +346,7 @@ class _Run:
 
     def _align(self) -> None:
         """Modal Pre-Alignment on the first images of the first epoch."""
-        options = self.options
+        options, began = self.options, time.perf_counter()
         order = torch.cat(self._epoch_batches(0))[: options.mpa_images]
         ((images, labels),) = self.train_data.batches([order])
         found = self.alignment = pae.mpa_init(
@@ -359,6 +361,8 @@ class _Run:
             devices="ranks",
             progress=self.reporter.active and not self.reporter.quiet,
         )
+        seconds = time.perf_counter() - began
+        self.aligned = {"mpa_passes": found.forwards, "mpa_seconds": round(seconds, 3)}
         self.reporter.say(f"{self.name}: {found.report()}")
 
     def _take_tokens(self) -> None:
@@ -546,6 +550,8 @@ class _Run:
             "best_epoch": epoch,
             "test_accuracy": test,
             "seconds": round(self._elapsed(), 3),
+            "passes": self._passes() + self.aligned["mpa_passes"],
+            **self.aligned,
         }
         if self.main:
             self.reporter.curves(self.folder.curves, {self.name: self.rows})
@@ -567,6 +573,19 @@ class _Run:
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
         return self._means(sums, data)
+
+    def _passes(self) -> int:
+        """Passes of an image through the backbone, MPA's apart: one for a forward, one more for a
+        backward to the prompts, another for the gradients of the weights where they learn.
+
+        What a family asks of the images besides (SPT, PRO-VPT, DA-VPT) is not counted.
+        """
+        train, val = len(self.train_data), len(self.val_data)
+        test = len(self.test_data) if self.test_data else 0
+        if self.options.method == "linear":  # the features, once
+            return train + val + test
+        of_a_step = 3 if self.options.method == "full" else 2
+        return self.options.epochs * (of_a_step * train + val) + test
 
     def _evaluation_model(self) -> nn.Module:
         # parts differ in length by a batch, so the wrapper, which waits for all, must not be asked
@@ -624,6 +643,7 @@ class _Run:
                 "rows": self.rows,
                 "best": self.best,
                 "seconds": self._elapsed(),
+                "aligned": self.aligned,
             }
         )
 
@@ -659,6 +679,7 @@ class _Run:
         self.epoch, self.step, self.updates = saved["epoch"], saved["step"], saved["updates"]
         self.rows, self.best = saved["rows"], saved["best"]
         self.seconds = saved["seconds"]
+        self.aligned = saved.get("aligned", self.aligned)  # an older pae did not count
         mine = streams[self.accelerator.process_index]
         if self.prompted is not None and "prompts" in mine:
             self.prompted.prompts.load_rank_state(mine["prompts"])

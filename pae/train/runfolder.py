@@ -209,7 +209,8 @@ class RunFolder:
 
     def _write_csv(self, path: Path, rows: Rows) -> None:
         table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+        names = dict.fromkeys(name for row in rows for name in row)  # an older pae wrote fewer
+        writer = csv.DictWriter(table, fieldnames=list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         self._write(path, table.getvalue().encode())

@@ -36,7 +36,7 @@ def numbers(folder):
     """All measured numbers of a run, times apart, and the tensors it left behind."""
     metrics = json.loads((folder / "metrics.json").read_text())
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in metrics["epochs"]]
-    result = {k: v for k, v in metrics["result"].items() if k != "seconds"}
+    result = {k: v for k, v in metrics["result"].items() if "seconds" not in k}
     tensors = {
         f"{file}/{name}": tensor
         for file in ("best", "last")

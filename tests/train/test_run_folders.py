@@ -527,6 +527,20 @@ def test_picture_or_terminal_that_fails_does_not_end_a_run(flags, tmp_path, caps
     report.Reporter().table("\N{HEAVY BLACK HEART}", [row])
 
 
+def test_comparison_whose_first_method_an_older_pae_finished(tmp_path, capsys):
+    """It did not count passes; the table and the file have room for those of the others."""
+    old = {"name": "linear probe", "trained_parameters": 9, "val_accuracy": 0.5}
+    old |= {"test_accuracy": None, "seconds": 1.0}
+    new = {**old, "name": "VPT-deep", "passes": 12345, "mpa_passes": 3, "mpa_seconds": 2.25}
+    folder = RunFolder(tmp_path)
+    folder.write_comparison([old, new])
+    first, second = (tmp_path / "results.csv").read_text().splitlines()[1:]
+    assert first.endswith("1.0,,,") and second.endswith("12345,3,2.25")
+    report.Reporter().table("a task", folder.results())
+    printed = capsys.readouterr().out
+    assert "12,345" in printed and "2.2" in printed and max(map(len, printed.splitlines())) <= 80
+
+
 def test_disk_that_is_full_is_named_and_the_run_kept(flags, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     original, count = RunFolder.write_state, []
