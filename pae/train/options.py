@@ -21,7 +21,10 @@ SCHEDULERS = ("cosine", "step", "poly", "none")
 AMPS = ("auto", "bf16", "fp16", "no")
 DEVICES = ("auto", "cpu", "cuda")
 HEAD_INITS = ("default", "vpt")
+MPA_PRECISIONS = ("auto", *choices.MPA_PRECISIONS)
 
+FIRST = "digits"  # what `pae train` shows when nobody says what to train on
+_FIRST = DATASETS[FIRST]
 COMPARE = "compare"  # three methods side by side
 PROMPTLESS = ("linear", "full")
 
@@ -55,7 +58,7 @@ class Options:
     """
 
     dataset: str | None = _images(
-        None, "an embedded image set", choices=tuple(DATASETS), metavar="NAME", unset="pneumonia"
+        None, "an embedded image set", choices=tuple(DATASETS), metavar="NAME", unset=FIRST
     )
     data: str | None = _images(
         None,
@@ -98,7 +101,7 @@ class Options:
         "image side in pixels",
         low=1,
         high=16_384,
-        unset=f"the model's own; embedded: {WEIGHTS_IMAGE_SIZE}",
+        unset=f"the model's own; embedded: {WEIGHTS_IMAGE_SIZE}, of {FIRST} {_FIRST.image_size}",
     )
 
     method: str = _method(
@@ -152,9 +155,10 @@ class Options:
         choices=choices.MPA_SEARCHES,
     )
     mpa_precision: str = _method(
-        "exact",
-        "rank in the backbone's precision, or in bf16 with near-ties checked",
-        choices=choices.MPA_PRECISIONS,
+        "auto",
+        "exact: rank in the backbone's precision; bf16: with near-ties checked; auto: bf16 where "
+        "amp is and the CPU multiplies it at least three times as fast",
+        choices=MPA_PRECISIONS,
     )
 
     epochs: int = _recipe(
@@ -162,7 +166,7 @@ class Options:
         "passes over the training images",
         low=1,
         high=10**6,
-        unset=f"{_ITS_OWN}; comparison: 3",
+        unset=f"{_ITS_OWN}; comparison: 3, of {FIRST} {_FIRST.recipe['epochs']}",
     )
     batch_size: int = _recipe(
         None, "images per step, over all processes", low=1, high=10**6, unset=_ITS_OWN
@@ -210,18 +214,26 @@ class Options:
         called = partial(self.called, given or Given())
         values = check(self, given or Given())
         self._check_together(called)
+        if self.data is None and self.dataset is None:
+            values["dataset"] = FIRST
+        embedded = DATASETS.get(values["dataset"])
         recipe = _RECIPES.get(self.method, _PROMPTS)
+        if embedded is not None and self.is_comparison:
+            recipe = {**recipe, **embedded.recipe}
+        if embedded is not None and self.model == WEIGHTS_NAME and self.img_size is None:
+            values["img_size"] = embedded.image_size
         values.update({name: value for name, value in recipe.items() if values[name] is None})
         if self.warmup_epochs is None:
             values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 4)
         device = values["device"] = _resolve_device(self.device, called)
-        values["amp"] = _resolve_amp(self.amp, device, called)
+        amp = values["amp"] = _resolve_amp(self.amp, device, called)
+        if self.mpa_precision == "auto":
+            fast = amp == "bf16" and device == "cpu" and bf16_gain() > _MPA_GAIN
+            values["mpa_precision"] = "bf16" if fast else "exact"
         if self.mpa_images is None:
             values["mpa_images"] = 64 if device == "cuda" else 8
         if self.workers is None:
             values["workers"] = _default_workers()
-        if self.data is None and self.dataset is None:
-            values["dataset"] = "pneumonia"
         for name in ("data", "weights"):  # a resumed run may start elsewhere
             if values[name] is not None:
                 values[name] = os.path.abspath(os.path.expanduser(values[name]))
@@ -433,22 +445,27 @@ def _resolve_amp(amp: str, device: str, called: Callable[[str], str]) -> str:
         return amp
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if _bf16_pays() else "no"
+    return "bf16" if bf16_gain() > _AMP_GAIN else "no"
+
+
+# how many times as fast as in fp32 products in bf16 must be: in training by a quarter; in MPA more,
+# for up to 62 % of the windows were measured again in fp32 (docs/science.md)
+_AMP_GAIN, _MPA_GAIN = 1.25, 3.0
 
 
 @lru_cache
-def _bf16_pays() -> bool:
-    """Whether this processor multiplies bf16 faster than fp32, by a quarter at least.
+def bf16_gain() -> float:
+    """How many times as fast as fp32 this processor multiplies bf16; 0 where it has to emulate it.
 
     Its instructions do not tell: with AMX a product is several times as fast, with AVX-512's dot
     products alone it may be half as fast. So one of a transformer's size is timed, in turns, which
-    takes some 50 ms; the answers of processors lie far from the bound.
+    takes some 50 ms; the answers of processors lie far from the bounds.
     """
     import torch
 
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if not any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16")):
-        return False  # emulated
+        return 0.0
     wide = torch.ones(256, 768), torch.ones(768, 768)
     narrow = tuple(t.bfloat16() for t in wide)
     ratios = []
@@ -459,7 +476,7 @@ def _bf16_pays() -> bool:
             torch.nn.functional.linear(rows, weight)
             seconds.append(time.perf_counter() - start)
         ratios.append(seconds[0] / seconds[1])
-    return sorted(ratios)[len(ratios) // 2] > 1.25
+    return sorted(ratios)[len(ratios) // 2]
 
 
 def _default_workers() -> int:

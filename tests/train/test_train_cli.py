@@ -36,7 +36,7 @@ def flags(shades):
 def test_default_is_a_comparison_of_three_methods(flags, tmp_path, capsys):
     assert main([*flags, *PAE_RECIPE, "--output", str(tmp_path / "run")]) == 0
     table = capsys.readouterr().out
-    for word in ("linear probe", "VPT-deep", "VPT-deep + PAE", "trained params", "test acc"):
+    for word in ("linear probe", "VPT-deep", "VPT-deep + PAE", "trained", "test acc"):
         assert word in table
     with open(tmp_path / "run" / "results.csv") as file:
         rows = list(csv.DictReader(file))
@@ -59,11 +59,41 @@ def test_recipe_options_reach_the_prompt_runs_of_a_comparison_alone():
     assert probe == Options(method="linear", device="cpu", amp="no").resolved()
 
 
-def test_no_argument_means_pneumonia_on_the_embedded_backbone():
+def test_no_argument_means_digits_on_the_embedded_backbone():
     options = Options().resolved()
-    assert (options.dataset, options.model) == ("pneumonia", "dinov2-s14-derived")
+    assert (options.dataset, options.model) == ("digits", "dinov2-s14-derived")
     assert options.is_comparison
+    digits = embedded.DATASETS["digits"]
+    assert options.img_size == digits.image_size and options.epochs == digits.recipe["epochs"]
     assert embedded.WEIGHTS_IMAGE_SIZE == 112
+
+
+def test_what_an_image_set_prefers_yields_to_what_is_asked_for():
+    digits = embedded.DATASETS["digits"]
+    other = Options(dataset="pneumonia").resolved()
+    assert other.img_size is None and other.epochs == 3
+    asked = Options(img_size=84, epochs=2).resolved()
+    assert (asked.img_size, asked.epochs) == (84, 2)
+    alone = Options(method="vpt-deep").resolved()  # the recipe is the comparison's
+    assert (alone.img_size, alone.epochs) == (digits.image_size, 10)
+    assert Options(model="vit_tiny_patch16_224").resolved().img_size is None
+    assert Options(data=".").resolved().img_size is None
+
+
+def test_table_says_what_each_method_cost(flags, tmp_path, capsys):
+    """36 training images, of which 7 validate; 15 test; 16 windows at 32 pixels see 4 images."""
+    assert main([*flags, *PAE_RECIPE, "--output", str(tmp_path / "run"), "--quiet"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for word in ("passes", "seconds", "MPA s", "forward and backward"):
+        assert word in printed
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())
+    probe, deep, both = rows
+    assert probe["passes"] == 29 + 7 + 15
+    assert deep["passes"] == 2 * (2 * 29 + 7) + 15
+    assert both["passes"] == deep["passes"] + both["mpa_passes"]
+    assert both["mpa_passes"] == 16 * 4 and 0 < both["mpa_seconds"] < both["seconds"]
+    assert probe["mpa_passes"] == deep["mpa_passes"] == 0
+    assert f"{both['passes']}" in printed
 
 
 def test_interrupted_comparison_says_how_to_go_on_and_does(flags, tmp_path, capsys, monkeypatch):
@@ -86,7 +116,7 @@ def test_interrupted_comparison_says_how_to_go_on_and_does(flags, tmp_path, caps
 
     def measured(root):
         rows = json.loads((root / "results.json").read_text())
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+        return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
 
     assert measured(folder) == measured(tmp_path / "whole")
 
