@@ -1,1 +1,1 @@
-"""Studies that answer one question each, from runs of their own; `bench.report` shows three."""
+"""Studies that answer one question each, from runs of their own; `bench.report` shows five."""

@@ -4,8 +4,10 @@ cautious, and the committed numbers draw.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ from tests.train.helpers import BACKBONE, save_shades
 
 ROOT = Path(__file__).parents[2]
 
-from bench.studies import convergence, families, runs  # noqa: E402
+from bench.studies import convergence, families, first_command, mpa_bf16, runs  # noqa: E402
+from pae import MPAResult  # noqa: E402
+from pae.mpa import NearTies  # noqa: E402
 from pae.train import loop  # noqa: E402
 from pae.train.data import read_folder  # noqa: E402
 
@@ -141,6 +145,60 @@ def test_differences_are_taken_seed_by_seed():
 def test_verdicts_are_cautious(low, high, seeds, sign, said):
     gain = {"mean": (low + high) / 2, "low": low, "high": high, "seeds": seeds}
     assert said in convergence.verdict(gain, sign)
+
+
+def test_first_command_from_runs_to_tables(shades, capsys, monkeypatch):
+    """Screens see no test images, the command sees them; what is finished is not repeated."""
+    monkeypatch.setattr(first_command, "Options", partial(first_command.Options, **SMALL))
+    given = {"output": shades / "runs", "to": shades / "results", "seeds": [0, 1]}
+    screens = {"dataset": "mnist", "arms": ["vpt-deep"], "set": ["epochs=1", "augment=crop"]}
+    first_command.screen(argparse.Namespace(**given, **screens))
+    assert capsys.readouterr().out.count("test None") == 2
+    for _ in range(2):
+        first_command.run(argparse.Namespace(**given))
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 12 and out[:6] == out[6:] and "test None" not in "".join(out)
+
+    first_command.report(argparse.Namespace(**given))
+    numbers = json.loads((shades / "results" / first_command.JSON).read_text())
+    assert {(r["arm"], r["seed"]) for r in numbers["screens"]} == {("vpt-deep", 0), ("vpt-deep", 1)}
+    assert all(r["test"] is None for r in numbers["screens"])
+    assert len(numbers["finals"]) == 6 and numbers["facts"]["test"] == 15
+    blocks = first_command.blocks(numbers)
+    deep = [r for r in numbers["finals"] if r["arm"] == "vpt-deep"]
+    mean = statistics.mean(r["test"] for r in deep)
+    assert f"| VPT-deep | {mean:.3f} |" in blocks["first command short"]
+    lines = blocks["first command seeds"].splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 0", "| 1"]
+    assert f"| {deep[1]['val']:.3f} | {deep[1]['test']:.3f} |" in lines[3]
+    assert "| shades | augment=crop, epochs=1 |" in blocks["first command screens"]
+
+
+def test_precision_of_mpa_from_runs_to_a_table(shades, capsys):
+    given = {**SMALL, "train_size": 20, "val_size": 8, "img_size": 32}
+    cell = mpa_bf16.measure("mnist", 0, **given)
+    assert cell["windows"] == 16 and cell["prompts"] == 2
+    assert cell["checked_misses"] == 0 and cell["same_order"]
+    assert all(seconds > 0 for seconds in cell["seconds"].values())
+    facts = {"processor": "a", "instructions": [], "torch": "t", "bf16_product_gain": 0.5}
+    numbers = {"facts": {**facts, "settings": given}, "cells": [cell, {**cell, "seed": 1}]}
+    assert "| mnist | 2 | " in mpa_bf16.blocks(numbers)["mpa bf16 table"]
+
+
+def test_precision_of_mpa_is_compared_by_selections():
+    """Five windows; rounding would have taken window 3 for window 1, the check put it right."""
+    losses = torch.tensor([1.0, 2.0, 5.0, 2.5, 4.0])
+    whole = losses, torch.zeros(5, 2), torch.tensor([0, 1]), 8, 8, "as_is"
+    chosen = torch.tensor([1]), torch.tensor([3])  # added, dropped
+    ties = NearTies(torch.tensor([0, 1, 3]), chosen[1], chosen[0], torch.tensor([-0.5, 0.1]))
+    found = mpa_bf16.compared(MPAResult(*whole), MPAResult(*whole, near_ties=ties))
+    assert (found["rounded_misses"], found["checked_misses"], found["same_order"]) == (1, 0, True)
+    spread = losses.double().std().item()
+    assert found["gap"] == pytest.approx(0.5 / spread, rel=1e-3)
+    assert found["error"] == pytest.approx(0.3 / spread, rel=1e-3)
+    wrong = MPAResult(losses, whole[1], torch.tensor([3, 0]), 8, 8, "as_is", near_ties=ties)
+    found = mpa_bf16.compared(MPAResult(*whole), wrong)
+    assert (found["checked_misses"], found["same_order"]) == (1, False)
 
 
 def test_cells_of_both_studies_agree():
