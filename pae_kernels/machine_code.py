@@ -83,7 +83,7 @@ def read(cubin: bytes, shared: int, warps: int, architecture: int) -> Resources:
         file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        text = _tool("nvdisasm", "-c", file.name)
+        text = _tool("nvdisasm", "-c", "-ndf", file.name)
     took = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     code = Code(text)
     return Resources(

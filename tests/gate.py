@@ -3,6 +3,7 @@
     python -m tests.gate                   what is worse than tests/budgets.json; exit code 1 if any
     python -m tests.gate gelu --arch 90    figures of the launches whose names have these words
     python -m tests.gate --update          write them down as they are now, for this Triton
+    python -m tests.gate --tests           what tests launch on a GPU; it has rules, no budgets
 
 No GPU is needed: `launches.py` says what a step or a benchmark launches, with its true types,
 alignments and constants, Triton compiles it, and `pae_kernels/machine_code.py` reads the binary.
@@ -205,61 +206,91 @@ def _bound(column: str, budget: list[int], known: bool) -> int:
     return int(most * (1 + ROOM_ELSEWHERE)) + more
 
 
+def faults(name: str, now: Figures, architecture: int) -> Iterator[str]:
+    """What is wrong with a launch whatever its budget, each in one line."""
+    at = f"{name}, sm_{architecture}"
+    if not now.programs:
+        yield f"{at}: {now.registers} registers, {now.shared} bytes shared: no program fits"
+    if now.tf32 and "PRECISION=tf32x3" not in name:
+        yield f"{at}: {now.tf32} products round fp32 to TF32"
+    if now.spilled > SPILLED_ELSEWHERE and "16" in name.split()[1]:
+        yield f"{at}: a thread spills {now.spilled} bytes"
+
+
 # ---- the command
 
 
-def compiled(chosen: dict[str, Launch], architecture: int) -> dict[str, Figures]:
-    """Name -> figures, on all cores."""
-    work = [(launch, architecture) for launch in chosen.values()]
-    global _WORK
-    _WORK = work  # kernels do not travel between processes, but are there after a fork
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        return dict(zip(chosen, pool.map(_compiled, range(len(work)), chunksize=1)))
+def guarded(architecture: int) -> dict[str, Launch]:
+    """Name -> launch, of all that have a budget: on sm_90 what steps and benchmarks launch, on the
+    others attention and pointwise passes of a step in bf16, where it spends its time.
+    """
+    found = launches.of_steps(architecture)
+    if architecture == 90:
+        return named({**found, **launches.of_benchmarks(architecture)})
+    return {name: launch for name, launch in named(found).items() if is_main(name, launch)}
 
 
-_WORK: list[tuple[Launch, int]] = []
+def is_main(name: str, launch: Launch) -> bool:
+    """Whether it is guarded on every architecture."""
+    return room_of(launch) in ("attention", "pointwise") and "bf16" in name
+
+
+def room_of(launch: Launch) -> str:
+    """Package of the kernel: attention, pointwise, ..."""
+    return str(launch.kernel.__module__).split(".")[1]
+
+
+def compiled(chosen: dict[str, Launch], architecture: int, jobs: int) -> dict[str, Figures]:
+    """Name -> figures."""
+    # kernels do not travel between processes, but they are there after a fork
+    _work[:] = [(launch, architecture) for launch in chosen.values()]
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        return dict(zip(chosen, pool.map(_compiled, range(len(_work)), chunksize=1)))
+
+
+_work: list[tuple[Launch, int]] = []
 
 
 def _compiled(i: int) -> Figures:
-    launch, architecture = _WORK[i]
+    launch, architecture = _work[i]
     return Figures.of(launch.compiled(architecture), launch)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.gate", description=__doc__.split("\n")[0]
-    )
+    about = str(__doc__).partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m tests.gate", description=about)
     parser.add_argument("words", nargs="*", help="of the names of the launches that are wanted")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument("--from", dest="sources", nargs="+", choices=launches.SOURCES,
-                        default=["steps", "benchmarks"])  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--update", action="store_true", help="accept the figures as they are")
+    parser.add_argument("--tests", action="store_true", help="launches of tests instead")
     given = parser.parse_args(arguments)
-    budgets, said, seen = read(), [], set()
-    print(f"Triton {triton.__version__}")
+    budgets, said, count = read(), [], 0
+    print(f"Triton {triton.__version__}", flush=True)
     for architecture in given.arch:
         where = f"{LINE} sm_{architecture}"
-        found = {
-            l: None for source in given.sources for l in launches.SOURCES[source](architecture)
-        }
-        everything = named(found)
-        chosen = {n: l for n, l in everything.items() if all(w in n for w in given.words)}
-        for name, figures in compiled(chosen, architecture).items():
+        found = named(launches.of_tests(architecture)) if given.tests else guarded(architecture)
+        chosen = {n: launch for n, launch in found.items() if all(w in n for w in given.words)}
+        for name, figures in compiled(chosen, architecture, given.jobs).items():
             if given.words:
                 print(f"{name}, sm_{architecture}, {tile_of(chosen[name])}")
                 print("   ", ", ".join(f"{c} {v}" for c, v in vars(figures).items() if v))
+            said += faults(name, figures, architecture)
+            if given.tests:
+                continue
             said += complaints(name, figures, budgets.get(name, {}), architecture)
             if given.update:
                 budgets.setdefault(name, {})[where] = figures
-        seen |= chosen.keys()
-        if not given.words:  # what is no longer launched
-            gone = [n for n, rows in budgets.items() if where in rows and n not in chosen]
-            said += [f"{n}, sm_{architecture} is no longer launched: {ACCEPT}" for n in gone]
-            for name in gone if given.update else ():
+        count += len(chosen)
+        if given.tests:
+            continue
+        for name in [n for n, rows in budgets.items() if where in rows and n not in found]:
+            said.append(f"{name}, sm_{architecture} is no longer launched. Strike it out: {ACCEPT}")
+            if given.update:
                 del budgets[name][where]
-    print("\n".join(said) or f"{len(seen)} launches as committed")
-    if given.update:
-        write(budgets)
+        if given.update:
+            write(budgets)
+    print("\n".join(said) or f"{count} launches within their budgets")
     return int(bool(said) and not given.update)
 
 

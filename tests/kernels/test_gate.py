@@ -1,0 +1,145 @@
+"""The compile gate: what a step launches, compiled as it is launched, is no worse than its budget.
+
+`python -m tests.gate` guards what benchmarks launch too, and every launch on all architectures.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from pae_kernels.pointwise import triton as pointwise  # noqa: E402
+from tests import gate, launches  # noqa: E402
+
+# sm_90 whole; of the others what a step spends its time in
+ROOMS = ["attention", "pointwise", "koopman", "adaptive"]
+CASES = [(90, room) for room in ROOMS]
+CASES += [(arch, room) for arch in (80, 100) for room in ("attention", "pointwise")]
+GELU = "activation_fwd bf16,u8 KIND=gelu CODED=True"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@lru_cache
+def of_steps(architecture):
+    return gate.named(launches.of_steps(architecture))
+
+
+def complaints(name, launch, architecture):
+    figures = gate.Figures.of(launch.compiled(architecture), launch)
+    said = gate.faults(name, figures, architecture)
+    return [*said, *gate.complaints(name, figures, gate.read().get(name, {}), architecture)]
+
+
+@pytest.mark.parametrize(("architecture", "room"), CASES)
+def test_a_step_is_within_its_budget(architecture, room):
+    said, seen = [], 0
+    for name, launch in of_steps(architecture).items():
+        if gate.room_of(launch) == room and (architecture == 90 or gate.is_main(name, launch)):
+            seen += 1
+            said += complaints(name, launch, architecture)
+    assert seen >= 5, f"{seen} launches"
+    assert not said, "\n".join(said)
+
+
+def test_gelu_forms_its_polynomial_once():
+    """On every Triton; in two layouts it would be formed twice, once for the 8-bit derivative."""
+    launch = of_steps(90)[GELU]
+    assert gate.Figures.of(launch.compiled(90), launch).per_entry <= 28
+
+
+# ---- planted faults
+
+
+@triton.jit
+def activation_fwd_kernel(
+    u, y, code, count, KIND: tl.constexpr, CODED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The kernel of that name, which reads its argument again for the derivative."""
+    at = pointwise._entries(BLOCK)
+    mask = at < count
+    value, _ = pointwise._act(tl.load(u + at, mask=mask, other=0.0).to(tl.float32), KIND)
+    again = tl.load(u + at, mask=mask, other=0.0, volatile=True).to(tl.float32)
+    _, slope = pointwise._act(again, KIND)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+    rounded = slope * 160.0 + (40.0 + 12582912.0)
+    tl.store(code + at, rounded.to(tl.int32, bitcast=True).to(tl.uint8), mask=mask)
+
+
+def test_a_polynomial_that_is_formed_twice_is_found():
+    launch = replace(of_steps(90)[GELU], kernel=activation_fwd_kernel)
+    found = gate.Figures.of(launch.compiled(90), launch)
+    assert found.per_entry > 28
+    for line in (gate.LINE, "99.0"):
+        said = list(gate.complaints(GELU, found, gate.read()[GELU], 90, line))
+        assert any(": instructions " in complaint for complaint in said), said
+
+
+def test_alignment_that_is_lost_is_found():
+    """As after a view that begins at an odd entry, or pointers that are selected."""
+    launch = replace(of_steps(90)[GELU], aligned=())
+    assert any(": narrow " in complaint for complaint in complaints(GELU, launch, 90))
+
+
+ATTENTION = "attention_bwd bf16,fp32,bf16,fp32 NEED_QKV=True GROUPING=1 HAS_BIAS=False HEADS=12"
+ATTENTION += " WIDTH=64 VEC=8"
+
+
+def test_registers_that_spill_are_found():
+    """Twice the rows per warp."""
+    launch = replace(of_steps(90)[ATTENTION], warps=4)
+    said = complaints(ATTENTION, launch, 90)
+    assert any(": spilled " in complaint for complaint in said), said
+
+
+@pytest.mark.parametrize("column", gate.GUARDED)
+def test_every_figure_is_guarded(column):
+    """By one more, or less, of what has room for none; by twice as much of the others."""
+    budget = gate.Figures(**dict.fromkeys(gate.COLUMNS, 100))
+    kinds = {"3.8 sm_90": budget, "3.6 sm_90": replace(budget, instructions=120)}
+    for line, share in (("3.8", 1.1), ("99.0", 2.0)):
+        worse = 0 if column in gate.FEWER else int(100 * share)
+        said = list(gate.complaints("x", replace(budget, **{column: worse}), kinds, 90, line))
+        assert len(said) == 1 and f": {column} {worse}, " in said[0], said
+        assert not list(gate.complaints("x", budget, kinds, 90, line))
+    assert list(gate.complaints("x", budget, kinds, 80)) == [
+        f"x, sm_80 has no budget. Write one down: {gate.ACCEPT}"
+    ]
+
+
+def test_what_no_budget_excuses():
+    good = gate.Figures(**dict.fromkeys(gate.COLUMNS, 0))
+    good = replace(good, programs=1)
+    say = lambda name, **changes: list(gate.faults(name, replace(good, **changes), 90))
+    assert not say("attention_fwd bf16,fp32 WIDTH=64")
+    assert "no program fits" in say("attention_fwd bf16,fp32", programs=0)[0]
+    assert "TF32" in say("attention_fwd fp32", tf32=4)[0]
+    assert not say("shortcut_tokens fp32 PRECISION=tf32x3", tf32=4)
+    assert "spills 200 bytes" in say("attention_fwd bf16,fp32", spilled=200)[0]
+    assert not say("attention_bwd_dq fp32", spilled=200)
+
+
+def test_another_triton_has_room_for_other_code_of_the_same_kind():
+    budget = gate.Figures(**dict.fromkeys(gate.COLUMNS, 100))
+    other = replace(budget, instructions=125, spilled=160, programs=99, barriers=120, wide=3)
+    assert not list(gate.complaints("x", other, {"3.8 sm_90": budget}, 90, "99.0"))
+    assert len(list(gate.complaints("x", other, {"3.8 sm_90": budget}, 90, "3.8"))) == 5
+
+
+def test_the_file_can_be_read_and_written(tmp_path, monkeypatch):
+    budgets = gate.read()
+    assert len(budgets) > 50 and {"3.8 sm_80", "3.8 sm_90", "3.8 sm_100"} <= budgets[GELU].keys()
+    monkeypatch.setattr(gate, "FILE", tmp_path / "budgets.json")
+    assert gate.read() == {}
+    gate.write(budgets)
+    assert gate.read() == budgets
+    assert json.loads(gate.FILE.read_text())["columns"] == list(gate.COLUMNS)
