@@ -240,12 +240,14 @@ def room_of(launch: Launch) -> str:
     return str(launch.kernel.__module__).split(".")[1]
 
 
-def compiled(chosen: dict[str, Launch], architecture: int, jobs: int) -> dict[str, Figures]:
-    """Name -> figures."""
+def compiled(
+    chosen: dict[str, Launch], architecture: int, jobs: int
+) -> Iterator[tuple[str, Figures]]:
+    """Names and figures, in order."""
     # kernels do not travel between processes, but they are there after a fork
     _work[:] = [(launch, architecture) for launch in chosen.values()]
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        return dict(zip(chosen, pool.map(_compiled, range(len(_work)), chunksize=1)))
+        yield from zip(chosen, pool.imap(_compiled, range(len(_work))))
 
 
 _work: list[tuple[Launch, int]] = []
@@ -271,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
         where = f"{LINE} sm_{architecture}"
         found = named(launches.of_tests(architecture)) if given.tests else guarded(architecture)
         chosen = {n: launch for n, launch in found.items() if all(w in n for w in given.words)}
-        for name, figures in compiled(chosen, architecture, given.jobs).items():
+        for name, figures in compiled(chosen, architecture, given.jobs):
             if given.words:
                 print(f"{name}, sm_{architecture}, {tile_of(chosen[name])}")
                 print("   ", ", ".join(f"{c} {v}" for c, v in vars(figures).items() if v))
@@ -281,6 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
             said += complaints(name, figures, budgets.get(name, {}), architecture)
             if given.update:
                 budgets.setdefault(name, {})[where] = figures
+                write(budgets)  # whoever stops here keeps what there is
         count += len(chosen)
         if given.tests:
             continue

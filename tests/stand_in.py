@@ -79,7 +79,7 @@ def gpu(architecture: int) -> Iterator[dict[Launch, int]]:
     with contextlib.ExitStack() as stack:
         for where, names in (
             (torch.cuda, _cuda(architecture)),
-            (torch, _autocast() | {"Generator": _Generator}),
+            (torch, _autocast() | _made() | {"Generator": _Generator}),
             (torch.Tensor, _moves()),
             (FakeTensor, _outside()),
             (torch.nn.Module, {"_apply": _apply}),
@@ -192,6 +192,15 @@ def _moves() -> dict[str, Any]:
         return to(t, *map(_here, given), **{name: _here(value) for name, value in named.items()})
 
     return {"to": here, "cuda": lambda t, *_, **__: t}
+
+
+def _made() -> dict[str, Any]:
+    """What moves numbers to a device before anybody could redirect it."""
+
+    def here(make: Callable) -> Callable:
+        return lambda *given, **named: make(*given, **{n: _here(v) for n, v in named.items()})
+
+    return {name: here(getattr(torch, name)) for name in ("tensor", "as_tensor")}
 
 
 _OWN_GENERATOR = torch.Generator

@@ -29,6 +29,7 @@ from tests.kernels import test_adaptive as adaptive
 from tests.kernels.attention import cases as attention
 from tests.kernels.executions import BF16, FP32, Execution
 from tests.kernels.koopman import cases as losses
+from tests.kernels.spectrum import cases as tokens
 
 CPU = torch.device("cpu")
 TTIR = Execution("ttir", "triton", CPU, (BF16, FP32))
@@ -135,7 +136,7 @@ def test_activations(kind):
     TTIR.assert_as_exact(module.activation_backward(d, u, kind), theirs, slope)
     y, code = module.activation_coded(u, kind)
     assert torch.equal(y, module.activation(u, kind))
-    coded = pointwise.activation_coded(u, kind)[1]
+    coded = pointwise.activation_coded(u.double(), kind)[1]
     assert (code.int() - coded.int()).abs().max() <= 1
     theirs = pointwise.activation_backward(d, code, kind)
     exact = pointwise.activation_backward(d.double(), code, kind)
@@ -178,6 +179,12 @@ def test_koopman(mode, formulation, gauge):
 
 
 # ---- spectrum
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_tokens_of_windows(dtype):
+    problem = tokens.stem_problem((18, 20), (6, 5), batch=1, dim=8, dtype=dtype)
+    tokens.check(TTIR, *problem, [(3, 5), (14, 16)], 4)
 
 
 def test_pool():
