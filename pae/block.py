@@ -26,6 +26,7 @@ from torch import Tensor
 from pae_kernels import pointwise
 from pae_kernels.attention import class_attention
 from pae_kernels.attention.reference import sum_groups, take_groups
+from pae_kernels.precision import exact_matmul
 
 from .plan import BlockPlan
 
@@ -394,7 +395,8 @@ class ClassBlock(torch.autograd.Function):
 
     With one query a row's key is never needed: q.(W_k x_j + b_k) = (W_k^T q).x_j + const, and the
     constant drops out of the softmax; values are projected after the weighted sum. So no key or
-    value of any row is formed, prompts included. These thin products run in at least fp32. Only
+    value of any row is formed, prompts included. These thin products run in at least fp32, never
+    TF32. Only
     for blocks that normalise neither queries nor keys per head.
     """
 
@@ -418,14 +420,13 @@ class ClassBlock(torch.autograd.Function):
         qk = _per_head(q.view(batch, heads, d), w_k).to(wide)  # (B, H, D)
 
         prompts = take_groups(normed, group, batch).to(wide)
-        scores = torch.cat(
-            [qk @ prompts.transpose(1, 2), qk @ xhat.to(wide).transpose(1, 2)], dim=2
-        )
+        rows = xhat.to(wide)
+        scores = torch.cat([exact_matmul(qk, keys.transpose(1, 2)) for keys in (prompts, rows)], 2)
         count = normed.shape[1]
         if log_multiplicity is not None:
             scores[..., :count] += take_groups(log_multiplicity, group, batch)[:, None].to(wide)
         probs = scores.softmax(dim=-1)  # (B, H, P + N)
-        mixed = probs[..., :count] @ prompts + probs[..., count:] @ xhat.to(wide)  # (B, H, D)
+        mixed = _of_parts(probs, prompts, rows)  # (B, H, D)
         out = _per_head(mixed.to(dtype), w_v.transpose(1, 2)).flatten(1) + b_v
         y, rows, second = mlp_half(block, x[:, :1], out[:, None])
         ctx.save_for_backward(normed, group, xhat, rstd, probs, qk, *second)
@@ -448,7 +449,7 @@ class ClassBlock(torch.autograd.Function):
             d_mixed = _per_head(d_out, w_v).to(wide)  # (B, H, D)
             prompts, rows = take_groups(normed, group, batch).to(wide), xhat.to(wide)
             d_probs = torch.cat(
-                [d_mixed @ prompts.transpose(1, 2), d_mixed @ rows.transpose(1, 2)], dim=2
+                [exact_matmul(d_mixed, keys.transpose(1, 2)) for keys in (prompts, rows)], dim=2
             )
             d_scores = probs * (d_probs - (probs * d_probs).sum(-1, keepdim=True))
             # a key row is read twice, by the scores (through qk) and by the weighted sum (through
@@ -457,13 +458,12 @@ class ClassBlock(torch.autograd.Function):
             sources = torch.cat([d_mixed, kept.qk], dim=1)  # (B, 2H, D)
             d_normed = None
             if ctx.needs_input_grad[2]:
-                d_normed = sum_groups(reads[:, :count] @ sources, group, len(normed)).to(
-                    normed.dtype
-                )
+                d_normed = exact_matmul(reads[:, :count], sources)
+                d_normed = sum_groups(d_normed, group, len(normed)).to(normed.dtype)
             if not ctx.needs_input_grad[0]:
                 return None, None, d_normed, None, None, None
-            d_xhat = reads[:, count:] @ sources
-            d_qk = (d_scores[..., :count] @ prompts + d_scores[..., count:] @ rows).to(dtype)
+            d_xhat = exact_matmul(reads[:, count:], sources)
+            d_qk = _of_parts(d_scores, prompts, rows).to(dtype)
             d_q = _per_head(d_qk, w_k.transpose(1, 2)).flatten(1)
             d_xhat[:, 0] += d_q @ w_q.flatten(0, 1)
             dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
@@ -564,6 +564,12 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     ):
         return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return F.linear(rows, weight, bias)
+
+
+def _of_parts(weights: Tensor, prompts: Tensor, rows: Tensor) -> Tensor:
+    """(B, H, P + N) weights times prompts (B, P, D) and rows (B, N, D), without joining them."""
+    count = prompts.shape[1]
+    return exact_matmul(weights[..., :count], prompts) + exact_matmul(weights[..., count:], rows)
 
 
 def _per_head(rows: Tensor, weight: Tensor) -> Tensor:

@@ -40,6 +40,11 @@ def formulas() -> dict[str, Callable[..., int]]:
     return dict(_FORMULAS)
 
 
+@_of("exact_matmul")
+def _exact_matmul(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(a) * b[-1]
+
+
 @_of("prompt_attention_fwd")
 def _attention(
     qkv: Shape,

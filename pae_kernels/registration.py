@@ -16,12 +16,13 @@ The schemas name all that passes from a forward to its backward, so nothing else
     d_x      return of the backward: the gradient of the input x.
 
 Implementations run with autocast off, which would reach into them: products stay in the dtype that
-came in.
+came in. For the same reason they run in `exact_products`: those of fp32 are never TF32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import transform
+from .precision import exact_matmul, exact_products
 
 _LIBRARY = torch.library.Library("pae", "FRAGMENT")
 
@@ -64,6 +66,7 @@ def op(
     versions: str,
     layout: Callable[[Tensor], Tensor] | None = Tensor.contiguous,
     dtype: Callable[..., torch.dtype] | None = None,
+    products: bool = True,
     no_gradient: str | None = None,
 ) -> Any:
     """Register one op without a backward.
@@ -79,13 +82,14 @@ def op(
             their strides to the versions.
         dtype: of the arguments: what the version has to be capable of; that of the first argument
             when None.
+        products: whether the op makes any, which must be of fp32 where their factors are.
         no_gradient: why there is none, for the error of asking for one.
 
     Returns:
         `torch.ops.pae.<name>`, its only overload.
     """
     made = _defined(schema)
-    _implement(made, run, fake, versions, layout, dtype)
+    _implement(made, run, fake, versions, layout, dtype, products)
     if no_gradient is not None:
 
         def refuse(ctx: Any, *_: Any) -> None:
@@ -265,6 +269,7 @@ def _implement(
     versions: str,
     layout: Any,
     dtype: Callable[..., torch.dtype] | None,
+    products: bool = True,
 ) -> None:
     tensors = [i for i, a in enumerate(op._schema.arguments) if layout and _is_tensor(a)]
 
@@ -277,14 +282,21 @@ def _implement(
         for i in tensors:
             if prepared[i] is not None:
                 prepared[i] = layout(prepared[i])
-        if not torch.is_autocast_enabled(kind):
-            return function(*prepared)
-        with torch.autocast(kind, enabled=False):
-            return function(*prepared)
+        with exact_products if products else nullcontext():
+            if not torch.is_autocast_enabled(kind):
+                return function(*prepared)
+            with torch.autocast(kind, enabled=False):
+                return function(*prepared)
 
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(op.name().removeprefix("pae::"), implementation, key)
     torch.library.register_fake(op.name(), fake, lib=_LIBRARY)
+
+
+_LIBRARY.define("exact_matmul(Tensor a, Tensor b) -> Tensor")
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("exact_matmul", exact_matmul, _key)
+torch.library.register_fake("pae::exact_matmul", torch.matmul, lib=_LIBRARY)
 
 
 def _is_tensor(argument: Any) -> bool:

@@ -16,6 +16,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from pae_kernels.pointwise import ACTIVATIONS
+from pae_kernels.precision import exact_matmul
 
 from ..errors import UnsupportedBackbone
 from ..prompts.base import BackboneShape
@@ -154,7 +155,8 @@ class TimmView(BackboneView):
             k = torch.cat([kv[0], k], dim=2)
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(k.dtype, torch.float32)
-            scores = (_scale(parts.attn) * q[:, :, :1].to(wide)) @ k.to(wide).transpose(-1, -2)
+            q = _scale(parts.attn) * q[:, :, :1].to(wide)
+            scores = exact_matmul(q, k.to(wide).transpose(-1, -2))
             return scores.softmax(-1)[:, :, 0, -x.shape[1] :]
 
     def class_query(self, block: nn.Module, x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..precision import exact_matmul
+
 
 def take_groups(rows: Tensor, group: Tensor | None, batch: int) -> Tensor:
     """Per-sample view (B, ...) of per-group rows (G, ...): G = 1 is expanded, G = B taken as it
@@ -30,7 +32,7 @@ def sum_groups(grad: Tensor, group: Tensor | None, groups: int) -> Tensor:
     if group is not None:
         # a product with the one-hot matrix: deterministic on every device, unlike index_add
         hot = torch.nn.functional.one_hot(group, groups).to(wide)
-        return (hot.t() @ grad.to(wide).flatten(1)).view(groups, *grad.shape[1:])
+        return exact_matmul(hot.t(), grad.to(wide).flatten(1)).view(groups, *grad.shape[1:])
     if groups == 1:
         return grad.sum(0, keepdim=True, dtype=wide)
     return grad.to(wide)
@@ -76,7 +78,7 @@ def class_attention(
     q = scale * qkv[:, 0, 0, :, None].to(wide)  # (B, H, 1, d)
     k = qkv[:, :, 1].transpose(1, 2).to(wide)
     k_p = take_groups(kv_prompt[:, :, 0].to(wide), group, batch).transpose(1, 2)
-    scores = torch.cat([q @ k_p.transpose(-1, -2), q @ k.transpose(-1, -2)], dim=-1)
+    scores = torch.cat([exact_matmul(q, keys.transpose(-1, -2)) for keys in (k_p, k)], dim=-1)
     if log_multiplicity is not None:
         scores = scores + _key_bias(log_multiplicity, group, batch, tokens).to(wide)
     return (scores - lse[:, :, :1, None].to(wide)).exp().squeeze(2)

@@ -1,8 +1,9 @@
 """Tiles of the attention kernels: one static table, no autotuning at first call.
 
 Chosen from ahead-of-time compiles for sm_80 and sm_90 by Triton 3.6, 3.8 and 3.9. None spills, but
-for 256 rows in the whole backward by 3.6 (16 bytes a thread) and exact fp32 rows wider than 64 in
-the split backward's dq (208). `python -m pae_kernels --compile` prints what each takes.
+for 256 rows in the whole backward (32 bytes a thread, 40 by 3.6: the price of keys that are copied
+while the tile before is worked on) and exact fp32 rows wider than 64 in the split backward's dq
+(208). `python -m pae_kernels --compile` prints what each takes.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from ..ahead_of_time import OPTIONS
 
 @dataclass(frozen=True)
 class Tile:
-    """block_m query rows by block_n key rows, warps of a program, stages of its load pipeline."""
+    """block_m query rows by block_n key rows, warps of a program, stages of its load pipeline;
+    where programs take images in turn, how many of them a multiprocessor holds.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    programs: int = 1
 
     def launch(self) -> dict:
         """As a kernel launch takes it."""
@@ -56,11 +60,11 @@ SPLIT = {
 }
 # (227 KB of shared memory?, rows padded) -> tile; 16 bits, head width up to 64
 WHOLE = {
-    (True, 64): Tile(64, 64, 4, 2),
-    (True, 128): Tile(128, 64, 8, 1),
-    (True, 256): Tile(256, 64, 8, 1),
-    (False, 64): Tile(64, 32, 4, 2),
-    (False, 128): Tile(128, 32, 8, 1),
+    (True, 64): Tile(64, 64, 4, 2, programs=2),
+    (True, 128): Tile(128, 64, 8, 2),
+    (True, 256): Tile(256, 64, 8, 2),
+    (False, 64): Tile(64, 32, 4, 2, programs=2),
+    (False, 128): Tile(128, 32, 8, 2),
 }
 
 
@@ -89,10 +93,10 @@ def backward_split(qkv: Tensor, rows: int) -> Tile:
     return replace(tile, block_m=16) if rows <= 16 else tile
 
 
-def images_per_program(qkv: Tensor) -> int:
-    """Images that a one-pass program takes in turn: two programs for every multiprocessor."""
+def images_per_program(qkv: Tensor, tile: Tile) -> int:
+    """Images that a one-pass program takes in turn: as many programs as the GPU holds at a time."""
     batch, _, _, heads, _ = qkv.shape
-    return max(1, -(-batch * heads // (2 * _device(qkv.device)[1])))
+    return max(1, -(-batch * heads // (tile.programs * _device(qkv.device)[1])))
 
 
 def _large(device: torch.device) -> bool:

@@ -115,9 +115,9 @@ def _store_rows(base, o_m, mask, stride, x, WIDTH: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def _logits(q, k, o_n, prompts, p_bias, scale, HAS_BIAS: tl.constexpr):
-    """scale q k^T + log multiplicity, in units of log 2."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+def _in_units_of_log_2(s, o_n, prompts, p_bias, scale, HAS_BIAS: tl.constexpr):
+    """scale s + log multiplicity, over log 2; s are products of queries and keys."""
+    s = s * (scale * LOG2E)
     if HAS_BIAS:
         bias = tl.load(p_bias + o_n, mask=o_n < prompts, other=0.0).to(tl.float32)
         s += (bias * LOG2E)[None, :]
@@ -125,23 +125,26 @@ def _logits(q, k, o_n, prompts, p_bias, scale, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def _weights(q, k, l, o_n, prompts, p_bias, scale, HAS_BIAS: tl.constexpr):
+def _weights(q, k, l, o_n, prompts, p_bias, scale, last, HAS_BIAS: tl.constexpr):
     """Softmax weights from the log-sum-exp l of each row.
 
     Columns beyond the last key need no mask: their keys are zero, so they add nothing to dq, and
-    their own gradients are not stored. The minimum keeps them finite.
+    their own gradients are not stored. The minimum keeps them finite, in the `last` tile.
     """
-    s = _logits(q, k, o_n, prompts, p_bias, scale, HAS_BIAS)
-    return tl.exp2(tl.minimum(s - l[:, None], 0.0))
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    s = _in_units_of_log_2(s, o_n, prompts, p_bias, scale, HAS_BIAS) - l[:, None]
+    if last:
+        s = tl.minimum(s, 0.0)
+    return tl.exp2(s)
 
 
 @triton.jit
 def _exchange(
-    q, do, l, row_dot, k, v, dq, dk, dv, o_n, prompts, p_bias, scale,
+    q, do, l, row_dot, k, v, dq, dk, dv, o_n, prompts, p_bias, scale, last,
     NEED_DQ: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """What a tile of query rows and a tile of key rows add to each other's gradients."""
-    p = _weights(q, k, l, o_n, prompts, p_bias, scale, HAS_BIAS)
+    p = _weights(q, k, l, o_n, prompts, p_bias, scale, last, HAS_BIAS)
     # this order needs the fewest registers: p is the last to go
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     ds = (p * (dp * scale - row_dot[:, None])).to(q.dtype)
@@ -183,6 +186,7 @@ def prompt_attention_fwd_kernel(
     qkv, group, bias, out, lse,
     distance: tl.int64, rows, tokens, prompts, scale,
     stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
+    FOLDED: tl.constexpr,
     GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     VEC: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -199,6 +203,8 @@ def prompt_attention_fwd_kernel(
     run_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     run_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # a positive factor may follow the maximum: exp2(s factor - max) is one instruction and exp2
+    factor = scale * LOG2E if FOLDED else 1.0
     for start in range(0, total, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         k = _load_keys(
@@ -209,12 +215,15 @@ def prompt_attention_fwd_kernel(
             qkv, o_n, o_image + 2 * stride_s, o_prompt + stride_ps, prompts, total,
             stride_n, stride_pp, WIDTH, VEC, BLOCK_D,
         )  # fmt: skip
-        s = _logits(q, k, o_n, prompts, p_bias, scale, HAS_BIAS)
-        s = tl.where((o_n < total)[None, :], s, float("-inf"))
-        new_max = tl.maximum(run_max, tl.max(s, 1))
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if not FOLDED:
+            s = _in_units_of_log_2(s, o_n, prompts, p_bias, scale, HAS_BIAS)
+        if start + BLOCK_N > total:  # the last tile alone
+            s = tl.where((o_n < total)[None, :], s, float("-inf"))
+        new_max = tl.maximum(run_max, tl.max(s, 1) * factor)
         # a tile of masked prompts alone has maximum -inf: its weights must be 0, not NaN
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max) if HAS_BIAS else new_max
-        p = tl.exp2(s - finite_max[:, None])
+        p = tl.exp2(s * factor - finite_max[:, None])
         shrink = tl.exp2(run_max - finite_max)
         run_sum = run_sum * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -292,7 +301,7 @@ def prompt_attention_bwd_kernel(
             dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             dq, dk, dv = _exchange(
                 q, do, l, row_dot, k, v, dq, dk, dv, o_n, prompts, p_bias, scale,
-                NEED_QKV, HAS_BIAS,
+                start + BLOCK_N > end, NEED_QKV, HAS_BIAS,
             )  # fmt: skip
             _store_key_grads(
                 p_grad + HEADS * WIDTH, p_slot, o_n, start, prompts, total, dk, dv,
@@ -338,7 +347,8 @@ def prompt_attention_bwd_dq_kernel(
                 qkv, o_n, o_image + 2 * stride_s, o_prompt + stride_ps, prompts, total,
                 stride_n, stride_pp, WIDTH, VEC, BLOCK_D,
             )  # fmt: skip
-            p = _weights(q, k, l, o_n, prompts, bias + i_g * prompts, scale, HAS_BIAS)
+            last = start + BLOCK_N > total
+            p = _weights(q, k, l, o_n, prompts, bias + i_g * prompts, scale, last, HAS_BIAS)
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             ds = (p * (dp * scale - row_dot[:, None])).to(k.dtype)
             dq = tl.dot(ds, k, dq, input_precision="ieee")
@@ -385,7 +395,7 @@ def prompt_attention_bwd_dkv_kernel(
         row_dot = tl.load(row_dots + p_row + o_m, mask=o_m < rows, other=0.0)
         _, dk, dv = _exchange(
             q, do, l, row_dot, k, v, dk, dk, dv, o_n, prompts, bias + i_g * prompts, scale,
-            False, HAS_BIAS,
+            start + BLOCK_N > end, False, HAS_BIAS,
         )  # fmt: skip
     p_grad = d_qkv + i_b * tokens * 3 * HEADS * WIDTH + i_h * WIDTH
     p_slot = d_kv + i_b * prompts * 2 * HEADS * WIDTH + i_h * WIDTH
@@ -452,7 +462,8 @@ def forward(
     with backends.on(qkv.device):
         prompt_attention_fwd_kernel[(triton.cdiv(rows, tile.block_m) * batch * heads,)](
             qkv, qkv if group is None else group, qkv if bias is None else bias, out, lse,
-            rows=rows, scale=scale, **_common(qkv, kv_prompt, group, bias), **tile.launch(),
+            rows=rows, scale=scale, FOLDED=bias is None and scale > 0,
+            **_common(qkv, kv_prompt, group, bias), **tile.launch(),
         )  # fmt: skip
     return out, lse
 
@@ -490,7 +501,7 @@ def backward(
     tile = tiles.backward_whole(qkv, rows)
     with backends.on(qkv.device):
         if tile is not None:
-            images = tiles.images_per_program(qkv) if sets == 1 else 1
+            images = tiles.images_per_program(qkv, tile) if sets == 1 else 1
             programs = triton.cdiv(batch, images)
             d_kv = slots(programs)
             prompt_attention_bwd_kernel[(heads * programs,)](
@@ -529,6 +540,7 @@ def _launch(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "NEED_QKV": True,
+        "FOLDED": not changes.get("HAS_BIAS"),
     } | changes
     odd = () if width % 16 == 0 else ("stride_h", "stride_ph")  # heads lie `width` entries apart
     return Launch(

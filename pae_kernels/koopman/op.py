@@ -63,8 +63,7 @@ def koopman_losses(
 
     Numerics: sigma_max(L) is exact to 1e-6, relative, at every spectrum and scale, to rounding on
         a CPU and in the reference. An L with NaN or infinity makes the Lyapunov term NaN and
-        raises nothing. Products are exact fp32 whatever the flags for TF32 and autocast say, but
-        for those of the reference on a GPU, which are PyTorch's.
+        raises nothing. Products are exact fp32 whatever the flags for TF32 and autocast say.
 
     On a GPU in fp32 nothing waits for the device and nothing depends on earlier calls: it may be
     captured in a CUDA graph. The reference reads flags on the host (fp64 on a GPU).

@@ -133,7 +133,7 @@ def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-_op = partial(registration.op, versions="pointwise", dtype=registration.rarest)
+_op = partial(registration.op, versions="pointwise", dtype=registration.rarest, products=False)
 
 _layer_norm_fwd = _op(
     "layer_norm_fwd(Tensor x, float eps, ScalarType dtype) -> (Tensor xhat, Tensor rstd)",

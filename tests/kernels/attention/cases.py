@@ -73,7 +73,7 @@ def force(monkeypatch, backward, block_n=16, images=None):
         tiles, "backward_whole", whole if backward == "whole" else lambda qkv, rows: None
     )
     if images is not None:
-        monkeypatch.setattr(tiles, "images_per_program", lambda qkv: images)
+        monkeypatch.setattr(tiles, "images_per_program", lambda qkv, tile: images)
 
 
 def each_path(*kinds):
