@@ -420,13 +420,13 @@ class ClassBlock(torch.autograd.Function):
         qk = _per_head(q.view(batch, heads, d), w_k).to(wide)  # (B, H, D)
 
         prompts = take_groups(normed, group, batch).to(wide)
-        rows = xhat.to(wide)
-        scores = torch.cat([exact_matmul(qk, keys.transpose(1, 2)) for keys in (prompts, rows)], 2)
+        parts = prompts, xhat.to(wide)
+        scores = torch.cat([exact_matmul(qk, keys.transpose(1, 2)) for keys in parts], dim=2)
         count = normed.shape[1]
         if log_multiplicity is not None:
             scores[..., :count] += take_groups(log_multiplicity, group, batch)[:, None].to(wide)
         probs = scores.softmax(dim=-1)  # (B, H, P + N)
-        mixed = _of_parts(probs, prompts, rows)  # (B, H, D)
+        mixed = _of_parts(probs, *parts)  # (B, H, D)
         out = _per_head(mixed.to(dtype), w_v.transpose(1, 2)).flatten(1) + b_v
         y, rows, second = mlp_half(block, x[:, :1], out[:, None])
         ctx.save_for_backward(normed, group, xhat, rstd, probs, qk, *second)

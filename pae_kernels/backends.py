@@ -21,7 +21,8 @@ import torch
 
 from . import cpu, native
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "sdpa", "cpu", "triton", "cuda")
+KNOWN = (8, 9, 10, 12)  # major compute capabilities that tiles were compiled for
 _UP_TO_32_BITS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -90,6 +91,31 @@ def with_triton(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type not in ("cpu", "cuda"):
         return f"does not know device {device_type}"
     return _triton_failure()  # the import comes last: it takes a fifth of a second
+
+
+def with_triton_tiles(device_type: str, dtype: torch.dtype) -> str | None:
+    """Predicate of Triton kernels whose tiles are chosen for a GPU: those of `KNOWN` as well."""
+    if reason := with_triton(device_type, dtype):
+        return reason
+    if device_type == "cpu":
+        return None
+    if torch.version.hip is not None:
+        return "has tiles for NVIDIA's GPUs, this is one of AMD"
+    major, minor = torch.cuda.get_device_capability()
+    if major in KNOWN:
+        return None
+    return f"has tiles for sm_{KNOWN[0]}0 to sm_{KNOWN[-1]}0, this GPU is sm_{major}{minor}"
+
+
+def with_sdpa(device_type: str, dtype: torch.dtype) -> str | None:
+    """Predicate of what PyTorch's fused attention makes up: a GPU, or a CPU that is told to."""
+    if device_type == "cpu":
+        if forced() == "sdpa":
+            return None
+        return "runs on a CPU where PAE_BACKEND=sdpa asks for it, for tests"
+    if device_type != "cuda":
+        return f"does not know device {device_type}"
+    return None if dtype in _UP_TO_32_BITS else f"computes in fp32 at most, not {dtype}"
 
 
 def with_cuda(device_type: str, dtype: torch.dtype) -> str | None:

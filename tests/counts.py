@@ -82,6 +82,7 @@ def triton_launches() -> Iterator[Counter[str]]:
     from triton.runtime.jit import JITFunction
 
     from pae_kernels import backends
+    from pae_kernels.launching import Launcher
 
     launches: Counter[str] = Counter()
     for versions in backends.registered().values():
@@ -89,17 +90,18 @@ def triton_launches() -> Iterator[Counter[str]]:
             if version.name == "triton":
                 version.load()
     with patch.dict(os.environ, PAE_BACKEND="triton", TRITON_INTERPRET="1"):
-        replaced = [
-            (module, name, kernel)
+        found = [
+            (module, name, value)
             for path, module in list(sys.modules.items())
             if path.startswith("pae_kernels.")
-            for name, kernel in vars(module).items()
-            if isinstance(kernel, JITFunction)
+            for name, value in vars(module).items()
         ]
-        for module, name, kernel in replaced:
-            setattr(module, name, _Recorded(kernel, launches))
+        replaced = [place for place in found if isinstance(place[2], JITFunction)]
+        replaced += [(v, "kernel", v.kernel) for *_, v in found if isinstance(v, Launcher)]
+        for owner, name, kernel in replaced:
+            setattr(owner, name, _Recorded(kernel, launches))
         try:
             yield launches
         finally:
-            for module, name, kernel in replaced:
-                setattr(module, name, kernel)
+            for owner, name, kernel in replaced:
+                setattr(owner, name, kernel)

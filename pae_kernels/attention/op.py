@@ -15,8 +15,9 @@ from . import reference
 
 backends.register(
     "prompt_attention",
-    backends.Version("triton", f"{__package__}.triton", backends.with_triton),
+    backends.Version("triton", f"{__package__}.triton", backends.with_triton_tiles),
     backends.Version("cpu", f"{__package__}.cpu", backends.with_cpu),
+    backends.Version("sdpa", f"{__package__}.sdpa", backends.with_sdpa),
     backends.Version("reference", reference, backends.anywhere),
 )
 

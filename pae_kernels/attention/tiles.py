@@ -30,14 +30,19 @@ class Tile:
     programs: int = 1
 
     def launch(self) -> dict:
-        """As a kernel launch takes it."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            **OPTIONS,
-        }
+        """As a kernel launch takes it; nobody changes it."""
+        return _launch(self)
+
+
+@lru_cache
+def _launch(tile: Tile) -> dict:
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        **OPTIONS,
+    }
 
 
 # (16-bit?, head width: 64 stands for all up to 64, 128 for all above) -> tile

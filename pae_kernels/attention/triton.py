@@ -37,15 +37,15 @@ and dV transposed (more registers).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backends
 from ..ahead_of_time import Launch
+from ..launching import Launcher, power_of_2, programs
 from . import tiles
 from .reference import sum_groups
 
@@ -405,6 +405,11 @@ def prompt_attention_bwd_dkv_kernel(
     )  # fmt: skip
 
 
+_forward = Launcher(prompt_attention_fwd_kernel)
+_whole = Launcher(prompt_attention_bwd_kernel)
+_queries = Launcher(prompt_attention_bwd_dq_kernel)
+_keys = Launcher(prompt_attention_bwd_dkv_kernel)
+
 _STRIDES = (
     *("stride_b", "stride_n", "stride_s", "stride_h"),
     *("stride_pg", "stride_pp", "stride_ps", "stride_ph"),
@@ -417,27 +422,35 @@ def _readable(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 and span < 2**31 else t.contiguous()
 
 
-def _common(qkv: Tensor, kv_prompt: Tensor, group: Tensor | None, bias: Tensor | None) -> dict:
-    """Arguments of every kernel: strides, where kv_prompt lies, what is known at compile time."""
-    size = qkv.element_size()
-    distance = kv_prompt.data_ptr() - qkv.data_ptr()
+class _Common(NamedTuple):
+    """What all kernels are given: where kv_prompt lies, from qkv on; sizes; strides; and what is
+    known at compile time.
+    """
+
+    distance: int
+    tokens: int
+    prompts: int
+    strides: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+def _common(qkv: Tensor, kv_prompt: Tensor, group: Tensor | None, bias: Tensor | None) -> _Common:
+    size, address = qkv.element_size(), qkv.data_ptr()
+    distance = kv_prompt.data_ptr() - address
     strides = (*qkv.stride()[:4], *kv_prompt.stride()[:4])
     vec = 16 // size
-    width = qkv.shape[-1]
-    whole_vectors = distance % 16 == 0 and all(s % vec == 0 for s in (*strides, width))
-    grouping = SHARED if kv_prompt.shape[0] == 1 else PER_IMAGE if group is None else INDEXED
-    return {
-        "distance": distance // size,
-        **dict(zip(_STRIDES, strides)),
-        "GROUPING": grouping,
+    _, tokens, _, heads, width = qkv.shape
+    whole_vectors = (distance | address) % 16 == 0 and all(s % vec == 0 for s in (*strides, width))
+    sets, prompts = kv_prompt.shape[:2]
+    constants = {
+        "GROUPING": SHARED if sets == 1 else PER_IMAGE if group is None else INDEXED,
         "HAS_BIAS": bias is not None,
+        "HEADS": heads,
         "WIDTH": width,
-        "VEC": vec if whole_vectors and qkv.data_ptr() % 16 == 0 else 1,
-        "BLOCK_D": max(16, triton.next_power_of_2(width)),
-        "tokens": qkv.shape[1],
-        "prompts": kv_prompt.shape[1],
-        "HEADS": qkv.shape[3],
+        "VEC": vec if whole_vectors else 1,
+        "BLOCK_D": max(16, power_of_2(width)),
     }
+    return _Common(distance // size, tokens, prompts, strides, constants)
 
 
 def forward(
@@ -459,12 +472,15 @@ def forward(
     bias = None if log_multiplicity is None else log_multiplicity.contiguous()
     group = None if group is None else group.contiguous()
     tile = tiles.forward(qkv, rows)
-    with backends.on(qkv.device):
-        prompt_attention_fwd_kernel[(triton.cdiv(rows, tile.block_m) * batch * heads,)](
-            qkv, qkv if group is None else group, qkv if bias is None else bias, out, lse,
-            rows=rows, scale=scale, FOLDED=bias is None and scale > 0,
-            **_common(qkv, kv_prompt, group, bias), **tile.launch(),
-        )  # fmt: skip
+    common = _common(qkv, kv_prompt, group, bias)
+    folded = {"FOLDED": bias is None and scale > 0}
+    _forward(
+        programs(rows, tile.block_m) * batch * heads,
+        qkv.device,
+        (qkv, qkv if group is None else group, qkv if bias is None else bias, out, lse,
+         common.distance, rows, tokens, common.prompts, scale, *common.strides),
+        folded | common.constants | tile.launch(),
+    )  # fmt: skip
     return out, lse
 
 
@@ -492,31 +508,29 @@ def backward(
     bias = None if log_multiplicity is None else log_multiplicity.contiguous()
     group = None if group is None else group.contiguous()
     common = _common(qkv, kv_prompt, group, bias)
-    common |= {"scale": scale, "rows": rows, "NEED_QKV": need_qkv}
+    sizes = (rows, tokens, prompts, scale, *common.strides)
+    constants = {"NEED_QKV": need_qkv} | common.constants
     read = (d_out, qkv, qkv if group is None else group, qkv if bias is None else bias)
 
     def slots(count: int) -> Tensor:
         return torch.empty(count, prompts, 2, heads, width, dtype=torch.float32, device=qkv.device)
 
     tile = tiles.backward_whole(qkv, rows)
-    with backends.on(qkv.device):
-        if tile is not None:
-            images = tiles.images_per_program(qkv, tile) if sets == 1 else 1
-            programs = triton.cdiv(batch, images)
-            d_kv = slots(programs)
-            prompt_attention_bwd_kernel[(heads * programs,)](
-                *read, out, lse, d_qkv, d_kv, batch=batch, images=images, **common, **tile.launch()
-            )
-        else:
-            d_kv, row_dots = slots(batch), torch.empty_like(lse)
-            tile = tiles.backward_split(qkv, rows)
-            prompt_attention_bwd_dq_kernel[(triton.cdiv(rows, tile.block_m) * batch * heads,)](
-                *read, out, lse, d_qkv, row_dots, **common, **tile.launch()
-            )
-            keys = prompts + tokens if need_qkv else prompts
-            prompt_attention_bwd_dkv_kernel[(triton.cdiv(keys, tile.block_n) * batch * heads,)](
-                *read, lse, d_qkv, d_kv, row_dots, **common, **tile.launch()
-            )
+    if tile is not None:
+        images = tiles.images_per_program(qkv, tile) if sets == 1 else 1
+        count = programs(batch, images)
+        d_kv = slots(count)
+        given = *read, out, lse, d_qkv, d_kv, common.distance, batch, images, *sizes
+        _whole(heads * count, qkv.device, given, constants | tile.launch())
+    else:
+        d_kv, row_dots = slots(batch), torch.empty_like(lse)
+        tile = tiles.backward_split(qkv, rows)
+        constants |= tile.launch()
+        given = *read, out, lse, d_qkv, row_dots, common.distance, *sizes
+        _queries(programs(rows, tile.block_m) * batch * heads, qkv.device, given, constants)
+        keys = prompts + tokens if need_qkv else prompts
+        given = *read, lse, d_qkv, d_kv, row_dots, common.distance, *sizes
+        _keys(programs(keys, tile.block_n) * batch * heads, qkv.device, given, constants)
     if sets == 1:
         return d_qkv, d_kv.sum(0, keepdim=True).to(kv_prompt.dtype)
     return d_qkv, sum_groups(d_kv, group, sets).to(kv_prompt.dtype)
@@ -536,7 +550,7 @@ def _launch(
         "HEADS": 12,
         "WIDTH": width,
         "VEC": 4 if dtype == "fp32" else 8,
-        "BLOCK_D": max(16, triton.next_power_of_2(width)),
+        "BLOCK_D": max(16, power_of_2(width)),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "NEED_QKV": True,

@@ -21,13 +21,15 @@ Rows are padded to a power of two in registers only (768 -> 1024): masked lanes 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backends
 from ..ahead_of_time import OPTIONS, Launch
+from ..launching import Launcher, power_of_2, programs
 from .reference import _CODE_SCALE, _CODE_ZERO
 
 CODE_SCALE, CODE_ZERO = tl.constexpr(_CODE_SCALE), tl.constexpr(_CODE_ZERO)
@@ -163,15 +165,16 @@ def activation_bwd_kernel(
     tl.store(du + at, (g * slope).to(du.dtype.element_ty), mask=mask)
 
 
+_norm_forward, _norm_backward = Launcher(layer_norm_fwd_kernel), Launcher(layer_norm_bwd_kernel)
+_act_forward, _act_backward = Launcher(activation_fwd_kernel), Launcher(activation_bwd_kernel)
+
+
+@lru_cache
 def _rows_launch(width: int) -> dict:
     """Rows of a program and its warps: 1024 padded entries a warp, 32 a thread."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     rows, warps = max(1, 1024 // block), min(max(1, block // 1024), 16)
-    return {"WIDTH": width, "BLOCK_D": block, "ROWS": rows, "num_warps": warps}
-
-
-def _grid(rows: int, launch: dict) -> tuple[int]:
-    return (triton.cdiv(rows, launch["ROWS"]),)
+    return {"WIDTH": width, "BLOCK_D": block, "ROWS": rows, "num_warps": warps, **OPTIONS}
 
 
 def layer_norm(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -193,11 +196,9 @@ def _norm(x: Tensor, delta: Tensor | None, eps: float, dtype: torch.dtype):
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     rows, launch = rstd.numel(), _rows_launch(x.shape[-1])
     if rows:
-        with backends.on(x.device):
-            layer_norm_fwd_kernel[_grid(rows, launch)](
-                x, x if delta is None else delta, y, xhat, rstd, rows, eps,
-                HAS_DELTA=delta is not None, **launch, **OPTIONS,
-            )  # fmt: skip
+        given = x, x if delta is None else delta, y, xhat, rstd, rows, eps
+        constants = {"HAS_DELTA": delta is not None, **launch}
+        _norm_forward(programs(rows, launch["ROWS"]), x.device, given, constants)
     return y, xhat, rstd
 
 
@@ -214,17 +215,20 @@ def layer_norm_backward(
     copy = rstd.new_empty(0) if narrow is None else torch.empty_like(dx, dtype=narrow)
     rows, launch = rstd.numel(), _rows_launch(xhat.shape[-1])
     if rows:
-        with backends.on(xhat.device):
-            layer_norm_bwd_kernel[_grid(rows, launch)](
-                d_xhat, xhat, rstd, d_xhat if residual is None else residual, dx,
-                dx if narrow is None else copy, rows,
-                HAS_RESIDUAL=residual is not None, HAS_NARROW=narrow is not None, **launch,
-                **OPTIONS,
-            )  # fmt: skip
+        around = d_xhat if residual is None else residual
+        given = d_xhat, xhat, rstd, around, dx, dx if narrow is None else copy, rows
+        switches = {"HAS_RESIDUAL": residual is not None, "HAS_NARROW": narrow is not None}
+        _norm_backward(programs(rows, launch["ROWS"]), xhat.device, given, switches | launch)
     return dx, copy
 
 
 _BLOCK = 4096
+
+
+@lru_cache
+def _flat_launch(kind: str, coded: bool) -> dict:
+    """Entries of a program, 16 a thread."""
+    return {"KIND": kind, "CODED": coded, "BLOCK": _BLOCK, "num_warps": 8, **OPTIONS}
 
 
 def activation(u: Tensor, kind: str) -> Tensor:
@@ -241,11 +245,9 @@ def activation_coded(u: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def _activate(u: Tensor, kind: str, code: Tensor | None) -> Tensor:
     y = torch.empty_like(u)
     if u.numel():
-        with backends.on(u.device):
-            activation_fwd_kernel[(triton.cdiv(u.numel(), _BLOCK),)](
-                u, y, u if code is None else code, u.numel(),
-                KIND=kind, CODED=code is not None, BLOCK=_BLOCK, num_warps=8, **OPTIONS,
-            )  # fmt: skip
+        given = u, y, u if code is None else code, u.numel()
+        constants = _flat_launch(kind, code is not None)
+        _act_forward(programs(u.numel(), _BLOCK), u.device, given, constants)
     return y
 
 
@@ -253,30 +255,28 @@ def activation_backward(d: Tensor, kept: Tensor, kind: str) -> Tensor:
     """Same contract as the reference's."""
     du = torch.empty_like(d)
     if d.numel():
-        with backends.on(d.device):
-            activation_bwd_kernel[(triton.cdiv(d.numel(), _BLOCK),)](
-                d, kept, du, d.numel(),
-                KIND=kind, CODED=kept.dtype == torch.uint8, BLOCK=_BLOCK, num_warps=8, **OPTIONS,
-            )  # fmt: skip
+        constants = _flat_launch(kind, kept.dtype == torch.uint8)
+        _act_backward(programs(d.numel(), _BLOCK), d.device, (d, kept, du, d.numel()), constants)
     return du
 
 
-def _launch(label: str, kernel, changed=None, warps: int = 4, **constants) -> Launch:
+def _shipped(label: str, kernel, launch: dict, changed=None) -> Launch:
     """`kernel` between an fp32 stream and bf16 products; `changed` types of other arguments."""
     narrow = ("xhat", "delta", "d", "narrow", "u", "y", "du", "kept")
     types = dict.fromkeys(narrow, "*bf16")
     types |= dict.fromkeys(("x", "rstd", "residual", "dx"), "*fp32")
     types |= {"rows": "i32", "count": "i32", "eps": "fp32", "code": "*u8"}
+    constants = {n: v for n, v in launch.items() if n in kernel.arg_names}
+    warps = launch["num_warps"]
     return Launch(label, kernel, types | (changed or {}), constants, warps, 3, ("count",))
 
 
 def _norm_launch(label: str, kernel, width: int, changed=None, **constants) -> Launch:
-    launch = _rows_launch(width)
-    return _launch(label, kernel, changed, launch.pop("num_warps"), **launch, **constants)
+    return _shipped(label, kernel, _rows_launch(width) | constants, changed)
 
 
-def _flat_launch(label: str, kernel, coded: bool, kind: str = "gelu", changed=None) -> Launch:
-    return _launch(label, kernel, changed, 8, KIND=kind, CODED=coded, BLOCK=_BLOCK)
+def _flat(label: str, kernel, coded: bool, kind: str = "gelu", changed=None) -> Launch:
+    return _shipped(label, kernel, _flat_launch(kind, coded), changed)
 
 
 def shipped_launches(architecture: int) -> list[Launch]:
@@ -287,10 +287,10 @@ def shipped_launches(architecture: int) -> list[Launch]:
         _norm_launch("layer_norm fwd", norm, 768, wide, HAS_DELTA=False),
         _norm_launch("add + layer_norm", norm, 768, wide, HAS_DELTA=True),
         _norm_launch("layer_norm bwd", layer_norm_bwd_kernel, 768, **both),
-        _flat_launch("gelu fwd", activation_fwd_kernel, False),
-        _flat_launch("gelu coded", activation_fwd_kernel, True),
-        _flat_launch("gelu bwd", activation_bwd_kernel, False),
-        _flat_launch("gelu bwd coded", activation_bwd_kernel, True, changed={"kept": "*u8"}),
+        _flat("gelu fwd", activation_fwd_kernel, False),
+        _flat("gelu coded", activation_fwd_kernel, True),
+        _flat("gelu bwd", activation_bwd_kernel, False),
+        _flat("gelu bwd coded", activation_bwd_kernel, True, changed={"kept": "*u8"}),
     ]
 
 
@@ -308,7 +308,7 @@ def variant_launches(architecture: int) -> list[Launch]:
             "layer_norm bwd", layer_norm_bwd_kernel, 5120, bf16, HAS_RESIDUAL=True, HAS_NARROW=False
         ),
         *(
-            _flat_launch(kind, kernel, coded, kind)
+            _flat(kind, kernel, coded, kind)
             for kind, kernel, coded in (
                 ("gelu_tanh", activation_fwd_kernel, True),
                 ("quick_gelu", activation_fwd_kernel, True),

@@ -5,7 +5,9 @@
                             (TRITON_INTERPRET=1 from the start; `test_interpreter.py` starts it)
     cpu                     the C++ kernels for CPUs
     emulated                the CUDA kernels as a CPU library, on the execution model of csrc/host
+    sdpa                    attention made of PyTorch's fused one, by its CPU kernel
     gpu-triton, gpu-cuda    the kernels on a GPU
+    gpu-sdpa                attention made of PyTorch's fused one there
 
 Each has sizes of its own where what it shows or what it costs differs:
 
@@ -172,12 +174,15 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+# not `sdpa`, which is nobody's first choice on a CPU
 KERNELS = "interpreter", "emulated", "cpu", "gpu"
 EXECUTIONS = (
     Execution("reference", "reference", CPU, (FP64, FP32, BF16, FP16)),
     Execution("interpreter", "triton", CPU, (FP32, FP16)),
     Execution("cpu", "cpu", CPU, (FP32, BF16)),
     Execution("emulated", "cuda", CPU, (FP32, BF16, FP16), len(host_library.ORDERS)),
+    Execution("sdpa", "sdpa", CPU, (FP64, FP32, BF16)),
+    Execution("gpu", "sdpa", GPU, (BF16, FP16, FP32), 20),
     Execution("gpu", "triton", GPU, (BF16, FP16, FP32), 100),
     Execution("gpu", "cuda", GPU, (BF16, FP16, FP32), 100),
 )

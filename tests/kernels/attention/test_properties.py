@@ -27,10 +27,11 @@ from tests.kernels.executions import BF16, FP16, FP32, FP64, each
 
 def exactly(execution):
     """(dtype, tolerance) where two ways to the same result are compared."""
-    return execution.pick(reference=(FP64, 1e-13), other=(FP32, 1e-6))
+    exact = FP64, 1e-13
+    return execution.pick(reference=exact, sdpa=exact, other=(FP32, 1e-6))
 
 
-PROPERTY = "reference", "interpreter", "cpu"
+PROPERTY = "reference", "interpreter", "cpu", "sdpa"
 
 
 @each_path(*PROPERTY)
@@ -69,7 +70,8 @@ def test_shared_equals_expanded(execution, path):
     grouped = results(prompt_attention, qkv, kv.expand(2, -1, -1, -1, -1), group=group)
     for other in (expanded, grouped):
         for a, b in zip(other[:3], shared[:3], strict=True):
-            assert error(a, b) < execution.pick(reference=tolerance, other=1e-300)  # the same bits
+            # the same bits
+            assert error(a, b) < execution.pick(interpreter=1e-300, other=tolerance)
         assert error(other[3].sum(0, keepdim=True), shared[3]) < tolerance
     assert not grouped[3][0].any()  # nobody reads set 0
 
@@ -258,7 +260,7 @@ def test_layouts_of_the_gradient(execution, path, layout):
         check(execution, qkv, prompts, GRADIENTS[layout](d_out))
 
 
-@each_path("reference", "interpreter", "cpu")
+@each_path("reference", "interpreter", "cpu", "sdpa")
 def test_inputs_are_not_changed(execution, path):
     qkv, kv = inputs(2, 17, 5, 2, 16, dtype=execution.pick(cpu=BF16, other=FP32))
     weight = torch.rand(1, 5)
