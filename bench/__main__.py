@@ -25,13 +25,13 @@ def command(options: list[str], on_gpu: bool) -> list[str]:
         target = ROOT / report.RESULTS / results.CANONICAL
         pytest = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only"]
         return [*pytest, f"--benchmark-json={target}", *options]
-    modes = {"--quick": "quick", "--full": "full"}
+    modes = {"--quick": ["a"], "--full": ["--seconds", "10800"]}
     if unknown := [option for option in options if option not in modes]:
         raise SystemExit(
             f"{unknown[0]}: on a GPU expected --quick, --full or nothing; "
             "pytest bench/ --benchmark-only takes the rest"
         )
-    return ["bash", str(ROOT / "bench" / "gpu.sh"), *(modes[option] for option in options)]
+    return ["bash", str(ROOT / "bench" / "gpu.sh"), *(word for option in options for word in modes[option])]
 
 
 def main() -> int:

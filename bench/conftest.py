@@ -8,8 +8,9 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch.utils import collect_env
 
-from . import clock, roofline, table
+from . import clock, lines, roofline, table
 from .results import DESCRIBED, Row, Run
 from .runner import Group, Settings, run_group
 from .timing import CLOCKS
@@ -27,13 +28,20 @@ CLOCK_FAILED = 6  # exit code of a session whose clock is wrong; pytest's own en
 
 @dataclass
 class State:
-    """What this session runs, and what came of it: rows by group and provider."""
+    """What this session runs, and what came of it: rows by group and provider.
+
+    Where the environment names a file of lines (PAE_LINES), every group's rows go there when it is
+    done; `before` are the providers, by group, that it holds already.
+    """
 
     settings: Settings
     started: float = field(default_factory=time.monotonic)
+    began: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat())
     clock_test: dict[str, float] | None = None
+    lines: Path | None = None
     groups: dict[str, Group] = field(default_factory=dict)
     rows: dict[str, dict[str, Row]] = field(default_factory=dict)
+    before: dict[str, set[str]] = field(default_factory=dict)
 
     def left_out(self) -> dict[str, str]:
         return {g.name: g.left_out for g in self.groups.values() if g.left_out}
@@ -70,6 +78,10 @@ def pytest_sessionstart(session):
     size = "smoke" if config._benchmarksession.disabled else size
     numbers = option("threads"), option("rounds"), option("batch")
     state = config.stash[STATE] = State(Settings(size, *numbers, device, reading))
+    if os.environ.get("PAE_LINES") and size != "smoke":
+        state.lines = Path(os.environ["PAE_LINES"])
+        for entry in lines.read(state.lines, "row"):
+            state.before.setdefault(entry["group"], set()).add(entry["provider"])
     if on_gpu:
         torch.backends.cudnn.allow_tf32 = False  # the patch embedding of an fp32 reference
     torch.set_num_threads(option("threads"))
@@ -116,8 +128,11 @@ def replay(request, group: str, provider: str) -> Callable:
         if limit is not None and time.monotonic() - state.started > limit:
             reason = f"no time left: {limit:.0f} seconds had passed"
             state.rows[group] = {name: Row(group, name, reason=reason) for name in names}
+        elif names <= state.before.get(group, set()):
+            state.rows[group] = {name: Row(group, name, reason="measured before") for name in names}
         else:
             state.rows[group] = run_group(state.groups[group], names, settings)
+            _write_lines(request.config, state.rows[group].values())
     row = state.rows[group][provider]
 
     def record(benchmark) -> None:
@@ -134,6 +149,19 @@ def replay(request, group: str, provider: str) -> Callable:
             _show(benchmark, row.seconds, f"{settings.clock} time")
 
     return record
+
+
+def _write_lines(config, rows: Iterable[Row]) -> None:
+    """The session as it is known by now, and its newest rows, but for those that failed."""
+    state = config.stash[STATE]
+    if state.lines is None:
+        return
+    session = f"{os.getpid()} {state.began}"
+    lines.append(state.lines, "session", id=session, date=state.began, machine=_machine(config))
+    for row in rows:
+        about = {name: getattr(row, name) for name in ("group", "reason", *DESCRIBED)}
+        if not row.failed:
+            lines.append(state.lines, "row", session=session, seconds=[*row.seconds], **about)
 
 
 def _show(benchmark, seconds: Sequence[float], name: str) -> None:

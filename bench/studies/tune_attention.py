@@ -1,6 +1,6 @@
 """Tiles of the attention kernels: the shipped ones, and faster ones near them.
 
-    python -m bench.studies.tune_attention [--seconds 300]   # on a GPU; `bench/gpu.sh tune` runs it
+    python -m bench.studies.tune_attention [--seconds 300]   # on a GPU; `bench/gpu.sh c` runs it
 
 Prints, per kernel, the lines that `pae_kernels/attention/tiles.py` would hold, with medians in
 microseconds of the shipped tile and of the best one. A tile that spills or does not fit is slow or

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import platform
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -20,46 +19,6 @@ from pae_kernels import cpu  # noqa: E402
 from tests import processes  # noqa: E402
 
 GPU_SCRIPT = ROOT / "bench" / "gpu.sh"
-
-
-def steps_of(size: str) -> dict[str, str]:
-    run = processes.run(["bash", GPU_SCRIPT, size, "--dry-run"])
-    return {line.split(" ")[0]: line for line in run.stdout.splitlines()}
-
-
-@pytest.mark.parametrize("size", ["quick", "default", "full", "tune"])
-def test_gpu_gate_lists_its_steps(size):
-    steps = steps_of(size)
-    benchmarks = ["tune"] if size == "tune" else ["attention", "pointwise", "kld", "step"]
-    benchmarks += ["scaling", "mpa", "spectrum"] if size == "full" else []
-    parts = ["adaptive", "pointwise", "steps", "attention", "koopman", "spectrum", "native"]
-    tests = [f"tests-{part}" for part in [*parts, "engine", "mpa", "clock"]]
-    checks = ["sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-initcheck"]
-    assert list(steps) == ["build", "versions", *tests, *checks, *benchmarks]
-    for line in steps.values():
-        for word in line.split():
-            if word.endswith(".py"):
-                assert (ROOT / word).is_file()
-    if size in ("quick", "default"):
-        seconds = {name: int(line.split("(")[1].split("s)")[0]) for name, line in steps.items()}
-        side_by_side = [seconds[name] for name in (*tests, *checks)]
-        assert sum(seconds.values()) - sum(side_by_side) + max(side_by_side) <= 570
-
-
-def test_every_gpu_test_is_in_a_part():
-    """Whatever is skipped without a GPU, as an execution of a kernel or as a whole file."""
-    words = {word for line in steps_of("quick").values() for word in line.split()}
-    texts = {file: file.read_text() for file in (ROOT / "tests").rglob("test_*.py")}
-    whole = re.compile(r"^pytestmark = pytest.mark.skipif\([^)]*cuda", re.M)
-    needing = [f for f, text in texts.items() if "\n@each(" in text or whole.search(text)]
-    assert len(needing) >= 7
-    for file in needing:
-        assert {str(place.relative_to(ROOT)) for place in (file, file.parent)} & words
-
-
-def test_gpu_gate_refuses_what_it_does_not_know():
-    run = processes.run(["bash", GPU_SCRIPT, "fast"], check=False)
-    assert run.returncode == 2 and "usage: bench/gpu.sh" in run.stderr
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

@@ -23,7 +23,7 @@ def test_on_a_cpu():
 def test_on_a_gpu():
     assert bench_main.command(["--full"], on_gpu=True)[1:] == [
         str(bench_main.ROOT / "bench" / "gpu.sh"),
-        "full",
+        *("--seconds", "10800"),
     ]
     with pytest.raises(SystemExit, match="--rounds"):
         bench_main.command(["--rounds"], on_gpu=True)

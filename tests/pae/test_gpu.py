@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GPU = torch.device("cuda")
+RUNS, WIDTH = 100, 384
 
 
 @pytest.fixture(autouse=True)
@@ -94,11 +95,11 @@ def test_engine_in_fp32(vit_small):
     assert error(logits, truth[0]) < 1e-5 and error(gradients, truth[1]) < 1e-4
 
 
-def test_engine_is_bitwise_the_same_100_times(vit_small):
+def test_engine_is_bitwise_the_same_in_every_run(vit_small):
     model, _ = vit_small
     images, labels = batch_of(16)
     first = step(model, images, labels, BF16, engine="fast")
-    for _ in range(99):
+    for _ in range(RUNS - 1):
         again = step(model, images, labels, BF16, engine="fast")
         assert all(torch.equal(a, b) for a, b in zip(first, again))
 
@@ -126,7 +127,7 @@ def test_engine_graphed_step_follows_its_inputs(vit_small):
     for seed in (1, 2):
         images, labels = batch_of(8, seed)
         _, logits = replayed(images, labels)
-        got = logits.clone(), model.prompts.tokens.grad.clone()
+        got = logits.clone(), 64 * model.prompts.tokens.grad  # of `step`'s loss
         expected = step(model, images, labels, BF16, engine="fast")
         for a, b in zip(got, expected, strict=True):
             assert error(a, b) < 1e-3
@@ -169,7 +170,7 @@ def test_engine_reproduces_golden_logits(golden, tiny_vit, name):
 
 def vapt(kld=None):
     torch.manual_seed(0)
-    vit = VisionTransformer(embed_dim=384, depth=4, num_heads=6, num_classes=10)
+    vit = VisionTransformer(embed_dim=WIDTH, depth=4, num_heads=WIDTH // 64, num_classes=10)
     family = pae.prompts.VAPT(50, channel_dropout=0.0, hidden_dropout=0.0)
     model = pae.PromptedViT(vit, family, kld)
     with torch.no_grad():

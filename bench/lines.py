@@ -1,0 +1,68 @@
+"""Results as they come: one JSON line each in one file, so that a kill loses what was under way.
+
+Loaded as a pytest plug-in (`-p bench.lines`, with the file in PAE_LINES) it writes a line for every
+test that ends, and leaves out what the file says has passed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, kind: str, **entry: Any) -> None:
+    """One line more, in one write: programs side by side do not tear each other's."""
+    line = json.dumps({"kind": kind, **entry}) + "\n"
+    with open(path, "ab+") as file:
+        if file.tell() and not _ends(file):
+            line = "\n" + line  # behind one that a kill has torn
+        os.write(file.fileno(), line.encode())
+
+
+def _ends(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def read(path: Path, kind: str = "") -> list[dict[str, Any]]:
+    """All entries of one kind, or of any; a line that a kill has torn is none."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and kind in ("", entry.get("kind")):
+            found.append(entry)
+    return found
+
+
+# ---- tests
+
+
+def _file() -> Path | None:
+    name = os.environ.get("PAE_LINES")
+    return Path(name) if name else None
+
+
+def pytest_collection_modifyitems(config, items):
+    if (path := _file()) is None:
+        return
+    passed = {e["test"] for e in read(path, "test") if e["outcome"] == "passed"}
+    gone = [item for item in items if item.nodeid in passed]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item.nodeid not in passed]
+    first = [word for word in os.environ.get("PAE_FIRST", "").split(",") if word]
+    items.sort(key=lambda item: next((i for i, w in enumerate(first) if w in item.name), 99))
+
+
+def pytest_runtest_logreport(report):
+    if (path := _file()) is None or (report.when != "call" and report.outcome == "passed"):
+        return
+    crash = getattr(report.longrepr, "reprcrash", None)
+    said = crash.message.splitlines()[0] if crash and crash.message else ""
+    entry = {"outcome": report.outcome, "seconds": round(report.duration, 3), "said": said[:300]}
+    append(path, "test", test=report.nodeid, **entry)

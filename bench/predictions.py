@@ -1,0 +1,276 @@
+"""What every GPU kernel should take, before it is measured: a model, and the two figures beside.
+
+    python -m bench.predictions              # writes bench/gpu_predictions.json again
+    python -m bench.predictions RESULTS.json # predicted and measured of one run, side by side
+
+A card is what was seen of it: GB/s of a large copy, TFLOP/s of a large bf16 product; its processors
+and their clock. A pass is what it moves (each input read once, each output written once), what it
+multiplies (2 per multiply-add, tiles padded), and what it issues: instructions of a warp, read from
+the code that Triton 3.6 compiles for sm_90. Each alone takes
+
+    bytes / copy     operations / products     instructions / (4 a cycle and multiprocessor)
+
+The floor is the larger of the first two without padding: no exact version is faster on this card.
+Expected is the largest of the three, and half of the others, as far as they hide behind it (the
+half is a guess, to be judged by measurements), and 3 us a launch in a graph. What waits for latency
+(the regulariser) is launches alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pae.checkpoint import write_atomically
+
+from . import cost, roofline, shapes, table
+from .results import Run, measured
+
+FILE = Path(__file__).parent / "gpu_predictions.json"
+LAUNCH = 3e-6  # seconds between two kernels of a graph, first wave and last one included
+BATCH, ROWS, PROMPTS, WIDTH, HEADS = 128, 197, 50, 768, 12
+FP32_PER_PRODUCT = 1 / 15  # of plain fp32 multiply-adds, in multiples of the bf16 rate
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a GPU was seen to do."""
+
+    copy_gbps: float
+    bf16_tflops: float
+    multiprocessors: int
+    clock_ghz: float
+
+    def warps_issued(self) -> float:
+        """Instructions a second: four schedulers, one each a cycle."""
+        return 4 * self.multiprocessors * self.clock_ghz * 1e9
+
+
+CARDS = {"H100": Card(3000, 798, 132, 1.755), "H200": Card(4300, 788, 132, 1.755)}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one call does.
+
+    Attributes:
+        row: group of the benchmark that measures it, and its row; "" where none does.
+        kernels: the functions it launches.
+        mb: bytes that must move. gflop: products that are needed. padded_gflop: that are done.
+        instructions: of a warp, in millions. launches: kernels that follow each other.
+        slowdown: of its products, in multiples of bf16's.
+    """
+
+    name: str
+    kernels: str
+    mb: float
+    gflop: float = 0.0
+    padded_gflop: float = 0.0
+    instructions: float = 0.0
+    launches: int = 1
+    row: tuple[str, str] = ("", "")
+    slowdown: float = 1.0
+
+    def floor_us(self, card: Card) -> float:
+        """By bytes and by products, whichever takes longer."""
+        return max(self._bytes(card), self._products(card, self.gflop)) * 1e6
+
+    def expected_us(self, card: Card) -> float:
+        """By the model at the head of this module."""
+        products = self._products(card, self.padded_gflop or self.gflop)
+        terms = self._bytes(card), products, self.instructions * 1e6 / card.warps_issued()
+        longest = max(terms)
+        return (longest + (sum(terms) - longest) / 2 + LAUNCH * self.launches) * 1e6
+
+    def _bytes(self, card: Card) -> float:
+        return self.mb * 1e6 / (card.copy_gbps * 1e9)
+
+    def _products(self, card: Card, gflop: float) -> float:
+        return gflop * self.slowdown / (card.bf16_tflops * 1e3)
+
+
+def _padded(rows: int, tile: int) -> int:
+    return -(-rows // tile) * tile
+
+
+def attention() -> Iterator[Pass]:
+    """Forward, tiles of 128 x 64 and 8 warps: 415 instructions a warp and key tile. Backward, 256
+    rows at once: five products, 850 a warp and key tile. The class row alone reads q of one row.
+    """
+    keys = ROWS + PROMPTS
+    tiles = BATCH * HEADS * _padded(keys, 64) // 64
+    square = BATCH * _padded(ROWS, 128) * _padded(keys, 64) * WIDTH
+    sizes = BATCH, ROWS, PROMPTS, WIDTH
+    for kind, done, instructions, kernels in (
+        ("forward", 2, 2 * tiles * 8 * 415, "prompt_attention_fwd_kernel"),
+        ("backward", 5, tiles * 8 * 850, "prompt_attention_bwd_kernel"),
+    ):
+        yield Pass(
+            f"attention {kind}", kernels,
+            mb=roofline.attention_bytes(kind, *sizes, 2) / 1e6,
+            gflop=roofline.attention_flops(kind, *sizes) / 1e9,
+            padded_gflop=2 * done * square / 1e9,
+            instructions=instructions / 1e6,
+            row=(f"attention/{kind}/H{HEADS}d64/N{ROWS}/P{PROMPTS}/bf16/B{BATCH}", "pae"),
+        )  # fmt: skip
+    rows = BATCH * ROWS * WIDTH * 2 / 1e6
+    few = {"padded_gflop": 4 * BATCH * 16 * _padded(keys, 64) * WIDTH / 1e9}
+    yield Pass("attention forward, class row", "prompt_attention_fwd_kernel", 2 * rows, **few)
+    yield Pass("attention backward, class row", "prompt_attention_bwd_kernel", 4 * rows, **few)
+    batch, tokens = 32, 577  # too long for one pass: seven products, and 13 S of bytes
+    square = batch * _padded(tokens, 64) * _padded(tokens + PROMPTS, 64) * WIDTH
+    yield Pass(
+        "attention backward in two passes",
+        "prompt_attention_bwd_dq_kernel, prompt_attention_bwd_dkv_kernel",
+        mb=13 * batch * tokens * WIDTH * 2 / 1e6,
+        gflop=roofline.attention_flops("backward", batch, tokens, PROMPTS, WIDTH) / 1e9,
+        padded_gflop=2 * 7 * square / 1e9,
+        launches=2,
+        row=(f"attention/backward/H{HEADS}d64/N{tokens}/P{PROMPTS}/bf16/B{batch}", "pae"),
+    )
+
+
+def pointwise() -> Iterator[Pass]:
+    """Bytes an entry: of the fp32 stream 4, of rows for products 2, of a code 1. Instructions of a
+    thread and entry: 14 and 18 for norms; GELU 20, with its code 23; its derivative 24; decoding 8.
+    """
+    for name, wide, moved, instructions, kernel in (
+        ("norm/forward", 1, 12, 14, "layer_norm_fwd_kernel"),
+        ("norm/backward", 1, 14, 18, "layer_norm_bwd_kernel"),
+        ("gelu/forward", 4, 4, 20, "activation_fwd_kernel"),
+        ("gelu/backward", 4, 6, 24, "activation_bwd_kernel"),
+        ("coded gelu/forward", 4, 5, 23, "activation_fwd_kernel, with a code"),
+        ("coded gelu/backward", 4, 5, 8, "activation_bwd_kernel, from a code"),
+    ):
+        entries = BATCH * ROWS * WIDTH * wide / 1e6
+        row = f"{name}/{BATCH * ROWS}x{WIDTH * wide}/bf16", "pae"
+        yield Pass(name, kernel, entries * moved, instructions=entries * instructions / 32, row=row)
+
+
+def koopman() -> Iterator[Pass]:
+    """Latency decides: launches that follow each other, fp32 products without tensor cores."""
+    for k in (256, 1024):
+        gflop = roofline.koopman_flops(12, PROMPTS, WIDTH, k) / 1e9
+        mb = 4 * (2 * 12 * PROMPTS * WIDTH + 2 * k * WIDTH + 4 * k * k) / 1e6
+        for kernels, row, launches in (
+            ("koopman_*_kernel: 32 forward, 6 backward", "pae, Triton graph", 38),
+            ("csrc/koopman_*.cu", "pae, CUDA graph", 30),
+        ):
+            yield Pass(
+                f"regulariser, k = {k}, {row}", kernels, mb, gflop, launches=launches,
+                row=(f"kld/global/k{k}/P{PROMPTS}", row), slowdown=1 / FP32_PER_PRODUCT,
+            )  # fmt: skip
+
+
+def spectrum() -> Iterator[Pass]:
+    """Turned sums outside the tensor cores: 0.7 GFLOP of fp32, and operands from L2."""
+    tokens = BATCH * 196 * WIDTH * 2 / 1e6
+    stem = "shortcut_strips_kernel, shortcut_taps_kernel, shortcut_tokens_kernel"
+    pool = "shortcut_pool_kernel, shortcut_pool_sum_kernel"
+    for version, kernels in (("", (stem, pool)), (", CUDA", ("csrc/spectrum.cu",) * 2)):
+        turned = {"instructions": 2 * 700 / 32, "launches": 3}
+        yield Pass(f"windows to tokens{version}", kernels[0], tokens + 11.2, 8.5, **turned)
+        yield Pass(f"pooling of tokens{version}", kernels[1], tokens * 1.1, launches=2)
+
+
+def adaptive() -> Iterator[Pass]:
+    """Rows of an image mixed to prompts, and the bottleneck behind it."""
+    x, u = (BATCH * rows * WIDTH * 2 / 1e6 for rows in (ROWS, PROMPTS))
+    mix = 2 * BATCH * ROWS * PROMPTS * WIDTH / 1e9
+    hidden = 2 * 2 * BATCH * PROMPTS * WIDTH * 8 / 1e9
+    for name, kernels, mb, gflop, launches in (
+        ("token_mix forward", "row_stats_kernel, token_mix_fwd_kernel", 2 * x + u, mix, 2),
+        ("token_mix backward", "token_mix_bwd_kernel", 3 * x + 2 * u, 3 * mix, 2),
+    ):
+        yield Pass(name, kernels, mb, gflop, launches=launches)
+    back = "prompt_bottleneck_bwd_units_kernel, prompt_bottleneck_bwd_kernel"
+    for name, kernels, mb, gflop, launches in (
+        ("prompt_bottleneck forward", "prompt_bottleneck_fwd_kernel", 2 * u, hidden, 1),
+        ("prompt_bottleneck backward", back, 4 * u, 3 * hidden, 3),
+    ):
+        yield Pass(name, kernels, mb, gflop, launches=launches, slowdown=1 / FP32_PER_PRODUCT)
+
+
+def step() -> Iterator[Pass]:
+    """All of a step, passes one after the other: products at 0.75 of the large one's rate."""
+    shape = cost.Shape.named(shapes.BASE, num_classes=shapes.CLASSES)
+    at = shape, PROMPTS, BATCH
+    issued = {p.name: p.instructions for p in (*attention(), *pointwise())}
+    blocks = shape.depth
+    instructions = blocks * sum(n for name, n in issued.items() if "coded" not in name)
+    for row, launches in (("pae keep", 30 * blocks), ("pae graphed", 30 * blocks)):
+        yield Pass(
+            f"step, {row}", "all", cost.live_step_bytes(*at, 2) / 1e6,
+            cost.live_step_flops(*at) / 1e9, cost.flops(*at).step / 0.75 / 1e9, instructions,
+            launches, (f"step/{shapes.BASE}/P{PROMPTS}/bf16/B{BATCH}", row),
+        )  # fmt: skip
+
+
+def passes() -> list[Pass]:
+    """Of every kernel, at ViT-B/16, 224 pixels, B = 128, P = 50, bf16."""
+    groups = attention, pointwise, koopman, spectrum, adaptive, step
+    return [p for group in groups for p in group()]
+
+
+def predicted() -> dict:
+    """The content of `FILE`."""
+    return {
+        "model": "bench/predictions.py",
+        "cards": {name: asdict(card) for name, card in CARDS.items()},
+        "passes": [
+            {"name": p.name, "kernels": p.kernels, "group": p.row[0], "row": p.row[1]}
+            | {
+                name: {
+                    "floor_us": float(f"{p.floor_us(card):.3g}"),
+                    "expected_us": float(f"{p.expected_us(card):.3g}"),
+                }
+                for name, card in CARDS.items()
+            }
+            for p in passes()
+        ],
+    }
+
+
+def text() -> str:
+    return json.dumps(predicted(), indent=1) + "\n"
+
+
+def beside(run: Run) -> str:
+    """Predicted and measured, for the two ceilings that this run measured, of what it measured."""
+    found = run.machine
+    seen = found.get("copy GB/s"), found.get("bf16 product TFLOP/s")
+    if None in seen:
+        return "No prediction: the run lacks a ceiling."
+    known = next((c for name, c in CARDS.items() if name in run.device), CARDS["H100"])
+    card = Card(*seen, known.multiprocessors, known.clock_ghz)
+    rows = []
+    for p in passes():
+        here = measured(run.groups.get(p.row[0], ()))
+        us = here[p.row[1]].median * 1e6 if p.row[1] in here else None
+        floor, expected = p.floor_us(card), p.expected_us(card)
+        rows.append(
+            {
+                "pass": p.name,
+                "floor us": table.digits(floor),
+                "predicted us": table.digits(expected),
+                "measured us": table.digits(us) if us else "",
+                "of predicted": table.ratio(us / expected) if us else "",
+            }
+        )
+    ceilings = f"copy {seen[0]:.0f} GB/s, bf16 product {seen[1]:.0f} TFLOP/s"
+    return f"**Predicted and measured** ({ceilings})\n\n{table.table_of(rows)}"
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(beside(Run.of(json.loads(Path(sys.argv[1]).read_text()))))
+        return
+    write_atomically(FILE, lambda path: path.write_text(text()))
+    print(FILE)
+
+
+if __name__ == "__main__":
+    main()

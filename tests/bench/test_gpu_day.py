@@ -1,0 +1,240 @@
+"""`bench/gpu.sh`: what it runs, its lines, and the whole of it on a CPU that stands for a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import pytest
+
+from bench import gpu, lines, merge, predictions
+from bench.results import Run
+from tests import processes
+from tests.processes import ROOT
+
+SCRIPT = ROOT / "bench" / "gpu.sh"
+
+
+# ---- steps
+
+
+def test_stages_fit_a_short_lease():
+    """What runs beside each other counts once; the first stage is through within four minutes."""
+    for stage, limit in (("a", 240), ("b", 540)):
+        steps = [step for step in gpu.steps() if step.stage == stage]
+        alone = sum(step.seconds for step in steps if not step.beside)
+        together = max(s.seconds for s in steps if s.beside and s.name != gpu.LIBRARY)
+        assert alone + together + gpu.SLACK <= limit, stage
+    assert [*dict.fromkeys(step.stage for step in gpu.steps())] == [*gpu.STAGES]
+
+
+def test_what_matters_most_comes_first():
+    names = [step.name for step in gpu.steps() if step.stage == "a"]
+    assert names == [
+        *("ceilings", "build", "tests-attention", "tests-pointwise", "tests-engine"),
+        *("attention (a)", "step (a)"),
+    ]
+    for step in gpu.steps():
+        if step.name.endswith((" (a)", " (b)")):
+            assert any("not ompiled" in word for word in step.command), step.name
+
+
+def test_every_gpu_test_is_in_a_step():
+    """Whatever is skipped without a GPU, as an execution of a kernel or as a whole file."""
+    words = {word for step in gpu.steps() for word in step.command}
+    texts = {file: file.read_text() for file in (ROOT / "tests").rglob("test_*.py")}
+    needs = re.compile(r"^@each\(|skipif\(\s*not torch\.cuda\.is_available", re.M)
+    needing = [file for file, text in texts.items() if needs.search(text)]
+    assert len(needing) >= 12
+    for file in needing:
+        assert {str(place.relative_to(ROOT)) for place in (file, file.parent)} & words, file
+    for word in words:
+        assert not word.endswith(".py") or (ROOT / word).is_file(), word
+
+
+def test_what_it_does_not_know_is_refused_in_a_line(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["d"])
+    assert "stages are a, b, c, got d" in capsys.readouterr().err
+    run = processes.run([sys.executable, "-m", "bench.gpu", "a", "--list"])
+    assert run.stdout.splitlines()[0].startswith("a ceilings (")
+    if not gpu_here():
+        run = processes.run([sys.executable, "-m", "bench.gpu", "a"], check=False)
+        assert run.returncode == 1 and run.stderr == "PyTorch sees no GPU here\n"
+
+
+def gpu_here() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+# ---- lines
+
+
+def test_a_torn_line_is_lost_alone(tmp_path):
+    path = tmp_path / "day.jsonl"
+    assert lines.read(path) == []
+    lines.append(path, "test", test="a")
+    with open(path, "a") as file:
+        file.write('{"kind": "test", "te')  # a kill in the middle
+    assert [e["test"] for e in lines.read(path)] == ["a"]
+    lines.append(path, "test", test="b")
+    lines.append(path, "row", group="g")
+    assert [e["test"] for e in lines.read(path, "test")] == ["a", "b"]
+    assert len(lines.read(path)) == 3
+
+
+def entries(session, group, *providers, seconds=(1.0, 1.0), device="GPU 9000"):
+    machine = dict.fromkeys(merge.SAME, "x") | {"device": device, "CUDA": "13"}
+    yield {"kind": "session", "id": session, "date": session, "machine": machine}
+    for provider in providers:
+        yield {
+            "kind": "row", "session": session, "group": group, "provider": provider,
+            "seconds": [*seconds], "reason": "" if seconds else "refused", "clock": "device",
+            "unit": "step", "baselines": [], "columns": {},
+        }  # fmt: skip
+
+
+def test_lines_become_a_run_and_the_newest_rows_of_a_group_count():
+    written = [
+        *entries("1", "step/x", "pae keep", "official-style"),
+        *entries("1", "kld/x", "pae"),
+        *entries("2", "step/x", "pae keep", "compiled", seconds=(2.0, 2.0)),
+        *entries("2", "mpa/x", "pae", seconds=()),
+        {"kind": "step", "name": "tests-engine", "outcome": "out of time"},
+        {"kind": "step", "name": "step (a)", "outcome": "passed"},
+    ]
+    run = Run.of(gpu.as_run(written))
+    assert {name: [r.provider for r in rows] for name, rows in run.groups.items()} == {
+        "kld/x": ["pae"],
+        "step/x": ["pae keep", "compiled"],
+        "mpa/x": ["pae"],
+    }
+    assert run.groups["step/x"][0].median == 2 and run.groups["mpa/x"][0].reason == "refused"
+    assert run.machine["tests-engine"] == "out of time" and "step (a)" not in run.machine
+    with pytest.raises(ValueError, match="device"):
+        gpu.as_run([*written, *entries("3", "z", "pae", device="other")])
+    with pytest.raises(ValueError, match="at least one"):
+        gpu.as_run([])
+
+
+# ---- predictions
+
+
+def test_committed_predictions_are_those_of_the_model():
+    assert predictions.FILE.read_text() == predictions.text()
+
+
+def test_no_prediction_is_below_its_floor_and_each_follows_its_card():
+    """Twice the bandwidth and twice the products: half the floor."""
+    h100 = predictions.CARDS["H100"]
+    twice = replace(h100, copy_gbps=2 * h100.copy_gbps, bf16_tflops=2 * h100.bf16_tflops)
+    for p in predictions.passes():
+        assert p.expected_us(h100) > p.floor_us(h100) == pytest.approx(2 * p.floor_us(twice))
+
+
+def test_every_triton_kernel_is_predicted():
+    """By name: a kernel that is new must say what it will take."""
+    known = [name for p in predictions.passes() for name in re.findall(r"[\w*/.]+", p.kernels)]
+    sources = [*(ROOT / "pae_kernels").rglob("triton*.py")]
+    named = {
+        name
+        for source in sources
+        for name in re.findall(r"^@triton\.jit\ndef (\w+_kernel)\(", source.read_text(), re.M)
+    }
+    named |= {f"csrc/{file.name}" for file in (ROOT / "csrc").glob("*.cu")} - {"csrc/library.cu"}
+    assert len(named) > 25
+    assert not {n for n in named if not any(fnmatchcase(n, pattern) for pattern in known)}
+
+
+def test_predicted_and_measured_stand_side_by_side():
+    p = predictions.passes()[0]
+    seconds = [p.expected_us(predictions.CARDS["H100"]) * 2e-6] * 3
+    written = [*entries("1", p.row[0], p.row[1], seconds=seconds, device="NVIDIA H100")]
+    run = Run.of(gpu.as_run(written))
+    assert predictions.beside(run) == "No prediction: the run lacks a ceiling."
+    run.machine.update({"copy GB/s": 3000.0, "bf16 product TFLOP/s": 798.0})
+    line = next(line for line in predictions.beside(run).splitlines() if p.name in line)
+    assert line.rstrip(" |").endswith("2.00x")
+
+
+# ---- the whole day on a CPU
+
+SITE = """
+import sys
+if "csrc/native_build.py" in sys.orig_argv:  # nvcc's part
+    sys.exit(0)
+if any(word.startswith("bench.") for word in sys.orig_argv):
+    import tests.cpu_as_gpu
+"""
+SANITIZER = """#!/bin/sh
+while [ "$1" != "{python}" ]; do shift; done
+exec "$@"
+"""
+
+
+@pytest.fixture
+def day(tmp_path):
+    """Environment of a day: tools of its own in front, files in a folder of its own."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sitecustomize.py").write_text(SITE)
+    for name, text in (
+        ("python3", f'#!/bin/sh\nexec {sys.executable} "$@"\n'),
+        ("compute-sanitizer", SANITIZER.format(python=sys.executable)),
+    ):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    (tmp_path / "out").mkdir()
+    return {
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(tools),
+        "PYTEST_PLUGINS": "tests.cpu_as_gpu",
+        "PAE_THIN": "1",
+        "PAE_COMMIT": "abc",
+        "OUT": str(tmp_path / "out"),
+        "OMP_NUM_THREADS": "1",
+        "PYTEST_CURRENT_TEST": None,
+    }
+
+
+def test_a_day_that_is_killed_goes_on_where_it_was(day, tmp_path):
+    path = tmp_path / "out" / "stand-in-gpu-abc.jsonl"
+    with processes.started(["bash", SCRIPT, "a", "--seconds", "500"], env=day) as process:
+        end = time.monotonic() + 300
+        while len(lines.read(path, "test")) < 3 and time.monotonic() < end:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+    before = lines.read(path)
+    time.sleep(1)
+    assert lines.read(path) == before, "a program outlives the day"
+    with open(path, "a") as file:
+        file.write('{"kind": "row", "gro')
+
+    done = processes.run(["bash", SCRIPT, "a", "--seconds", "500"], env=day)
+    tests = Counter(e["test"] for e in lines.read(path, "test") if e["outcome"] == "passed")
+    assert len(tests) > 20 and set(tests.values()) == {1}
+    assert len(lines.read(path, "ceilings")) == 1
+    steps = {e["name"]: e["outcome"] for e in lines.read(path, "step")}
+    assert set(steps.values()) == {"passed"}, done.stdout
+    run = Run.of(json.loads(path.with_suffix(".json").read_text()))
+    measured = {row.group.split("/")[0] for row in run.rows if row.seconds}
+    assert measured == {"attention", "step"} and not any(row.failed for row in run.rows)
+    assert {"pae keep", "pae graphed", "official-style", "timm + SDPA"} <= {
+        row.provider for row in run.rows if row.seconds
+    }
+    page = path.with_suffix(".md").read_text()
+    assert (
+        "Predicted and measured" in page
+        and "===== ceilings: passed" in path.with_suffix(".log").read_text()
+    )
+    assert not [*path.parent.glob(".*")] and len([*path.parent.iterdir()]) <= 8

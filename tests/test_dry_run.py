@@ -1,0 +1,35 @@
+"""The tests that need a GPU, on a CPU that stands for one: none fails on the day by its own fault."""
+
+import re
+import sys
+
+import pytest
+
+from tests.processes import run
+
+# what needs a second GPU, or Triton's own driver
+NOT_HERE = "not another_gpu and not compiles_without"
+PARTS = {
+    "engine": ("gpu", "tests/pae/test_gpu.py"),
+    "graphs": (
+        "test_gpu or replays_follow or captured_step",
+        *("tests/pae/test_gpu_mpa.py", "tests/pae/test_graphs.py", "tests/pae/test_pro_vpt.py"),
+    ),
+    "attention": ("gpu", "tests/kernels/attention", "tests/kernels/test_steps.py"),
+    "pointwise": ("gpu", "tests/kernels/test_pointwise.py", "tests/kernels/test_adaptive.py"),
+    "koopman": ("gpu", "tests/kernels/koopman"),
+    "spectrum": ("gpu", "tests/kernels/spectrum"),
+    "benchmarks": ("not ompiled", "bench", "--benchmark-disable", "--device=cuda"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_bodies_run(part):
+    chosen, *rest = PARTS[part]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
+    command += ["-p", "tests.cpu_as_gpu", "-k", f"({chosen}) and {NOT_HERE}", *rest]
+    done = run(command, env={"OMP_NUM_THREADS": "1", "PAE_THIN": "1"}, check=False)
+    summary = done.stdout.splitlines()[-1]
+    assert done.returncode == 0 and re.search(r"[1-9]\d* passed", summary), done.stdout[-6000:]
+    if part != "benchmarks":
+        assert "skipped" not in summary, done.stdout[-6000:]
