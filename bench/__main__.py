@@ -31,7 +31,11 @@ def command(options: list[str], on_gpu: bool) -> list[str]:
             f"{unknown[0]}: on a GPU expected --quick, --full or nothing; "
             "pytest bench/ --benchmark-only takes the rest"
         )
-    return ["bash", str(ROOT / "bench" / "gpu.sh"), *(word for option in options for word in modes[option])]
+    return [
+        "bash",
+        str(ROOT / "bench" / "gpu.sh"),
+        *(word for option in options for word in modes[option]),
+    ]
 
 
 def main() -> int:

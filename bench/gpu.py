@@ -42,6 +42,7 @@ SLACK = 15  # seconds kept for what comes last: files and tables
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
 # the tests of a stage that is cut short begin with these
 FIRST = "bf16,bfloat16,class,bitwise,same_bits,repeat"
+LIMIT = "LIMIT"  # in a command: its seconds but for the last quarter, in which no group starts
 LIBRARY = "build"  # the step that compiles csrc/: those of it wait for it
 
 
@@ -136,16 +137,15 @@ def _sanitizer(tool: str, files: list[str]) -> Step:
 
 def _benchmark(stage: str, name: str, seconds: int, *options: str) -> Step:
     command = (*PYTEST, f"bench/bench_{name}.py", "--benchmark-only", "--device=cuda", *options)
-    limit = f"--seconds={seconds * 3 // 4}"  # no group starts in the last quarter
-    return Step(stage, f"{name} ({stage})", seconds, (*command, limit))
+    return Step(stage, f"{name} ({stage})", seconds, (*command, f"--seconds={LIMIT}"))
 
 
 class Day:
     """A run of steps, and where its lines go."""
 
-    def __init__(self, stem: Path, seconds: float) -> None:
+    def __init__(self, stem: Path, seconds: float, slow: float = 1.0) -> None:
         self.lines, self.log = stem.with_suffix(".jsonl"), stem.with_suffix(".log")
-        self.stem, self.end = stem, time.monotonic() + seconds
+        self.stem, self.end, self.slow = stem, time.monotonic() + seconds, slow
         self.running: list[tuple[Step, subprocess.Popen, Path, float, float]] = []
         self.failed = False
 
@@ -172,15 +172,16 @@ class Day:
             self._ended(step, f"{step.command[0]} is not installed", 0, "")
             return
         log = self.stem.parent / f".{step.name.replace(' ', '')}.log"
+        limit = min(step.seconds * self.slow, self.left())
+        command = [word.replace(LIMIT, f"{0.75 * limit:.0f}") for word in step.command]
         env = os.environ | {"PAE_LINES": str(self.lines)} | dict(step.env)
         with open(log, "wb") as out:
             process = subprocess.Popen(
-                step.command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT,
+                command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, preexec_fn=_dies_with_us,
             )  # fmt: skip
         now = time.monotonic()
-        until = now + min(step.seconds, self.left())
-        self.running.append((step, process, log, now, until))
+        self.running.append((step, process, log, now, now + limit))
 
     def _join(self, only: str = "", but: str = "") -> None:
         """Until those have ended, by themselves or because their time is up."""
@@ -333,6 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__, formatter_class=raw)
     parser.add_argument("stages", nargs="*", help="a, b, c; all of them when none is named")
     parser.add_argument("--seconds", type=float, default=570, help="for all steps together")
+    parser.add_argument("--slow", type=float, default=1, help="times every limit of a step")
     parser.add_argument("--have", type=Path, help="lines of an earlier call")
     parser.add_argument("--list", action="store_true", help="run nothing")
     parser.add_argument("--ceilings", action="store_true", help=argparse.SUPPRESS)
@@ -347,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
         for step in chosen:
             print(f"{step.stage} {step.name} ({step.seconds}s): {' '.join(step.command)}")
         return 0
-    day = Day(stem_here(options.have), options.seconds)
+    day = Day(stem_here(options.have), options.seconds, options.slow)
     known = {e["kind"] for e in lines.read(day.lines)}
     if options.stages and "a" not in options.stages:
         chosen.insert(0, _build())  # what stage b tests

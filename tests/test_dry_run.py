@@ -1,4 +1,4 @@
-"""The tests that need a GPU, on a CPU that stands for one: none fails on the day by its own fault."""
+"""The tests that need a GPU, on a CPU that stands for one: none fails by its own fault then."""
 
 import re
 import sys
@@ -7,8 +7,8 @@ import pytest
 
 from tests.processes import run
 
-# what needs a second GPU, or Triton's own driver
-NOT_HERE = "not another_gpu and not compiles_without"
+# what needs a second GPU, or a compiler's code, or shows that the reference is not asked
+NOT_HERE = "not another_gpu and not compiles_without and not test_the_kernels_run"
 PARTS = {
     "engine": ("gpu", "tests/pae/test_gpu.py"),
     "graphs": (
@@ -31,5 +31,4 @@ def test_bodies_run(part):
     done = run(command, env={"OMP_NUM_THREADS": "1", "PAE_THIN": "1"}, check=False)
     summary = done.stdout.splitlines()[-1]
     assert done.returncode == 0 and re.search(r"[1-9]\d* passed", summary), done.stdout[-6000:]
-    if part != "benchmarks":
-        assert "skipped" not in summary, done.stdout[-6000:]
+    assert part == "benchmarks" or "skipped" not in summary, done.stdout[-6000:]

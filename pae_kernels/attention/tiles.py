@@ -111,7 +111,7 @@ def _large(device: torch.device) -> bool:
 
 @lru_cache
 def _device(device: torch.device) -> tuple[int, int]:
-    """Major compute capability and multiprocessors; of an H200 where there is no GPU to ask."""
+    """Major compute capability and multiprocessors; of sm_90 where there is none to ask."""
     if device.type != "cuda":
         return 9, 132
     properties = torch.cuda.get_device_properties(device)

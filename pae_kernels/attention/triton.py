@@ -24,8 +24,8 @@ and dv; 13 S, seven products, prompt gradients per image in fp32.
 
 When qkv needs no gradient only the tiles that hold prompts are visited.
 
-Floor on an H200 at ViT-B, B = 128, P = 50, bf16: forward 36 us by bytes at 4.3 TB/s, 33 us by
-products at 780 TFLOP/s with rows padded to 256; backward 72 us and 83 us.
+Floor at ViT-B, B = 128, P = 50, bf16: forward 155 MB over the bandwidth of a large copy, or
+26 GFLOP (rows padded to 256) over the rate of a large product; backward 310 MB and 64 GFLOP.
 
 Tried and lost at compile time: selecting between two pointers (the alignment is lost, loads become
 two bytes wide). In the whole backward, sm_90, 256 rows: key tiles of 32 (dK and dV, 32 rows high,

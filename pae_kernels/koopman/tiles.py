@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-# The largest tile with about as many tiles as an H200 has multiprocessors, 132: a larger one does
-# more per entry it reads, fewer tiles leave multiprocessors idle. Reckoned, not measured.
+# The largest tile with about as many tiles as a GPU has multiprocessors, 100 to 150: a larger one
+# does more per entry it reads, fewer tiles leave multiprocessors idle. Reckoned, not measured.
 TILES, ENOUGH = (64, 32, 16), 100
 
 

@@ -11,9 +11,9 @@ backward  points, states, prompts, three outer products, LayerNorm's: 6 launches
 
 Where csrc/koopman.cuh lays independent steps side by side in one launch, here they follow each
 other, and a tile's depth is not shared by groups of warps, so a squaring at k = 256 lasts about
-twice as long. Estimate for a captured graph on an H200 at 11 blocks x 50 prompts, D = 768, k = 256,
-where latency decides: 12 active squarings 6 us each and 11 settled ones 1.5 us, the other launches
-6 us: 180 us. Without a graph the host's launches are what counts, about 0.5 ms: capture the step
+twice as long. At 11 blocks x 50 prompts, D = 768, k = 256 latency decides, not bytes or products:
+12 active squarings, 11 settled ones in a quarter of their time, and the other launches. Without a
+graph the host's launches are what counts, several times as long: capture the step
 (`pae.graphed_step`) or build the CUDA version.
 """
 

@@ -18,13 +18,12 @@ of split fp32 factors, exact to about 2^-21: TF32 alone loses near-ties of a ran
 the range of faint windows.
 
 ViT-B/16 at 224 px, w = 16, B = 128, one window. Bytes that must move: 38.5 MB (bf16) or 77 MB
-(fp32) of tokens, 0.8 MB of spectrum, 2.4 MB of weights: 9 or 18 us at 4.3 TB/s. Beside them 8 MB
-(16 MB) of strips and taps are written and read, in L2. Work: 8.5 GFLOP of products (three times
-that in TF32), 0.7 GFLOP of turned sums outside the tensor cores; 200 MB (fp32, in tiles half as
-large: 660 MB) of operands come from L2, since 16 sums of every entry fill the registers at 2048
-entries. So L2 and tensor cores bind, not memory: an estimated 45 us in bf16 and 150 us in fp32, a
-fifth and an eighth of the floor. Filter and convolution multiply 31 GFLOP and move the images three
-times.
+(fp32) of tokens, 0.8 MB of spectrum, 2.4 MB of weights. Beside them 8 MB (16 MB) of
+strips and taps are written and read, in L2. Work: 8.5 GFLOP of products (three times that in TF32),
+0.7 GFLOP of turned sums outside the tensor cores; 200 MB (fp32, in tiles half as large: 660 MB) of
+operands come from L2, since 16 sums of every entry fill the registers at 2048 entries. So L2 and
+tensor cores bind, not memory: the floor by bytes is an estimated fifth of the time in bf16 and an
+eighth in fp32. Filter and convolution multiply 31 GFLOP and move the images three times.
 
 `shortcut_pool` is two: partial sums of 64 tokens a program, which reads each token once, and
 their sum in a fixed order. Bytes: the tokens, and 12 / 64 of one token's fp32 row each for
