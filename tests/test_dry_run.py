@@ -7,8 +7,8 @@ import pytest
 
 from tests.processes import run
 
-# what needs a second GPU, or a compiler's code, or shows that the reference is not asked
-NOT_HERE = "not another_gpu and not compiles_without and not test_the_kernels_run"
+# what needs a second GPU, or a compiler's code
+NOT_HERE = "not another_gpu and not compiles_without"
 PARTS = {
     "engine": ("gpu", "tests/pae/test_gpu.py"),
     "graphs": (

@@ -178,7 +178,9 @@ def test_predicted_and_measured_stand_side_by_side():
 SITE = """
 import sys
 if "csrc/native_build.py" in sys.orig_argv:  # nvcc's part
-    sys.exit(0)
+    import os
+
+    os._exit(0)
 if any(word.startswith("bench.") for word in sys.orig_argv):
     import tests.cpu_as_gpu
     tests.cpu_as_gpu.small_ceilings()
