@@ -84,6 +84,7 @@ APART = (
     "kernels/test_triton_interpreter.py",
     "bench/test_bench_command.py",
     "bench/test_bench_clock.py",
+    "test_dry_run.py",
 )
 FIRST = (
     "train/test_train_loop.py",
