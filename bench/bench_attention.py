@@ -133,6 +133,7 @@ def providers(settings: Settings, compile_too: bool) -> list[Provider]:
         peer("eager", lambda: peers.eager),
         flash if settings.on_gpu else peer(SDPA, peers.sdpa),
         peer(CUDNN, lambda: peers.sdpa("cuDNN"), no_gpu),
+        peer("SDPA, prompts apart", peers.apart),
         peer("flash-attn", peers.flash_attn, no_gpu),
         peer("FlexAttention, compiled", peers.flex, settings.why_not_compile(compile_too)),
         *ours_in_versions("prompt_attention", settings, lambda shared: shared.qkv, mine),

@@ -1,4 +1,5 @@
-"""Prompted attention as PyTorch offers it: prompt and image keys concatenated, then one call.
+"""Prompted attention as PyTorch offers it: prompt and image keys concatenated, then one call; and
+`apart`, one call for image keys and products for prompts.
 
 All take packed qkv (B, N, 3, H, d) and shared prompts (1, P, 2, H, d), and return (B, N, H d).
 Autograd splits and reduces the gradients of the concatenation: that is part of what they cost.
@@ -7,11 +8,14 @@ Autograd splits and reduces the gradients of the concatenation: that is part of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pae_kernels.attention import sdpa as apart_kernels
 
 Attend = Callable[[Tensor, Tensor], Tensor]
 
@@ -50,6 +54,29 @@ def sdpa(backend: str | None = None) -> Attend:
             return F.scaled_dot_product_attention(q, k, v)
 
     return attend_by(pinned)
+
+
+class _Apart(torch.autograd.Function):
+    """Image keys by SDPA's operators, prompts by products, one softmax by their log-sum-exps."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, kv_prompt: Tensor) -> Tensor:
+        given = qkv, kv_prompt, None, qkv.shape[-1] ** -0.5, False, None
+        out, lse = apart_kernels.forward(*given)
+        ctx.save_for_backward(qkv, kv_prompt, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        qkv, kv_prompt, out, lse = ctx.saved_tensors
+        given = qkv, kv_prompt, None, qkv.shape[-1] ** -0.5, False, None
+        # in whatever order PyTorch's kernels add, which is their fastest
+        return apart_kernels.gradients(d_out, *given, out, lse, True)
+
+
+def apart() -> Attend:
+    """Without a concatenation: the strongest way known to do it by PyTorch's kernels."""
+    return _Apart.apply
 
 
 def flash_attn() -> Attend:

@@ -58,6 +58,30 @@ def test_kernels_say_what_they_need(monkeypatch):
     assert backends.with_triton("cuda", torch.bfloat16) is None
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "version", "reason"),
+    [
+        ((9, 0), None, "triton", None),
+        ((8, 6), None, "triton", None),
+        ((7, 5), None, "sdpa", "has tiles for sm_80 to sm_120, this GPU is sm_75"),
+        ((13, 0), None, "sdpa", "has tiles for sm_80 to sm_120, this GPU is sm_130"),
+        ((9, 4), "6.4", "sdpa", "has tiles for NVIDIA's GPUs, this is one of AMD"),
+    ],
+)
+def test_attention_on_gpus_that_tiles_are_not_for(monkeypatch, capability, hip, version, reason):
+    monkeypatch.delenv("PAE_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    chosen = lambda dtype: backends.choose("prompt_attention", "cuda", dtype).__name__
+    assert chosen(torch.bfloat16).endswith(f".{version}")
+    assert chosen(torch.float64).endswith(".reference")
+    assert backends.with_triton_tiles("cuda", torch.bfloat16) == reason
+    # asked for by name alone on a CPU
+    assert "PAE_BACKEND=sdpa" in backends.with_sdpa("cpu", torch.float32)
+    monkeypatch.setenv("PAE_BACKEND", "sdpa")
+    assert backends.choose("prompt_attention", "cpu").__name__.endswith(".sdpa")
+
+
 # ---- the diagnostic
 
 
