@@ -92,7 +92,8 @@ def row(used: Resources) -> str:
 
 def compile_launch(launch: Launch, architecture: int) -> Resources:
     """Compile for sm_`architecture`, and read what the binary takes."""
-    pointers = tuple(n for n, kind in launch.types.items() if kind.startswith("*"))
+    known = launch.constants
+    pointers = tuple(n for n, t in launch.types.items() if t.startswith("*") and n not in known)
     return compile_kernel(
         launch.kernel, launch.types, launch.constants, pointers + launch.aligned,
         launch.warps, launch.stages, architecture,
