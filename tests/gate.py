@@ -148,6 +148,12 @@ def read() -> Budgets:
     }
 
 
+def budget(budgets: Budgets, launch: Launch) -> dict[str, Figures]:
+    """Of one launch, which has its tile in its name where another differs in nothing else."""
+    name = described(launch)
+    return {**budgets.get(name, {}), **budgets.get(f"{name} {tile_of(launch)}", {})}
+
+
 def write(budgets: Budgets) -> None:
     """One line per launch and place."""
     blocks = [
@@ -198,7 +204,7 @@ def _bound(column: str, budget: list[int], known: bool) -> int:
         least = min(budget)
         if known or least == 0:
             return least
-        return max(1, least - 1) if column == "programs" else 1
+        return max(1, int(least * (1 - ROOM_ELSEWHERE))) if column == "programs" else 1
     most = max(budget)
     if known or column in _KINDS:
         return most if column in _KINDS else int(most * (1 + ROOM))
