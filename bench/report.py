@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from pae.checkpoint import write_atomically
 
 from . import figures, pages
-from .studies import convergence, end_to_end, families, int8, mpa_bf16
+from .studies import convergence, end_to_end, families, first_command, int8, mpa_bf16
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,6 +52,7 @@ SOURCES: Sources = (
     (end_to_end, "science/end_to_end.json"),
     (int8, "science/int8.json"),
     (mpa_bf16, "science/mpa_bf16.json"),
+    (first_command, "science/first_command.json"),
 )
 
 

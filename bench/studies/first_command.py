@@ -121,6 +121,8 @@ def _spend(folder: RunFolder, title: str, options: Options, task: Task, cost: Pa
 def report(arguments: argparse.Namespace) -> None:
     """Write the numbers of all finished screens and of all seeds of the command."""
     finals = _records(arguments.output / FINAL, "*")
+    made = [r["seed"] for r in finals]
+    finals = [r for r in finals if made.count(r["seed"]) == len(ARMS)]  # whole seeds
     if not finals:
         raise SystemExit(f"--output {arguments.output}: no finished run there")
     screens = _records(arguments.output / SCREENS, "*/*/*")
@@ -298,8 +300,9 @@ def _screens(screens: list[dict]) -> str:
             seen = mine.get(arm, [])
             many = f" ({len(seen)})" if len(seen) > 1 else ""
             line[title] = f"{_mean(seen, 'val'):.3f}{many}" if seen else ""
+        spent = [[r["seconds"] for r in seen] for seen in mine.values()]
         line["process s of an arm"] = " / ".join(
-            f"{statistics.median(r['seconds'] for r in seen):.0f}" for seen in mine.values()
+            "-" if None in seen else f"{statistics.median(seen):.0f}" for seen in spent
         )
         lines.append(line)
     return table_of(lines)
