@@ -75,6 +75,7 @@ def graphed_step(
                 beside.wait_stream(main)
                 with torch.cuda.stream(beside):
                     _add_penalty_gradients(model)
+            model.prompts.see_labels(static_labels)
             logits = model(static_images, engine="fast", memory=memory)
             value = loss(logits, static_labels)
         if beside is not None:
@@ -82,6 +83,7 @@ def graphed_step(
         (value + model.penalty() if of_batch else value).backward()
         return value.detach(), logits.detach()
 
+    gathered = model.prompts.rank_state()
     stream = torch.cuda.Stream(images.device)
     stream.wait_stream(torch.cuda.current_stream(images.device))
     with torch.cuda.stream(stream):
@@ -92,6 +94,7 @@ def graphed_step(
     torch.cuda.current_stream(images.device).wait_stream(stream)
     for p in parameters:
         p.grad = None
+    model.prompts.load_rank_state(gathered)  # the example batch was no step of the epoch
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         value, logits = run()

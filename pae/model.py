@@ -161,7 +161,7 @@ class PromptedViT(nn.Module):
             # an observer leaves what it saw per thread, which breaks a graph: outside of the walk,
             # since PyTorch 2.11 cannot go on from a break inside
             run = _uncompiled_run if self.prompts.observed else fast.run
-            return self.view.readout(run(plan, self.view, self.prompts, x, memory))
+            return self._shown(self.view.readout(run(plan, self.view, self.prompts, x, memory)))
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
         view, family, at = self.view, self.prompts, self.view.num_prefix_tokens
@@ -185,7 +185,11 @@ class PromptedViT(nn.Module):
                 entered += count
             else:
                 x = cut_rows(x, at, count)
-        return view.readout(cut_rows(x, at, entered))
+        return self._shown(view.readout(cut_rows(x, at, entered)))
+
+    def _shown(self, features: Tensor) -> Tensor:
+        self.prompts.observe_features(features)
+        return features
 
     def penalty(self) -> Tensor:
         """Scalar to add to the training loss: KLD's two terms and the family's own; 0 in eval mode.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import contracts
@@ -253,6 +254,9 @@ class PromptFamily(nn.Module):
         """
         raise self._unanswered("observe")
 
+    def observe_features(self, features: Tensor) -> None:
+        """Shown what the head reads, (B, F), at the end of every forward; differentiable."""
+
     def start_forward(self) -> None:
         """Called by both forwards before anything else: `this_forward` is empty again."""
         if self._remembers:
@@ -374,6 +378,13 @@ def _as_json(value: Any, what: str) -> Any:
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: _as_json(v, what) for key, v in value.items()}
     raise TypeError(f"{what} must be a JSON value, got {type(value).__name__}: override config")
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """`values` summed over all processes, in place; as they are where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 def check_prompts(

@@ -28,9 +28,9 @@ DERIVED = {
 STATED = ("enters_sequence", "depends_on_input", "moves_prompts")
 QUESTIONS = (
     "bind", "config", "prompt_counts", "block_prompts", "all_prompts", "group_index",
-    "head_keys_values", *DERIVED.values(), "observed", "observe", "start_forward", "raw_prompts",
-    "set_prompts", "penalty", "start_of_epoch", "remap", "see_labels", "end_of_step",
-    "end_of_epoch",
+    "head_keys_values", *DERIVED.values(), "observed", "observe", "observe_features",
+    "start_forward", "raw_prompts", "set_prompts", "penalty", "start_of_epoch", "remap",
+    "see_labels", "end_of_step", "end_of_epoch",
 )  # fmt: skip
 BETWEEN_STEPS = ("start_of_epoch", "remap", "end_of_step", "end_of_epoch")
 # question -> what keeps it from being asked, and what to do instead

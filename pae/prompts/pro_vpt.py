@@ -10,10 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .base import BackboneShape, check_choice, check_count, check_flag, check_prompts
+from .base import (
+    BackboneShape,
+    check_choice,
+    check_count,
+    check_flag,
+    check_prompts,
+    sum_over_ranks,
+)
 from .registry import register
 from .relocation import POLICIES
 from .vpt import VPTDeep
@@ -58,6 +64,10 @@ class ProVPT(VPTDeep):
     the removal, of sum 1 | one-hot source block); the reward of a move, known one epoch later, is
     L_before - L_now - max_k I_k.
 
+    The released loop also clips the gradients of head and prompts together to norm 0.25 in every
+    training step, and decays the head's bias too: that is the loop's part, `clip_grad_norm_` and
+    the optimiser's groups. Its learning rate of 2.5 without a schedule is meant with the clip.
+
     What the score sees. A deep prompt is read through a LayerNorm alone, which takes its length
     out: dL/dg_k = eps / (var_k + eps) <dL/dy_k, y_k> with y_k the normalised row. At eps 1e-6 and
     VPT's initial variance 1.3e-3 that is a thousandth of <dL/dy_k, y_k>, while a prompt that has
@@ -77,12 +87,18 @@ class ProVPT(VPTDeep):
             `end_of_step` counts the steps, `last_loss` is needed, and fp16 loss scaling would
             scale the scores.
         score: "taylor", or "norm": minus the share of the prompt's L2 norm in its block's (always
-            moves one; no max_k I_k in the reward).
+            moves one; no max_k I_k in the reward). The policy's state then has the sum of the norms
+            of each block, as the shares sum to -1 in all. The released "norm" gives these scores
+            and this first state, and then stops with an error: at the first move to another block
+            (it scales a leaf in place), or else at the first reward (its earlier loss is never
+            set). What follows here is the rule of "taylor".
         allocation: "ppo" or "thompson" (a success is a reward of at least 0).
         faithful: score as the released code does: dropout as in training; in every batch the
             gates' and the head's gradients clipped together to norm 0.25; L the sum over
-            batches of their mean loss / batch size. Otherwise no dropout, no clipping, and L and
-            the scores are means over the images. Needs sweep "extra" and score "taylor".
+            batches of their mean loss / batch size; and a pass ahead of the first epoch too, which
+            moves nothing (it takes time and random numbers). Otherwise no dropout, no clipping, L
+            and the scores are means over the images, and the first epoch only trains. Needs sweep
+            "extra" and score "taylor".
         seed: of the policy.
 
     Attributes:
@@ -192,8 +208,10 @@ class ProVPT(VPTDeep):
                 is empty where faithful is True.
             RuntimeError: sweep is "reuse" and `end_of_step` was not called since the last epoch.
         """
-        if self._epoch > 0:  # the first epoch only trains
+        if self._epoch > 0:
             self._decide(*self._measure(losses, head, last_loss))
+        elif self.faithful:  # the first epoch is scored, and nothing comes of it
+            self.idleness = self._measure(losses, head, last_loss)[0]
         self._epoch += 1
         self._steps = 0
         if self.sweep == "reuse" and self.score == "taylor":
@@ -241,10 +259,8 @@ class ProVPT(VPTDeep):
                 "clipped together with the gates; got none"
             )
         if self.score == "norm":
-            blocks = self.tokens.detach().index_select(0, self.table).split(self._counts)
-            norms = [rows.double().norm(dim=1) for rows in blocks]
-            shares = torch.cat([-n / n.sum() for n in norms])
-            norm_scores = torch.empty_like(shares).index_copy_(0, self.table, shares).cpu()
+            shares = torch.cat([-n / n.sum() for n in self._norms()])
+            norm_scores = torch.empty_like(shares).index_copy_(0, self.table.cpu(), shares)
         if self.sweep == "extra":
             scores, loss = self._pass(losses, head)
             return norm_scores if self.score == "norm" else scores, loss
@@ -261,8 +277,13 @@ class ProVPT(VPTDeep):
                 "called since the last start_of_epoch"
             )
         grad = self._gates.grad
-        *sums, ranks = _sum_over_ranks(torch.cat([grad, grad.new_ones(1)])).tolist()
+        *sums, ranks = sum_over_ranks(torch.cat([grad, grad.new_ones(1)])).tolist()
         return torch.tensor(sums, dtype=torch.float64) / (ranks * self._steps), last_loss
+
+    def _norms(self) -> list[Tensor]:
+        """L2 norms of the prompts of each block, in fp64 on the CPU."""
+        norms = self.tokens.detach().index_select(0, self.table).double().norm(dim=1).cpu()
+        return list(norms.split(self._counts))
 
     def _pass(
         self,
@@ -283,7 +304,7 @@ class ProVPT(VPTDeep):
                     grad, weight = torch.zeros_like(gates), images
                     if self.faithful:
                         grad, *others = torch.autograd.grad(loss, [gates, *head])
-                        norm = torch.stack([g.float().norm() for g in (grad, *others)]).norm()
+                        norm = torch.stack([g.to(grad).norm() for g in (grad, *others)]).norm()
                         grad = grad * (CLIP_NORM / (norm + 1e-6)).clamp(max=1.0)
                         loss, weight = loss / images, 1
                     elif scoring:
@@ -295,7 +316,7 @@ class ProVPT(VPTDeep):
             self.dropout, self._gates = before[1:]
         if weights == 0:
             raise ValueError("losses must give at least one batch, got none")
-        sums = _sum_over_ranks(torch.cat([total, total.new_tensor([weights])]))
+        sums = sum_over_ranks(torch.cat([total, total.new_tensor([weights])]))
         *scores, loss, weights = sums.tolist()
         scores = torch.tensor(scores, dtype=torch.float64) / weights
         return scores, loss if self.faithful else loss / weights
@@ -318,7 +339,10 @@ class ProVPT(VPTDeep):
 
     def _policy_state(self, scores: Tensor, source: int) -> Tensor:
         """(3 depth,) fp32: standardised block scores | counts after the removal | source."""
-        sums = torch.stack([rows.sum() for rows in scores[self.table.cpu()].split(self._counts)])
+        blocks = scores[self.table.cpu()].split(self._counts)
+        if self.score == "norm":  # the shares of a block sum to -1
+            blocks = self._norms()
+        sums = torch.stack([rows.sum() for rows in blocks])
         sums = (sums - sums.mean()) / (sums.std(correction=0) + 1e-8)
         counts = torch.tensor(self._counts, dtype=torch.float64)
         counts[source] -= 1
@@ -399,9 +423,3 @@ class ProVPT(VPTDeep):
             self._gates.grad = found["score_sum"].to(self._gates)
         policy = {n: t for n, t in found.items() if n.startswith("policy.")}
         self.policy.load_state({n.removeprefix("policy."): t for n, t in policy.items()})
-
-
-def _sum_over_ranks(values: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(values)
-    return values

@@ -91,23 +91,27 @@ class PPOPolicy:
     @torch.enable_grad()
     def _update(self) -> None:
         returns = self.memory["rewards"].flip(0).cumsum(0).flip(0)
-        returns = (returns - returns.mean()) / (returns.std() + 1e-7)
+        returns = (returns - returns.mean()) / (returns.std() + 1e-8)
         advantages = returns - self.memory["values"]
-        actions = self.memory["actions"][:, None]
         for _ in range(self.STEPS):
-            log_probs = self.nets["actor"](self.memory["states"]).log_softmax(1)
-            values = self.nets["critic"](self.memory["states"])[:, 0]
-            ratios = (log_probs.gather(1, actions)[:, 0] - self.memory["log_probs"]).exp()
-            clipped = ratios.clamp(1 - self.CLIP, 1 + self.CLIP)
-            gain = torch.minimum(ratios * advantages, clipped * advantages).mean()
-            entropy = -(log_probs.exp() * log_probs).sum(1).mean()
-            loss = self.VALUE_WEIGHT * F.mse_loss(values, returns)
-            loss = loss - gain - self.ENTROPY_WEIGHT * entropy
+            loss = self._loss(returns, advantages)
             if not torch.isfinite(loss):
                 continue
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
+
+    def _loss(self, returns: Tensor, advantages: Tensor) -> Tensor:
+        """The scalar of one step, from the moves in memory; both arguments (REWARDS,)."""
+        actions = self.memory["actions"][:, None]
+        log_probs = self.nets["actor"](self.memory["states"]).log_softmax(1)
+        values = self.nets["critic"](self.memory["states"])[:, 0]
+        ratios = (log_probs.gather(1, actions)[:, 0] - self.memory["log_probs"]).exp()
+        clipped = ratios.clamp(1 - self.CLIP, 1 + self.CLIP)
+        gain = torch.minimum(ratios * advantages, clipped * advantages).mean()
+        entropy = -(log_probs.exp() * log_probs).sum(1).mean()
+        loss = self.VALUE_WEIGHT * F.mse_loss(values, returns)
+        return loss - gain - self.ENTROPY_WEIGHT * entropy
 
     def state(self) -> dict[str, Tensor]:
         """Everything that changes, by name: CPU tensors of constant shapes."""

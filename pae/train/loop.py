@@ -382,7 +382,9 @@ class _Run:
         shares = shares[self.step :]
         self.wrapped.train()
         if self.prompted is not None and self.step == 0:
-            self._start_prompts(self.prompted, [indices for indices, _ in shares])
+            self.settled = False  # until the first step: what starts an epoch must not start twice
+            counted = [indices for indices, weight in shares if weight > 0]
+            self._start_prompts(self.prompted, counted or [indices for indices, _ in shares[:1]])
         data = self.train_data.batches([indices for indices, _ in shares], self.epoch)
         every = self.options.save_every_steps
         for (inputs, labels), (_, weight) in zip(data, shares, strict=True):
@@ -397,8 +399,11 @@ class _Run:
         self._look(at_once=True)
 
     def _train_step(self, inputs: Tensor, labels: Tensor, weight: float) -> None:
+        gathered = None
         if self.prompted is not None:
             self.prompted.prompts.see_labels(labels)
+            if weight == 0:  # an image of another process's share, counted there
+                gathered = self.prompted.prompts.rank_state()
         logits = self.wrapped(inputs, engine=self.options.engine)
         loss, penalty = F.cross_entropy(logits, labels), self.module.penalty()
         self.losses.append((loss.detach(), penalty.detach()))
@@ -408,6 +413,8 @@ class _Run:
         self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.prompted is not None and gathered is not None:
+            self.prompted.prompts.load_rank_state(gathered)
         self._after_step()
         if weight > 0:
             hits = (logits.argmax(1) == labels).sum()

@@ -211,6 +211,11 @@ def _arguments(family: type) -> dict[str, Any]:
     return {name: hints.get(name, Any) for name in inspect.signature(family).parameters}
 
 
+# the images' classes are not counted yet: too many rather than too few, for DA-VPT gives up proxies
+# where it has more of them than classes, and then KLD and MPA
+_CLASSES = 1000
+
+
 def rehearse(options: Options, given: Given | None = None) -> None:
     """Build what the options name, without weights and without images, so that whatever refuses
     them speaks before anything is loaded or written.
@@ -231,9 +236,9 @@ def rehearse(options: Options, given: Given | None = None) -> None:
             raise ValueError(f"{called(name)}: {there}")
     if options.method in pae.prompts.METHODS:
         with _named(options, called):
-            build_prompts(options, 2, given)
+            build_prompts(options, _CLASSES, given)
     with _named(options, called):
-        module = build_method(options, 2, skeleton=True)
+        module = build_method(options, _CLASSES, skeleton=True)
     try:
         create_optimizer_v2(
             module.parameter_groups(1.0, 0.0), opt=options.optimizer, lr=1.0, momentum=0.9

@@ -322,7 +322,7 @@ def test_ranks_together_measure_what_one_process_does(monkeypatch, sweep):
 
     def measured(shares, others):
         monkeypatch.setattr(
-            pro_vpt, "_sum_over_ranks", lambda v: seen.append(v.clone()) or sum(others, v)
+            pro_vpt, "sum_over_ranks", lambda v: seen.append(v.clone()) or sum(others, v)
         )
         model.prompts._epoch = 0
         model.prompts.start_of_epoch(losses_of(model, []))
@@ -378,8 +378,15 @@ def test_nothing_moves_unless_something_is_idle(scores):
 
 
 def test_norm_mode_always_moves():
+    """And tells the policy the norms of each block, whose shares sum to -1."""
     model = made(score="norm")
+    states = []
+    model.prompts.policy.choose = lambda state: states.append(state) or 0
+    norms = [rows.detach().norm(dim=1).sum() for rows in model.prompts.raw_prompts()]
     assert decided(model, [-0.3, -0.1, -0.6, -0.5, -0.5], 1.0)[:2] == (1, 0)
+    sums = torch.stack(norms)
+    expected = (sums - sums.mean()) / sums.std(correction=0)
+    torch.testing.assert_close(states[0][:3], expected.float())
 
 
 @pytest.mark.parametrize("score, left", [("taylor", 0.25), ("norm", 0.0)])
@@ -406,6 +413,22 @@ def test_the_first_epoch_only_trains():
     assert model.prompts.idleness is None and model.prompts.prompt_counts == COUNTS
     model.prompts.start_of_epoch(losses_of(model, batches(model)))
     assert model.prompts.idleness.shape == (5,)
+
+
+def test_the_faithful_first_epoch_is_scored_and_moves_nothing():
+    model = made(faithful=True)
+    with torch.no_grad():
+        model.prompts.tokens *= 1e-3
+    losses, head = losses_of(model, batches(model)), list(model.head.parameters())
+    model.prompts.policy.choose = None
+    model.prompts.start_of_epoch(losses, head)
+    first = model.prompts.idleness
+    assert first.max() > 0 and model.prompts.last_move is None
+    assert model.prompts.prompt_counts == COUNTS
+    model.prompts.policy.choose = lambda state: 1
+    model.prompts.policy.reward = None  # nothing was tried before
+    model.prompts.start_of_epoch(losses, head)
+    assert torch.equal(model.prompts.idleness, first) and model.prompts.last_move is not None
 
 
 @pytest.mark.parametrize("options", [{}, {"sweep": "reuse"}, {"faithful": True}], ids=str)
@@ -637,7 +660,6 @@ def test_misuse_of_the_epoch_hook():
     model.prompts.start_of_epoch(None)
     refused(ValueError, "at least one batch", lambda: model.prompts.start_of_epoch(lambda: []))
     model = made(faithful=True)
-    model.prompts.start_of_epoch(None)
     refused(ValueError, "head must hold", lambda: model.prompts.start_of_epoch(lambda: []))
 
 

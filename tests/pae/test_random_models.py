@@ -133,6 +133,8 @@ def arguments(family: type[pae.prompts.PromptFamily], vit: dict[str, Any]) -> st
             "norm": st.sampled_from(["none", "l2", "layer"]),
             "patch_weight": st.sampled_from([1.0, 0.3]),
             "class_weight": st.sampled_from([1.0, 0.0]),
+            "class_feature": st.sampled_from(["query", "row"]),
+            "spare_proxies": st.booleans(),
             "alpha": st.sampled_from([2.0, 32.0]),
         },
         "E2VPT": {
