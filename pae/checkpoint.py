@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import prompts
+from .choices import POOLS
 from .errors import CheckpointError, UnsupportedBackbone, one_line
 from .files import TEMPORARY as TEMPORARY
 from .files import from_json, to_json
@@ -44,6 +45,8 @@ class Checkpoint:
         num_classes: number of logits; 0 when the head is no linear layer.
         prompts: {"name": class of the family, "config": its arguments}.
         kld: the arguments of `pae.KLD`, or None when there is none.
+        pool: whose rows the readout pooled, as in `PromptedViT`; "image" where the file is older
+            than that.
         task: what the model was trained for, or None.
         versions: of pae, torch and timm, which wrote it.
         extra: the further texts given to `save`.
@@ -59,6 +62,7 @@ class Checkpoint:
     num_classes: int
     prompts: dict[str, Any]
     kld: dict[str, Any] | None
+    pool: str
     task: TaskInfo | None
     versions: dict[str, str]
     extra: dict[str, str]
@@ -71,6 +75,7 @@ class Trained(Protocol):
     backbone: nn.Module
     prompts: prompts.PromptFamily
     kld: KLD | None
+    pool: str
     task: TaskInfo | None
 
     @property
@@ -178,6 +183,7 @@ def save(
         "num_classes": model.num_classes,
         "prompts": {"name": type(model.prompts).__name__, "config": model.prompts.config()},
         "kld": None if model.kld is None else model.kld.config(),
+        "pool": model.pool,
         "task": None if task is None else task.record(),
         "versions": {"pae": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
@@ -207,6 +213,7 @@ def read(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path} has format {kind!r}, expected {FORMAT!r}")
     require_digest(path, vouched, former=kind == _FORMER)
     texts.pop(DIGEST, None)
+    meta.setdefault("pool", "image")
     expected = {**_DESCRIPTION, **(_ADDED if kind == FORMAT else {})}
     if missing := [part for part in expected if part not in meta]:
         raise CheckpointError(f"checkpoint {path} does not say its {', '.join(missing)}")
@@ -228,6 +235,7 @@ def read(path: str | Path) -> Checkpoint:
         num_classes=meta["num_classes"],
         prompts=meta["prompts"],
         kld=meta["kld"],
+        pool=meta["pool"],
         task=task,
         versions=meta.get("versions", {}),
         extra=texts,
@@ -256,6 +264,7 @@ _DESCRIPTION: dict[str, Callable[[Any], bool]] = {
         isinstance(v, dict) and _is_text(v.get("name")) and isinstance(v.get("config"), dict)
     ),
     "kld": lambda v: v is None or isinstance(v, dict),
+    "pool": lambda v: v in POOLS,
 }
 _ADDED: dict[str, Callable[[Any], bool]] = {
     "positions": _is_text,
@@ -269,6 +278,11 @@ def load(model: Trained, path: str | Path, other_size: bool = False) -> None:
     """See `PromptedViT.load`."""
     found = read(path)
     _check_backbone(found, model.backbone, other_size)
+    if found.pool != model.pool:
+        raise CheckpointError(
+            f"checkpoint {path} was trained with pool={found.pool!r}, and the model has "
+            f"{model.pool!r}: set model.pool, or build the model with from_file"
+        )
     _fill(model, found)
 
 
@@ -289,7 +303,9 @@ def build(
         ) from error
     with _untouched_on_failure(backbone):
         try:
-            model = cls(backbone, family, kld, num_classes=found.num_classes or None)
+            model = cls(
+                backbone, family, kld, num_classes=found.num_classes or None, pool=found.pool
+            )
         except (UnsupportedBackbone, torch.OutOfMemoryError):
             raise
         except (RuntimeError, TypeError, ValueError) as error:

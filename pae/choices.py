@@ -4,6 +4,10 @@ Nothing is imported, so that the command line can list and check them before tor
 """
 
 ENGINES = ("fast", "reference")
+# whose rows of the last block a pooling readout takes
+POOLS = ("image", "all", "prompts")
+# the norm of a readout that was made to average
+POOL_NORMS = ("fresh", "behind", "before")
 
 KLD_MODES = ("global", "layerwise")
 KLD_FORMULATIONS = ("code", "paper")

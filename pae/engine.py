@@ -4,6 +4,8 @@ What the reference computes and this does not:
 
 - prompt queries, prompt outputs and their MLP: deep prompts are cut off before the next block;
 - prompt keys and values per image: shared prompts get theirs once, all blocks in one product;
+- prompt queries in the last block too, unless the readout pools prompt rows: there they run as rows
+  of the sequence;
 - in the last block, when only the class row is read, every other row. No key or value of any row is
   formed there: W_k moves into the one query, W_v behind the weighted sum;
 - gradients below the first prompted block, gradients of frozen weights, and what only they need.
@@ -34,7 +36,7 @@ from .block import (
 from .plan import FrozenPlan
 from .prompts import PromptFamily
 from .prompts.contracts import check_rows
-from .sequence import between_blocks, cut_rows, insert_rows, touches_rows
+from .sequence import between_blocks, insert_rows, pooled_rows, touches_rows
 
 
 class BlockPrompts(NamedTuple):
@@ -62,12 +64,18 @@ Enter = Callable[[int, Stream], tuple[Stream, BlockPrompts]]
 
 
 def run(
-    plan: FrozenPlan, view: BackboneView, family: PromptFamily, x: Tensor, memory: str
+    plan: FrozenPlan,
+    view: BackboneView,
+    family: PromptFamily,
+    x: Tensor,
+    memory: str,
+    pool: str = "image",
 ) -> Tensor:
     """The rows that `view.readout` takes, of embedded rows x (B, N, D) and a family's prompts.
 
     Args:
         memory: see `pae.fast_forward`.
+        pool: see `PromptedViT`.
 
     Raises:
         ValueError: an unknown memory mode.
@@ -75,26 +83,34 @@ def run(
     if memory not in MEMORY_MODES:
         raise ValueError(f"memory must be one of {MEMORY_MODES}, got {memory!r}")
     family.start_forward()
-    at, class_only = view.num_prefix_tokens, plan.class_only
+    at, class_only, last = view.num_prefix_tokens, plan.class_only, len(plan.blocks) - 1
+    joins = pool != "image" and not family.enters_sequence  # for the last block alone
     with torch.autocast(x.device.type, enabled=False):
         entered = 0
         if family.enters_sequence:
             rows = family.block_prompts(0, x)
             if rows is not None:
                 x, entered = insert_rows(x, rows, at), rows.shape[-2]
-        ask = _answers(plan, family, x, class_only)
+        ask = _answers(plan, family, x, last if class_only or joins else last + 1)
 
         def enter(i: int, stream: Stream) -> tuple[Stream, BlockPrompts]:
+            nonlocal entered
             if touches_rows(family, i):
                 query = partial(class_query, plan.blocks[i])
                 rows = between_blocks(family, i, stream.sum(), at, entered, stream.attention, query)
                 stream = Stream(rows.contiguous())
             elif family.depends_on_input:
                 stream = Stream(stream.sum())
-            return stream, ask(i, stream.rows)
+            prompts = ask(i, stream.rows)
+            if joins and i == last and prompts.rows is not None:
+                rows, group, entered = prompts.rows, prompts.group, prompts.rows.shape[-2]
+                rows = rows if group is None else rows[group]
+                stream = Stream(insert_rows(stream.sum(), rows, at))
+                prompts = prompts._replace(rows=None, group=None)
+            return stream, prompts
 
         x = walk(plan, x, enter, class_only, memory)
-    return cut_rows(x, at, entered) if entered and not class_only else x
+    return x if class_only else pooled_rows(x, at, entered, pool)
 
 
 def walk(
@@ -143,10 +159,10 @@ def unprompted(plan: FrozenPlan, x: Tensor) -> Iterator[Tensor]:
 
 
 def _answers(
-    plan: FrozenPlan, family: PromptFamily, x: Tensor, class_only: bool
+    plan: FrozenPlan, family: PromptFamily, x: Tensor, blocks: int
 ) -> Callable[[int, Tensor], BlockPrompts]:
     """(i, rows that enter block i) -> its prompts, asked of `family` now where they depend on no
-    rows.
+    rows; those of the first `blocks` blocks are read as keys and values alone.
     """
     count = len(plan.blocks)
 
@@ -175,7 +191,7 @@ def _answers(
         known = [prompts(i, rows, group, None) for i, rows in enumerate(family.all_prompts(x))]
     else:  # block by block like the reference, so that dropout draws in the same order
         known = [ask(i, x) for i in range(count)]
-    known = _with_keys_values(plan, known, count - 1 if class_only else count)
+    known = _with_keys_values(plan, known, blocks)
     return lambda i, x: known[i]
 
 

@@ -47,7 +47,8 @@ def graphed_step(
     Raises:
         ValueError: model and images are not on one GPU; the penalty reads the batch, but has no
             kernels; a later batch has another shape or dtype.
-        RuntimeError: a later batch comes after prompts have moved between blocks (PRO-VPT).
+        RuntimeError: a later batch comes after prompts have moved between blocks (PRO-VPT), or
+            `model.pool` was set.
     """
     if images.device.type != "cuda" or model.device != images.device:
         raise ValueError(
@@ -57,7 +58,7 @@ def graphed_step(
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     static_images, static_labels = images.clone(), labels.clone()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    counts = model.prompts.prompt_counts
+    counts, pool = model.prompts.prompt_counts, model.pool
     of_batch = model.prompts.depends_on_input or bool(model.prompts.observed)
     on_device = _penalty_on_device(model)
     if of_batch and not on_device and model.kld is not None:
@@ -117,6 +118,10 @@ def graphed_step(
             )
         static_images.copy_(images, non_blocking=True)
         static_labels.copy_(labels, non_blocking=True)
+        if model.pool != pool:
+            raise RuntimeError(
+                f"model.pool is {model.pool!r}, the captured step's {pool!r}: capture a new one"
+            )
         for p in parameters:
             p.grad = captured.get(p)
         graph.replay()

@@ -16,12 +16,20 @@ from torch import Tensor, nn
 from . import checkpoint
 from . import engine as fast
 from .backbones import BackboneView, read_backbone
-from .choices import ENGINES
+from .choices import ENGINES, POOLS
 from .kld import KLD
 from .plan import FrozenPlan, Plans
 from .prompts import PromptFamily
+from .prompts.base import check_choice
 from .prompts.contracts import check_rows
-from .sequence import between_blocks, cut_rows, insert_rows, sequence_lengths, touches_rows
+from .sequence import (
+    between_blocks,
+    cut_rows,
+    insert_rows,
+    pooled_rows,
+    sequence_lengths,
+    touches_rows,
+)
 from .task import TaskInfo
 
 _uncompiled = partial(
@@ -45,15 +53,26 @@ class PromptedViT(nn.Module):
         kld: Koopman-Lyapunov regulariser, or None.
         num_classes: a new head of this many classes (VPT's initialisation); None keeps the
             backbone's head.
+        pool: whose rows of the last block an average-pooled backbone has in its mean (or maximum):
+            "image": the image's, which is what the backbone does without prompts. "all": the
+            prompts' too, as the released code of VPT ("original"), BPT, SPT and their descendants
+            has it on MAE backbones. "prompts": the prompts' alone ("prompt_pool" in VPT). In deep
+            prompting the prompts of the last block count, where prompts live on (VPT-shallow, LSPT)
+            all of them; with none there, "all" is "image". Learned keys and values have no rows
+            (E2VPT, APT). Where the norm is, behind the mean or before it, is the backbone's
+            affair: `pae.backbones.average_pooled`.
 
     Attributes:
         backbone, prompts, kld, head: the parts. view: what pae reads of the backbone.
         task: a `pae.TaskInfo` or None: what it is trained for. `save` keeps it, `load` gives it
             back.
+        pool: as given; may be set, and is checked then.
 
     Raises:
         UnsupportedBackbone: naming the attribute that pae cannot express.
-        TypeError, ValueError: on parts of a wrong type or counts that do not fit the backbone.
+        TypeError, ValueError: on parts of a wrong type or counts that do not fit the backbone; on
+            a `pool` other than "image" where the readout pools no rows (a class token's), or the
+            last block has no prompts for "prompts".
     """
 
     backbone: nn.Module
@@ -62,6 +81,7 @@ class PromptedViT(nn.Module):
     head: nn.Module
     view: BackboneView
     task: TaskInfo | None = None
+    _pool: str = "image"
 
     def __init__(
         self,
@@ -69,6 +89,7 @@ class PromptedViT(nn.Module):
         prompts: PromptFamily,
         kld: KLD | None = None,
         num_classes: int | None = None,
+        pool: str = "image",
     ) -> None:
         super().__init__()
         if not isinstance(prompts, PromptFamily):
@@ -103,6 +124,7 @@ class PromptedViT(nn.Module):
                 f"({type(prompts).__name__}) moves prompts between blocks"
             )
         prompts.bind(self.view.shape)
+        _check_pool(pool, self.view, prompts)
         if kld is not None:
             counts = prompts.prompt_counts
             if len(set(counts if kld.first_block else counts[1:])) != 1 or counts[-1] == 0:
@@ -118,7 +140,18 @@ class PromptedViT(nn.Module):
         self.prompts = prompts.to(like.device, like.dtype)
         self.kld = kld
         self.head = head.to(like.device, like.dtype).requires_grad_(True)
+        self._pool = pool
         self._plans: Plans | None = None
+
+    @property
+    def pool(self) -> str:
+        """Whose rows of the last block the readout pools: "image", "all" or "prompts"."""
+        return self._pool
+
+    @pool.setter
+    def pool(self, pool: str) -> None:
+        _check_pool(pool, self.view, self.prompts)
+        self._pool = pool
 
     @property
     def num_classes(self) -> int:
@@ -161,7 +194,8 @@ class PromptedViT(nn.Module):
             # an observer leaves what it saw per thread, which breaks a graph: outside of the walk,
             # since PyTorch 2.11 cannot go on from a break inside
             run = _uncompiled_run if self.prompts.observed else fast.run
-            return self._shown(self.view.readout(run(plan, self.view, self.prompts, x, memory)))
+            rows = run(plan, self.view, self.prompts, x, memory, self._pool)
+            return self._shown(self.view.readout(rows))
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
         view, family, at = self.view, self.prompts, self.view.num_prefix_tokens
@@ -181,11 +215,11 @@ class PromptedViT(nn.Module):
                 attention = view.class_attention(block, x, kv)
                 attention = cut_rows(attention.transpose(1, 2), at, count).transpose(1, 2)
             x = view.run_block(block, x, kv)
-            if family.enters_sequence:
+            if family.enters_sequence or i + 1 == len(view.blocks):
                 entered += count
             else:
                 x = cut_rows(x, at, count)
-        return self._shown(view.readout(cut_rows(x, at, entered)))
+        return self._shown(view.readout(pooled_rows(x, at, entered, self._pool)))
 
     def _shown(self, features: Tensor) -> Tensor:
         self.prompts.observe_features(features)
@@ -376,6 +410,24 @@ def fast_forward(model: nn.Module, images: Tensor, memory: str = "keep") -> Tens
             raise TypeError(f"model must be a PromptedViT or wrap one, got {type(model).__name__}")
         inner = wrapped
     return model(images, engine="fast", memory=memory)
+
+
+def _check_pool(pool: str, view: BackboneView, prompts: PromptFamily) -> None:
+    """Raise unless backbone and prompts have the rows that `pool` says."""
+    if check_choice("pool", pool, POOLS) == "image":
+        return
+    if instead := view.pools_not:
+        raise ValueError(
+            f"pool must be 'image' for a backbone whose readout {instead}, got {pool!r}; "
+            "pae.backbones.average_pooled makes it read the mean of its rows"
+        )
+    count = prompts.prompt_counts[0 if prompts.enters_sequence else -1]
+    if pool == "prompts" and (prompts.moves_prompts or count == 0):
+        why = "may leave the last block none" if prompts.moves_prompts else "has none there"
+        raise ValueError(
+            "pool must be 'image' or 'all' unless there are prompts in the last block: prompts "
+            f"({type(prompts).__name__}) {why}, got 'prompts'"
+        )
 
 
 def _new_head(width: int, classes: int) -> nn.Linear:

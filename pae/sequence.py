@@ -23,6 +23,19 @@ def cut_rows(x: Tensor, at: int, count: int) -> Tensor:
     return torch.cat([x[:, :at], x[:, at + count :]], dim=1)
 
 
+def pooled_rows(x: Tensor, at: int, count: int, pool: str) -> Tensor:
+    """The rows that the readout is given, of the last block's output.
+
+    Args:
+        x: (B, at + count + rest, D) with `count` prompt rows behind the first `at`.
+        pool: "image": without the prompt rows; "all": as they are; "prompts": without the image's,
+            the prefix apart.
+    """
+    if pool == "image":
+        return cut_rows(x, at, count)
+    return x if pool == "all" else x[:, : at + count]
+
+
 def sequence_lengths(family: PromptFamily, rows: int) -> tuple[int, ...]:
     """Rows of the sequence that each block is given in the reference, of `rows` of the image."""
     counts = family.prompt_counts

@@ -8,6 +8,7 @@ attributes but computes something else (a patched forward, post-norm, an extra a
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from pae_kernels.pointwise import ACTIVATIONS
 from pae_kernels.precision import exact_matmul
 
+from ..choices import POOL_NORMS
 from ..errors import UnsupportedBackbone
-from ..prompts.base import BackboneShape
+from ..prompts.base import BackboneShape, check_choice
 from .view import BackboneView, BlockWeights, Linear, Norm, added_to, random_rows
 
 
@@ -69,6 +71,13 @@ class TimmView(BackboneView):
                 part.training = mode
         near = 8 * torch.finfo(rows.dtype).eps
         return alone.shape == among.shape and torch.allclose(alone, among, near, near)
+
+    @property
+    def pools_not(self) -> str | None:
+        vit = self._vit
+        if vit.attn_pool is None and vit.global_pool in ("avg", "avgmax", "max"):
+            return None
+        return f"pools no rows (global_pool={vit.global_pool!r})"
 
     @property
     def readout_parts(self) -> list[Any]:
@@ -214,6 +223,49 @@ def read_backbone(module: nn.Module) -> BackboneView:
     view = TimmView(module)
     view.prove_blocks()
     return view
+
+
+def average_pooled(backbone: nn.Module, norm: str = "fresh") -> nn.Module:
+    """Make a backbone that reads its class token read the mean of its rows, as MAE's are used.
+
+    Args:
+        backbone: a timm `VisionTransformer` with its weights; it is changed, and returned.
+        norm: "fresh": a new norm (weight 1, bias 0) behind the mean; the backbone's own is left
+            out, as an MAE checkpoint has none for it. "behind": its own, moved behind the mean.
+            "before": its own on every row, before the mean.
+
+    Returns:
+        `backbone`, for `PromptedViT(..., pool=...)`.
+
+    Raises:
+        ValueError: an unknown norm.
+        UnsupportedBackbone: it reads something else than its class token, or has no final LayerNorm
+            to go by.
+
+    Source: MAE (He et al. 2022) with VPT's code ("fresh"), BPT's ("behind") and DA-VPT's
+    mae_pooling="all" ("before").
+    """
+    check_choice("norm", norm, POOL_NORMS)
+    vit: Any = backbone
+    name = type(backbone).__name__
+    found = getattr(vit, "global_pool", None)
+    if found != "token" or vit.attn_pool is not None:
+        raise UnsupportedBackbone(
+            f"{name}.global_pool is {found!r}, expected 'token': a class token's readout alone "
+            "can be made a mean"
+        )
+    own = [part for part in (vit.norm, vit.fc_norm) if not isinstance(part, nn.Identity)]
+    if len(own) != 1 or not isinstance(own[0], nn.LayerNorm):
+        kinds = [type(part).__name__ for part in own] or "none"
+        raise UnsupportedBackbone(f"{name} has {kinds} as final norms, expected one LayerNorm")
+    final = own[0]
+    if norm == "fresh":
+        final = copy.deepcopy(final)
+        final.reset_parameters()
+    before = norm == "before"
+    vit.norm, vit.fc_norm = (final, nn.Identity()) if before else (nn.Identity(), final)
+    vit.global_pool = "avg"
+    return backbone
 
 
 def read_block(block: nn.Module, name: str) -> BlockWeights:

@@ -103,6 +103,13 @@ class BackboneView(ABC):
     def readout_parts(self) -> list[Any]:
         """What `reads_class_only` follows from: the same objects, the same answer."""
 
+    @property
+    @abstractmethod
+    def pools_not(self) -> str | None:
+        """What the readout does other than to take the mean or the maximum of all rows behind the
+        prefix that it is given, in words; None when it does just that.
+        """
+
     @abstractmethod
     def num_rows(self, size: tuple[int, int]) -> int:
         """Rows that the stem makes of images of this size, prefix tokens included."""

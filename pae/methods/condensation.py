@@ -83,7 +83,9 @@ def condense(
         kept = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True).split(counts)
         rows = [p.detach()[k] for p, k in zip(family.raw_prompts(), kept) if p is not None]
         fewer = VPTDeep([len(r) for r in rows], family.dropout, family.dropout_scope)
-        condensed = PromptedViT(model.backbone, fewer, num_classes=model.num_classes or 1)
+        condensed = PromptedViT(
+            model.backbone, fewer, num_classes=model.num_classes or 1, pool=model.pool
+        )
         condensed.head = copy.deepcopy(model.head)
         condensed.prompts.set_prompts(rows)
     return condensed.train(model.training)

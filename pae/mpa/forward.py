@@ -25,7 +25,7 @@ from .. import block as frozen
 from ..engine import BlockPrompts, walk
 from ..model import PromptedViT
 from ..plan import BlockPlan
-from ..sequence import cut_rows, insert_rows
+from ..sequence import insert_rows, pooled_rows
 
 # rows of all forwards of one size that pay for laying the weights out for it
 _WORTH_PACKING = 4096
@@ -35,7 +35,8 @@ class ZeroPromptForward:
     """The frozen blocks of a model with `count` zero prompts in each, then its head.
 
     Prompts that live on between the blocks (VPT-shallow) are zero rows at first and real ones then:
-    they run as rows. The backbone's weights must not change while this lives.
+    they run as rows, as do all in the last block when the readout pools them. The backbone's
+    weights must not change while this lives.
 
     Args:
         model: a PromptedViT.
@@ -52,6 +53,8 @@ class ZeroPromptForward:
             log_count = torch.full((1, 1), math.log(count), dtype=torch.float64, device=zero.device)
             self._prompts = BlockPrompts(zero, log_multiplicity=log_count.to(wide))
             self._entering = 0
+        joins = model.pool != "image" and not self._entering
+        self._joining = count if joins else 0
         self._steps = [_Steps(block, log_count) for block in self._plan.blocks[:-1]]
 
     def expect(self, rows: int, times: int) -> None:
@@ -75,15 +78,20 @@ class ZeroPromptForward:
                 stream = frozen.forward(block, stream, steps.keys, steps)
             else:
                 stream = frozen.Stream(self._walk(i, stream.sum(), class_only=False))
-        x = self._walk(len(self._steps), stream.sum(), class_only)
-        if self._entering and not class_only:
-            x = cut_rows(x, at, self._entering)
+        x, prompts = stream.sum(), self._prompts
+        if self._joining:
+            x = insert_rows(x, x.new_zeros(self._joining, x.shape[-1]), at)
+            prompts = BlockPrompts()
+        x = self._walk(len(self._steps), x, class_only, prompts)
+        if not class_only:
+            x = pooled_rows(x, at, self._entering + self._joining, self._model.pool)
         return self._model.head(view.readout(x))
 
-    def _walk(self, i: int, x: Tensor, class_only: bool) -> Tensor:
-        return walk(
-            self._plan.only(i, i + 1), x, lambda _, stream: (stream, self._prompts), class_only
-        )
+    def _walk(
+        self, i: int, x: Tensor, class_only: bool, prompts: BlockPrompts | None = None
+    ) -> Tensor:
+        prompts = self._prompts if prompts is None else prompts
+        return walk(self._plan.only(i, i + 1), x, lambda _, stream: (stream, prompts), class_only)
 
 
 class _Steps(frozen.Steps):

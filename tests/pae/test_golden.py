@@ -90,6 +90,45 @@ def test_vpt(setting, name, precision, engine):
         assert error(got, arrays[f"{precision}/grad_{key}"]) <= GRADIENT[precision], key
 
 
+POOL_NAMES = {"original": "all", "img_pool": "image", "prompt_pool": "prompts"}
+
+
+@pytest.mark.parametrize("name", POOL_NAMES)
+@pytest.mark.parametrize("mode", ["deep", "shallow"])
+def test_pooled_rows(golden, tiny_vit, mode, name, precision, engine):
+    """VPT on an MAE backbone: three sets of rows in the mean, then a norm of its own."""
+    arrays, dtype = stored(golden, "mae_pool", precision)
+    vit = pae.backbones.average_pooled(tiny_vit(dtype))
+    vit.fc_norm.load_state_dict({k: arrays[f"fc_norm.{k}"] for k in ("weight", "bias")})
+    family = (pae.prompts.VPTDeep if mode == "deep" else pae.prompts.VPTShallow)(5)
+    model = pae.PromptedViT(vit, family, pool=POOL_NAMES[name]).train()
+    family.set_prompts(
+        [arrays["prompt_shallow"], *(arrays["prompt_deep"] if mode == "deep" else [None] * 3)]
+    )
+    vit.fc_norm.requires_grad_(True)  # frozen in the released code, and in ours
+    data = golden("data")
+    images = torch.as_tensor(data["images"][:6]).to(dtype)
+    at = f"{mode}_{name}/{precision}/"
+    features = model.features(images, engine)
+    assert close(features, arrays[f"{at}features"], VALUE[precision])
+    logits = model.head(features)
+    loss = F.cross_entropy(logits, torch.as_tensor(data["labels"][:6]))
+    loss.backward()
+    assert close(logits, arrays[f"{at}logits"], VALUE[precision])
+    assert close(loss, arrays[f"{at}loss"], VALUE[precision])
+    grad = family.tokens.grad
+    pairs = [
+        (grad[0] if mode == "deep" else grad, "prompt_shallow"),
+        (vit.fc_norm.weight.grad, "fc_norm_weight"),
+        (vit.fc_norm.bias.grad, "fc_norm_bias"),
+        (model.head.weight.grad, "head_weight"),
+        (model.head.bias.grad, "head_bias"),
+    ]
+    if mode == "deep":
+        pairs.append((grad[1:], "prompt_deep"))
+    check_gradients(arrays, at, pairs, precision)
+
+
 @pytest.mark.parametrize("name", ["vpt_deep", "vpt_shallow"])
 def test_class_row_after_every_block(setting, name, precision, engine):
     """Not the logits alone: the class row of block i, read through a model of i + 1 blocks."""

@@ -9,6 +9,7 @@ A failure is shrunk to the smallest model that shows it, which is printed with t
 it again.
 """
 
+import contextlib
 import inspect
 import os
 import zlib
@@ -24,6 +25,7 @@ from torch import nn
 
 import pae
 from pae.block import MEMORY_MODES
+from pae.choices import POOLS
 from tests import tiny
 from tests.errors import distance
 from tests.properties import examples
@@ -47,6 +49,7 @@ class Case:
     of_images: bool
     trained: list[str] = field(default_factory=list)
     seed: int = 0
+    pool: str = "image"
 
 
 # ---- backbones
@@ -215,6 +218,7 @@ def cases(draw, family) -> Case:
         of_images=draw(st.booleans()),
         trained=draw(st.sampled_from([[], [], ["norm.weight"], ["patch_embed.proj.bias"]])),
         seed=draw(st.integers(0, 3)),
+        pool=draw(st.sampled_from(POOLS)),
     )
 
 
@@ -232,6 +236,8 @@ def build(case: Case) -> pae.PromptedViT:
         if not str(error).startswith("kld pairs"):  # KLD says which families it does not fit
             raise
         model = pae.PromptedViT(make(), case.family(**case.arguments))
+    with contextlib.suppress(ValueError):  # it says which readouts and prompts it does not fit
+        model.pool = case.pool
     generator = torch.Generator().manual_seed(case.seed)
     with torch.no_grad():
         trained = [*model.prompts.parameters(), *(model.kld.parameters() if model.kld else ())]
