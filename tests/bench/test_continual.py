@@ -1,0 +1,35 @@
+"""The study of forgetting: its table, and batches in another order every time."""
+
+import torch
+
+from bench.studies import continual
+
+
+def record(arm, seed, last, forgetting):
+    return {"arm": arm, "seed": seed, "last": last, "forgetting": forgetting, "seconds": 10.0}
+
+
+def test_table_has_a_row_for_every_arm_that_ran():
+    found = [
+        record("in sequence", 0, 0.25, 0.5),
+        record("in sequence", 1, 0.35, 0.7),
+        record("NSP2", 0, 0.5, 0.1),
+    ]
+    lines = continual.table(found).splitlines()
+    assert len(lines) == 4
+    assert "| in sequence | 0.300 | 0.250, 0.350 | 0.600 | 10 |" in lines
+    assert "| NSP2 | 0.500 | 0.500 | 0.100 | 10 |" in lines
+
+
+def test_batches_come_in_another_order_every_time():
+    class Pipeline:
+        def __len__(self):
+            return 40
+
+        def batches(self, lists):
+            return iter(lists)
+
+    batches = continual.Shuffled(Pipeline(), seed=0)
+    first, second = (torch.cat(list(batches)) for _ in range(2))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(40))
+    assert not torch.equal(first, second)
