@@ -19,6 +19,8 @@ from typing import Any
 import timm
 import torch
 
+from pae.choices import POOLS
+
 METHODS = ("official", "sdpa", "pae")
 MEMORY = ("keep", "recompute8", "recompute")
 STREAM = 4  # bytes of an entry of the residual stream and of every statistic: fp32
@@ -79,7 +81,12 @@ class Flops:
 
 
 def flops(
-    shape: Shape, prompts: int, batch: int, method: str = "pae", memory: str = "keep"
+    shape: Shape,
+    prompts: int,
+    batch: int,
+    method: str = "pae",
+    memory: str = "keep",
+    pool: str | None = None,
 ) -> Flops:
     """What `method` executes, recomputation included.
 
@@ -98,10 +105,14 @@ def flops(
     v of the L - 2 middle blocks again, 3 N s each; "recompute" also the hidden rows of L - 1
     blocks, 2 N D F each. The 10 and the 8 of attention's backward hold the scores again (2).
 
+    With `pool` the backbone averages rows, as `PromptedViT(..., pool=...)` says, and pae's last
+    block is a middle one: of N rows for "image", which costs 2 P s more each way for its prompts'
+    keys and values, else of T.
+
     Raises:
-        ValueError: unknown method or memory mode.
+        ValueError: unknown method, memory mode or pool; a pool for another method than pae.
     """
-    _check(method, memory)
+    _check(method, memory, pool)
     L, D, N, T = shape.depth, shape.width, shape.rows, shape.rows + prompts
     square, mlp = 2 * D * D, 4 * D * shape.hidden
     embed = 2 * shape.patches * shape.patch_inputs * D
@@ -114,19 +125,22 @@ def flops(
         return Flops(batch * forward, batch * backward)
 
     row = 4 * square + mlp  # one row through a block, and through its last one's absorbed products
+    last = {None: 0, "image": N}.get(pool, T)  # rows of the last block, as far as it is whole
+    middle = (L - 2) * N + last  # rows of all blocks that are
     class_keys = shape.heads * T * D  # one query a head, of full width
-    forward = embed + (L - 1) * (N * row + 4 * N * T * D) + row + 4 * class_keys + head
+    only = (0, 0) if pool else (row + 4 * class_keys, row + 8 * class_keys)
+    forward = embed + (N + middle) * (row + 4 * T * D) + only[0] + head
     backward = (
         2 * head
-        + (row + 8 * class_keys)
-        + (L - 2) * (N * row + 10 * N * T * D)
+        + only[1]
+        + middle * (row + 10 * T * D)
         + (N * (square + mlp) + 8 * N * prompts * D)
     )
     if memory != "keep":
-        backward += (L - 2) * N * 3 * square
+        backward += middle * 3 * square
     if memory == "recompute":
-        backward += (L - 1) * N * mlp / 2
-    keys_values = (L - 1) * prompts * 2 * square
+        backward += (N + middle) * mlp / 2
+    keys_values = (L if pool == "image" else L - 1) * prompts * 2 * square
     return Flops(batch * forward + keys_values, batch * backward + keys_values)
 
 
@@ -138,6 +152,7 @@ def saved_bytes(
     memory: str = "keep",
     itemsize: int = 4,
     device: str = "cpu",
+    pool: str | None = None,
 ) -> float:
     """Bytes that one step keeps from forward to backward, for the whole batch.
 
@@ -152,12 +167,13 @@ def saved_bytes(
                "recompute8" has one byte for every hidden entry and keeps no q, k, v: e 3 N D + N F
                in middle and first blocks; "recompute" keeps neither: e 3 N D
 
-    All keep the rows of the final norm and what the head and the loss read.
+    All keep the rows of the final norm and what the head and the loss read. With `pool` the last
+    block keeps what a middle one does, of N rows or of T, and the norm is that of the mean.
 
     Raises:
-        ValueError: unknown method or memory mode.
+        ValueError: as in `flops`.
     """
-    _check(method, memory)
+    _check(method, memory, pool)
     L, D, F, H = shape.depth, shape.width, shape.hidden, shape.heads
     e, N, T, narrow = itemsize, shape.rows, shape.rows + prompts, itemsize < STREAM
     loss = STREAM * shape.classes + 8  # log-probabilities and an int64 label
@@ -172,16 +188,21 @@ def saved_bytes(
         readout = STREAM * last * (D + 2) + (e * D if narrow else STREAM * last * D)
         return float(batch * (L * (norms + attention + e * T * F) + readout + loss) + STREAM)
 
-    kept = {"keep": e * N * F, "recompute8": N * F, "recompute": 0}[memory]
-    statistics = STREAM * N * (1 + H)  # of the second norm; log-sum-exp
-    first = e * 3 * N * D + kept + statistics
-    middle = first + STREAM * N + (e * 3 * N * D if memory == "keep" else 0)
-    last = e * N * D + STREAM * (N + H * T + H * D) + e * (D + F) + STREAM
+    kept = {"keep": e * F, "recompute8": F, "recompute": 0}[memory]
+    first = e * 3 * D + kept + STREAM * (1 + H)  # the second norm's statistics; log-sum-exp
+    middle = first + STREAM + (e * 3 * D if memory == "keep" else 0)
+    first, middle, last = N * first, N * middle, (N if pool == "image" else T) * middle
+    if pool is None:
+        last = e * N * D + STREAM * (N + H * T + H * D) + e * (D + F) + STREAM
     readout = STREAM * (D + 2) + e * D
     # once a batch: rows and statistics of the prompts' norm, keys and values, the last block's rows
     shared = (L - 1) * prompts * D * 2 * e + e * prompts * D + 2 * STREAM * L * prompts
-    if L > 2:  # the rows of several blocks are normalised as one copy
-        shared += (L - 1) * prompts * D * STREAM
+    alone = L - 1  # blocks whose prompts are keys and values alone
+    if pool is not None:
+        alone = L if pool == "image" else L - 1
+        shared = alone * prompts * (D * 2 * e + 2 * STREAM)
+    if alone > 1:  # the rows of several blocks are normalised as one copy
+        shared += alone * prompts * D * STREAM
     return float(batch * (first + (L - 2) * middle + last + readout + loss) + STREAM + shared)
 
 
@@ -218,8 +239,10 @@ def live_step_bytes(shape: Shape, prompts: int, batch: int, itemsize: int) -> fl
     return float(batch * (shape.rows * rows + image) + weights + prompt_rows)
 
 
-def _check(method: str, memory: str) -> None:
+def _check(method: str, memory: str, pool: str | None = None) -> None:
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {MEMORY}, got {memory!r}")
+    if pool is not None and (pool not in POOLS or method != "pae"):
+        raise ValueError(f"pool must be one of {POOLS} of method 'pae', got {pool!r} of {method!r}")

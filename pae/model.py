@@ -124,7 +124,7 @@ class PromptedViT(nn.Module):
                 f"({type(prompts).__name__}) moves prompts between blocks"
             )
         prompts.bind(self.view.shape)
-        _check_pool(pool, self.view, prompts)
+        check_pool(pool, self.view, prompts)
         if kld is not None:
             counts = prompts.prompt_counts
             if len(set(counts if kld.first_block else counts[1:])) != 1 or counts[-1] == 0:
@@ -150,7 +150,7 @@ class PromptedViT(nn.Module):
 
     @pool.setter
     def pool(self, pool: str) -> None:
-        _check_pool(pool, self.view, self.prompts)
+        check_pool(pool, self.view, self.prompts)
         self._pool = pool
 
     @property
@@ -412,7 +412,7 @@ def fast_forward(model: nn.Module, images: Tensor, memory: str = "keep") -> Tens
     return model(images, engine="fast", memory=memory)
 
 
-def _check_pool(pool: str, view: BackboneView, prompts: PromptFamily) -> None:
+def check_pool(pool: str, view: BackboneView, prompts: PromptFamily) -> None:
     """Raise unless backbone and prompts have the rows that `pool` says."""
     if check_choice("pool", pool, POOLS) == "image":
         return

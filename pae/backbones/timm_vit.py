@@ -249,12 +249,13 @@ def average_pooled(backbone: nn.Module, norm: str = "fresh") -> nn.Module:
     vit: Any = backbone
     name = type(backbone).__name__
     found = getattr(vit, "global_pool", None)
-    if found != "token" or vit.attn_pool is not None:
+    if found != "token" or getattr(vit, "attn_pool", None) is not None:
         raise UnsupportedBackbone(
             f"{name}.global_pool is {found!r}, expected 'token': a class token's readout alone "
             "can be made a mean"
         )
-    own = [part for part in (vit.norm, vit.fc_norm) if not isinstance(part, nn.Identity)]
+    norms = (getattr(vit, part, nn.Identity()) for part in ("norm", "fc_norm"))
+    own = [part for part in norms if not isinstance(part, nn.Identity)]
     if len(own) != 1 or not isinstance(own[0], nn.LayerNorm):
         kinds = [type(part).__name__ for part in own] or "none"
         raise UnsupportedBackbone(f"{name} has {kinds} as final norms, expected one LayerNorm")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..foreign import as_tensor, listed, read_weights_file
 from ..kld import KLD
-from ..model import PromptedViT
+from ..model import PromptedViT, check_pool
 from ..prompts import (
     VAPT,
     BPTDeep,
@@ -28,7 +28,9 @@ from ..prompts import (
 )
 
 # What the published code wraps its parameters in; of VPT's own names some begin with "encoder".
-_WRAPPERS = re.compile(r"^((module|model|enc|transformer|encoder(?!\.(layer|encoder_norm)\.))\.)+")
+_WRAPPERS = re.compile(
+    r"^((module|model|enc|transformer|base_encoder|encoder(?!\.(layer|encoder_norm)\.))\.)+"
+)
 # What files of prompts alone call them.
 _ALONE = {"shallow_prompt": "prompt_embeddings", "deep_prompt": "deep_prompt_embeddings"}
 # a map of PAE back to the width of the prompts, which enters no loss and no logit
@@ -48,6 +50,7 @@ class OfficialParts:
         compared: frozen backbone weights, found equal to the model's.
         ignored: keys that nothing reads: PAE's unused koopman_out, and its KLD where the model has
             none; with `check_backbone=False` the backbone; entries that are no tensors.
+        pool: whose rows the model's readout pools now, as in `PromptedViT`.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -55,6 +58,7 @@ class OfficialParts:
     head: list[str] = field(default_factory=list)
     compared: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    pool: str = "image"
 
 
 @torch.no_grad()
@@ -62,13 +66,14 @@ def load_official(
     model: PromptedViT,
     state_dict: Mapping[str, Any] | str | Path,
     check_backbone: bool = True,
+    pool: str | None = None,
 ) -> OfficialParts:
     """Copy prompts, KLD and head of a published implementation's state dict into `model`.
 
     Everything is checked before anything is written: a failed call leaves the model as it was.
 
-    Names, in front of which any of `module.`, `model.`, `enc.`, `encoder.` and `transformer.` may
-    stand; upper and lower case are one:
+    Names, in front of which any of `module.`, `model.`, `enc.`, `encoder.`,
+    `base_encoder.` and `transformer.` may stand; upper and lower case are one:
 
         VPT, VFPT   prompt_embeddings (1, P, D), deep_prompt_embeddings (depth - 1, P, D); or
                     Prompt_Tokens (depth or 1, P, D); or, in files of prompts alone,
@@ -91,7 +96,11 @@ def load_official(
         state_dict: names to tensors or arrays of numpy, or a checkpoint with these under "model" or
             "state_dict"; or the path of a file of either, no code of which is run.
         check_backbone: backbone weights in the file, under their published or timm names, must be
-            the model's own. False leaves them unread.
+            the model's own. False leaves them unread. BPT's code calls the norm behind the mean
+            `norm`, VPT's `fc_norm`.
+        pool: whose rows were in the mean, which no file says; `model.pool` is set to it. None: on a
+            backbone that pools its rows (MAE) "all", the default of the published code, unless the
+            model was made for something else than "image"; elsewhere the model's.
 
     Returns:
         `OfficialParts`: every key of the file, by what became of it. A file of prompts alone has
@@ -100,12 +109,17 @@ def load_official(
     Raises:
         TypeError: `model` is no PromptedViT, or `state_dict` no mapping of names to tensors.
         ValueError: the model's family has no published names, or counts that differ between blocks,
-            which the published code cannot have; the head is not linear.
+            which the published code cannot have; the head is not linear; a `pool` that model and
+            prompts do not have.
         CheckpointError: the file cannot be read; keys missing, unknown or of another shape, all of
             them listed; values that are not finite; or a backbone weight that differs.
     """
     if not isinstance(model, PromptedViT):
         raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
+    if pool is None:
+        pools = model.pool == "image" and model.view.pools_not is None
+        pool = "all" if pools else model.pool
+    check_pool(pool, model.view, model.prompts)
     found = _canonical(state_dict)
     frozen = _backbone_targets(model.backbone)
     alone = not any(name in frozen or name.startswith("head.") for name in found)
@@ -116,7 +130,7 @@ def load_official(
         "head": {} if alone else head,
     }
     wanted = {name: part for part, names in targets.items() for name in names}
-    parts, unknown, shapes, values = OfficialParts(), [], [], []
+    parts, unknown, shapes, values = OfficialParts(pool=pool), [], [], []
     missing = [name for name in wanted if name not in found]
     differing = []
     for name, (key, tensor) in found.items():
@@ -165,6 +179,7 @@ def load_official(
     for part in targets.values():
         for name, target in part.items():
             target.copy_(found[name][1].reshape(target.shape))
+    model.pool = pool
     if alone:
         warnings.warn(
             "state_dict holds prompts alone: the head is left as it is, and which backbone they "
@@ -312,6 +327,9 @@ def _backbone_targets(backbone: nn.Module) -> dict[str, Tensor]:
         if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name):
             for part, rows in zip(("query", "key", "value"), tensor.chunk(3)):
                 targets[f"encoder.layer.{match[1]}.attn.{part}.{match[2]}"] = rows
+    for part in ("weight", "bias"):
+        if f"fc_norm.{part}" in targets:
+            targets.setdefault(f"norm.{part}", targets[f"fc_norm.{part}"])
     return targets
 
 

@@ -26,7 +26,7 @@ from pae.mpa.incoming import prompt_count
 from pae.tensorfile import fitted, read_tensors, require_digest, write_tensors
 from pae.train import embedded
 from pae.train.declared import Given, declared, fits, name_of, near
-from pae.train.options import Options
+from pae.train.options import OWN_POOL, Options
 
 Method: TypeAlias = "LinearProbe | FullFineTuning | pae.PromptedViT"
 
@@ -37,7 +37,7 @@ def build_backbone(
     skeleton: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> nn.Module:
-    """The pretrained backbone with a fresh head of `num_classes`.
+    """The pretrained backbone with a fresh head of `num_classes`, its readout as `pool` says.
 
     Args:
         options: resolved.
@@ -48,10 +48,27 @@ def build_backbone(
     Returns:
         A timm model.
     Raises:
-        ValueError: unknown model, impossible image size, weights that cannot be had.
+        ValueError: unknown model, impossible image size, weights that cannot be had; a `pool` that
+            its readout cannot be given.
         CheckpointError: a file of weights is unreadable, or does not fit the model.
         FetchError: the embedded weights cannot be had.
     """
+    model = _backbone_as_published(options, num_classes, skeleton, say)
+    # what takes a mean or a maximum already stays as it is
+    if options.pool == OWN_POOL or getattr(model, "global_pool", "") in ("avg", "avgmax", "max"):
+        return model
+    try:
+        pae.backbones.average_pooled(model)
+    except pae.UnsupportedBackbone as error:
+        raise ValueError(f"--pool {options.pool}: {error}") from error
+    if say is not None and not skeleton:
+        say("readout: the class token's is replaced by a mean of rows and a new norm")
+    return model
+
+
+def _backbone_as_published(
+    options: Options, num_classes: int, skeleton: bool, say: Callable[[str], None] | None
+) -> nn.Module:
     import timm
 
     if options.model == embedded.WEIGHTS_NAME:
@@ -148,7 +165,8 @@ def build_method(
             formulation=options.kld_formulation,
             gauge=options.kld_gauge,
         )
-    return pae.PromptedViT(backbone, build_prompts(options, num_classes), kld, new_head)
+    pool = "image" if options.pool == OWN_POOL else options.pool
+    return pae.PromptedViT(backbone, build_prompts(options, num_classes), kld, new_head, pool)
 
 
 def build_prompts(

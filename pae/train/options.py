@@ -21,6 +21,7 @@ SCHEDULERS = ("cosine", "step", "poly", "none")
 AMPS = ("auto", "bf16", "fp16", "no")
 DEVICES = ("auto", "cpu", "cuda")
 HEAD_INITS = ("default", "vpt")
+OWN_POOL = "own"
 MPA_PRECISIONS = ("auto", *choices.MPA_PRECISIONS)
 
 FIRST = "digits"  # what `pae train` shows when nobody says what to train on
@@ -102,6 +103,13 @@ class Options:
         low=1,
         high=16_384,
         unset=f"the model's own; embedded: {WEIGHTS_IMAGE_SIZE}, of {FIRST} {_FIRST.image_size}",
+    )
+
+    pool: str = _backbone(
+        OWN_POOL,
+        "own: the model's readout; else a mean of the last block's rows, in a class token's place "
+        "with a new, frozen norm behind it, as on MAE: the image's, all, the prompts'",
+        choices=(OWN_POOL, *choices.POOLS),
     )
 
     method: str = _method(
@@ -262,6 +270,8 @@ class Options:
         for name in ("kld", "mpa", "spt", "method_args", "dropout"):
             if getattr(self, name) and not self.has_prompts:
                 raise ValueError(f"{called(name)} needs a --method with prompts, not {self.method}")
+        if self.pool == "prompts" and (self.is_comparison or not self.has_prompts):
+            raise ValueError(f"{called('pool')} needs a --method with prompts, not {self.method}")
         if self.method == "full" and self.head_init == "vpt":
             raise ValueError(
                 f"{called('head_init')} is for linear and for methods with prompts, not full"

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import (
 
 import pae
 from pae.backbones import BackboneView
+from pae.choices import POOLS
 from pae.plan import fold
 from pae_kernels import flops as formulas
 from pae_kernels.adaptive import reference as adaptive
@@ -159,6 +160,30 @@ def test_flops_of_a_step_that_runs(step, method, memory):
     assert counter.get_total_flops() == cost.flops(step.shape, 5, 3, method, memory).step
 
 
+@pytest.mark.parametrize("memory", cost.MEMORY)
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("dtype", bench_step.DTYPES)
+def test_costs_of_an_average(dtype, pool, memory):
+    """Of FLOPs and of bytes, to the last one: the last block is a middle one."""
+    step = bench_step.open_step(bench_step.Case(shapes.TINY, 5, dtype, 3), CPU)
+    pae.backbones.average_pooled(step.model.backbone, norm="behind")
+    step.model.pool = pool
+    forward = lambda x: pae.fast_forward(step.model, x, memory)
+    constants = [*step.model.parameters(), *step.model.buffers(), step.images, *step.folded()]
+    with SavedBytes(constants) as saved, flop_counter() as counter:
+        step.run(forward, step.model)
+    sizes = step.shape, 5, 3, "pae", memory
+    assert counter.get_total_flops() == cost.flops(*sizes, pool=pool).step
+    assert saved.activations == cost.saved_bytes(*sizes, step.itemsize, pool=pool)
+
+
+def test_all_rows_cost_in_the_last_block_alone():
+    """ViT-B/16 at 224 pixels, 50 prompts: 50 of 197 rows more in one block of twelve."""
+    shape = cost.Shape.named(shapes.BASE)
+    image, every = (cost.flops(shape, 50, 4, pool=pool).step for pool in ("image", "all"))
+    assert 1.01 < every / image < 1 + 50 / 197 / 10
+
+
 def test_live_flops_are_less_than_any_method_executes():
     shape = cost.Shape.named(shapes.BASE)
     for prompts in (1, 50, 200):
@@ -181,6 +206,11 @@ def test_softmax_in_fp32_costs_the_official_path_memory_on_a_gpu():
     [
         ({"method": "flash"}, r"method must be one of .* got 'flash'"),
         ({"memory": "none"}, r"memory must be one of .* got 'none'"),
+        ({"pool": "mean"}, r"pool must be one of .* got 'mean' of 'pae'"),
+        (
+            {"pool": "all", "method": "sdpa"},
+            r"pool must be .* of method 'pae', got 'all' of 'sdpa'",
+        ),
     ],
 )
 def test_unknown_ways_are_refused(arguments, message):

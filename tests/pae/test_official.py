@@ -195,7 +195,10 @@ def test_vapt(golden, group):
     assert (logits - arrays[f"{group}/f64/logits"]).abs().max() <= 1e-7
 
 
-@pytest.mark.parametrize("prefix", ["", "enc.transformer.", "module.enc.transformer.", "model."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "enc.transformer.", "module.enc.transformer.", "model.", "module.base_encoder."],
+)
 def test_wrappers_and_nesting(golden, tiny_vit, file_of, prefix):
     arrays = tensors(golden("vpt_deep"))
     parts = {
@@ -295,6 +298,75 @@ def test_a_timm_model_inside_an_encoder(golden, tiny_vit):
     assert len(loaded.compared) == len(source) - 4
     source["encoder.blocks.1.norm1.bias"] = source["encoder.blocks.1.norm1.bias"] + 1
     refused(model, source, "another backbone.*encoder.blocks.1.norm1.bias")
+
+
+def timm_names(golden, prefix=""):
+    weights = tensors(golden("backbone"))
+    return {
+        prefix + k.removeprefix("timm/"): v
+        for k, v in weights.items()
+        if k.startswith("timm/") and not k.startswith("timm/norm.")
+    }
+
+
+@pytest.mark.parametrize("mode", ["deep", "shallow"])
+def test_vpt_on_mae(golden, tiny_vit, mode):
+    """Its backbone under timm's names, without a final norm and with one behind the mean. Which
+    rows are in the mean stands nowhere in it.
+    """
+    arrays = tensors(golden("mae_pool"))
+    state = timm_names(golden, "enc.") | {
+        f"enc.fc_norm.{k}": arrays[f"fc_norm.{k}"] for k in ("weight", "bias")
+    }
+    state["enc.prompt_embeddings"] = arrays["prompt_shallow"][None]
+    if mode == "deep":
+        state["enc.deep_prompt_embeddings"] = arrays["prompt_deep"]
+    family = VPTDeep if mode == "deep" else VPTShallow
+
+    def averaging(pool="image"):
+        vit = pae.backbones.average_pooled(tiny_vit(torch.float64))
+        vit.fc_norm.load_state_dict({k: arrays[f"fc_norm.{k}"] for k in ("weight", "bias")})
+        return pae.PromptedViT(vit, family(5), num_classes=10, pool=pool).eval()
+
+    for made, given, pool, name in (
+        ("image", None, "all", "original"),
+        ("image", "image", "image", "img_pool"),
+        ("image", "prompts", "prompts", "prompt_pool"),
+        ("prompts", None, "prompts", "prompt_pool"),
+        ("prompts", "all", "all", "original"),
+    ):
+        model = averaging(made)
+        loaded = pae.load_official(model, state, pool=given)
+        assert loaded.pool == model.pool == pool
+        assert same_logits(model, golden, "mae_pool", f"{mode}_{name}/")
+        assert "enc.fc_norm.weight" in loaded.compared
+    model = averaging()
+    refused(model, state | {"enc.fc_norm.bias": torch.ones(64)}, "another backbone.*fc_norm.bias")
+    refused(model, state, "pool must be one of", ValueError, pool="original")
+    assert model.pool == "image"
+    on_a_class_token = fresh(tiny_vit, family(5))
+    refused(on_a_class_token, state, "pools no rows", ValueError, pool="all")
+
+
+@pytest.mark.parametrize("group", ["mae_shallow", "mae_deep"])
+def test_bpt_on_mae(golden, tiny_vit, group):
+    """Its norm behind the mean is called like the one before it."""
+    arrays, weights = tensors(golden("bpt")), tensors(golden("backbone"))
+    state = timm_names(golden) | {
+        f"norm.{k}": weights[f"timm/norm.{k}"] for k in ("weight", "bias")
+    }
+    state["random_vectors"] = vectors = arrays[f"{group}/random_vectors"]
+    conv = arrays[f"{group}/conv_weight"]
+    names = ["conv1x1"] if group == "mae_shallow" else [f"conv1x1.{i}" for i in range(len(conv))]
+    state |= {f"{n}.weight": w[:, :, None, None] for n, w in zip(names, conv, strict=True)}
+    vit = pae.backbones.average_pooled(tiny_vit(torch.float64), norm="behind")
+    family = BPTShallow if group == "mae_shallow" else BPTDeep
+    model = pae.PromptedViT(vit, family(*vectors.shape[1:]), num_classes=10).eval()
+    loaded = pae.load_official(model, {"model": state, "epoch": 99})
+    assert loaded.pool == "all" and "norm.bias" in loaded.compared
+    assert same_logits(model, golden, "bpt", f"{group}/")
+    state["norm.bias"] = state["norm.bias"] + 1
+    refused(model, state, "another backbone.*norm.bias")
 
 
 def test_vapt_without_a_convolution(tiny_vit):

@@ -9,7 +9,7 @@ import torch
 
 import pae
 from pae.train import cli, declared, options
-from pae.train.methods import build_prompts
+from pae.train.methods import build_backbone, build_method, build_prompts
 from pae.train.options import Options
 from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, save_shades
 from tests.train.test_train_loop import (
@@ -62,10 +62,25 @@ def test_learns(shades, tmp_path, method):
 
 
 def backbone(shades, method, folder):
-    from pae.train.methods import build_backbone
-
     torch.manual_seed(json.loads((folder / "config.json").read_text())["settings"]["seed"])
     return build_backbone(settings(shades, method=method, **RUNS[method]), 3)
+
+
+def test_on_a_backbone_that_averages(shades, tmp_path, capsys):
+    """A class token's readout is made a mean, with the prompts in it; the probe's is one too."""
+    made = {"method": "bpt", **RUNS["bpt"], "pool": "all"}
+    assert run(shades, tmp_path / "a", **made)["val_accuracy"] > 0.5
+    torch.manual_seed(settings(shades, **made).seed)
+    vit = build_backbone(settings(shades, **made), 3)
+    assert vit.global_pool == "avg" and vit.fc_norm.weight.eq(1).all()
+    model = pae.PromptedViT.from_file(tmp_path / "a" / "best.safetensors", vit)
+    assert model.pool == "all" and not vit.fc_norm.weight.requires_grad
+    probe = build_method(settings(shades, method="linear", pool="all"), 3)
+    assert probe.frozen.backbone.global_pool == "avg" and probe.frozen.pool == "image"
+    flags = ["train", "--data", str(shades), "--method", "bpt", *BACKBONE_FLAGS, *CPU_FLAGS]
+    assert cli.main([*flags, "--method-args", "rank=3", "--epochs", "1", "--pool", "prompts"]) == 0
+    said = capsys.readouterr()
+    assert "readout: the class token's is replaced by a mean of rows and a new norm" in str(said)
 
 
 @pytest.mark.parametrize("method", ["bpt", "vfpt", "ivpt", "e2vpt"])
@@ -178,6 +193,16 @@ def test_option_values(text, expected):
         ([*BPT, "num_tokens=3"], "num_tokens is --num-tokens"),
         ([*BPT, "rank=3", "--dropout", "0.1"], "--dropout 0.1: bpt has no dropout"),
         (["--method", "vfpt", "--method-args", "blocks=[0.5]"], "or a list, each an integer"),
+        (
+            ["--method", "linear", "--pool", "prompts"],
+            "--pool prompts needs a --method with prompts",
+        ),
+        (["--method", "compare", "--pool", "prompts"], "--pool prompts needs a --method with"),
+        (["--method", "apt", "--pool", "prompts"], "--pool prompts: pool must be 'image' or 'all'"),
+        (
+            ["--method", "bpt", "--pool", "mean"],
+            "--pool mean: expected one of own, image, all, pro",
+        ),
         (["--method", "linear", "--method-args", "rank=3"], "rank=3 needs a --method with prompts"),
         (["--method", "linear", "--dropout", "0.1"], "--dropout 0.1 needs a --method with prompts"),
         (["--method", "da-vpt", "--method-args", "num_classes=3"], "number of classes of the"),
