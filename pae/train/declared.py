@@ -110,6 +110,8 @@ class Declared:
         what = "an integer" if self.kind is int else "a number"
         if self.low is not None and self.below is not None:
             return f"{what} in [{self.low:g}, {self.below:g})"
+        if self.above is not None and self.below is not None:
+            return f"{what} between {self.above:g} and {self.below:g}"
         if self.low is not None and self.high is not None:
             return f"{what} from {self.low} to {self.high}"
         if self.low is not None:

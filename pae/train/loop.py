@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import pae
 from pae.train import embedded, methods, pixels, record
+from pae.train.average import Average
 from pae.train.data import Images, Task, read_folder
 from pae.train.images import Ranges
 from pae.train.options import Options
@@ -155,7 +156,7 @@ class _Run:
         self.record = record.describe(options, task, self._backbone(), side)
         self._compare(saved, sibling)
         self.train_data, self.val_data, self.test_data = self._data(task)
-        batches = math.ceil(len(self.train_data) / options.batch_size)
+        self.batches = math.ceil(len(self.train_data) / options.batch_size)  # of an epoch
         if saved is None:
             self._write_config(task)
             if options.mpa:
@@ -168,7 +169,7 @@ class _Run:
         torch.manual_seed(options.seed + accelerator.process_index)
 
         self.wrapped = accelerator.prepare_model(self.module)
-        groups = self.module.parameter_groups(options.lr, options.weight_decay)
+        groups = methods.parameter_groups(self.module, options)
         try:
             optimizer = create_optimizer_v2(
                 groups,
@@ -180,7 +181,9 @@ class _Run:
         except (AssertionError, ValueError, TypeError) as error:
             raise ValueError(f"--optimizer {options.optimizer}: {error}") from error
         self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.scheduler = _make_scheduler(options, optimizer, batches)
+        self.scheduler = _make_scheduler(options, optimizer, self.batches)
+        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.average = None if options.ema is None else Average(self.trained, options.ema)
 
         self.epoch = self.step = self.updates = 0  # all counted in finished units
         self.rows: Rows = []
@@ -198,7 +201,7 @@ class _Run:
     def train(self) -> dict[str, Any]:
         """All remaining epochs, then the test."""
         options, reporter = self.options, self.reporter
-        total = options.epochs * math.ceil(len(self.train_data) / options.batch_size)
+        total = options.epochs * self.batches
         with (
             handled(self.signals.note),
             reporter.progress(f"{self.name}: starting", total, self.updates) as advance,
@@ -405,7 +408,7 @@ class _Run:
             if weight == 0:  # an image of another process's share, counted there
                 gathered = self.prompted.prompts.rank_state()
         logits = self.wrapped(inputs, engine=self.options.engine)
-        loss, penalty = F.cross_entropy(logits, labels), self.module.penalty()
+        loss, penalty = self._criterion(logits, labels), self.module.penalty()
         self.losses.append((loss.detach(), penalty.detach()))
         self.accelerator.backward(loss * weight + penalty)
         if self.on_backward is not None:
@@ -481,31 +484,50 @@ class _Run:
             for images, labels in passes():
                 with self.accelerator.autocast():
                     logits = module(images, engine=self.options.engine)
-                yield F.cross_entropy(logits.float(), labels), len(labels)
+                yield self._criterion(logits.float(), labels), len(labels)
 
         prompts.remap(module, passes())
         last_loss = self.rows[-1]["train_loss"] if self.rows else None
         prompts.start_of_epoch(losses, list(module.head.parameters()), last_loss)
 
+    def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The training loss, a mean over the images; validation and test know no smoothing."""
+        return F.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
+
     def _clip(self) -> None:
-        """PAE clips the regulariser's gradients to norm 10, and no others."""
+        """PAE clips the regulariser's gradients to norm 10; the options clip all, after that."""
         kld = None if self.prompted is None else self.prompted.kld
+        norm, value = self.options.clip_norm, self.options.clip_value
+        if kld is None and norm is None and value is None:
+            return
+        self.accelerator.unscale_gradients(self.optimizer)
         if kld is not None:
-            self.accelerator.unscale_gradients(self.optimizer)
             kld.clip_gradients()
+        if norm is not None:
+            nn.utils.clip_grad_norm_(self.trained, norm)
+        if value is not None:
+            nn.utils.clip_grad_value_(self.trained, value)
 
     def _after_step(self) -> None:
         self.step += 1
         self.updates += 1
-        if self.scheduler is not None:
+        if self.scheduler is not None:  # one of the two does something
             self.scheduler.step_update(self.updates)
+            self.scheduler.step(self.updates // self.batches)
+        if self.average is not None:
+            self.average.update(self.updates)
         if self.prompted is not None:
             self.prompted.prompts.end_of_step()
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the module is what is validated and saved: the average, if there is."""
+        return contextlib.nullcontext() if self.average is None else self.average.used()
 
     def _finish_epoch(self) -> None:
         """Validates, keeps the best, writes metrics and state."""
         loss, accuracy = self._means(self.sums, self.train_data)
-        val_loss, val_accuracy = self._evaluate(self.val_data)
+        with self._averaged():
+            val_loss, val_accuracy = self._evaluate(self.val_data)
         if not math.isfinite(val_loss):
             raise self._stopped(f"the validation loss of epoch {self.epoch + 1} is {val_loss}")
         self.settled = False
@@ -525,7 +547,8 @@ class _Run:
         if self.best is None or candidate[:2] > self.best[:2]:
             self.best = candidate
             if self.main:
-                self.module.save(self.folder.best)
+                with self._averaged():
+                    self.module.save(self.folder.best)
         if self.prompted is not None:
             self.prompted.prompts.end_of_epoch()  # may move prompts: what was measured is saved
         self.step, self.sums = 0, self._no_sums()
@@ -642,6 +665,7 @@ class _Run:
                 "record": self.record,
                 "module": {k: v.cpu() for k, v in self.module.trained_state().items()},
                 "optimizer": self.optimizer.state_dict(),
+                "average": None if self.average is None else [v.cpu() for v in self.average.values],
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "streams": streams,
                 "epoch": self.epoch,
@@ -656,7 +680,8 @@ class _Run:
 
     def _write_last(self) -> None:
         if self.main:
-            self.module.save(self.folder.last)
+            with self._averaged():
+                self.module.save(self.folder.last)
 
     def _restore_or_refuse(self, saved: dict[str, Any]) -> None:
         try:
@@ -681,6 +706,9 @@ class _Run:
             )
         methods.load_trained_state(self.module, saved["module"], self.folder.state)
         self.optimizer.load_state_dict(saved["optimizer"])
+        if self.average is not None:
+            for value, stored in zip(self.average.values, saved["average"], strict=True):
+                value.copy_(stored)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step, self.updates = saved["epoch"], saved["step"], saved["updates"]
@@ -765,11 +793,17 @@ class _Signals:
 def _make_scheduler(
     options: Options, optimizer: torch.optim.Optimizer, batches_per_epoch: int
 ) -> Any:
-    """timm's schedule, stepped per update: a pure function of the number of updates."""
-    from timm.scheduler import create_scheduler_v2
+    """timm's schedule, a pure function of the number of updates; VPT's of the number of epochs."""
+    from timm.scheduler import CosineLRScheduler, create_scheduler_v2
 
     if options.scheduler == "none":
         return None
+    if options.scheduler == "vpt":
+        warm = cast(int, options.warmup_epochs)
+        left = max(1, options.epochs - warm)
+        scheduler = CosineLRScheduler(optimizer, left, warmup_t=warm, warmup_prefix=True)
+        scheduler.step(0)
+        return scheduler
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=options.scheduler,

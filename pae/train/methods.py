@@ -265,6 +265,11 @@ def rehearse(options: Options, given: Given | None = None) -> None:
         raise ValueError(f"{called('optimizer')}: {error}") from error
     if not isinstance(module, pae.PromptedViT):
         return
+    if options.ema is not None and module.prompts.moves_prompts:
+        raise ValueError(
+            f"{called('ema')}: {options.method} moves prompts between blocks, and an average would "
+            "mix a prompt's values in one with those in another; leave it out"
+        )
     for name in ("mpa", "spt"):
         if getattr(options, name):
             try:
@@ -438,6 +443,16 @@ def load_trained_state(module: Method, state: dict[str, Tensor], where: str | Pa
     """
     state = fitted(where, state, module.trained_state())
     module.load_state_dict(state, strict=False)  # a frozen backbone is no part of `state`
+
+
+def parameter_groups(module: Method, options: Options) -> list[dict[str, Any]]:
+    """The module's groups for an optimiser, with the head's own weight decay if it has one."""
+    groups = module.parameter_groups(options.lr, options.weight_decay)
+    if options.head_weight_decay is not None:  # of a method with prompts
+        for group in groups:
+            if group["name"] == "head":
+                group["weight_decay"] = options.head_weight_decay
+    return groups
 
 
 def trained_parameters(module: Method) -> int:

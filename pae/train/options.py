@@ -17,7 +17,7 @@ from pae.files import check_signature
 from pae.train.declared import Given, check, declared, near, option, parsed, read_table
 from pae.train.embedded import DATASETS, WEIGHTS_IMAGE_SIZE, WEIGHTS_NAME
 
-SCHEDULERS = ("cosine", "step", "poly", "none")
+SCHEDULERS = ("cosine", "step", "poly", "vpt", "none")
 AMPS = ("auto", "bf16", "fp16", "no")
 DEVICES = ("auto", "cpu", "cuda")
 HEAD_INITS = ("default", "vpt")
@@ -184,7 +184,44 @@ class Options:
     weight_decay: float = _recipe(
         None, "not on the head's bias", low=0, metavar="W", unset=_ITS_OWN
     )
-    scheduler: str = _recipe("cosine", "learning rate over the steps", choices=SCHEDULERS)
+    head_weight_decay: float | None = _recipe(
+        None, "of the head's weight", low=0, metavar="W", unset="weight_decay"
+    )
+    clip_norm: float | None = _recipe(
+        None,
+        "every step: largest norm of all gradients together, which are scaled down to it",
+        above=0,
+        metavar="X",
+        unset="no clip",
+    )
+    clip_value: float | None = _recipe(
+        None,
+        "every step: largest entry of a gradient, which is cut off there",
+        above=0,
+        metavar="X",
+        unset="no clip",
+    )
+    label_smoothing: float = _recipe(
+        0.0,
+        "share of the target that is spread over all classes, in the training loss",
+        low=0,
+        below=1,
+        metavar="P",
+    )
+    ema: float | None = _recipe(
+        None,
+        "decay of a moving average of what is trained; it is what is validated, saved and tested",
+        above=0,
+        below=1,
+        metavar="D",
+        unset="no average",
+    )
+    scheduler: str = _recipe(
+        "cosine",
+        "learning rate over the steps; vpt: per epoch, as in VPT's code, epoch 0 at 0 if there is "
+        "a warm-up",
+        choices=SCHEDULERS,
+    )
     warmup_epochs: float = _recipe(
         None, "of linear warm-up", low=0, metavar="N", unset=f"{_ITS_OWN}, at most a quarter"
     )
@@ -233,6 +270,11 @@ class Options:
         values.update({name: value for name, value in recipe.items() if values[name] is None})
         if self.warmup_epochs is None:
             values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 4)
+        if values["scheduler"] == "vpt" and values["warmup_epochs"] and values["epochs"] == 1:
+            raise ValueError(
+                f"{called('scheduler')}: a warm-up begins with an epoch at learning rate 0, and "
+                "the run has no other; give more --epochs, or --warmup-epochs 0"
+            )
         device = values["device"] = _resolve_device(self.device, called)
         amp = values["amp"] = _resolve_amp(self.amp, device, called)
         if self.mpa_precision == "auto":
@@ -263,6 +305,7 @@ class Options:
 
         both("data", "dataset")
         both("mpa", "spt")
+        both("clip_norm", "clip_value")
         for name in ("kld", "mpa", "spt", "method_args"):
             if getattr(self, name) and self.is_comparison:
                 includes = "; the comparison includes it" if name in ("kld", "mpa") else ""
@@ -272,6 +315,11 @@ class Options:
                 raise ValueError(f"{called(name)} needs a --method with prompts, not {self.method}")
         if self.pool == "prompts" and (self.is_comparison or not self.has_prompts):
             raise ValueError(f"{called('pool')} needs a --method with prompts, not {self.method}")
+        if self.head_weight_decay is not None and not self.has_prompts:
+            raise ValueError(
+                f"{called('head_weight_decay')} needs a --method with prompts, not {self.method}; "
+                "--weight-decay is the head's too"
+            )
         if self.method == "full" and self.head_init == "vpt":
             raise ValueError(
                 f"{called('head_init')} is for linear and for methods with prompts, not full"
@@ -342,7 +390,8 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
     COMPARE: {**_PROMPTS, "epochs": 3},  # it is to end in minutes on a CPU
 }
-RECIPE = tuple(_PROMPTS)  # the options that a recipe is made of
+# the options that a recipe is made of
+RECIPE = (*_PROMPTS, "head_weight_decay", "clip_norm", "clip_value", "label_smoothing", "ema")
 
 
 # ---- files
