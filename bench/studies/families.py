@@ -127,11 +127,12 @@ def _step(module: pae.PromptedViT, batch: int, device: torch.device) -> Callable
 def report(arguments: argparse.Namespace) -> None:
     """Write the numbers of all finished runs and of the step times."""
     output, dataset = arguments.output, arguments.dataset
-    chosen = list(cells(dataset, FAMILIES, arguments.seeds))
+    shown = [family for family in FAMILIES if family not in WITHDRAWN]
+    chosen = list(cells(dataset, shown, arguments.seeds))
     found = {name: records for (_, name), records in runs.collect(chosen, output).items()}
     timing = output / "step_time.json"
     rows: dict[str, dict] = {}
-    for family in (f for f in FAMILIES if f not in WITHDRAWN):
+    for family in shown:
         for variant in VARIANTS:
             if records := found.get(f"{family}-{variant}"):
                 rows.setdefault(family, {})[variant] = {
