@@ -21,9 +21,9 @@ SETTINGS = {"num_tokens": 3, "num_proxies": 5, "num_classes": 10}
 SETTINGS |= {"patch_weight": 0.05, "class_weight": 0.07, "remap_from": 0}
 
 
-def made(arrays, vit, **options):
+def made(arrays, vit, pool="image", **options):
     family = DAVPT(**SETTINGS, **options)
-    model = pae.PromptedViT(vit, family).train()
+    model = pae.PromptedViT(vit, family, pool=pool).train()
     with torch.no_grad():
         family.tokens.copy_(
             torch.cat([arrays[f"{group}_tokens"].flatten(0, 1) for group in ("other", "proxy")])
@@ -93,10 +93,11 @@ def test_step(golden, tiny_vit, norm, classes, feature, engine, precision):
     check_gradients(arrays, at, zip(of_norm, ("norm_weight", "norm_bias")), precision)
 
 
+@pytest.mark.parametrize("name, pool", [("mae_all", "all"), ("mae_img", "image")])
 @ENGINES
 @PRECISIONS
-def test_averaged_readout(golden, precision, engine):
-    """Of image rows: the final norm ahead of the mean, as the released MAE runs have it."""
+def test_averaged_readout(golden, name, pool, precision, engine):
+    """The final norm ahead of the mean, as the released MAE runs have it."""
     arrays, dtype = stored(golden, "da_vpt", precision)
     data, _ = stored(golden, "data", precision)
     weights, _ = stored(golden, "backbone", precision)
@@ -114,8 +115,8 @@ def test_averaged_readout(golden, precision, engine):
     vit.load_state_dict(
         {k.removeprefix("timm/"): v for k, v in weights.items() if k.startswith("timm/")}
     )
-    logits = run(made(arrays, vit), data["images"][:6], engine)
-    assert close(logits, arrays[f"mae_img/{precision}/logits"], VALUE[precision])
+    logits = run(made(arrays, vit, pool), data["images"][:6], engine)
+    assert close(logits, arrays[f"{name}/{precision}/logits"], VALUE[precision])
 
 
 @ENGINES
