@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import pae
 from pae.prompts import ProVPT
+from pae.prompts.relocation import PPOPolicy
 from tests.pae.test_golden import GRADIENT, VALUE, stored
 from tests.tiny import error
 
@@ -138,16 +139,40 @@ def test_eight_epochs(golden, tiny_vit, precision, engine):
         ("probabilities", POLICY[precision]),
     ):
         assert error(torch.stack(seen[key]), arrays[f"{precision}/{key}"]) <= tolerance, key
-    for name in ("actor", "critic"):
-        after = seen[name]
-        assert error(after[2], arrays[f"{precision}/{name}_after_3"]) <= POLICY[precision]
-        assert error(after[0], arrays[f"f64/{name}_after_1"]) <= POLICY[precision]
+    if (
+        precision == "f64"
+    ):  # in float32 Adam makes whole steps of what rounding leaves of a gradient
+        for name in ("actor", "critic"):
+            for k in (1, 3):
+                expected = arrays[f"f64/{name}_after_{k}"]
+                assert error(seen[name][k - 1], expected) <= POLICY["f64"], (name, k)
     for key, got in (
         ("prompts", family.tokens),
         ("head_weight", model.head.weight),
         ("head_bias", model.head.bias),
     ):
         assert error(got, arrays[f"{precision}/final_{key}"]) <= GRADIENT[precision], key
+
+
+@PRECISIONS
+def test_the_policy_alone(golden, precision):
+    """Told the states and the rewards of the file, whatever a model's rounding makes of them."""
+    arrays, _ = stored(golden, "pro_vpt", precision)
+    policy = PPOPolicy(4, json.loads(str(golden("pro_vpt")["meta_json"]))["policy_seed"])
+    with torch.no_grad():
+        for name, net in policy.nets.items():
+            net.weights.copy_(arrays[f"{name}0"])
+    seen, chosen = watched(policy), []
+    for k, state in enumerate(arrays[f"{precision}/states"]):
+        if k:
+            policy.reward(arrays[f"{precision}/rewards"][k - 1].item())
+        chosen.append(policy.choose(state.float()))
+    assert chosen == arrays["move_target"][1:].tolist()
+    for key in ("probabilities", "ppo_loss"):
+        got = torch.tensor(seen[key]) if key == "ppo_loss" else torch.stack(seen[key])
+        assert error(got, arrays[f"{precision}/{key}"]) <= 1e-5, key
+    for name in ("actor", "critic"):
+        assert error(seen[name][2], arrays[f"{precision}/{name}_after_3"]) <= 1e-5, name
 
 
 @PRECISIONS
