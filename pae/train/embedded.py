@@ -231,7 +231,7 @@ def load_task(
     )
 
 
-def make_skeleton(image_size: int, num_classes: int = 0) -> nn.Module:
+def make_skeleton(image_size: int, num_classes: int = 0, **drops: float) -> nn.Module:
     """What `load_backbone` makes, on the meta device: its sizes, without any weights.
 
     Raises:
@@ -240,11 +240,13 @@ def make_skeleton(image_size: int, num_classes: int = 0) -> nn.Module:
     import torch
 
     with torch.device("meta"):
-        return _resized(_architecture(image_size), image_size, num_classes)
+        return _resized(_architecture(image_size, drops), image_size, num_classes)
 
 
-def load_backbone(image_size: int, num_classes: int = 0) -> nn.Module:
+def load_backbone(image_size: int, num_classes: int = 0, **drops: float) -> nn.Module:
     """timm `vit_small_patch14_dinov2` with the DINOv2-S/14-derived weights, at `image_size` pixels.
+
+    `drops` are timm's rates of what a block drops in training mode, e.g. drop_path_rate=0.1.
 
     The weights, all of them, enter at their native 518 px; timm then resamples the position
     embedding.
@@ -255,7 +257,7 @@ def load_backbone(image_size: int, num_classes: int = 0) -> nn.Module:
     """
     from pae.tensorfile import fitted, read_tensors
 
-    model = _architecture(image_size)
+    model = _architecture(image_size, drops)
     path = cache_folder() / f"{WEIGHTS_NAME}.safetensors"
     with _in_cache():
         if not path.is_file():
@@ -268,12 +270,12 @@ def load_backbone(image_size: int, num_classes: int = 0) -> nn.Module:
     return _resized(model, image_size, num_classes)
 
 
-def _architecture(image_size: int) -> Any:
+def _architecture(image_size: int, drops: Mapping[str, float]) -> Any:
     import timm
 
     if image_size < 14 or image_size % 14:
         raise ValueError(f"--img-size {image_size}: {WEIGHTS_NAME} needs a multiple of 14")
-    return timm.create_model(WEIGHTS_ARCHITECTURE, pretrained=False)
+    return timm.create_model(WEIGHTS_ARCHITECTURE, pretrained=False, **drops)
 
 
 def _resized(model: Any, image_size: int, num_classes: int) -> nn.Module:

@@ -157,6 +157,11 @@ class _Run:
         self._compare(saved, sibling)
         self.train_data, self.val_data, self.test_data = self._data(task)
         self.batches = math.ceil(len(self.train_data) / options.batch_size)  # of an epoch
+        self.drawn = len(self.train_data)  # images of an epoch
+        self.labels = torch.tensor(task.train.labels)
+        if options.per_class is not None:
+            self.drawn = self.batches * options.batch_size
+            self._epoch_batches(0)  # which may refuse
         if saved is None:
             self._write_config(task)
             if options.mpa:
@@ -254,7 +259,12 @@ class _Run:
 
         def pipeline(images: Images, training: bool) -> pixels.Pipeline:
             transform, is_random = pixels.make_transform(
-                options.augment, training, size[0], config["interpolation"], config
+                options.augment,
+                training,
+                size[0],
+                config["interpolation"],
+                config,
+                options.rand_augment,
             )
             split = pixels.PixelSplit(
                 images, transform, is_random, options.seed, options.workers, ranges=ranges
@@ -350,7 +360,7 @@ class _Run:
     def _align(self) -> None:
         """Modal Pre-Alignment on the first images of the first epoch."""
         options, began = self.options, time.perf_counter()
-        order = torch.cat(self._epoch_batches(0))[: options.mpa_images]
+        order = torch.cat(self._every_image(0))[: options.mpa_images]
         ((images, labels),) = self.train_data.batches([order])
         found = self.alignment = pae.mpa_init(
             cast(pae.PromptedViT, self.prompted),
@@ -370,11 +380,18 @@ class _Run:
 
     def _take_tokens(self) -> None:
         """SPT: prompts start as tokens of the training images; every process draws the same."""
-        batches = self.train_data.batches(self._epoch_batches(0))
+        batches = self.train_data.batches(self._every_image(0))
         model, method = cast(pae.PromptedViT, self.prompted), cast(str, self.options.spt)
         pae.spt_init(model, batches, method=method, seed=self.options.seed)
 
     def _epoch_batches(self, epoch: int) -> list[Tensor]:
+        options = self.options
+        if options.per_class is None:
+            return self._every_image(epoch)
+        place = options.batch_size, options.per_class, options.seed, epoch
+        return pixels.balanced_batches(self.labels, *place)
+
+    def _every_image(self, epoch: int) -> list[Tensor]:
         options = self.options
         return pixels.epoch_batches(len(self.train_data), options.batch_size, options.seed, epoch)
 
@@ -383,7 +400,7 @@ class _Run:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         shares = [pixels.share(b, rank, world) for b in self._epoch_batches(self.epoch)]
         shares = shares[self.step :]
-        self.wrapped.train()
+        methods.start_training(self.wrapped, self.options)
         if self.prompted is not None and self.step == 0:
             self.settled = False  # until the first step: what starts an epoch must not start twice
             counted = [indices for indices, weight in shares if weight > 0]
@@ -525,7 +542,7 @@ class _Run:
 
     def _finish_epoch(self) -> None:
         """Validates, keeps the best, writes metrics and state."""
-        loss, accuracy = self._means(self.sums, self.train_data)
+        loss, accuracy = self._means(self.sums, self.drawn)
         with self._averaged():
             val_loss, val_accuracy = self._evaluate(self.val_data)
         if not math.isfinite(val_loss):
@@ -602,7 +619,7 @@ class _Run:
             logits = self._evaluation_model()(inputs, engine=self.options.engine)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
-        return self._means(sums, data)
+        return self._means(sums, len(data))
 
     def _passes(self) -> int:
         """Passes of an image through the backbone, MPA's apart: one for a forward, one more for a
@@ -615,15 +632,15 @@ class _Run:
         if self.options.method == "linear":  # the features, once
             return train + val + test
         of_a_step = 3 if self.options.method == "full" else 2
-        return self.options.epochs * (of_a_step * train + val) + test
+        return self.options.epochs * (of_a_step * self.drawn + val) + test
 
     def _evaluation_model(self) -> nn.Module:
         # parts differ in length by a batch, so the wrapper, which waits for all, must not be asked
         return self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=True)
 
-    def _means(self, sums: Tensor, data: Any) -> tuple[float, float]:
+    def _means(self, sums: Tensor, count: int) -> tuple[float, float]:
         loss, hits = self.accelerator.reduce(sums, "sum").tolist()
-        return loss / len(data), hits / len(data)
+        return loss / count, hits / count
 
     def _no_sums(self) -> Tensor:
         """Sums over the images seen: loss, hits. On the device, so that no step waits for them."""

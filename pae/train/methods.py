@@ -79,7 +79,7 @@ def _backbone_as_published(
             )
         size = options.img_size or embedded.WEIGHTS_IMAGE_SIZE
         make = embedded.make_skeleton if skeleton else embedded.load_backbone
-        return make(size, num_classes)
+        return make(size, num_classes, **_drops(options))
     source, _, place = options.model.partition(":")
     if source not in _SOURCES and not timm.is_model(options.model):
         known = [embedded.WEIGHTS_NAME, *timm.list_models()]
@@ -88,7 +88,7 @@ def _backbone_as_published(
         if "/" in options.model:
             hint = f"; hf-hub:{options.model} is on the hub, local-dir:{options.model} a folder"
         raise ValueError(f"--model {options.model}: timm has no such model{hint}")
-    more: dict[str, Any] = {"num_classes": num_classes}
+    more: dict[str, Any] = {"num_classes": num_classes, **_drops(options)}
     if options.img_size is not None:
         more["img_size"] = options.img_size
     weights: str | Path | Mapping[str, Tensor] | None = options.weights
@@ -120,6 +120,32 @@ def _backbone_as_published(
         if say is not None and not skeleton:
             say(str(loaded))
     return model
+
+
+def _drops(options: Options) -> dict[str, float]:
+    """What the backbone drops in training, in timm's words."""
+    rates = {
+        "drop_path_rate": options.drop_path,
+        "pos_drop_rate": options.backbone_dropout,
+        "proj_drop_rate": options.backbone_dropout,
+    }
+    return {name: rate for name, rate in rates.items() if rate > 0}
+
+
+def start_training(module: nn.Module, options: Options) -> None:
+    """Training mode; of a backbone under prompts, which stays in eval mode, what drops at random.
+
+    Args:
+        module: a `Method`, or a wrapper around one.
+        options: its own.
+    """
+    from timm.layers import DropPath
+
+    module.train()
+    if options.has_prompts and _drops(options):
+        for part in module.modules():
+            if isinstance(part, (DropPath, nn.Dropout)):
+                part.train()
 
 
 # where timm finds models besides its own names, "hf_hub" being its older spelling

@@ -5,6 +5,7 @@ again. An option is declared here, once, and nowhere else; see `pae.train.declar
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ AMPS = ("auto", "bf16", "fp16", "no")
 DEVICES = ("auto", "cpu", "cuda")
 HEAD_INITS = ("default", "vpt")
 OWN_POOL = "own"
+# timm's words; it passes over some that it does not know
+_RAND_AUGMENT = re.compile(
+    r"rand(-(m\d+|n[1-9]|p(0?\.\d+|1)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|tweights))*"
+)
 MPA_PRECISIONS = ("auto", *choices.MPA_PRECISIONS)
 
 FIRST = "digits"  # what `pae train` shows when nobody says what to train on
@@ -84,6 +89,13 @@ class Options:
         "protocol for FGVC; timm: timm's random resized crop, flip, jitter",
         choices=choices.AUGMENTS,
     )
+    rand_augment: str | None = _images(
+        None,
+        "RandAugment of training images, after crop and flip, in timm's words, e.g. "
+        "rand-m9-mstd0.5-inc1; with augment timm instead of its jitter",
+        metavar="TEXT",
+        unset="none",
+    )
     norm: str = _images(
         "model",
         "channel normalisation: the backbone's own (model) or another",
@@ -110,6 +122,23 @@ class Options:
         "own: the model's readout; else a mean of the last block's rows, in a class token's place "
         "with a new, frozen norm behind it, as on MAE: the image's, all, the prompts'",
         choices=(OWN_POOL, *choices.POOLS),
+    )
+
+    drop_path: float = _backbone(
+        0.0,
+        "stochastic depth of the backbone in training, growing to this rate in the last block; "
+        "engine reference alone",
+        low=0,
+        below=1,
+        metavar="P",
+    )
+    backbone_dropout: float = _backbone(
+        0.0,
+        "dropout of the backbone in training: behind the position embedding, attention and the "
+        "layers of the MLP; engine reference alone",
+        low=0,
+        below=1,
+        metavar="P",
     )
 
     method: str = _method(
@@ -178,6 +207,13 @@ class Options:
     )
     batch_size: int = _recipe(
         None, "images per step, over all processes", low=1, high=10**6, unset=_ITS_OWN
+    )
+    per_class: int | None = _recipe(
+        None,
+        "images of a class in a batch, which has as many classes as fit (DA-VPT: 2)",
+        low=1,
+        high=10**6,
+        unset="every image once per epoch",
     )
     optimizer: str = _recipe(None, "any of timm's, e.g. adamw, sgd", metavar="NAME", unset=_ITS_OWN)
     lr: float = _recipe(None, "peak learning rate", above=0, metavar="LR", unset=_ITS_OWN)
@@ -275,6 +311,11 @@ class Options:
                 f"{called('scheduler')}: a warm-up begins with an epoch at learning rate 0, and "
                 "the run has no other; give more --epochs, or --warmup-epochs 0"
             )
+        per_class, batch = values["per_class"], values["batch_size"]
+        if per_class is not None and batch % per_class:
+            raise ValueError(
+                f"{called('per_class')}: expected a divisor of the batch size, which is {batch}"
+            )
         device = values["device"] = _resolve_device(self.device, called)
         amp = values["amp"] = _resolve_amp(self.amp, device, called)
         if self.mpa_precision == "auto":
@@ -319,6 +360,23 @@ class Options:
             raise ValueError(
                 f"{called('head_weight_decay')} needs a --method with prompts, not {self.method}; "
                 "--weight-decay is the head's too"
+            )
+        for name in ("rand_augment", "drop_path", "backbone_dropout"):
+            if getattr(self, name) and self.method == "linear":
+                raise ValueError(
+                    f"{called(name)} is drawn anew in every step, and linear computes the features "
+                    "of its images once"
+                )
+        for name in ("drop_path", "backbone_dropout"):
+            if getattr(self, name) and self.has_prompts and self.engine != "reference":
+                raise ValueError(
+                    f"{called(name)} needs --engine reference: the fast one has folded the frozen "
+                    "blocks, and draws nothing in them"
+                )
+        if self.rand_augment is not None and not _RAND_AUGMENT.fullmatch(self.rand_augment):
+            raise ValueError(
+                f"{called('rand_augment')}: expected rand, then any of -mN -nN -pX -mstdX -mmaxN "
+                "-inc1 -tweights, e.g. rand-m9-mstd0.5-inc1"
             )
         if self.method == "full" and self.head_init == "vpt":
             raise ValueError(
@@ -393,8 +451,12 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "da-vpt": {**_PROMPTS, "lr": 5e-3},
     COMPARE: {**_PROMPTS, "epochs": 3},  # it is to end in minutes on a CPU
 }
-# the options that a recipe is made of
-RECIPE = (*_PROMPTS, "head_weight_decay", "clip_norm", "clip_value", "label_smoothing", "ema")
+# the options that a recipe is made of; what a linear probe, beside prompts, has of its own
+RECIPE = (
+    *_PROMPTS,
+    *("rand_augment", "drop_path", "backbone_dropout", "per_class"),
+    *("head_weight_decay", "clip_norm", "clip_value", "label_smoothing", "ema"),
+)
 
 
 # ---- files

@@ -75,6 +75,7 @@ def make_transform(
     image_size: int,
     interpolation: str,
     model_config: Mapping[str, Any] | None = None,
+    rand_augment: str | None = None,
 ) -> tuple[Transform, bool]:
     """A transform PIL -> uint8 tensor (3, S, S), and whether it is random.
 
@@ -88,6 +89,8 @@ def make_transform(
         interpolation: PIL interpolation by name, e.g. "bicubic".
         model_config: timm's resolved data configuration of the backbone; for "timm" in evaluation
             its "crop_pct" and "crop_mode", without it 0.875 and "center".
+        rand_augment: RandAugment in timm's words, for training; after crop and flip, and with
+            "timm" in place of the jitter.
     Raises:
         ValueError: unknown `augment`.
     """
@@ -102,19 +105,37 @@ def make_transform(
         "use_prefetcher": True,
     }
     crop = evaluation_crop(augment, model_config)
-    if augment == "none" or not training:
+    if not training or (augment == "none" and rand_augment is None):
         return create_transform(**common, **crop), False
     if augment == "timm":
-        return create_transform(**common, is_training=True), True
-    short_side = math.floor(image_size / crop["crop_pct"])  # as timm computes it for evaluation
-    return transforms.Compose(
-        [
+        return create_transform(**common, is_training=True, auto_augment=rand_augment), True
+    if augment == "none":
+        steps = create_transform(**common, **crop).transforms
+    else:
+        short_side = math.floor(image_size / crop["crop_pct"])  # as timm computes it to evaluate
+        steps = [
             transforms.Resize(short_side, str_to_interp_mode(interpolation)),
             transforms.RandomCrop(image_size),
             transforms.RandomHorizontalFlip(),
             MaybePILToTensor(),
         ]
-    ), True
+    if rand_augment is not None:  # while the image is PIL's
+        steps = [*steps[:-1], _rand_augment(rand_augment, image_size, interpolation), steps[-1]]
+    return transforms.Compose(steps), True
+
+
+def _rand_augment(config: str, image_size: int, interpolation: str) -> Any:
+    """timm's RandAugment, with the constants that its own training transform gives it."""
+    from timm.data.auto_augment import rand_augment_transform
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN
+    from timm.data.transforms import str_to_pil_interp
+
+    constants = {
+        "translate_const": int(image_size * 0.45),
+        "img_mean": tuple(min(255, round(255 * value)) for value in IMAGENET_DEFAULT_MEAN),
+        "interpolation": str_to_pil_interp(interpolation),
+    }
+    return rand_augment_transform(config, constants)
 
 
 class PixelSplit(Dataset):
@@ -176,13 +197,16 @@ class PixelSplit(Dataset):
             return self._decode(index)
         # the global streams belong to the model (dropout): borrow them, hand them back untouched
         python_state, torch_state = random.getstate(), torch.get_rng_state()
+        numpy_state = np.random.get_state()  # RandAugment chooses by it
         try:
             key = hash((self.seed, self.epoch, index))
             random.seed(key)
+            np.random.seed(key & 0xFFFFFFFF)
             torch.manual_seed(key & 0x7FFFFFFFFFFFFFFF)
             return self._decode(index)
         finally:
             random.setstate(python_state)
+            np.random.set_state(numpy_state)
             torch.set_rng_state(torch_state)
 
     def _decode(self, index: int) -> Tensor:
@@ -218,6 +242,60 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[Te
     """The index lists of one training epoch: every image once, shuffled by (seed, epoch)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return list(torch.randperm(count, generator=generator).split(batch_size))
+
+
+def balanced_batches(
+    labels: Tensor, batch_size: int, per_class: int, seed: int, epoch: int
+) -> list[Tensor]:
+    """The index lists of one training epoch with as many images of each class in a batch.
+
+    There are as many batches as without; all are full. Classes take turns in random order, and so
+    do the images of a class: none comes again before all others of its kind have come, and no
+    batch has one twice unless its class has fewer than `per_class`.
+
+    Args:
+        labels: (N,) class numbers.
+        batch_size: a multiple of `per_class`; the classes of a batch are all different.
+        per_class: images of each.
+        seed, epoch: which the order is a function of.
+    Raises:
+        ValueError: a batch wants more classes than there are.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+    def shuffled(items: list[int]) -> list[int]:
+        return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(labels.tolist()):
+        members.setdefault(label, []).append(index)
+    wanted = batch_size // per_class
+    if wanted > len(members):
+        raise ValueError(
+            f"--per-class {per_class}: a batch of {batch_size} takes {wanted} classes, and the "
+            f"images have {len(members)}; use a --batch-size of at most {per_class * len(members)}"
+        )
+    classes = sorted(members)
+    waiting: list[int] = []  # classes, in the order in which they come
+    queues: dict[int, list[int]] = {label: [] for label in classes}
+
+    def extended(queue: list[int], items: list[int]) -> list[int]:
+        # what still waits comes last in the next turn, so that none is beside itself
+        return queue + sorted(shuffled(items), key=set(queue).__contains__)
+
+    batches = []
+    for _ in range(math.ceil(len(labels) / batch_size)):
+        if len(waiting) < wanted:
+            waiting = extended(waiting, classes)
+        batch: list[int] = []
+        for label in waiting[:wanted]:
+            while len(queues[label]) < per_class:
+                queues[label] = extended(queues[label], members[label])
+            batch += queues[label][:per_class]
+            queues[label] = queues[label][per_class:]
+        waiting = waiting[wanted:]
+        batches.append(torch.tensor(batch))
+    return batches
 
 
 def sequential_batches(count: int, batch_size: int) -> list[Tensor]:

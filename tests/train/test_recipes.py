@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import random
+import socket
+import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pae.train import loop, methods
+from pae.train import loop, methods, pixels
 from pae.train.options import Options
 from pae.train.runfolder import RunFolder
-from tests.train.helpers import BACKBONE_FLAGS, assert_same_run, numbers, save_shades
+from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, assert_same_run, numbers, save_shades
 from tests.train.test_options import nothing_loaded, refusal
-from tests.train.test_train_loop import Stop, run, settings, stop_after
+from tests.train.test_train_loop import RANKS, Stop, one_thread, run, settings, stop_after
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +172,97 @@ def test_the_decay_of_the_average_ends_at_what_was_asked():
     assert weight.item() == 1.0 and float(average.values[0]) == 0.875
 
 
+# ---- batches, pictures, what the backbone drops
+
+
+def test_batches_have_as_many_images_of_each_class():
+    labels = torch.tensor([0] * 7 + [1] * 3 + [2] * 6 + [3] * 1 + [4] * 5)  # 22: 6 batches of 4
+    batches = pixels.balanced_batches(labels, 4, 2, seed=3, epoch=1)
+    assert len(batches) == 6
+    drawn = {label: [] for label in range(5)}
+    for batch in batches:
+        kinds, counts = labels[batch].unique(return_counts=True)
+        assert counts.tolist() == [2, 2]
+        for label in kinds.tolist():
+            drawn[label].append(batch[labels[batch] == label].tolist())
+    turns = [len(pairs) for pairs in drawn.values()]
+    assert sum(turns) == 12 and max(turns) - min(turns) <= 1
+    assert all(len(set(pair)) == 2 for label in (0, 1, 2, 4) for pair in drawn[label])
+    assert all(pair == [16, 16] for pair in drawn[3])  # there is one
+    first = [index for pair in drawn[2] for index in pair]
+    assert len(set(first[:6])) == min(6, len(first))  # none again before the others
+    again = pixels.balanced_batches(labels, 4, 2, seed=3, epoch=1)
+    assert all(map(torch.equal, batches, again))
+    other = pixels.balanced_batches(labels, 4, 2, seed=3, epoch=2)
+    assert not all(map(torch.equal, batches, other))
+
+
+def test_no_image_is_beside_itself_where_a_turn_ends():
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
+    for seed in range(20):
+        for batch in pixels.balanced_batches(labels, 2, 2, seed, 0):
+            assert len(set(batch.tolist())) == 2
+
+
+def test_an_epoch_of_balanced_batches_is_counted_as_drawn(shades, tmp_path, monkeypatch):
+    drawn = []
+    original = loop._Run._train_step
+
+    def noted(self, inputs, labels, weight):
+        drawn.append(labels.bincount(minlength=3).tolist())
+        original(self, inputs, labels, weight)
+
+    monkeypatch.setattr(loop._Run, "_train_step", noted)
+    result = run(shades, tmp_path, epochs=1, batch_size=6, per_class=2, lr=1e-12, optimizer="sgd")
+    assert drawn == [[2, 2, 2]] * 5  # 29 images, 7 for validation among 36; 5 batches of 6
+    (row,) = numbers(tmp_path)[0]
+    assert row["train_accuracy"] * 30 == pytest.approx(round(row["train_accuracy"] * 30))
+    assert result["passes"] == 2 * 30 + 7 + 15
+
+
+def test_rand_augment_is_drawn_from_seed_epoch_and_image(shades, tmp_path):
+    images = loop.load_task(settings(shades)).train
+    for augment in ("none", "crop", "timm"):
+        plain = pixels.make_transform(augment, True, 32, "bicubic")[0]
+        transform, is_random = pixels.make_transform(
+            augment, True, 32, "bicubic", None, "rand-m9-n3-p1-mstd0.5"
+        )
+        assert is_random
+        split = pixels.PixelSplit(images, transform, is_random, seed=1, workers=1)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+        first, _ = split.__getitems__(torch.arange(6))
+        assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[2])
+        assert np.random.get_state()[1].tolist() == before[1]
+        np.random.rand(5)
+        assert torch.equal(split.__getitems__(torch.arange(6))[0], first)
+        split.epoch = 1
+        assert not torch.equal(split.__getitems__(torch.arange(6))[0], first)
+        assert first.dtype == torch.uint8 and first.shape == (6, 3, 32, 32)
+        without = pixels.PixelSplit(images, plain, augment != "none", seed=1, workers=1)
+        assert not torch.equal(without.__getitems__(torch.arange(6))[0], first)
+    assert not pixels.make_transform("none", False, 32, "bicubic", None, "rand-m9")[1]
+
+
+def test_the_backbone_drops_in_training_alone(shades):
+    chosen = settings(shades, engine="reference", drop_path=0.5, backbone_dropout=0.25)
+    module = methods.build_method(chosen, 3)
+    images = torch.randn(8, 3, 32, 32)
+    plain = methods.build_method(settings(shades), 3)
+    assert {type(p).__name__ for p in plain.backbone.modules()}.isdisjoint({"DropPath"})
+    plain.load_state_dict(module.state_dict())
+    rates = [block.drop_path1.drop_prob for block in module.backbone.blocks[1:]]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])  # 0 in the first block
+    assert module.backbone.pos_drop.p == module.backbone.blocks[0].mlp.drop1.p == 0.25
+    methods.start_training(module, chosen)
+    torch.manual_seed(0)
+    first = module(images)
+    assert not torch.equal(module(images), first)
+    torch.manual_seed(0)
+    assert torch.equal(module(images), first)
+    torch.testing.assert_close(module.eval()(images), plain.eval()(images))
+    assert not any(part.training for part in module.backbone.modules())
+
+
 # ---- together
 
 EVERYTHING = {
@@ -177,6 +272,13 @@ EVERYTHING = {
     "clip_norm": 0.1,
     "label_smoothing": 0.1,
     "ema": 0.6,
+    "engine": "reference",
+    "drop_path": 0.2,
+    "backbone_dropout": 0.1,
+    "batch_size": 6,
+    "per_class": 2,
+    "augment": "crop",
+    "rand_augment": "rand-m9-mstd0.5-inc1",
     "dropout": 0.2,
     "save_every_steps": 1,
 }
@@ -189,16 +291,29 @@ def whole(shades, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("updates", [4, 7, 12])
-def test_all_of_them_together_go_on_bit_for_bit(shades, tmp_path, monkeypatch, whole, updates):
+def test_all_of_them_together_go_on_bit_for_bit(shades, tmp_path, monkeypatch, whole):
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, updates)
+        stop_after(patch, 7)
         run(shades, tmp_path, **EVERYTHING)
     torch.rand(3)
     run(shades, tmp_path, resume="last", **EVERYTHING)
     assert_same_run(tmp_path, whole)
     cut, uncut = (RunFolder(folder).read_state()["average"] for folder in (tmp_path, whole))
     assert all(map(torch.equal, cut, uncut))
+
+
+def test_two_processes_with_all_of_them_go_on_bit_for_bit(shades, tmp_path):
+    flags = ["train", "--data", str(shades), *BACKBONE_FLAGS, *CPU_FLAGS, "--method", "vpt-deep"]
+    flags += ["--epochs", "2", "--num-tokens", "2", "--lr", "0.01", "--quiet"]
+    for name, value in EVERYTHING.items():
+        flags += [f"--{name.replace('_', '-')}", str(value)]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    one_thread([sys.executable, "-c", RANKS, str(port), str(tmp_path), *flags])
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    averages = [RunFolder(tmp_path / name).read_state()["average"] for name in ("cut", "whole")]
+    assert all(map(torch.equal, *averages))
 
 
 @pytest.mark.parametrize(
@@ -215,6 +330,20 @@ def test_all_of_them_together_go_on_bit_for_bit(shades, tmp_path, monkeypatch, w
             "method = 'linear'\nhead_weight_decay = 1",
             "mine: head_weight_decay = 1.0 needs a --method",
         ),
+        (
+            "drop_path = 0.1",
+            "mine: drop_path = 0.1 needs --engine reference: the fast one has folded",
+        ),
+        ("backbone_dropout = 0.1", "mine: backbone_dropout = 0.1 needs --engine reference"),
+        ("method = 'compare'\ndrop_path = 0.1", "mine: drop_path = 0.1 needs --engine reference"),
+        ("method = 'linear'\ndrop_path = 0.1", "mine: drop_path = 0.1 is drawn anew in every step"),
+        ("method = 'linear'\nrand_augment = 'rand'", 'mine: rand_augment = "rand" is drawn anew'),
+        ("rand_augment = 'rand-x3'", 'mine: rand_augment = "rand-x3": expected rand, then any'),
+        ("rand_augment = 'rand-tnosuch'", 'mine: rand_augment = "rand-tnosuch": expected'),
+        (
+            "per_class = 3\nbatch_size = 16",
+            "mine: per_class = 3: expected a divisor of the batch size",
+        ),
         ("scheduler = 'vpt'\nepochs = 1\nwarmup_epochs = 1", 'mine: scheduler = "vpt": a warm-up'),
     ],
 )
@@ -222,3 +351,11 @@ def test_what_has_no_meaning_is_refused_before_anything_is_loaded(line, message)
     with nothing_loaded() as folder:
         (folder / "mine").write_text(line if "method =" in line else f"{line}\nmethod = 'vpt-deep'")
         assert message in refusal("--config", "mine", *BACKBONE_FLAGS)
+
+
+def test_a_batch_of_more_classes_than_there_are_is_refused(shades, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"a batch of 8 takes 4 classes, and the images have 3; use"
+    ):
+        run(shades, tmp_path, per_class=2)
+    assert not list(tmp_path.glob("config.json"))

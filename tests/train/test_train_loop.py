@@ -382,7 +382,7 @@ def test_sigkill_loses_nothing_but_the_current_interval(shades, tmp_path, whole,
     flags += ["--epochs", "3", "--batch-size", "8", "--lr", "0.01", "--num-tokens", "2"]
     flags += ["--dropout", "0.2", "--output", str(folder), "--quiet"]
     code = [sys.executable, "-c", KILLER, where, str(number), *flags]
-    done = _one_thread(code, check=False)
+    done = one_thread(code, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert RunFolder(folder).result() is None
     assert RunFolder(folder).read_state()["epoch"] == 1  # the last complete interval is there
@@ -390,7 +390,7 @@ def test_sigkill_loses_nothing_but_the_current_interval(shades, tmp_path, whole,
     assert_same_run(folder, whole(method="vpt-deep", dropout=0.2))
 
 
-def _one_thread(command, **options):
+def one_thread(command, **options):
     """Run `command` with as many threads as the tests themselves: more would round differently."""
     return processes.run(command, env={"OMP_NUM_THREADS": str(torch.get_num_threads())}, **options)
 
@@ -623,7 +623,7 @@ def test_two_processes_draw_the_curve_of_one(shades, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "pae"]
     two = [*launcher, *flags, "--output", str(tmp_path / "two")]
-    _one_thread(two)
+    one_thread(two)
     one, two = (numbers(tmp_path / name) for name in ("one", "two"))
     for left, right in zip(one[0], two[0], strict=True):
         assert left == pytest.approx(right, rel=1e-4)
@@ -675,7 +675,7 @@ def test_two_processes_go_on_bit_for_bit(shades, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    _one_thread([sys.executable, "-c", RANKS, str(port), str(tmp_path), *flags])
+    one_thread([sys.executable, "-c", RANKS, str(port), str(tmp_path), *flags])
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     cut, whole = (RunFolder(tmp_path / name).read_state() for name in ("cut", "whole"))
     assert int(whole["module"]["prompts.epoch"]) == 3  # two decisions, the first after the stop
