@@ -5,8 +5,9 @@
 
 A card is what was seen of it: GB/s of a large copy, TFLOP/s of a large bf16 product; its processors
 and their clock. A pass is what it moves (each input read once, each output written once), what it
-multiplies (2 per multiply-add, tiles padded), and what it issues: instructions of a warp, read from
-the code that Triton 3.6 compiles for sm_90. Each alone takes
+multiplies (2 per multiply-add, tiles padded), and what it issues: instructions of a warp, of
+attention and of pointwise passes those that `tests/budgets.json` holds of the machine code for
+sm_90 (the file here is made again with it), of the others a guess. Each alone takes
 
     bytes / copy     operations / products     instructions / (4 a cycle and multiprocessor)
 
@@ -24,12 +25,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from pae.checkpoint import write_atomically
+from pae_kernels.attention import tiles
 
 from . import cost, roofline, shapes, table
 from .results import Run, measured
 
 FILE = Path(__file__).parent / "gpu_predictions.json"
+BUDGETS = Path(__file__).parents[1] / "tests" / "budgets.json"  # written by tests/gate.py
 LAUNCH = 3e-6  # seconds between two kernels of a graph, first wave and last one included
 BATCH, ROWS, PROMPTS, WIDTH, HEADS = 128, 197, 50, 768, 12
 FP32_PER_PRODUCT = 1 / 15  # of plain fp32 multiply-adds, in multiples of the bf16 rate
@@ -53,6 +58,47 @@ CARDS = {"H100": Card(3000, 798, 132, 1.755), "H200": Card(4300, 788, 132, 1.755
 
 
 @dataclass(frozen=True)
+class Code:
+    """Of one kernel's machine code: static instructions, those of its longest innermost loop, for a
+    pointwise kernel a thread's for one entry; registers, and programs that a multiprocessor holds.
+    """
+
+    instructions: int
+    loop: int
+    per_entry: float
+    registers: int
+    programs: int
+
+    @classmethod
+    def of(cls, kernel: str, *words: str, block_m: int = 0) -> Code:
+        """By the newest Triton of the budgets.
+
+        Args:
+            words: of its name there. block_m: rows of its tile, where it is launched with several.
+
+        Raises:
+            LookupError: none has these words, or several.
+        """
+        file = json.loads(BUDGETS.read_text())
+        fits = [n for n in file["launches"] if {kernel, *words} <= {*n.split()}]
+        if len(fits) > 1:
+            fits = [n for n in fits if f"BLOCK_M={block_m}" in n.split()]
+        if len(fits) != 1:
+            raise LookupError(
+                f"{BUDGETS.name} must hold one launch of {kernel} {' '.join(words)}, got "
+                f"{len(fits)}: name it in bench/predictions.py as python -m tests.gate does"
+            )
+        places = [p for p in file["launches"][fits[0]] if p.endswith(" sm_90")]
+        newest = max(places, key=lambda p: [int(part) for part in p.split()[0].split(".")])
+        row = dict(zip(file["columns"], file["launches"][fits[0]][newest], strict=True))
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
+
+    def issued(self, warps: int, programs: int, turns: int) -> float:
+        """Millions of instructions, when the loop turns so often in each program."""
+        return warps * programs * (self.instructions + (turns - 1) * self.loop) / 1e6
+
+
+@dataclass(frozen=True)
 class Pass:
     """What one call does.
 
@@ -62,6 +108,7 @@ class Pass:
         mb: bytes that must move. gflop: products that are needed. padded_gflop: that are done.
         instructions: of a warp, in millions. launches: kernels that follow each other.
         slowdown: of its products, in multiples of bf16's.
+        code: of the kernel that takes longest, where it is known.
     """
 
     name: str
@@ -74,6 +121,7 @@ class Pass:
     latency: float = LAUNCH
     row: tuple[str, str] = ("", "")
     slowdown: float = 1.0
+    code: Code | None = None
 
     def floor_us(self, card: Card) -> float:
         """By bytes and by products, whichever takes longer."""
@@ -97,58 +145,90 @@ def _padded(rows: int, tile: int) -> int:
     return -(-rows // tile) * tile
 
 
+def _of_attention(
+    kernel: str, batch: int, tokens: int, tile: tiles.Tile, rows: int, *words: str
+) -> tuple[Code, float]:
+    """Code of a kernel in bf16, and what it issues when each program goes over `rows` others."""
+    named = "bf16,fp32", "FOLDED=True"
+    if kernel != "attention_fwd":
+        named = "bf16,fp32,bf16,fp32", "NEED_QKV=True"
+    named = *named, "GROUPING=0", f"HEADS={HEADS}", f"WIDTH={WIDTH // HEADS}"
+    code = Code.of(kernel, *named, block_m=tile.block_m)
+    mine, step = tile.block_m, tile.block_n
+    if kernel == "attention_bwd_dkv":
+        mine, step = step, mine
+    programs = batch * HEADS * -(-tokens // mine)
+    return code, code.issued(tile.warps, programs, -(-rows // step))
+
+
 def attention() -> Iterator[Pass]:
-    """Forward, tiles of 128 x 64 and 8 warps: 415 instructions a warp and key tile. Backward, 256
-    rows at once: five products, 850 a warp and key tile. The class row alone reads q of one row.
+    """Forward in tiles of query rows, backward all rows at once: five products. The class row alone
+    reads q of one row.
     """
     keys = ROWS + PROMPTS
-    tiles = BATCH * HEADS * _padded(keys, 64) // 64
-    square = BATCH * _padded(ROWS, 128) * _padded(keys, 64) * WIDTH
-    sizes = BATCH, ROWS, PROMPTS, WIDTH
-    for kind, done, instructions, kernels in (
-        ("forward", 2, 2 * tiles * 8 * 415, "prompt_attention_fwd_kernel"),
-        ("backward", 5, tiles * 8 * 850, "prompt_attention_bwd_kernel"),
+    qkv = torch.empty(BATCH, ROWS, 3, HEADS, WIDTH // HEADS, dtype=torch.bfloat16, device="meta")
+    few = {"padded_gflop": 4 * BATCH * 16 * _padded(keys, 64) * WIDTH / 1e9}
+    rows_mb = BATCH * ROWS * WIDTH * 2 / 1e6
+    for kind, done, short, kernel in (
+        ("forward", 2, "fwd", "prompt_attention_fwd_kernel"),
+        ("backward", 5, "bwd", "prompt_attention_bwd_kernel"),
     ):
+        chosen = tiles.forward if kind == "forward" else tiles.backward_whole
+        tile, tile_of_one = chosen(qkv, ROWS), chosen(qkv, 1)
+        assert tile is not None and tile_of_one is not None
+        sizes = BATCH, ROWS, PROMPTS, WIDTH
+        code, issued = _of_attention(f"attention_{short}", BATCH, ROWS, tile, keys)
+        square = BATCH * _padded(ROWS, tile.block_m) * _padded(keys, tile.block_n) * WIDTH
         yield Pass(
-            f"attention {kind}", kernels,
+            f"attention {kind}", kernel,
             mb=roofline.attention_bytes(kind, *sizes, 2) / 1e6,
             gflop=roofline.attention_flops(kind, *sizes) / 1e9,
             padded_gflop=2 * done * square / 1e9,
-            instructions=instructions / 1e6,
+            instructions=issued,
+            code=code,
             row=(f"attention/{kind}/H{HEADS}d64/N{ROWS}/P{PROMPTS}/bf16/B{BATCH}", "pae"),
         )  # fmt: skip
-    rows = BATCH * ROWS * WIDTH * 2 / 1e6
-    few = {"padded_gflop": 4 * BATCH * 16 * _padded(keys, 64) * WIDTH / 1e9}
-    yield Pass("attention forward, class row", "prompt_attention_fwd_kernel", 2 * rows, **few)
-    yield Pass("attention backward, class row", "prompt_attention_bwd_kernel", 4 * rows, **few)
+        code, issued = _of_attention(f"attention_{short}", BATCH, 1, tile_of_one, keys)
+        moved = rows_mb * (2 if kind == "forward" else 4)
+        name = f"attention {kind}, class row"
+        yield Pass(name, kernel, moved, instructions=issued, code=code, **few)
     batch, tokens = 32, 577  # too long for one pass: seven products, and 13 S of bytes
-    square = batch * _padded(tokens, 64) * _padded(tokens + PROMPTS, 64) * WIDTH
+    keys = tokens + PROMPTS
+    tile = tiles.backward_split(qkv, tokens)
+    square = batch * _padded(tokens, tile.block_m) * _padded(keys, tile.block_n) * WIDTH
+    of_queries = _of_attention("attention_bwd_dq", batch, tokens, tile, keys)
+    of_keys = _of_attention("attention_bwd_dkv", batch, keys, tile, tokens)
     yield Pass(
         "attention backward in two passes",
         "prompt_attention_bwd_dq_kernel, prompt_attention_bwd_dkv_kernel",
         mb=13 * batch * tokens * WIDTH * 2 / 1e6,
         gflop=roofline.attention_flops("backward", batch, tokens, PROMPTS, WIDTH) / 1e9,
         padded_gflop=2 * 7 * square / 1e9,
+        instructions=of_queries[1] + of_keys[1],
+        code=of_keys[0],
         launches=2,
         row=(f"attention/backward/H{HEADS}d64/N{tokens}/P{PROMPTS}/bf16/B{batch}", "pae"),
     )
 
 
 def pointwise() -> Iterator[Pass]:
-    """Bytes an entry: of the fp32 stream 4, of rows for products 2, of a code 1. Instructions of a
-    thread and entry: 14 and 18 for norms; GELU 20, with its code 23; its derivative 24; decoding 8.
-    """
-    for name, wide, moved, instructions, kernel in (
-        ("norm/forward", 1, 12, 14, "layer_norm_fwd_kernel"),
-        ("norm/backward", 1, 14, 18, "layer_norm_bwd_kernel"),
-        ("gelu/forward", 4, 4, 20, "activation_fwd_kernel"),
-        ("gelu/backward", 4, 6, 24, "activation_bwd_kernel"),
-        ("coded gelu/forward", 4, 5, 23, "activation_fwd_kernel, with a code"),
-        ("coded gelu/backward", 4, 5, 8, "activation_bwd_kernel, from a code"),
+    """Bytes an entry: of the fp32 stream 4, of rows for products 2, of a code 1."""
+    wide = f"WIDTH={WIDTH}"
+    for name, times, moved, kernel, *words in (
+        ("norm/forward", 1, 12, "layer_norm_fwd", "fp32,bf16,fp32,bf16,fp32", wide),
+        ("norm/backward", 1, 14, "layer_norm_bwd", "bf16,fp32,bf16", wide),
+        ("gelu/forward", 4, 4, "activation_fwd", "bf16", "KIND=gelu"),
+        ("gelu/backward", 4, 6, "activation_bwd", "bf16", "KIND=gelu"),
+        ("coded gelu/forward", 4, 5, "activation_fwd", "bf16,u8", "KIND=gelu"),
+        ("coded gelu/backward", 4, 5, "activation_bwd", "bf16,u8,bf16", "KIND=gelu"),
     ):
-        entries = BATCH * ROWS * WIDTH * wide / 1e6
-        row = f"{name}/{BATCH * ROWS}x{WIDTH * wide}/bf16", "pae"
-        yield Pass(name, kernel, entries * moved, instructions=entries * instructions / 32, row=row)
+        entries = BATCH * ROWS * WIDTH * times / 1e6
+        code = Code.of(kernel, *words)
+        yield Pass(
+            name, f"{kernel}_kernel{', with a code' if 'coded' in name else ''}", entries * moved,
+            instructions=entries * code.per_entry / 32, code=code,
+            row=(f"{name}/{BATCH * ROWS}x{WIDTH * times}/bf16", "pae"),
+        )  # fmt: skip
 
 
 def koopman() -> Iterator[Pass]:
@@ -204,7 +284,9 @@ def step() -> Iterator[Pass]:
     at = shape, PROMPTS, BATCH
     issued = {p.name: p.instructions for p in (*attention(), *pointwise())}
     blocks = shape.depth
-    instructions = blocks * sum(n for name, n in issued.items() if "coded" not in name)
+    once = ("attention forward", "attention backward", "gelu/forward", "gelu/backward")
+    names = *once, *2 * ("norm/forward", "norm/backward")
+    instructions = blocks * sum(issued[name] for name in names)
     for row in ("pae keep", "pae graphed"):
         yield Pass(
             f"step, {row}", "all", cost.live_step_bytes(*at, 2) / 1e6,
@@ -226,6 +308,7 @@ def predicted() -> dict:
         "cards": {name: asdict(card) for name, card in CARDS.items()},
         "passes": [
             {"name": p.name, "kernels": p.kernels, "group": p.row[0], "row": p.row[1]}
+            | ({"registers": p.code.registers, "resident": p.code.programs} if p.code else {})
             | {
                 name: {
                     "floor_us": float(f"{p.floor_us(card):.3g}"),
