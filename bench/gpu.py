@@ -43,6 +43,13 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", 
 # the tests of a stage that is cut short begin with these
 FIRST = "bf16,bfloat16,class,bitwise,same_bits,repeat"
 LIMIT = "LIMIT"  # in a command: its seconds but for the last quarter, in which no group starts
+ENGINE = ("1/2", "2/2")  # processes that share these tests: repetitions take turns on the host
+# tests of models as wholes whose steps are captured
+GRAPHS = (
+    *("tests/pae/test_gpu_mpa.py", "tests/pae/test_graphs.py", "tests/pae/test_pro_vpt.py"),
+    "tests/pae/test_da_vpt.py",
+)
+CAPTURED = "test_gpu or replays_follow or captured_step"
 LIBRARY = "build"  # the step that compiles csrc/: those of it wait for it
 
 
@@ -73,16 +80,16 @@ def steps() -> Iterator[Step]:
     suites, compiled = _suites()
     for name in ("attention", "pointwise"):
         yield _tests("a", name, 75, *with_lines, suites.pop(name), "-k", "gpu-triton")
-    yield _tests("a", "engine", 75, *with_lines, "tests/pae/test_gpu.py")
+    for part in ENGINE:
+        name, engine = f"engine {part}", (*with_lines, "tests/pae/test_gpu.py")
+        yield _tests("a", name, 75, *engine, env=(("PAE_PART", part),))
     yield _benchmark("a", "attention", 45, "--quick", "-k", "not ompiled")
     yield _benchmark("a", "step", 60, "--quick", "-k", "B128 and not ompiled")
 
     for name, place in suites.items():
         yield _tests("b", name, 150, *with_lines, place, "-k", "gpu")
     yield _tests("b", "native", 150, *with_lines, "tests/kernels/test_native.py", "-k", "gpu")
-    whole = ["tests/pae/test_gpu_mpa.py", "tests/pae/test_graphs.py", "tests/pae/test_pro_vpt.py"]
-    chosen = "test_gpu or replays_follow or captured_step"
-    yield _tests("b", "graphs", 150, *with_lines, *whole, "-k", chosen)
+    yield _tests("b", "graphs", 150, *with_lines, *GRAPHS, "-k", CAPTURED)
     clock = ["tests/bench/test_bench.py", "tests/bench/test_bench_clock.py"]
     yield _tests("b", "clock", 60, *with_lines, *clock, "-k", "device_clock")
     for tool in ("memcheck", "racecheck", "initcheck"):
@@ -120,8 +127,11 @@ def _suites() -> tuple[dict[str, str], list[str]]:
     return suites, compiled
 
 
-def _tests(stage: str, name: str, seconds: int, *command: str) -> Step:
-    return Step(stage, f"tests-{name}", seconds, command, True, True, (("PAE_FIRST", FIRST),))
+def _tests(
+    stage: str, name: str, seconds: int, *command: str, env: tuple[tuple[str, str], ...] = ()
+) -> Step:
+    env = ("PAE_FIRST", FIRST), *env
+    return Step(stage, f"tests-{name}", seconds, command, True, True, env)
 
 
 def _sanitizer(tool: str, files: list[str]) -> Step:
@@ -171,7 +181,7 @@ class Day:
         if shutil.which(step.command[0]) is None:
             self._ended(step, f"{step.command[0]} is not installed", 0, "")
             return
-        log = self.stem.parent / f".{step.name.replace(' ', '')}.log"
+        log = self.stem.parent / f".{re.sub('[ /]', '', step.name)}.log"
         limit = min(step.seconds * self.slow, self.left())
         command = [word.replace(LIMIT, f"{0.75 * limit:.0f}") for word in step.command]
         env = os.environ | {"PAE_LINES": str(self.lines)} | dict(step.env)

@@ -1,7 +1,8 @@
 """Results as they come: one JSON line each in one file, so that a kill loses what was under way.
 
 Loaded as a pytest plug-in (`-p bench.lines`, with the file in PAE_LINES) it writes a line for every
-test that ends, and leaves out what the file says has passed.
+test that ends, and leaves out what the file says has passed. With PAE_PART=1/2 in one process and
+2/2 in another they share the tests.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ def pytest_collection_modifyitems(config, items):
     if (path := _file()) is None:
         return
     passed = {e["test"] for e in read(path, "test") if e["outcome"] == "passed"}
-    gone = [item for item in items if item.nodeid in passed]
-    if gone:
+    part, parts = map(int, os.environ.get("PAE_PART", "1/1").split("/"))
+    mine = [item for item in items[part - 1 :: parts] if item.nodeid not in passed]
+    if gone := [item for item in items if item not in mine]:
         config.hook.pytest_deselected(items=gone)
-        items[:] = [item for item in items if item.nodeid not in passed]
+        items[:] = mine
     first = [word for word in os.environ.get("PAE_FIRST", "").split(",") if word]
     items.sort(key=lambda item: next((i for i, w in enumerate(first) if w in item.name), 99))
 

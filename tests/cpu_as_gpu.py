@@ -10,15 +10,17 @@ graph is captured. A captured graph is the list of its operations; a replay does
 same memory, so what Python decided at capture stays decided. Streams and events are in order, and
 memory is counted by its storages.
 
-The kernels of the GPU versions (`triton`, `cuda`) are the reference's here, under their names:
-what the kernels themselves compute is shown by the interpreter and by the emulation, and what the
-compiler makes of them by the compile tests.
+The kernels of the GPU versions (`triton`, `cuda`) are the reference's here, under their names
+(attention's are those made of PyTorch's fused one): what the kernels themselves compute is shown by
+the interpreter and by the emulation, and what the compiler makes of them by the compile tests.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import re
 import threading
 import time
 import types
@@ -119,13 +121,18 @@ class Device(_python_dispatch.TorchDispatchMode):
         _check_generator(kwargs.get("generator"), here)
         if self.tape is not None and (name in _WAITS or self._crosses(name, tensors)):
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
-        if func.namespace == "pae":
+        if (stands_in := _OF_THE_GPU_ALONE.get(str(func))) is not None:
+            out = stands_in(*args, **kwargs)
+        elif func.namespace == "pae":
             tape, self.tape = self.tape, None
+            most = MEMORY.most
             try:
                 with self:  # what the op does inside is done on the device, too
                     out = func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
             finally:
                 self.tape = tape
+            MEMORY.sweep()  # a kernel allocates its results, not the tensors of a definition
+            MEMORY.most = max(most, MEMORY.now)
         else:
             out = func(*args, **kwargs)
         if here or unknown:
@@ -157,6 +164,52 @@ class Device(_python_dispatch.TorchDispatchMode):
 
 
 DEVICE = Device()
+
+
+# ---- operators of PyTorch that a CPU does not have
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None) -> tuple:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    unused = torch.zeros((), dtype=torch.int64)
+    return out, lse, None, None, q.shape[2], k.shape[2], unused, unused, None
+
+
+def _flash_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *_: Any, **named: Any
+) -> tuple:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        d_out, q, k, v, out, lse.contiguous(), 0.0, False, scale=named.get("scale")
+    )
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None) -> tuple:
+    out, lse, *_ = _flash(q, k, v, scale=scale)
+    unused = torch.zeros((), dtype=torch.int64)
+    rows = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
+    return out, rows, unused, unused
+
+
+def _efficient_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, out: Tensor, lse: Tensor, *_: Any,
+    **named: Any,
+) -> tuple:  # fmt: skip
+    assert bias is None and lse.shape[-1] % 32 == 0, "its log-sum-exp has rows in tiles of 32"
+    lse = lse[..., : q.shape[2]]
+    return *_flash_backward(d_out, q, k, v, out, lse, **named), None
+
+
+def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.bmm(a.to(dtype), b.to(dtype))
+
+
+_OF_THE_GPU_ALONE = {
+    "aten._scaled_dot_product_flash_attention.default": _flash,
+    "aten._scaled_dot_product_flash_attention_backward.default": _flash_backward,
+    "aten._scaled_dot_product_efficient_attention.default": _efficient,
+    "aten._scaled_dot_product_efficient_attention_backward.default": _efficient_backward,
+    "aten.bmm.dtype": _wide_product,
+}
 
 
 # ---- graphs, streams, events
@@ -458,12 +511,16 @@ def _of_kind(real: Any) -> Any:
 # ---- versions
 
 
-def _stands_in(version: Any) -> Any:
-    """The same version on the device, with the reference's functions under its own name."""
+def _stands_in(op: str, version: Any) -> Any:
+    """The same version on the device. It has modules of its own, so whoever takes the reference's
+    functions away does not take its; attention is made as kernels do it, with sums in fp32.
+    """
     package = version.module.rpartition(".")[0]
-    reference = __import__(f"{package}.reference", fromlist=["*"])
-    module = types.ModuleType(version.module)
-    module.__dict__.update({k: v for k, v in vars(reference).items() if not k.startswith("__")})
+    definition = "sdpa" if op == "prompt_attention" else "reference"
+    spec = importlib.util.find_spec(f"{package}.{definition}")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     module.__name__ = version.module
 
     def unavailable(kind: str, dtype: torch.dtype) -> str | None:
@@ -501,7 +558,7 @@ def install() -> None:
 
     for op, versions in backends.registered().items():
         backends.register(
-            op, *(_stands_in(v) if v.name in ("triton", "cuda") else v for v in versions)
+            op, *(_stands_in(op, v) if v.name in ("triton", "cuda") else v for v in versions)
         )
     DEVICE.__enter__()
 
@@ -517,27 +574,25 @@ def install() -> None:
 # ---- sizes, as a plug-in of pytest
 
 SMALLER = {"RUNS": 3, "WIDTH": 64}  # constants of a test module
-# what is asked of the kernels themselves: bodies run, but the reference's numbers decide nothing
+# what nothing but the kernels can be asked, and why; all else is judged here
 ONLY_THERE = {
-    "test_engine_needs_less_memory_than_the_reference": "memory of the kernels",
-    "test_memory_is_that_of_the_result_and_of_strips": "memory of the kernels",
+    # copies are the kernels' own; PyTorch's products sum transposed matrices in another order. The
+    # same assertion holds of the emulated CUDA kernels, and held of Triton's in the interpreter
     "test_strides_do_not_matter": "the same bits from every layout",
-    "test_top_vector_next_to_the_identity_at_real_sizes": "the kernels' spectral norm",
-    "test_the_kernels_run": "that the reference is not asked",
-    "test_prompt_gradient_alone": "sums over the batch in fp32, rounded once",
 }
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list) -> None:
     """With PAE_THIN one case of every test, for each version that a GPU runs."""
-    seen: dict[tuple[str, bool], Any] = {}
+    seen: dict[tuple[str, str], Any] = {}
     for item in items:
         if why := ONLY_THERE.get(getattr(item, "originalname", "")):
-            item.add_marker(pytest.mark.xfail(raises=(AssertionError, TypeError), reason=why))
+            item.add_marker(pytest.mark.xfail(raises=AssertionError, reason=why))
         for name in SMALLER.keys() & vars(item.module).keys():
             setattr(item.module, name, SMALLER[name])
-        name = item.nodeid.partition("[")[0], "gpu-cuda" in item.nodeid
+        version = re.search(r"gpu-\w+", item.nodeid)
+        name = item.nodeid.partition("[")[0], version[0] if version else ""
         if name not in seen or ("gpu" in item.nodeid and "gpu" not in seen[name].nodeid):
             seen[name] = item
     if os.environ.get("PAE_THIN") and not any("replay" in i.fixturenames for i in items):
@@ -571,11 +626,13 @@ def pytest_configure(config: Any) -> None:
         real = getattr(module, name)
         setattr(module, name, lambda *args, **options: real(*change(*args), **options))
 
-    narrow = {"embed_dim": 64, "num_heads": 2, "depth": 2}
+    narrow = {"embed_dim": 64, "num_heads": 2}
     backbone = shapes.random_backbone
 
     def small(name: str, device: torch.device, seed: int = 0, **changes: Any) -> Any:
-        changes = changes if name == shapes.TINY else narrow | changes
+        if name != shapes.TINY:
+            # what a step saves outweighs what one block works with from four blocks on
+            changes = narrow | {"depth": 4 if name == shapes.SMALL else 2} | changes
         return backbone(name, device, seed, **changes)
 
     shapes.random_backbone = small

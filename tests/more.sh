@@ -5,7 +5,8 @@
 #
 # Style; property tests on fresh examples; and the tests that compare numbers once more on what
 # other processors have: AVX2 alone, AVX-512 without its later parts, no vector instructions in
-# PyTorch's own loops, two threads; machine code of all that steps and benchmarks launch on a GPU.
+# PyTorch's own loops, two threads; machine code of all that steps and benchmarks launch on a GPU;
+# and the first stage of bench/gpu.sh on a CPU that stands for a GPU.
 # The CPU kernels also run as aarch64 code in every `pytest` where
 # `apt-get install g++-aarch64-linux-gnu qemu-user-static` was done. Where PAE_TTIR is an environment
 # with ttsem (tests/kernels/ttir.py says how it is made), every Triton kernel in bf16 is executed
@@ -30,6 +31,7 @@ say env ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=default PAE_CPU_ISA=p
 say env PAE_TEST_THREADS=2 OMP_NUM_THREADS=2 pytest -n0 "${here[@]}" tests/pae/test_engine.py \
   tests/pae/test_families.py tests/pae/test_kld.py tests/pae/test_vapt.py "${numbers[@]:1:3}" "$@"
 say python -m tests.gate
+say env OMP_NUM_THREADS=1 pytest -n0 -q tests/bench/gpu_day.py "$@"
 if [ -n "${PAE_TTIR:-}" ]; then
   say env OMP_NUM_THREADS=1 "$PAE_TTIR/bin/python" -m pytest -n0 -q tests/kernels/ttir.py "$@"
 else

@@ -5,16 +5,14 @@ import sys
 
 import pytest
 
+from bench import gpu
 from tests.processes import run
 
 # what needs a second GPU, or a compiler's code
 NOT_HERE = "not another_gpu and not compiles_without"
 PARTS = {
     "engine": ("gpu", "tests/pae/test_gpu.py"),
-    "graphs": (
-        "test_gpu or replays_follow or captured_step",
-        *("tests/pae/test_gpu_mpa.py", "tests/pae/test_graphs.py", "tests/pae/test_pro_vpt.py"),
-    ),
+    "graphs": (gpu.CAPTURED, *gpu.GRAPHS),
     "attention": ("gpu", "tests/kernels/attention", "tests/kernels/test_steps.py"),
     "pointwise": ("gpu", "tests/kernels/test_pointwise.py", "tests/kernels/test_adaptive.py"),
     "koopman": ("gpu", "tests/kernels/koopman"),

@@ -1,11 +1,17 @@
-"""`bench/gpu.sh`: what it runs, its lines, and what is predicted."""
+"""`bench/gpu.sh`: what it runs, its lines, and how it goes on; all of it: `gpu_day.py`."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
+import signal
 import sys
+import time
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +19,6 @@ from bench import gpu, lines, merge, predictions
 from bench.results import Run
 from tests import processes
 from tests.processes import ROOT
-
-SCRIPT = ROOT / "bench" / "gpu.sh"
-
 
 # ---- steps
 
@@ -33,8 +36,8 @@ def test_stages_fit_a_short_lease():
 def test_what_matters_most_comes_first():
     names = [step.name for step in gpu.steps() if step.stage == "a"]
     assert names == [
-        *("ceilings", "build", "tests-attention", "tests-pointwise", "tests-engine"),
-        *("attention (a)", "step (a)"),
+        *("ceilings", "build", "tests-attention", "tests-pointwise"),
+        *("tests-engine 1/2", "tests-engine 2/2", "attention (a)", "step (a)"),
     ]
     for step in gpu.steps():
         if step.name.endswith((" (a)", " (b)")):
@@ -166,3 +169,89 @@ def test_predicted_and_measured_stand_side_by_side():
     run.machine.update({"copy GB/s": 3000.0, "bf16 product TFLOP/s": 798.0})
     line = next(line for line in predictions.beside(run).splitlines() if p.name in line)
     assert line.rstrip(" |").endswith("2.00x")
+
+
+# ---- killed, and gone on with: steps of nothing
+
+TESTS = """
+import os, time
+import pytest
+
+@pytest.mark.parametrize("case", ["quick", "other", "slow"])
+def test_of_the_day(case):
+    if case == "slow" and not os.path.exists("seen"):
+        open("seen", "w").close()
+        time.sleep(600)
+"""
+DAY = """
+import sys
+from pathlib import Path
+from bench import gpu
+
+python, out = sys.executable, Path(sys.argv[1])
+row = f"from tests.bench import test_gpu_day as t; t.write_rows({str(out / 'day.jsonl')!r})"
+sleeps = "[sys.executable, '-c', 'import time; time.sleep(77)']"
+hangs = f"import subprocess, sys; subprocess.run({sleeps})"
+tests = (*gpu.PYTEST, "-p", "bench.lines", "-p", "no:hypothesispytest", sys.argv[2])
+gpu.ROOT, gpu.steps = out, lambda: iter([
+    gpu.Step("a", "ceilings", 9, (python, "-c", "pass")),
+    gpu.Step("a", "tests 1/2", 60, tests, tests=True, env=(("PAE_PART", "1/2"),)),
+    gpu.Step("a", "tests 2/2", 60, tests, tests=True, env=(("PAE_PART", "2/2"),)),
+    gpu.Step("a", "hangs", 2, (python, "-c", hangs)),
+    gpu.Step("a", "rows (a)", 60, (python, "-c", row)),
+])
+gpu.stem_here = lambda have: out / "day"
+sys.exit(gpu.main(["a"]))
+"""
+
+
+def write_rows(path: str) -> None:
+    for entry in entries("1", "step/x", "pae keep"):
+        lines.append(Path(path), **entry)
+
+
+def test_a_day_that_is_killed_goes_on_where_it_was(tmp_path):
+    """A line is lost to a kill and no more; what hangs is ended with all that it started."""
+    (tmp_path / "test_day.py").write_text(TESTS)
+    path = tmp_path / "day.jsonl"
+    command = [sys.executable, "-c", DAY, tmp_path, tmp_path / "test_day.py"]
+    env = {"PYTHONPATH": str(ROOT), "PAE_FIRST": "", "PYTEST_ADDOPTS": f"--rootdir={tmp_path}"}
+    with processes.started(command, env=env) as process:
+        wait_for(lambda: (tmp_path / "seen").exists(), process)
+        assert [e["test"] for e in lines.read(path, "test")] == [
+            "test_day.py::test_of_the_day[quick]"
+        ]
+        os.kill(process.pid, signal.SIGKILL)
+    assert not still_running(str(tmp_path))
+    with open(path, "a") as file:
+        file.write('{"kind": "test", "test": "test_day.py::test_of')
+
+    done = processes.run(command, env=env)
+    assert not still_running("time.sleep(77)")
+    tests = [(e["test"].partition("[")[2], e["outcome"]) for e in lines.read(path, "test")]
+    assert tests == [(f"{case}]", "passed") for case in ("quick", "slow", "other")]
+    steps = {e["name"]: e["outcome"] for e in lines.read(path, "step")}
+    assert steps == dict.fromkeys(("ceilings", "tests 1/2", "tests 2/2", "rows (a)"), "passed") | {
+        "hangs": "out of time"
+    }, done.stdout
+    run = Run.of(json.loads(path.with_suffix(".json").read_text()))
+    assert [row.provider for row in run.rows] == ["pae keep"]
+    assert run.machine["tests 2/2"] == "passed" and "No prediction" in done.stdout
+
+
+def wait_for(true, process) -> None:
+    end = time.monotonic() + 120
+    while not true():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.1)
+
+
+def still_running(word: str) -> list[str]:
+    """Programs with this word in their command line, half a second after."""
+    time.sleep(0.5)
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            said = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found += [said] if word in said and file.parent.name != str(os.getpid()) else []
+    return found
