@@ -74,6 +74,7 @@ class Step:
         self.images, self.labels = torch.randn(BATCH + 1, 3, 32, 32), torch.arange(BATCH + 1)
         self.dtype = DTYPES[dtype]
         self.plan = list(tensors_in(self.model.plan(self.dtype)))  # folded once, not in a step
+        self.forward().backward()  # nor is what a process asks of its processor and PyTorch once
 
     def forward(self, batch: int = BATCH, memory: str = "keep") -> Tensor:
         """The loss of the first `batch` images, gradients of earlier steps forgotten."""
