@@ -117,6 +117,17 @@ def test_column_of_who_shares_prompts(name):
     assert shared == (rows()[name][2] == "batch")
 
 
+def test_column_of_proofs():
+    """Every file that it names is there and read by a test; what has none is called so."""
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / "pae").glob("test_*.py"))
+    for name, row in rows().items():
+        said, _, files = row[5].partition(": ")
+        assert said in ("proven", "proven on images") if files else said == "reconstructed", name
+        for file in filter(None, files.split(", ")):
+            assert (ROOT / "tests" / "golden" / f"{file}.npz").is_file(), (name, file)
+            assert f'"{file}"' in tests, (name, file)
+
+
 @pytest.mark.parametrize(
     "name", re.findall(r"`pae\.([\w.]+)`", (ROOT / "docs" / "families.md").read_text())
 )
