@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pae_kernels import pointwise
+from pae_kernels import pointwise, product
 from pae_kernels.attention import class_attention
 from pae_kernels.attention.reference import sum_groups, take_groups
 from pae_kernels.precision import exact_matmul
@@ -31,6 +31,7 @@ from pae_kernels.precision import exact_matmul
 from .plan import BlockPlan
 
 MEMORY_MODES = ("keep", "recompute8", "recompute")
+_KEPT = {"keep": "hidden", "recompute8": "code", "recompute": "nothing"}  # of fc1's rows
 
 
 class Stream(NamedTuple):
@@ -99,6 +100,16 @@ class Steps:
     def activation(self, hidden: Tensor, kind: str, code: bool) -> tuple[Tensor, Tensor | None]:
         """act(hidden), and with `code` its derivative in 8 bits."""
         return pointwise.activation(hidden, kind, code=code)
+
+    def hidden(self, xhat: Tensor, block: BlockPlan, memory: str) -> tuple[Tensor, Tensor | None]:
+        """act(fc1) of normalised rows, and what the memory mode keeps of fc1's."""
+        if product.wanted(xhat.device.type, xhat.dtype):
+            return product.product_activation(
+                xhat, *block.product("fc1"), block.activation, _KEPT[memory]
+            )
+        hidden = self.product(xhat, block, "fc1")
+        rows, code = self.activation(hidden, block.activation, memory == "recompute8")
+        return rows, {"keep": hidden, "recompute8": code, "recompute": None}[memory]
 
     def attention(
         self, xhat: Tensor, qkv: Tensor, keys: Keys, class_only: bool
@@ -171,9 +182,7 @@ def mlp_half(
     """From attention's output to the block's: rows, what is pending, and what was on the way."""
     x, pending = steps.add(x, out, block, "proj", steps.overwrites)
     y, xhat, rstd = _sum_and_norm(x, pending, block.eps2, block.w_fc1.dtype)
-    hidden = steps.product(xhat, block, "fc1")
-    rows, code = steps.activation(hidden, block.activation, memory == "recompute8")
-    kept = {"keep": hidden, "recompute8": code, "recompute": None}[memory]
+    rows, kept = steps.hidden(xhat, block, memory)
     return *steps.add(y, rows, block, "fc2", True), MLPKept(xhat, rstd, kept)
 
 
@@ -183,7 +192,7 @@ def forward(
     """The forward alone, nothing kept; without `keys` there are no prompts."""
     keys = no_keys(block) if keys is None else keys
     x, out = attention_half(block, stream, keys, steps=steps)[:2]
-    return Stream(*mlp_half(block, x, out, steps=steps)[:2])
+    return Stream(*mlp_half(block, x, out, "recompute", steps)[:2])
 
 
 # ---- rows to queries, keys and values
@@ -481,8 +490,12 @@ def _mlp_half_backward(
     hidden = kept.hidden
     if hidden is None:
         hidden = _linear(kept.xhat, *block.product("fc1"))
-    d = (dy if d_rows is None else d_rows) @ block.w_fc2
-    d = pointwise.activation_backward(d, hidden, block.activation) @ block.w_fc1
+    d = dy if d_rows is None else d_rows
+    if product.wanted(d.device.type, d.dtype):
+        d = product.product_activation_backward(d, block.w_fc2, hidden, block.activation)
+    else:
+        d = pointwise.activation_backward(d @ block.w_fc2, hidden, block.activation)
+    d = d @ block.w_fc1
     dy, narrow = _norm_backward(d, kept.xhat, kept.rstd, dy)
     return dy, narrow @ block.w_proj
 

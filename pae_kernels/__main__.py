@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             koopman,
             native,
             pointwise,
+            product,
             spectrum,
         )
     except (Exception, SystemExit) as error:

@@ -45,6 +45,16 @@ def _exact_matmul(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(a) * b[-1]
 
 
+@_of("product_activation_fwd")
+def _product(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(x) * weight[0]
+
+
+@_of("product_activation_bwd")
+def _product_backward(d: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(d) * weight[1]
+
+
 @_of("prompt_attention_fwd")
 def _attention(
     qkv: Shape,

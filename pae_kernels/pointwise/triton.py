@@ -133,6 +133,14 @@ def _act(u, KIND: tl.constexpr):
 
 
 @triton.jit
+def _code(slope):
+    """The byte of a derivative."""
+    # added to 1.5 * 2^23 a number is rounded, halves to even, into the lowest bits of the sum
+    rounded = slope * CODE_SCALE + (CODE_ZERO + 12582912.0)
+    return rounded.to(tl.int32, bitcast=True).to(tl.uint8)
+
+
+@triton.jit
 def _entries(BLOCK: tl.constexpr):
     return tl.max_contiguous(tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), 8)
 
@@ -146,9 +154,7 @@ def activation_fwd_kernel(
     value, slope = _act(tl.load(u + at, mask=mask, other=0.0).to(tl.float32), KIND)
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
     if CODED:
-        # added to 1.5 * 2^23 a number is rounded, halves to even, into the lowest bits of the sum
-        rounded = slope * CODE_SCALE + (CODE_ZERO + 12582912.0)
-        tl.store(code + at, rounded.to(tl.int32, bitcast=True).to(tl.uint8), mask=mask)
+        tl.store(code + at, _code(slope), mask=mask)
 
 
 @triton.jit

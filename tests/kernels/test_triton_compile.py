@@ -18,6 +18,7 @@ from pae_kernels import (  # noqa: F401
     attention,
     koopman,
     pointwise,
+    product,
     spectrum,
 )
 from pae_kernels.attention import tiles
@@ -131,3 +132,13 @@ def test_programs_that_take_images_in_turn_fill_the_gpu_once():
         assert 0.9 * 132 * tile.programs <= programs <= 132 * tile.programs
     one = torch.empty(1, 197, 3, 12, 64, dtype=torch.bfloat16, device="meta")
     assert tiles.images_per_program(one, tiles.WHOLE[True, 256]) == 1
+
+
+@each_architecture
+def test_products_with_epilogues(architecture):
+    """sm_90: wgmma alone, whose factors come by TMA; older GPUs copy theirs ahead."""
+    for launch in MODULES["product"].shipped_launches(architecture):
+        used = ahead_of_time.compile_launch(launch, architecture)
+        assert used.spilled == 0 and used.asynchronous > 0, launch.label
+        assert used.wide == (used.products if architecture == 90 else 0), launch.label
+        assert ("tma" in launch.label) == (architecture == 90)
