@@ -231,7 +231,7 @@ def load_task(
     )
 
 
-def make_skeleton(image_size: int, num_classes: int = 0, **drops: float) -> nn.Module:
+def make_skeleton(image_size: int, num_classes: int = 0, **drops: Any) -> nn.Module:
     """What `load_backbone` makes, on the meta device: its sizes, without any weights.
 
     Raises:
@@ -243,7 +243,7 @@ def make_skeleton(image_size: int, num_classes: int = 0, **drops: float) -> nn.M
         return _resized(_architecture(image_size, drops), image_size, num_classes)
 
 
-def load_backbone(image_size: int, num_classes: int = 0, **drops: float) -> nn.Module:
+def load_backbone(image_size: int, num_classes: int = 0, **drops: Any) -> nn.Module:
     """timm `vit_small_patch14_dinov2` with the DINOv2-S/14-derived weights, at `image_size` pixels.
 
     `drops` are timm's rates of what a block drops in training mode, e.g. drop_path_rate=0.1.
@@ -270,7 +270,7 @@ def load_backbone(image_size: int, num_classes: int = 0, **drops: float) -> nn.M
     return _resized(model, image_size, num_classes)
 
 
-def _architecture(image_size: int, drops: Mapping[str, float]) -> Any:
+def _architecture(image_size: int, drops: Mapping[str, Any]) -> Any:
     import timm
 
     if image_size < 14 or image_size % 14:

@@ -818,9 +818,7 @@ def _make_scheduler(
     if options.scheduler == "vpt":
         warm = cast(int, options.warmup_epochs)
         left = max(1, options.epochs - warm)
-        scheduler = CosineLRScheduler(optimizer, left, warmup_t=warm, warmup_prefix=True)
-        scheduler.step(0)
-        return scheduler
+        return CosineLRScheduler(optimizer, left, warmup_t=warm, warmup_prefix=True)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=options.scheduler,

@@ -263,6 +263,13 @@ def test_the_backbone_drops_in_training_alone(shades):
     assert not any(part.training for part in module.backbone.modules())
 
 
+def test_a_run_trains_with_what_the_backbone_drops(shades, tmp_path, monkeypatch):
+    modes = []
+    note(monkeypatch, "_train_step", lambda r: modes.append(r.module.backbone.pos_drop.training))
+    run(shades, tmp_path, epochs=1, engine="reference", backbone_dropout=0.25)
+    assert modes == [True] * 4
+
+
 # ---- together
 
 EVERYTHING = {
