@@ -5,7 +5,7 @@ training.
 import sys
 
 try:
-    from . import flops
+    from . import flops, product  # noqa: F401  (its ops have formulas)
     from .adaptive import prompt_bottleneck, token_mix
     from .attention import class_attention, prompt_attention
     from .koopman import koopman_losses, koopman_rollout

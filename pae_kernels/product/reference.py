@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pointwise import reference as pointwise
+from ..pointwise.reference import activation, activation_backward, activation_coded
 
 
 def product_activation(
@@ -15,11 +15,11 @@ def product_activation(
     """act(x W^T + b), and of x W^T + b what `keep` says."""
     hidden = F.linear(x, weight, bias)
     if keep == "code":
-        return pointwise.activation_coded(hidden, kind)
-    y = pointwise.activation(hidden, kind)
+        return activation_coded(hidden, kind)
+    y = activation(hidden, kind)
     return y, hidden if keep == "hidden" else x.new_empty(0)
 
 
 def product_activation_backward(d: Tensor, weight: Tensor, kept: Tensor, kind: str) -> Tensor:
     """(d W) act'(u), from u or from its coded derivative."""
-    return pointwise.activation_backward(torch.matmul(d, weight), kept, kind)
+    return activation_backward(torch.matmul(d, weight), kept, kind)
