@@ -9,6 +9,9 @@ each of which also returns what a backward needs of it. `FrozenBlock` and `Class
 autograd Functions over them; `forward` keeps nothing. How products, sums, activation and attention
 are run is a `Steps`, which a caller that needs no gradient may replace.
 
+Weights have no gradient; what of the backbone is trained are vectors (`BlockPlan.trained`), whose
+gradients are sums over all rows of what the backward forms anyway.
+
 The residual stream and its gradient keep the dtype of the embedding; products run in the plan's
 dtype; norms and softmax in at least fp32.
 """
@@ -182,7 +185,7 @@ def mlp_half(
     """From attention's output to the block's: rows, what is pending, and what was on the way."""
     x, pending = steps.add(x, out, block, "proj", steps.overwrites)
     y, xhat, rstd = _sum_and_norm(x, pending, block.eps2, block.w_fc1.dtype)
-    rows, kept = steps.hidden(xhat, block, memory)
+    rows, kept = steps.hidden(scaled(xhat, block.gain2), block, memory)
     return *steps.add(y, rows, block, "fc2", True), MLPKept(xhat, rstd, kept)
 
 
@@ -208,7 +211,7 @@ def project(
     block: BlockPlan, xhat: Tensor, steps: Steps = AS_A_BACKWARD_NEEDS
 ) -> tuple[Tensor, HeadNorms]:
     """Packed (B, N, 3, H, d) of normalised rows, per-head norms done."""
-    qkv = steps.product(xhat, block, "qkv")
+    qkv = steps.product(scaled(xhat, block.gain1), block, "qkv")
     qkv = qkv.view(*xhat.shape[:2], 3, block.num_heads, block.head_width)
     stats: list[Tensor | None] = []
     for slot, norm in enumerate((block.q_norm, block.k_norm)):
@@ -223,7 +226,7 @@ def project(
 
 def keys_values(block: BlockPlan, normed: Tensor) -> Tensor:
     """Prompt keys and values (G, P, 2, H, d) of normalised prompt rows (G, P, D)."""
-    kv = F.linear(normed, block.w_kv, block.b_kv)
+    kv = F.linear(scaled(normed, block.gain1), block.w_kv, block.b_kv)
     kv = kv.view(*normed.shape[:2], 2, block.num_heads, block.head_width)
     if block.k_norm is None:
         return kv
@@ -254,7 +257,7 @@ def class_query(block: BlockPlan, x: Tensor) -> Tensor:
 
 def _query_product(block: BlockPlan, x: Tensor) -> Tensor:
     own = block.num_heads * block.head_width
-    xhat = normalise(x, block.eps1, block.w_qkv.dtype)
+    xhat = scaled(normalise(x, block.eps1, block.w_qkv.dtype), block.gain1)
     return F.linear(xhat, block.w_qkv[:own], block.b_qkv[:own])
 
 
@@ -285,8 +288,8 @@ class _Kept(NamedTuple):
     """What a `FrozenBlock` keeps; None where the backward reads nothing, or computes it again.
 
     In elements of one image (S = N D): xhat1 S, qkv 3 S, out S, xhat2 S, hidden 4 S or its coded
-    derivative (4 S bytes); 1/std and log-sum-exp are small. Where only kv needs a gradient, xhat1,
-    keys and values of the rows are not kept.
+    derivative (4 S bytes); 1/std and log-sum-exp are small. Where only kv needs a gradient of what
+    stands before attention, xhat1, keys and values of the rows are not kept.
     """
 
     kv: Tensor
@@ -310,7 +313,8 @@ class FrozenBlock(torch.autograd.Function):
     """One frozen block: x + pending (B, N, D), kv (G, P, 2, H, d) -> the fields of a `Stream`.
 
     The gradient of `pending` is that of x, in the dtype that the product before reads. With
-    `class_only` the outputs are (B, 1, D).
+    `class_only` the outputs are (B, 1, D). `trained` are `block.vectors()`, given apart for their
+    gradients.
     """
 
     @staticmethod
@@ -325,6 +329,7 @@ class FrozenBlock(torch.autograd.Function):
         memory: str,
         class_only: bool,
         wants_attention: bool,
+        *trained: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         keys = Keys(kv, group, log_multiplicity)
         x, out, first = attention_half(block, Stream(x, pending), keys, class_only)
@@ -338,54 +343,64 @@ class FrozenBlock(torch.autograd.Function):
         y, rows, second = mlp_half(block, x, out, memory)
 
         need_x = ctx.needs_input_grad[0]
-        again = need_x and memory != "keep"
-        if not need_x:
+        need_qkv = need_x or not _BEFORE_ATTENTION.isdisjoint(block.trained)
+        again = need_qkv and memory != "keep"
+        need_xhat = need_x or again or "gain1" in block.trained
+        if not need_qkv:
             qkv = qkv[:, :, :1].contiguous()  # the prompt columns' gradient reads queries only
         ctx.save_for_backward(
             *_Kept(
                 *keys,
-                xhat if need_x else None,
+                xhat if need_xhat else None,
                 rstd if need_x else None,
                 None if again else qkv,
-                *(head_norms if need_x and not again else HeadNorms()),
+                *(head_norms if need_qkv and not again else HeadNorms()),
                 out,
                 first.lse,
                 *second,
             )
         )
-        ctx.block, ctx.class_only = block, class_only
+        ctx.block, ctx.class_only, ctx.need_qkv = block, class_only, need_qkv
         return y, rows, attention
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, dy: Tensor, d_rows: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        block, need_x = ctx.block, ctx.needs_input_grad[0]
+        block, sums = ctx.block, _Sums(ctx.block)
         kept = _Kept(*ctx.saved_tensors)
         qkv, head_norms = kept.qkv, HeadNorms(kept.q_hat, kept.q_rstd, kept.k_hat, kept.k_rstd)
         with torch.autocast(dy.device.type, enabled=False):
             second = MLPKept(kept.xhat2, kept.rstd2, kept.hidden)
-            dy, d_out = _mlp_half_backward(block, dy, d_rows, second)
+            dy, d_out = _mlp_half_backward(block, dy, d_rows, second, sums)
             if qkv is None:
                 qkv, head_norms = project(block, cast(Tensor, kept.xhat1))
             d_qkv, d_kv = torch.ops.pae.prompt_attention_bwd(
                 d_out,
                 qkv,
                 *(kept.kv, kept.group, 1.0, ctx.class_only, kept.log_multiplicity),
-                *(kept.out, kept.lse, need_x),
+                *(kept.out, kept.lse, ctx.need_qkv),
             )
             dx = d_pending = None
-            if kept.xhat1 is not None and kept.rstd1 is not None:
-                _head_norms_backward_(block, d_qkv, head_norms)
-                d_xhat = d_qkv.flatten(2) @ block.w_qkv
-                if ctx.class_only:
-                    dy = F.pad(dy, (0, 0, 0, kept.xhat1.shape[1] - 1))
-                dx, d_pending = _norm_backward(d_xhat, kept.xhat1, kept.rstd1, dy)
+            if ctx.need_qkv:
+                _head_norms_backward_(block, d_qkv, head_norms, sums)
+                d_qkv = d_qkv.flatten(2)
+                sums.over_rows("b_qkv", d_qkv)
+            if kept.rstd1 is not None or "gain1" in block.trained:
+                xhat = cast(Tensor, kept.xhat1)
+                d_xhat = sums.behind_gain("gain1", block.gain1, d_qkv @ block.w_qkv, xhat)
+                if kept.rstd1 is not None:
+                    if ctx.class_only:
+                        dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
+                    dx, d_pending = _norm_backward(d_xhat, xhat, kept.rstd1, dy)
         d_pending = d_pending if ctx.needs_input_grad[1] else None
-        return dx, d_pending, d_kv, None, None, None, None, None, None
+        return dx, d_pending, d_kv, None, None, None, None, None, None, *sums.found()
 
 
 class _ClassKept(NamedTuple):
-    """What a `ClassBlock` keeps: xhat1 S elements of an image, all others belong to one row."""
+    """What a `ClassBlock` keeps: xhat1 S elements of an image, all others belong to one row.
+
+    `qk` comes before gain1; `mixed`, the weighted sum of rows, is kept for it alone.
+    """
 
     normed: Tensor
     group: Tensor | None
@@ -393,6 +408,7 @@ class _ClassKept(NamedTuple):
     rstd1: Tensor
     probs: Tensor
     qk: Tensor
+    mixed: Tensor | None
     xhat2: Tensor
     rstd2: Tensor
     hidden: Tensor
@@ -405,8 +421,8 @@ class ClassBlock(torch.autograd.Function):
     With one query a row's key is never needed: q.(W_k x_j + b_k) = (W_k^T q).x_j + const, and the
     constant drops out of the softmax; values are projected after the weighted sum. So no key or
     value of any row is formed, prompts included. These thin products run in at least fp32, never
-    TF32. Only
-    for blocks that normalise neither queries nor keys per head.
+    TF32. Only for blocks that normalise neither queries nor keys per head. `trained` as in
+    `FrozenBlock`: a trained gain scales the two thin sides, (B, H, D), and no rows.
     """
 
     @staticmethod
@@ -418,6 +434,7 @@ class ClassBlock(torch.autograd.Function):
         group: Tensor | None,
         log_multiplicity: Tensor | None,
         block: BlockPlan,
+        *trained: Tensor,
     ) -> Tensor:
         batch, heads, d = x.shape[0], block.num_heads, block.head_width
         w_q, w_k, w_v = block.w_qkv.view(3, heads, d, -1).unbind(0)
@@ -425,8 +442,9 @@ class ClassBlock(torch.autograd.Function):
         dtype = w_q.dtype
         x, xhat, rstd = _sum_and_norm(x, pending, block.eps1, dtype)
         wide = rstd.dtype
-        q = F.linear(xhat[:, 0], w_q.flatten(0, 1), b_q)
-        qk = _per_head(q.view(batch, heads, d), w_k).to(wide)  # (B, H, D)
+        q = F.linear(scaled(xhat[:, 0], block.gain1), w_q.flatten(0, 1), b_q)
+        own = _per_head(q.view(batch, heads, d), w_k).to(wide)  # (B, H, D)
+        qk = scaled(own, block.gain1)
 
         prompts = take_groups(normed, group, batch).to(wide)
         parts = prompts, xhat.to(wide)
@@ -436,16 +454,18 @@ class ClassBlock(torch.autograd.Function):
             scores[..., :count] += take_groups(log_multiplicity, group, batch)[:, None].to(wide)
         probs = scores.softmax(dim=-1)  # (B, H, P + N)
         mixed = _of_parts(probs, *parts)  # (B, H, D)
-        out = _per_head(mixed.to(dtype), w_v.transpose(1, 2)).flatten(1) + b_v
+        read = scaled(mixed, block.gain1).to(dtype)
+        out = _per_head(read, w_v.transpose(1, 2)).flatten(1) + b_v
         y, rows, second = mlp_half(block, x[:, :1], out[:, None])
-        ctx.save_for_backward(normed, group, xhat, rstd, probs, qk, *second)
+        mixed_kept = mixed if "gain1" in block.trained else None
+        ctx.save_for_backward(normed, group, xhat, rstd, probs, own, mixed_kept, *second)
         ctx.block = block
         return _sum(y, rows)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        block = ctx.block
+        block, sums = ctx.block, _Sums(ctx.block)
         kept = _ClassKept(*ctx.saved_tensors)
         xhat, normed, group, probs = kept.xhat1, kept.normed, kept.group, kept.probs
         batch, heads, d = len(xhat), block.num_heads, block.head_width
@@ -453,9 +473,11 @@ class ClassBlock(torch.autograd.Function):
         dtype, wide, count = w_q.dtype, kept.rstd1.dtype, normed.shape[1]
         with torch.autocast(dy.device.type, enabled=False):
             second = MLPKept(kept.xhat2, kept.rstd2, kept.hidden)
-            dy, d_out = _mlp_half_backward(block, dy, dy.to(dtype), second)
+            dy, d_out = _mlp_half_backward(block, dy, dy.to(dtype), second, sums)
             d_out = d_out.view(batch, heads, d)
             d_mixed = _per_head(d_out, w_v).to(wide)  # (B, H, D)
+            d_mixed = sums.behind_gain("gain1", block.gain1, d_mixed, kept.mixed)
+            qk = scaled(kept.qk, block.gain1)
             prompts, rows = take_groups(normed, group, batch).to(wide), xhat.to(wide)
             d_probs = torch.cat(
                 [exact_matmul(d_mixed, keys.transpose(1, 2)) for keys in (prompts, rows)], dim=2
@@ -464,24 +486,68 @@ class ClassBlock(torch.autograd.Function):
             # a key row is read twice, by the scores (through qk) and by the weighted sum (through
             # d_mixed)
             reads = torch.cat([probs, d_scores], dim=1).transpose(1, 2)  # (B, P + N, 2H)
-            sources = torch.cat([d_mixed, kept.qk], dim=1)  # (B, 2H, D)
+            sources = torch.cat([d_mixed, qk], dim=1)  # (B, 2H, D)
             d_normed = None
             if ctx.needs_input_grad[2]:
                 d_normed = exact_matmul(reads[:, :count], sources)
                 d_normed = sum_groups(d_normed, group, len(normed)).to(normed.dtype)
-            if not ctx.needs_input_grad[0]:
-                return None, None, d_normed, None, None, None
-            d_xhat = exact_matmul(reads[:, count:], sources)
-            d_qk = _of_parts(d_scores, prompts, rows).to(dtype)
+            need_x = ctx.needs_input_grad[0]
+            if not need_x and _BEFORE_ATTENTION.isdisjoint(block.trained):
+                return None, None, d_normed, None, None, None, *sums.found()
+            d_qk = _of_parts(d_scores, prompts, rows)
+            d_qk = sums.behind_gain("gain1", block.gain1, d_qk, kept.qk).to(dtype)
             d_q = _per_head(d_qk, w_k.transpose(1, 2)).flatten(1)
-            d_xhat[:, 0] += d_q @ w_q.flatten(0, 1)
-            dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
-            dx, d_pending = _norm_backward(d_xhat, xhat, kept.rstd1, dy)
-        return dx, d_pending if ctx.needs_input_grad[1] else None, d_normed, None, None, None
+            d_v = d_out.flatten(1)  # a key's bias moves all logits of a query alike: no gradient
+            sums.over_rows("b_qkv", torch.cat([d_q, torch.zeros_like(d_q), d_v], dim=1))
+            d_first = (d_q @ w_q.flatten(0, 1))[:, None]
+            d_first = sums.behind_gain("gain1", block.gain1, d_first, xhat[:, :1])
+            dx = d_pending = None
+            if need_x:
+                d_xhat = exact_matmul(reads[:, count:], sources)
+                d_xhat[:, :1] += d_first
+                dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
+                dx, d_pending = _norm_backward(d_xhat, xhat, kept.rstd1, dy)
+        d_pending = d_pending if ctx.needs_input_grad[1] else None
+        return dx, d_pending, d_normed, None, None, None, *sums.found()
+
+
+# whose gradient needs that of queries, keys and values
+_BEFORE_ATTENTION = frozenset(
+    ("gain1", "b_qkv", "q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias")
+)
+
+
+class _Sums:
+    """Gradients of the trained vectors of a block, summed in at least fp32 as its backward goes."""
+
+    def __init__(self, block: BlockPlan) -> None:
+        self._names = block.trained
+        self._sums: dict[str, Tensor] = {}
+
+    def over_rows(self, name: str, d: Tensor) -> None:
+        """Of a bias that was added to all rows, whose gradient is d (B, N, ..., n)."""
+        if name in self._names:
+            wide = torch.promote_types(d.dtype, torch.float32)
+            total = d.flatten(0, -2).sum(0, dtype=wide)
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    def over_products(self, name: str, d: Tensor, xhat: Tensor | None) -> None:
+        """Of a gain, where d is the gradient of gain * xhat."""
+        if name in self._names and xhat is not None:
+            self.over_rows(name, d.to(torch.promote_types(d.dtype, torch.float32)) * xhat)
+
+    def behind_gain(self, name: str, gain: Tensor | None, d: Tensor, xhat: Tensor | None) -> Tensor:
+        """The gradient of xhat: d, that of gain * xhat, is written to."""
+        self.over_products(name, d, xhat)
+        return d if gain is None else d.mul_(gain)
+
+    def found(self) -> list[Tensor | None]:
+        """In the order of `BlockPlan.trained`."""
+        return [self._sums.get(name) for name in self._names]
 
 
 def _mlp_half_backward(
-    block: BlockPlan, dy: Tensor, d_rows: Tensor | None, kept: MLPKept
+    block: BlockPlan, dy: Tensor, d_rows: Tensor | None, kept: MLPKept, sums: _Sums
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the residual stream before the second norm, and of attention's output.
 
@@ -489,24 +555,33 @@ def _mlp_half_backward(
     """
     hidden = kept.hidden
     if hidden is None:
-        hidden = _linear(kept.xhat, *block.product("fc1"))
+        hidden = _linear(scaled(kept.xhat, block.gain2), *block.product("fc1"))
+    sums.over_rows("b_fc2", dy)
     d = dy if d_rows is None else d_rows
     if product.wanted(d.device.type, d.dtype):
         d = product.product_activation_backward(d, block.w_fc2, hidden, block.activation)
     else:
         d = pointwise.activation_backward(d @ block.w_fc2, hidden, block.activation)
-    d = d @ block.w_fc1
+    sums.over_rows("b_fc1", d)
+    d = sums.behind_gain("gain2", block.gain2, d @ block.w_fc1, kept.xhat)
     dy, narrow = _norm_backward(d, kept.xhat, kept.rstd, dy)
+    sums.over_rows("b_proj", dy)
     return dy, narrow @ block.w_proj
 
 
-def _head_norms_backward_(block: BlockPlan, d_qkv: Tensor, kept: HeadNorms) -> None:
+def _head_norms_backward_(block: BlockPlan, d_qkv: Tensor, kept: HeadNorms, sums: _Sums) -> None:
     """In place: gradients of normalised queries and keys to those of the product's output."""
-    parts = (block.q_norm, kept.q_hat, kept.q_rstd), (block.k_norm, kept.k_hat, kept.k_rstd)
-    for slot, (norm, hat, rstd) in enumerate(parts):
+    parts = (
+        ("q_norm", block.q_norm, kept.q_hat, kept.q_rstd),
+        ("k_norm", block.k_norm, kept.k_hat, kept.k_rstd),
+    )
+    for slot, (name, norm, hat, rstd) in enumerate(parts):
         if norm is not None and hat is not None and rstd is not None:
-            d = pointwise.layer_norm_backward(d_qkv[:, :, slot] * norm.weight, hat, rstd)
-            d_qkv[:, :, slot] = cast(Tensor, d)
+            d = d_qkv[:, :, slot]
+            sums.over_rows(f"{name}.bias", d)
+            sums.over_products(f"{name}.weight", d, hat)
+            before = pointwise.layer_norm_backward(d * norm.weight, hat, rstd)
+            d_qkv[:, :, slot] = cast(Tensor, before)
 
 
 def _norm_backward(d_xhat: Tensor, xhat: Tensor, rstd: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
@@ -517,6 +592,15 @@ def _norm_backward(d_xhat: Tensor, xhat: Tensor, rstd: Tensor, dy: Tensor) -> tu
 
 
 # ---- sums, norms, heads
+
+
+def scaled(rows: Tensor, gain: Tensor | None) -> Tensor:
+    """gain * rows in the dtype of rows, rounded once."""
+    if gain is None:
+        return rows
+    if rows.dtype == gain.dtype or torch.is_grad_enabled():
+        return (gain * rows).to(rows.dtype)
+    return torch.mul(rows, gain, out=torch.empty_like(rows))
 
 
 def _adds_apart(x: Tensor, rows: Tensor) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import prompts
+from .backbones.trained import names, release
 from .choices import POOLS
 from .errors import CheckpointError, UnsupportedBackbone, one_line
 from .files import TEMPORARY as TEMPORARY
@@ -39,7 +40,8 @@ class Checkpoint:
         path: the file.
         format: "pae-2", or "pae-1" of version 0.1, which does not say what is None here.
         backbone: name of the architecture, and timm's tag where there is one.
-        fingerprint: of the backbone's weights; see `pae.checkpoint.fingerprint`.
+        fingerprint: of the backbone's weights; see `pae.checkpoint.fingerprint`. Here and in
+            `positions` without what is trained of it.
         positions: fingerprint of the position embedding; None: not known.
         image_size: (height, width) that the backbone was built for; None: not known.
         num_classes: number of logits; 0 when the head is no linear layer.
@@ -48,6 +50,7 @@ class Checkpoint:
         pool: whose rows the readout pooled, as in `PromptedViT`; "image" where the file is older
             than that.
         task: what the model was trained for, or None.
+        train_backbone: what of the backbone is trained, as `PromptedViT.trained_backbone` says it.
         versions: of pae, torch and timm, which wrote it.
         extra: the further texts given to `save`.
         state: the trained tensors by name, on the CPU.
@@ -64,6 +67,7 @@ class Checkpoint:
     kld: dict[str, Any] | None
     pool: str
     task: TaskInfo | None
+    train_backbone: tuple[str, ...]
     versions: dict[str, str]
     extra: dict[str, str]
     state: dict[str, Tensor]
@@ -77,6 +81,7 @@ class Trained(Protocol):
     kld: KLD | None
     pool: str
     task: TaskInfo | None
+    trained_backbone: tuple[str, ...]
 
     @property
     def num_classes(self) -> int: ...
@@ -92,16 +97,16 @@ _Model = TypeVar("_Model", bound=Trained)
 # ---- which backbone
 
 
-def fingerprint(backbone: nn.Module) -> str:
+def fingerprint(backbone: nn.Module, trained: Collection[str] = ()) -> str:
     """Hash of a backbone's weights, head and position embedding apart; the same for its fp32 and
-    its bf16 copy, on any device and at any image size.
+    its bf16 copy, on any device and at any image size. `trained`: names that are left out.
     """
-    return _hash(backbone, lambda name: not _is_position(name))
+    return _hash(backbone, lambda name: not _is_position(name) and name not in trained)
 
 
-def position_fingerprint(backbone: nn.Module) -> str:
+def position_fingerprint(backbone: nn.Module, trained: Collection[str] = ()) -> str:
     """Hash of its position embedding, which is another one at another image size."""
-    return _hash(backbone, _is_position)
+    return _hash(backbone, lambda name: _is_position(name) and name not in trained)
 
 
 def _former_fingerprint(backbone: nn.Module) -> str:
@@ -174,11 +179,12 @@ def save(
                 f"{path}: not written, as {name} holds NaN or infinity in {bad} of "
                 f"{tensor.numel()} values"
             )
+    trained = names(model.trained_backbone)
     description = {
         "format": FORMAT,
         "backbone": backbone_name(model.backbone),
-        "fingerprint": fingerprint(model.backbone),
-        "positions": position_fingerprint(model.backbone),
+        "fingerprint": fingerprint(model.backbone, trained),
+        "positions": position_fingerprint(model.backbone, trained),
         "image_size": _image_size(model.backbone),
         "num_classes": model.num_classes,
         "prompts": {"name": type(model.prompts).__name__, "config": model.prompts.config()},
@@ -187,6 +193,8 @@ def save(
         "task": None if task is None else task.record(),
         "versions": {"pae": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
+    if model.trained_backbone:
+        description["train_backbone"] = list(model.trained_backbone)
     write_tensors(path, state, {**(extra or {}), _TEXT: to_json(description)})
 
 
@@ -215,6 +223,7 @@ def read(path: str | Path) -> Checkpoint:
     texts.pop(DIGEST, None)
     meta.setdefault("pool", "image")
     expected = {**_DESCRIPTION, **(_ADDED if kind == FORMAT else {})}
+    meta.setdefault("train_backbone", [])  # said where there is anything
     if missing := [part for part in expected if part not in meta]:
         raise CheckpointError(f"checkpoint {path} does not say its {', '.join(missing)}")
     for part, fits in expected.items():
@@ -237,6 +246,7 @@ def read(path: str | Path) -> Checkpoint:
         kld=meta["kld"],
         pool=meta["pool"],
         task=task,
+        train_backbone=tuple(meta["train_backbone"]),
         versions=meta.get("versions", {}),
         extra=texts,
         state=state,
@@ -265,6 +275,7 @@ _DESCRIPTION: dict[str, Callable[[Any], bool]] = {
     ),
     "kld": lambda v: v is None or isinstance(v, dict),
     "pool": lambda v: v in POOLS,
+    "train_backbone": lambda v: isinstance(v, list) and all(map(_is_text, v)),
 }
 _ADDED: dict[str, Callable[[Any], bool]] = {
     "positions": _is_text,
@@ -277,6 +288,12 @@ _ADDED: dict[str, Callable[[Any], bool]] = {
 def load(model: Trained, path: str | Path, other_size: bool = False) -> None:
     """See `PromptedViT.load`."""
     found = read(path)
+    if found.train_backbone != model.trained_backbone:
+        raise CheckpointError(
+            f"checkpoint {path} trained {_listed(found.train_backbone)} of the backbone, and this "
+            f"model trains {_listed(model.trained_backbone)}: build it with the same "
+            "train_backbone, or use PromptedViT.from_file"
+        )
     _check_backbone(found, model.backbone, other_size)
     if found.pool != model.pool:
         raise CheckpointError(
@@ -284,6 +301,11 @@ def load(model: Trained, path: str | Path, other_size: bool = False) -> None:
             f"{model.pool!r}: set model.pool, or build the model with from_file"
         )
     _fill(model, found)
+
+
+def _listed(entries: tuple[str, ...]) -> str:
+    more = f" and {len(entries) - 2} more" if len(entries) > 2 else ""
+    return ", ".join(entries[:2]) + more if entries else "nothing"
 
 
 def build(
@@ -304,7 +326,10 @@ def build(
     with _untouched_on_failure(backbone):
         try:
             model = cls(
-                backbone, family, kld, num_classes=found.num_classes or None, pool=found.pool
+                *(backbone, family, kld),
+                num_classes=found.num_classes or None,
+                pool=found.pool,
+                train_backbone=found.train_backbone,
             )
         except (UnsupportedBackbone, torch.OutOfMemoryError):
             raise
@@ -330,6 +355,7 @@ def _untouched_on_failure(backbone: nn.Module) -> Iterator[None]:
         for parameter, data, trains in parameters:
             parameter.data = data  # of another dtype, if it was converted
             parameter.requires_grad_(trains)
+        release(backbone)
         for module, mode in modes:
             module.training = mode
         raise
@@ -337,7 +363,8 @@ def _untouched_on_failure(backbone: nn.Module) -> Iterator[None]:
 
 def _check_backbone(found: Checkpoint, backbone: nn.Module, other_size: bool) -> None:
     former = found.format == _FORMER
-    own = _former_fingerprint(backbone) if former else fingerprint(backbone)
+    left_out = names(found.train_backbone)
+    own = _former_fingerprint(backbone) if former else fingerprint(backbone, left_out)
     if found.fingerprint != own:
         hint = ""
         if former:
@@ -350,7 +377,8 @@ def _check_backbone(found: Checkpoint, backbone: nn.Module, other_size: bool) ->
             f"{found.fingerprint}, got {backbone_name(backbone)} with {own}{hint}"
         )
     size = _image_size(backbone)
-    same = found.positions == position_fingerprint(backbone) and found.image_size == size
+    positions = position_fingerprint(backbone, left_out)
+    same = found.positions == positions and found.image_size == size
     if former or other_size or same:
         return
     if found.image_size is None or found.image_size == size:

@@ -8,7 +8,8 @@ What the reference computes and this does not:
   of the sequence;
 - in the last block, when only the class row is read, every other row. No key or value of any row is
   formed there: W_k moves into the one query, W_v behind the weighted sum;
-- gradients below the first prompted block, gradients of frozen weights, and what only they need.
+- gradients below the first block that is prompted or trained, gradients of frozen weights, and what
+  only they need.
 
 The block itself is in `block`.
 """
@@ -32,6 +33,7 @@ from .block import (
     forward,
     keys_values,
     normalise,
+    scaled,
 )
 from .plan import FrozenPlan
 from .prompts import PromptFamily
@@ -86,7 +88,7 @@ def run(
     at, class_only, last = view.num_prefix_tokens, plan.class_only, len(plan.blocks) - 1
     joins = pool != "image" and not family.enters_sequence  # for the last block alone
     with torch.autocast(x.device.type, enabled=False):
-        entered = 0
+        plan, entered = plan.now(), 0
         if family.enters_sequence:
             rows = family.block_prompts(0, x)
             if rows is not None:
@@ -132,17 +134,15 @@ def walk(
         rows = x.new_empty(1, 0, x.shape[-1]) if rows is None else rows
         if only and block.q_norm is None and block.k_norm is None and head_kv is None:
             normed = normalise(rows, block.eps1, plan.dtype)
-            return ClassBlock.apply(x, pending, normed, group, log_multiplicity, block)
+            trained = block.vectors()
+            return ClassBlock.apply(x, pending, normed, group, log_multiplicity, block, *trained)
         if kv is None:
             kv = keys_values(block, normalise(rows, block.eps1, plan.dtype))
         if head_kv is not None:
             kv = _with_head_kv(kv, head_kv.to(plan.dtype), group, len(x))
             group = None
-        stream = Stream(
-            *FrozenBlock.apply(
-                x, pending, kv, group, log_multiplicity, block, memory, only, attention
-            )
-        )
+        given = x, pending, kv, group, log_multiplicity, block, memory, only, attention
+        stream = Stream(*FrozenBlock.apply(*given, *block.vectors()))
     return stream.sum()
 
 
@@ -220,6 +220,8 @@ def _with_keys_values(
         known = [p._replace(kv=keys_values(*pair)) for p, pair in zip(prompts, pairs)]
         return known + prompts[blocks:]
     own = first.num_heads * first.head_width
+    if any(b.gain1 is not None for b in plan.blocks[:blocks]):
+        normed = torch.stack([scaled(n, b.gain1) for n, b in zip(normed, plan.blocks)])
     weight, bias = plan.w_qkv[:blocks, own:], plan.b_qkv[:blocks, None, own:]
     kv = torch.baddbmm(bias, normed, weight.transpose(1, 2))
     kv = kv.view(blocks, 1, -1, 2, first.num_heads, first.head_width)

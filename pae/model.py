@@ -5,7 +5,7 @@ definition.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from . import engine as fast
-from .backbones import BackboneView, read_backbone
+from .backbones import BackboneView, read_backbone, trained
 from .choices import ENGINES, POOLS
 from .kld import KLD
 from .plan import FrozenPlan, Plans
@@ -61,9 +61,15 @@ class PromptedViT(nn.Module):
             all of them; with none there, "all" is "image". Learned keys and values have no rows
             (E2VPT, APT). Where the norm is, behind the mean or before it, is the backbone's
             affair: `pae.backbones.average_pooled`.
+        train_backbone: what else is trained: "biases" (all of the backbone's, VPT's prompt+bias),
+            "da-vpt+" (the class token, norm1, and the biases of keys, values, proj, norm2 and fc2),
+            names of the backbone's parameters, patterns ("blocks.*.norm1.*"), or several of these;
+            "blocks.0.attn.qkv.bias:kv" is the part of keys and values. In blocks: biases, and the
+            norms' own parameters; outside of them: any. Everything else stays frozen.
 
     Attributes:
         backbone, prompts, kld, head: the parts. view: what pae reads of the backbone.
+        trained_backbone: what `train_backbone` stands for, one entry per parameter.
         task: a `pae.TaskInfo` or None: what it is trained for. `save` keeps it, `load` gives it
             back.
         pool: as given; may be set, and is checked then.
@@ -80,6 +86,7 @@ class PromptedViT(nn.Module):
     kld: KLD | None
     head: nn.Module
     view: BackboneView
+    trained_backbone: tuple[str, ...] = ()
     task: TaskInfo | None = None
     _pool: str = "image"
 
@@ -90,6 +97,7 @@ class PromptedViT(nn.Module):
         kld: KLD | None = None,
         num_classes: int | None = None,
         pool: str = "image",
+        train_backbone: str | Iterable[str] = (),
     ) -> None:
         super().__init__()
         if not isinstance(prompts, PromptFamily):
@@ -101,6 +109,7 @@ class PromptedViT(nn.Module):
                 f"num_classes must be an integer of at least 1 or None, got {num_classes!r}"
             )
         self.view = read_backbone(backbone)
+        self.trained_backbone = trained.named(self.view, train_backbone)
         own_head = cast(nn.Module, backbone.head)
         if num_classes is None:
             if isinstance(own_head, nn.Identity):
@@ -140,6 +149,10 @@ class PromptedViT(nn.Module):
         self.prompts = prompts.to(like.device, like.dtype)
         self.kld = kld
         self.head = head.to(like.device, like.dtype).requires_grad_(True)
+        for parameter in self._trained_backbone().values():
+            parameter.requires_grad_(True)
+        trained.release(backbone)
+        trained.hold(backbone, self.trained_backbone)
         self._pool = pool
         self._plans: Plans | None = None
 
@@ -182,6 +195,8 @@ class PromptedViT(nn.Module):
 
     def features(self, images: Tensor, engine: str = "reference", memory: str = "keep") -> Tensor:
         """What the head reads, (B, F); arguments and errors as in `forward`."""
+        if self.trained_backbone and not torch.compiler.is_compiling():
+            trained.hold(self.backbone, self.trained_backbone)
         if getattr(self, "_is_replica", False):
             raise RuntimeError(
                 "a PromptedViT cannot run as a replica of torch.nn.DataParallel, whose copies have "
@@ -190,7 +205,8 @@ class PromptedViT(nn.Module):
         self.view.check_images(images)
         if engine == "fast":
             height, width = images.shape[-2:]
-            plan, x = self.plan(size=(height, width)), self.view.embed(images)
+            plan = self.plan(size=(height, width), settled=False)
+            x = self.view.embed(images)
             # an observer leaves what it saw per thread, which breaks a graph: outside of the walk,
             # since PyTorch 2.11 cannot go on from a break inside
             run = _uncompiled_run if self.prompts.observed else fast.run
@@ -241,6 +257,21 @@ class PromptedViT(nn.Module):
         own = self.prompts.penalty()
         return total if own is None else total + own
 
+    def _trained_backbone(self) -> dict[str, nn.Parameter]:
+        """The parameters of `trained_backbone`, by their names in the model."""
+        own = trained.names(self.trained_backbone)
+        return {f"backbone.{name}": self.backbone.get_parameter(name) for name in own}
+
+    def _refuse_unnamed(self, what: str) -> None:
+        """Raise when `what` would leave out a parameter that somebody let require a gradient."""
+        own = self._trained_backbone()
+        for name, parameter in self.backbone.named_parameters(prefix="backbone"):
+            if parameter.requires_grad and name not in own:
+                raise ValueError(
+                    f"{name} requires a gradient and is no part of {what}: name it when the model "
+                    "is built (train_backbone=...), or call requires_grad_(False)"
+                )
+
     @property
     def device(self) -> torch.device:
         """Device of the backbone."""
@@ -248,20 +279,25 @@ class PromptedViT(nn.Module):
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
         """Trainable parameters in the groups of the papers: decay on everything except the head's
-        bias.
+        bias, and what is trained of the backbone, which decay would pull away from its start.
 
         Returns:
-            dicts with "name" ("prompts", "kld", "head", "head_bias"), "params", "lr",
+            dicts with "name" ("prompts", "kld", "backbone", "head", "head_bias"), "params", "lr",
             "weight_decay", as torch.optim takes them; empty groups are left out.
+
+        Raises:
+            ValueError: a parameter of the backbone requires a gradient and was not named.
 
         Source: VPT (SGD; only the head bias is exempt from decay), and PAE, whose K, L and lift are
         decayed too.
         """
+        self._refuse_unnamed("the parameter groups")
         head = dict(self.head.named_parameters())
         bias = [head.pop("bias")] if "bias" in head else []
         parts = {
             "prompts": list(self.prompts.parameters()),
             "kld": [] if self.kld is None else list(self.kld.parameters()),
+            "backbone": list(self._trained_backbone().values()),
             "head": list(head.values()),
             "head_bias": bias,
         }
@@ -270,7 +306,7 @@ class PromptedViT(nn.Module):
                 "name": name,
                 "params": params,
                 "lr": lr,
-                "weight_decay": 0.0 if name == "head_bias" else weight_decay,
+                "weight_decay": 0.0 if name in ("backbone", "head_bias") else weight_decay,
             }
             for name, params in parts.items()
             if params
@@ -278,7 +314,10 @@ class PromptedViT(nn.Module):
 
     @_uncompiled
     def plan(
-        self, dtype: torch.dtype | None = None, size: tuple[int, int] | None = None
+        self,
+        dtype: torch.dtype | None = None,
+        size: tuple[int, int] | None = None,
+        settled: bool = True,
     ) -> FrozenPlan:
         """The folded backbone for products in `dtype` (autocast's dtype, else the backbone's, when
         None).
@@ -292,12 +331,14 @@ class PromptedViT(nn.Module):
             dtype: of the products.
             size: (H, W) of the images to come; the backbone's default when None. Every block is
                 run once, beside its formula, on as many rows as it would get from them.
+            settled: fold what is trained of the backbone too, as it is now, without a gradient;
+                otherwise the plan's `now()` puts it in, with one.
 
         Raises:
             UnsupportedBackbone: naming what the blocks do that a plan does not: hooks on a block or
-                a part of it, a replaced forward, a parameter that requires a gradient, dropout in
-                training mode, or a formula that cannot be folded; or that the call is inside a
-                torch.func transform, forward-mode differentiation, tracing or export.
+                a part of it, a replaced forward, a matrix or LayerScale that requires a gradient,
+                dropout in training mode, or a formula that cannot be folded; or that the call is
+                inside a torch.func transform, forward-mode differentiation, tracing or export.
         """
         like = self.view.like
         if dtype is None:
@@ -308,16 +349,21 @@ class PromptedViT(nn.Module):
         if plans is None or not plans.current():
             plans = self._plans = Plans(self.view)
         rows = self.view.shape.num_tokens if size is None else self.view.num_rows(size)
-        return plans.plan(dtype, sequence_lengths(self.prompts, rows))
+        return plans.plan(dtype, sequence_lengths(self.prompts, rows), settled)
 
     def drop_plans(self) -> None:
         """Forget all folded copies of the backbone; the next fast forward folds again."""
         self._plans = None
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What training changes, by name: prompts, KLD and head; never a backbone weight."""
-        state = self.state_dict()
-        return {k: v for k, v in state.items() if not k.startswith("backbone.")}
+        """What training changes, by name: prompts, KLD, head, and of the backbone what is trained.
+
+        Raises:
+            ValueError: a parameter of the backbone requires a gradient and was not named.
+        """
+        self._refuse_unnamed("what is trained")
+        state, own = self.state_dict(), self._trained_backbone()
+        return {k: v for k, v in state.items() if not k.startswith("backbone.") or k in own}
 
     def save(
         self,
@@ -336,7 +382,8 @@ class PromptedViT(nn.Module):
 
         Raises:
             ValueError: a trained tensor holds NaN or infinity (the file could not be loaded); other
-                classes than the head has; metadata that is no text.
+                classes than the head has; metadata that is no text; a parameter of the backbone
+                that requires a gradient and was not named.
             OSError: naming `path`.
         """
         checkpoint.save(self, path, extra, task)
@@ -377,6 +424,10 @@ class PromptedViT(nn.Module):
     def __getstate__(self) -> dict:
         # copies and pickles carry no folded plans: those belong to the original's weights
         return {**self.__dict__, "_plans": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        trained.hold(self.backbone, self.trained_backbone)
 
 
 def fast_forward(model: nn.Module, images: Tensor, memory: str = "keep") -> Tensor:

@@ -5,15 +5,19 @@ Folds, all computed in fp64 and rounded once to the compute dtype:
     the logit scale              -> W_q (or q_norm's affine)
     LayerScale                   -> the projection before it
 so that between two products only a plain normalisation, the softmax and the activation remain.
+
+What of the backbone is trained (biases, the norms' own parameters) is left out of the constants,
+and put in anew for every step (`FrozenPlan.now`); a matrix is folded but for a trained scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
-from operator import is_, itemgetter
-from typing import Any
+from operator import attrgetter, is_, itemgetter
+from typing import Any, cast
 
 import torch
 import torch.nn.modules.module as torch_modules
@@ -24,6 +28,7 @@ from pae_kernels.checks import transform
 
 from .backbones.view import (
     HOOKS,
+    UNTRAINED,
     BackboneView,
     BlockWeights,
     Linear,
@@ -48,6 +53,10 @@ class BlockPlan:
 
     w_qkv (3 H d, D), w_proj (D, H d), w_fc1 (F, D), w_fc2 (D, F) and their biases act on normalised
     rows; logits need no further scale: `scale` is in w_qkv, or in q_norm where there is one.
+
+    gain1 and gain2 (D,), in at least fp32: trained scales of the two norms, by which normalised
+    rows are multiplied before w_qkv and w_fc1; None where they are in the weight. trained: names of
+    those of its vectors that have a gradient ("b_fc1", "gain1", "q_norm.weight", ...).
     """
 
     num_heads: int
@@ -66,10 +75,17 @@ class BlockPlan:
     activation: str
     w_fc2: Tensor
     b_fc2: Tensor
+    gain1: Tensor | None = None
+    gain2: Tensor | None = None
+    trained: tuple[str, ...] = ()
 
     def product(self, name: str) -> tuple[Tensor, Tensor]:
         """Weight and bias of "qkv", "proj", "fc1" or "fc2"."""
         return getattr(self, f"w_{name}"), getattr(self, f"b_{name}")
+
+    def vectors(self) -> list[Tensor]:
+        """The trained ones, in the order of `trained`."""
+        return [attrgetter(name)(self) for name in self.trained]
 
     @property
     def w_kv(self) -> Tensor:
@@ -88,7 +104,7 @@ class FrozenPlan:
 
     w_qkv and b_qkv of the blocks are views of the stacked tensors here, so that the prompt keys and
     values of many blocks are one batched product. class_only: of the last block's rows only the
-    class row is read.
+    class row is read. trained: the vectors that `now` puts in; without them, all is constant.
     """
 
     dtype: torch.dtype
@@ -96,6 +112,17 @@ class FrozenPlan:
     w_qkv: Tensor
     b_qkv: Tensor
     class_only: bool
+    trained: TrainedVectors | None = None
+
+    def now(self) -> FrozenPlan:
+        """With the trained vectors as they are, and on the tape of autograd; itself without any."""
+        if self.trained is None:
+            return self
+        blocks = list(self.blocks)
+        for i, vectors in self.trained.now(self.dtype).items():
+            blocks[i] = _with(blocks[i], vectors)
+        b_qkv = torch.stack([block.b_qkv for block in blocks])
+        return replace(self, blocks=blocks, b_qkv=b_qkv, trained=None)
 
     def only(self, start: int, stop: int) -> FrozenPlan:
         """The plan of blocks start to stop - 1."""
@@ -104,19 +131,154 @@ class FrozenPlan:
         return FrozenPlan(self.dtype, *folded, class_only=False)
 
 
+@dataclass(frozen=True)
+class TrainedVector:
+    """A vector of one block of which a part is trained: base + after (own + weight shift).
+
+    Attributes:
+        block, name: where it belongs, as in `BlockPlan.trained`.
+        base, after: (n,) fp64, what frozen parts give, and what follows (LayerScale, logit scale).
+        own: (n,) a trained parameter, or None.
+        weight, shift: (n, m) frozen and (m,) trained, a norm's shift before a product; or None.
+    """
+
+    block: int
+    name: str
+    base: Tensor
+    after: Tensor
+    own: Tensor | None
+    weight: Tensor | None = None
+    shift: Tensor | None = None
+
+    def varying(self) -> Tensor:
+        """own + weight shift, on the tape of autograd."""
+        if self.weight is None or self.shift is None:
+            assert self.own is not None
+            return self.own
+        shifted = self.weight @ self.shift
+        return shifted if self.own is None else self.own + shifted
+
+
+class TrainedVectors:
+    """All of a backbone, end to end in one vector: a few operations for all blocks."""
+
+    def __init__(self, vectors: list[TrainedVector]) -> None:
+        self._vectors = vectors
+        self._sizes = [len(v.base) for v in vectors]
+        like = next(t for v in vectors for t in (v.own, v.shift) if t is not None)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self._base = torch.cat([v.base for v in vectors]).to(wide)
+        self._after = torch.cat([v.after for v in vectors]).to(wide)
+
+    def now(self, dtype: torch.dtype) -> dict[int, dict[str, Tensor]]:
+        """{block: {name: vector}}: gains in at least fp32, all others in `dtype`."""
+        wide = self._base + self._after * torch.cat([v.varying() for v in self._vectors])
+        parts = wide.split(self._sizes), wide.to(dtype).split(self._sizes)
+        found: dict[int, dict[str, Tensor]] = {}
+        for v, exact, narrow in zip(self._vectors, *parts):
+            is_gain = v.name.startswith("gain")
+            found.setdefault(v.block, {})[v.name] = exact if is_gain else narrow
+        return found
+
+
+def _with(block: BlockPlan, vectors: dict[str, Tensor]) -> BlockPlan:
+    """`block` with these as its trained vectors."""
+    fields: dict[str, Any] = {}
+    for name, vector in vectors.items():
+        field, _, part = name.partition(".")
+        if part:
+            vector = replace(fields.get(field, getattr(block, field)), **{part: vector})
+        fields[field] = vector
+    return replace(block, **fields, trained=tuple(vectors))
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def fold(view: BackboneView, dtype: torch.dtype) -> FrozenPlan:
+def fold(view: BackboneView, dtype: torch.dtype, settled: bool = True) -> FrozenPlan:
     """Fold every block of `view` for products in `dtype`.
 
     Normal tensors even under inference mode: a plan built during evaluation also serves training.
+
+    Args:
+        settled: what is trained is folded too, as it is now; otherwise it is left to
+            `FrozenPlan.now`.
     """
-    weights = [view.read_block(i) for i in range(len(view.blocks))]
+    given = weights = [view.read_block(i) for i in range(len(view.blocks))]
+    trained = None
+    if not settled:
+        weights = [_without_trained(w) for w in given]
+        vectors = [v for i, w in enumerate(given) for v in _trained_vectors(i, w, weights[i])]
+        trained = TrainedVectors(vectors) if vectors else None
     qkv = [_fold_qkv(w) for w in weights]
     w_qkv = torch.stack([w.to(dtype) for w, _ in qkv])
     b_qkv = torch.stack([b.to(dtype) for _, b in qkv])
     blocks = [_fold_block(w, w_qkv[i], b_qkv[i], dtype) for i, w in enumerate(weights)]
-    return FrozenPlan(dtype, blocks, w_qkv, b_qkv, view.reads_class_only)
+    return FrozenPlan(dtype, blocks, w_qkv, b_qkv, view.reads_class_only, trained)
+
+
+def _trained(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is not None and tensor.requires_grad else None
+
+
+def _without_trained(w: BlockWeights) -> BlockWeights:
+    """What is left when trained shifts are 0 and trained scales 1."""
+
+    def frozen(tensor: Tensor | None) -> Tensor | None:
+        return None if _trained(tensor) is not None else tensor
+
+    def norm(n: Norm) -> Norm:
+        return Norm(frozen(n.weight), frozen(n.bias), n.eps)
+
+    def linear(given: Linear) -> Linear:
+        return Linear(given.weight, frozen(given.bias))
+
+    return replace(
+        w,
+        norm1=norm(w.norm1),
+        norm2=norm(w.norm2),
+        q_norm=w.q_norm and norm(w.q_norm),
+        k_norm=w.k_norm and norm(w.k_norm),
+        qkv=linear(w.qkv),
+        proj=linear(w.proj),
+        fc1=linear(w.fc1),
+        fc2=linear(w.fc2),
+    )
+
+
+def _trained_vectors(block: int, w: BlockWeights, fixed: BlockWeights) -> list[TrainedVector]:
+    """Those of a block; `fixed` is `_without_trained` of it."""
+    ones = partial(torch.ones, dtype=torch.float64, device=w.qkv.weight.device)
+    found = []
+
+    def product(name: str, linear: Linear, norm: Norm | None, base: Tensor, after: Tensor) -> None:
+        shift = None if norm is None else _trained(norm.bias)
+        own, weight = _trained(linear.bias), None if shift is None else linear.weight.detach()
+        if own is not None or shift is not None:
+            found.append(TrainedVector(block, name, base, after, own, weight, shift))
+
+    def scale(name: str, own: Tensor | None, after: float = 1.0) -> None:
+        if _trained(own) is not None:
+            one = ones(len(cast(Tensor, own)))
+            found.append(TrainedVector(block, name, 0 * one, after * one, own))
+
+    after = ones(len(w.qkv.weight))
+    if w.q_norm is None:
+        after[: len(after) // 3] = w.scale
+    scale("gain1", w.norm1.weight)
+    product("b_qkv", w.qkv, w.norm1, _fold_qkv(fixed)[1], after)
+    for name, norm, by in (("q_norm", w.q_norm, w.scale), ("k_norm", w.k_norm, 1.0)):
+        if norm is not None:
+            scale(f"{name}.weight", norm.weight, by)
+            scale(f"{name}.bias", norm.bias, by)
+    for name, linear, gamma in (("proj", w.proj, w.scale1), ("fc2", w.fc2, w.scale2)):
+        after = ones(len(linear.weight)) if gamma is None else gamma.detach().double()
+        base = _before_scale(getattr(fixed, name), gamma)[1]
+        product(f"b_{name}", linear, None, base, after)
+    scale("gain2", w.norm2.weight)
+    product(
+        "b_fc1", w.fc1, w.norm2, _behind_norm(fixed.norm2, fixed.fc1)[1], ones(len(w.fc1.weight))
+    )
+    return found
 
 
 def _fold_qkv(w: BlockWeights) -> tuple[Tensor, Tensor]:
@@ -200,25 +362,30 @@ class Plans:
     Raises:
         UnsupportedBackbone: from the constructor, when the plan would leave out something that the
             backbone's own forward does: a hook, a replaced forward, dropout, a gradient, or
-            anything that its formula (`BlockWeights`) does not say.
+            anything that its formula (`BlockWeights`) does not say. A gradient of a bias, or of a
+            norm's own parameters, is no such thing.
     """
 
     def __init__(self, view: BackboneView) -> None:
         self._view = view
         self._seen = _Seen(view)
         self._plans: dict[torch.dtype, FrozenPlan] = {}
+        self._settled: dict[torch.dtype, tuple[list[Any], FrozenPlan]] = {}
         self._proven: set[tuple[int, ...]] = set()
 
     def current(self) -> bool:
         """Whether nothing has changed that was folded, or that was looked at to allow it."""
         return self._seen.again()
 
-    def plan(self, dtype: torch.dtype, lengths: tuple[int, ...]) -> FrozenPlan:
+    def plan(
+        self, dtype: torch.dtype, lengths: tuple[int, ...], settled: bool = True
+    ) -> FrozenPlan:
         """Folded at first use.
 
         Args:
             lengths: of the sequences that each block would be given, prompts included: new ones are
                 proved first.
+            settled: as in `fold`.
 
         Raises:
             UnsupportedBackbone: a block computes something else at this length.
@@ -229,9 +396,18 @@ class Plans:
             except UnsupportedBackbone as error:
                 raise UnsupportedBackbone(f'{error}; use engine="reference"') from error
             self._proven.add(lengths)
+        trained = self._seen.trained
+        if settled and trained:
+            written = [(t.data_ptr(), t._version) for t in trained]
+            before, plan = self._settled.get(dtype, (None, None))
+            if plan is None or before != written:
+                plan = fold(self._view, dtype)
+                self._settled[dtype] = written, plan
+            return plan
         found = self._plans.get(dtype)
         if found is None:
-            found = self._plans[dtype] = fold(self._view, dtype)
+            found = fold(self._view, dtype, settled=False) if trained else fold(self._view, dtype)
+            self._plans[dtype] = found
         return found
 
     @property
@@ -247,7 +423,8 @@ class _Seen:
     """All blocks of a backbone as they were: modules, their own attributes, their tensors.
 
     `again` runs before every forward, so it is a few passes over flat lists. Attributes are
-    compared by identity; a new object of the same value folds again, which does no harm.
+    compared by identity; a new object of the same value folds again, which does no harm. Of the
+    parameters that are `trained`, values do not count: no constant holds them.
 
     Raises:
         UnsupportedBackbone: naming what the fast engine would not run.
@@ -264,8 +441,9 @@ class _Seen:
         _refuse_surroundings()
         for i, block in enumerate(self._blocks):
             _refuse_dropout(f"blocks.{i}", block)
+        may = {id(t) for i in range(len(self._blocks)) for t in view.read_block(i).trainable()}
         for name, module in named:
-            _refuse(name, module)
+            _refuse(name, module, may)
         modules = [module for _, module in named]
         self._modules = modules
         self._types: list[Any] = list(map(type, modules))
@@ -282,6 +460,7 @@ class _Seen:
         self._holders = [m._parameters for m in modules] + [m._buffers for m in modules] + [plain]
         self._tensors = _values(self._holders)
         self._states = _states(self._tensors)
+        self.trained = [t for t in self._tensors if _trained(t) is not None]
         # aliases keep the storage: no later tensor can lie at the same address
         self._aliases = [t.detach() for t in self._tensors if t is not None]
         self._readout = view.readout_parts
@@ -326,14 +505,20 @@ def _same(now: list[Any], then: list[Any]) -> bool:
 
 def _states(tensors: list[Tensor | None]) -> list[tuple[Any, ...]]:
     return [
-        (t.data_ptr(), t._version, t.dtype, t.device, t.stride(), t.requires_grad)
+        (True, t.dtype, t.device, t.stride())
+        if t.requires_grad
+        else (t.data_ptr(), t._version, t.dtype, t.device, t.stride())
         for t in tensors
         if t is not None
     ]
 
 
-def _refuse(name: str, module: nn.Module) -> None:
-    """Raise when the forward of `module` does what no plan does."""
+def _refuse(name: str, module: nn.Module, may: set[int]) -> None:
+    """Raise when the forward of `module` does what no plan does.
+
+    Args:
+        may: ids of the parameters that may require a gradient.
+    """
     instead = 'use engine="reference" or'
     if added := added_to(module):
         raise UnsupportedBackbone(
@@ -352,10 +537,10 @@ def _refuse(name: str, module: nn.Module) -> None:
                     f"record changes: the fast engine would not see them; {instead} build or move "
                     "the backbone outside of it"
                 )
-            if tensor.requires_grad:
+            if tensor.requires_grad and id(tensor) not in may:
                 raise UnsupportedBackbone(
-                    f"{name}.{own} requires a gradient, which the fast engine does not give to a "
-                    f"frozen backbone; {instead} call requires_grad_(False)"
+                    f"{name}.{own} requires a gradient: {UNTRAINED}; {instead} call "
+                    "requires_grad_(False)"
                 )
 
 

@@ -63,6 +63,19 @@ class BlockWeights:
     fc2: Linear
     scale2: Tensor | None
 
+    def trainable(self) -> list[Tensor]:
+        """The parameters that need not be frozen: its biases, and those of its norms."""
+        norms = [n for n in (self.norm1, self.norm2, self.q_norm, self.k_norm) if n is not None]
+        found = [t for n in norms for t in (n.weight, n.bias)]
+        found += [linear.bias for linear in (self.qkv, self.proj, self.fc1, self.fc2)]
+        return [t for t in found if t is not None]
+
+
+UNTRAINED = (
+    "the fast engine trains biases and the norms' own parameters in a block, whose matrices and "
+    "LayerScale are folded into constants"
+)
+
 
 HOOKS = {
     "_forward_hooks": "forward hook",

@@ -84,7 +84,11 @@ def condense(
         rows = [p.detach()[k] for p, k in zip(family.raw_prompts(), kept) if p is not None]
         fewer = VPTDeep([len(r) for r in rows], family.dropout, family.dropout_scope)
         condensed = PromptedViT(
-            model.backbone, fewer, num_classes=model.num_classes or 1, pool=model.pool
+            model.backbone,
+            fewer,
+            num_classes=model.num_classes or 1,
+            pool=model.pool,
+            train_backbone=model.trained_backbone,
         )
         condensed.head = copy.deepcopy(model.head)
         condensed.prompts.set_prompts(rows)

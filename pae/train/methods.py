@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import pae
+from pae.backbones import trained
 from pae.files import to_json
 from pae.foreign import first_line
 from pae.mpa.incoming import prompt_count
@@ -192,7 +193,9 @@ def build_method(
             gauge=options.kld_gauge,
         )
     pool = "image" if options.pool == OWN_POOL else options.pool
-    return pae.PromptedViT(backbone, build_prompts(options, num_classes), kld, new_head, pool)
+    more = [entry.strip() for entry in (options.train_backbone or "").split(",") if entry.strip()]
+    prompts = build_prompts(options, num_classes)
+    return pae.PromptedViT(backbone, prompts, kld, new_head, pool, more)
 
 
 def build_prompts(
@@ -484,4 +487,8 @@ def parameter_groups(module: Method, options: Options) -> list[dict[str, Any]]:
 def trained_parameters(module: Method) -> int:
     """Number of parameters that the optimiser sees."""
     groups = module.parameter_groups(1.0, 0.0)
-    return sum(p.numel() for group in groups for p in group["params"])
+    counted = 0
+    if isinstance(module, pae.PromptedViT):
+        counted = trained.count(module.backbone, module.trained_backbone)
+        groups = [group for group in groups if group["name"] != "backbone"]
+    return counted + sum(p.numel() for group in groups for p in group["params"])

@@ -156,6 +156,12 @@ class Options:
         "fast: pae.fast_forward; reference: the definition; the curves agree",
         choices=choices.ENGINES,
     )
+    train_backbone: str | None = _method(
+        None,
+        "also train of the backbone: biases, da-vpt+, or names and patterns with commas between, "
+        "e.g. cls_token,blocks.*.norm1.*",
+        metavar="WHAT",
+    )
     num_tokens: int = _method(10, "prompts per block", low=0, high=100_000)
     dropout: float = _method(0.0, "prompt dropout, one mask per batch", low=0, below=1, metavar="P")
     spt: str | None = _method(
@@ -347,11 +353,11 @@ class Options:
         both("data", "dataset")
         both("mpa", "spt")
         both("clip_norm", "clip_value")
-        for name in ("kld", "mpa", "spt", "method_args"):
+        for name in ("kld", "mpa", "spt", "method_args", "train_backbone"):
             if getattr(self, name) and self.is_comparison:
                 includes = "; the comparison includes it" if name in ("kld", "mpa") else ""
                 raise ValueError(f"{called(name)} needs a --method with prompts{includes}")
-        for name in ("kld", "mpa", "spt", "method_args", "dropout"):
+        for name in ("kld", "mpa", "spt", "method_args", "train_backbone", "dropout"):
             if getattr(self, name) and not self.has_prompts:
                 raise ValueError(f"{called(name)} needs a --method with prompts, not {self.method}")
         if self.pool == "prompts" and (self.is_comparison or not self.has_prompts):
