@@ -98,6 +98,7 @@ class Device(_python_dispatch.TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.tape: list | None = None
+        self.before: list[tuple[Tensor, Tensor]] = []  # written to in a capture, old values
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, unknown = dict(kwargs or {}), False
@@ -121,6 +122,10 @@ class Device(_python_dispatch.TorchDispatchMode):
         _check_generator(kwargs.get("generator"), here)
         if self.tape is not None and (name in _WAITS or self._crosses(name, tensors)):
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        if self.tape is not None and func._schema.is_mutable:
+            for given, t in zip(func._schema.arguments, args, strict=False):
+                if given.alias_info is not None and given.alias_info.is_write:
+                    self.before.append((t.detach(), t.detach().clone()))
         if (stands_in := _OF_THE_GPU_ALONE.get(str(func))) is not None:
             out = stands_in(*args, **kwargs)
         elif func.namespace == "pae":
@@ -308,6 +313,9 @@ def _capture(graph: Graph, pool: Any = None, stream: Any = None, **_: Any) -> It
             yield
     finally:
         DEVICE.tape = None
+        for t, old in reversed(DEVICE.before):  # a capture does nothing
+            t.copy_(old)
+        DEVICE.before.clear()
 
 
 class _OnDevice(contextlib.nullcontext):
