@@ -180,7 +180,7 @@ def save(
                 f"{tensor.numel()} values"
             )
     trained = names(model.trained_backbone)
-    description = {
+    description: dict[str, Any] = {
         "format": FORMAT,
         "backbone": backbone_name(model.backbone),
         "fingerprint": fingerprint(model.backbone, trained),

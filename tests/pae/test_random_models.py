@@ -10,6 +10,7 @@ it again.
 """
 
 import contextlib
+import fnmatch
 import inspect
 import os
 import zlib
@@ -247,8 +248,8 @@ def build(case: Case) -> pae.PromptedViT:
             model.prompts.token_mask[: len(model.prompts.token_mask) // 2] = 0
             model.prompts.piece_mask[-1, 0] = 0
     own = dict(model.backbone.named_parameters())
-    for name in case.trained:
-        if name in own:
+    for pattern in case.trained:
+        for name in fnmatch.filter(own, pattern):
             own[name].requires_grad_(True)
     return model.train(case.training)
 
