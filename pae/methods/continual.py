@@ -33,7 +33,9 @@ class ClassTask:
 
 @dataclass
 class ContinualResult:
-    """accuracy[t][s]: after task t, on the test images of task s <= t, among the classes so far."""
+    """Row t of `accuracy`: after task t, on the test images of tasks 0 to t, among all classes so
+    far.
+    """
 
     accuracy: list[list[float]] = field(default_factory=list)
     images: list[int] = field(default_factory=list)  # in the test set of each task
