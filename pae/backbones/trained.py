@@ -57,22 +57,24 @@ def named(view: BackboneView, asked: str | Iterable[str]) -> tuple[str, ...]:
         for pattern in patterns:
             pattern, _, part = pattern.partition(":")
             if part not in ("", "q", "k", "v", "qk", "qv", "kv"):
-                raise ValueError(f"train_backbone: {entry}: expected q, k, v, qk, qv or kv after :")
+                raise ValueError(
+                    f"train_backbone {entry!r}: expected q, k, v, qk, qv or kv after :"
+                )
             for name in [n for n in parameters if fnmatchcase(n, pattern)]:
                 matched += 1
                 key = id(parameters[name])
                 if key in inside and key not in vectors:
-                    raise ValueError(f"train_backbone: {entry} takes {name}, and {UNTRAINED}")
+                    raise ValueError(f"train_backbone {entry!r} takes {name}, and {UNTRAINED}")
                 if part and key not in packed:
                     raise ValueError(
-                        f"train_backbone: {entry} takes {name}, and only the bias of the packed "
+                        f"train_backbone {entry!r} takes {name}, and only the bias of the packed "
                         "queries, keys and values has parts"
                     )
                 if found.setdefault(name, part) != part:
                     raise ValueError(f"train_backbone names {name} twice, with different parts")
         if not matched:
             raise ValueError(
-                f"train_backbone: {entry} is neither one of {', '.join(PRESETS)} nor the name of, "
+                f"train_backbone {entry!r} is neither one of {', '.join(PRESETS)} nor the name of, "
                 "or a pattern for, a parameter of the backbone"
             )
     return tuple(f"{n}:{found[n]}" if found[n] else n for n in parameters if n in found)

@@ -187,6 +187,11 @@ def pair(value):
     return value if isinstance(value, tuple) else (value, value)
 
 
+# patterns of what is trained of the backbone
+TRAINED = [[], [], ["norm.weight"], ["patch_embed.proj.bias"]]
+TRAINED += [["*bias"], ["blocks.*norm*"], ["blocks.1.*norm?.*", "pos_embed"], ["blocks.*bias"]]
+
+
 @st.composite
 def cases(draw, family) -> Case:
     vit = draw(backbones())
@@ -217,7 +222,7 @@ def cases(draw, family) -> Case:
         training=draw(st.booleans()),
         memory=draw(st.sampled_from(MEMORY_MODES)),
         of_images=draw(st.booleans()),
-        trained=draw(st.sampled_from([[], [], ["norm.weight"], ["patch_embed.proj.bias"]])),
+        trained=draw(st.sampled_from(TRAINED)),
         seed=(seed := draw(st.integers(0, 3))),
         pool=POOLS[seed % len(POOLS)],
     )

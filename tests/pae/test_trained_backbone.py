@@ -267,8 +267,8 @@ def test_a_part_of_a_packed_bias():
 REFUSED = {
     "blocks.1.attn.qkv.weight": r"takes blocks\.1\.attn\.qkv\.weight, and the fast engine trains b",
     "blocks.0.ls1.gamma": r"takes blocks\.0\.ls1\.gamma, and the fast engine trains biases",
-    "blocks.9.norm1.bias": r"^train_backbone: blocks\.9\.norm1\.bias is neither one of biases, da-",
-    "bias": "^train_backbone: bias is neither",
+    "blocks.9.norm1.bias": r"^train_backbone 'blocks\.9\.norm1\.bias' is neither one of biases",
+    "bias": "^train_backbone 'bias' is neither",
     "cls_token:kv": "takes cls_token, and only the bias of the packed",
     "blocks.0.attn.qkv.bias:x": "expected q, k, v, qk, qv or kv after :",
 }

@@ -9,7 +9,12 @@ import torch
 
 import pae
 from pae.train import cli, declared, options
-from pae.train.methods import build_backbone, build_method, build_prompts
+from pae.train.methods import (
+    build_backbone,
+    build_method,
+    build_prompts,
+    trained_parameters,
+)
 from pae.train.options import Options
 from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, save_shades
 from tests.train.test_train_loop import (
@@ -102,6 +107,35 @@ def test_stopped_run_goes_on_bit_for_bit(shades, tmp_path, monkeypatch, method, 
     torch.rand(11)
     run(shades, tmp_path / "cut", resume="last", **changes)
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_biases_of_the_backbone(shades, tmp_path, monkeypatch):
+    """Trained, saved, gone on with bit for bit, and counted."""
+    changes = {"method": "vpt-deep", "train_backbone": "da-vpt+", "save_every_steps": 1}
+    run(shades, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 6)
+        run(shades, tmp_path / "cut", **changes)
+    run(shades, tmp_path / "cut", resume="last", **changes)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    plain = build_method(settings(shades, method="vpt-deep"), 3)
+    model = build_method(settings(shades, **changes), 3)
+    depth, width = model.view.shape.depth, model.view.shape.width
+    more = trained_parameters(model) - trained_parameters(plain)
+    assert more == width + depth * width * (2 + 2 + 1 + 1 + 1)
+    file = tmp_path / "whole" / "best.safetensors"
+    assert pae.read_checkpoint(file).train_backbone == model.trained_backbone
+
+
+def test_biases_on_the_command_line(shades, tmp_path, capsys):
+    flags = ["train", "--data", str(shades), *BACKBONE_FLAGS, *CPU_FLAGS, "--epochs", "1"]
+    flags += ["--output", str(tmp_path / "run"), "--method", "vpt-deep", "--train-backbone"]
+    assert cli.main([*flags, "blocks.0.attn.qkv.weight"]) == 2
+    said = capsys.readouterr().err
+    assert "--train-backbone blocks.0.attn.qkv.weight: " in said and said.count("\n") == 1
+    assert cli.main([*flags, "biases"]) == 0
+    names = pae.read_checkpoint(tmp_path / "run" / "best.safetensors").train_backbone
+    assert "patch_embed.proj.bias" in names and "norm.bias" in names
 
 
 def test_pro_vpt_moves_prompts_in_training(shades, tmp_path):
