@@ -231,6 +231,26 @@ def pointwise() -> Iterator[Pass]:
         )  # fmt: skip
 
 
+def products() -> Iterator[Pass]:
+    """fc1 and fc2's backward with the activation in their epilogues: products at 0.75 of the large
+    one's rate, and per entry what the pointwise kernel issues.
+    """
+    rows, weight = BATCH * ROWS, 4 * WIDTH * WIDTH * 2 / 1e6
+    narrow, wide = rows * WIDTH * 2 / 1e6, rows * WIDTH * 4 / 1e6
+    gflop = 2 * rows * WIDTH * 4 * WIDTH / 1e9
+    each = {p.name: p.instructions for p in pointwise()}
+    for name, kernel, moved, like in (
+        ("fc1 + GELU", "fwd", 4, "gelu/forward"),
+        ("fc1 + GELU with a code", "fwd", 3, "coded gelu/forward"),
+        ("fc2 backward + GELU's", "bwd", 4, "gelu/backward"),
+        ("fc2 backward + GELU's by a code", "bwd", 3, "coded gelu/backward"),
+    ):
+        mb = narrow + weight + wide * moved
+        yield Pass(
+            name, f"product_activation_{kernel}_kernel", mb, gflop, gflop / 0.75, each[like]
+        )  # fmt: skip
+
+
 def koopman() -> Iterator[Pass]:
     """Latency decides: launches that follow each other, fp32 products without tensor cores. Triton:
     6 us a launch, 1.5 us one of a square that has settled.
@@ -297,7 +317,7 @@ def step() -> Iterator[Pass]:
 
 def passes() -> list[Pass]:
     """Of every kernel, at ViT-B/16, 224 pixels, B = 128, P = 50, bf16."""
-    groups = attention, pointwise, koopman, spectrum, adaptive, step
+    groups = attention, pointwise, products, koopman, spectrum, adaptive, step
     return [p for group in groups for p in group()]
 
 
