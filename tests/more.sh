@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# What a contributor wants on top of `pytest`, about ten minutes on two cores; .ci/run runs it too:
+# What a contributor wants on top of `pytest`, about ten minutes on two cores; .ci/run runs it too,
+# without the long part that PAE_LONG=1 asks for:
 #
 #     pip install -e ".[dev]" && tests/more.sh
 #
 # Style; property tests on fresh examples; and the tests that compare numbers once more on what
 # other processors have: AVX2 alone, AVX-512 without its later parts, no vector instructions in
-# PyTorch's own loops, two threads; machine code of all that steps and benchmarks launch on a GPU;
-# and the first stage of bench/gpu.sh on a CPU that stands for a GPU.
-# The CPU kernels also run as aarch64 code in every `pytest` where
-# `apt-get install g++-aarch64-linux-gnu qemu-user-static` was done. Where PAE_TTIR is an environment
-# with ttsem (tests/kernels/ttir.py says how it is made), every Triton kernel in bf16 is executed
-# from its TTIR. A last argument or more goes to each pytest, as `-x`.
+# PyTorch's own loops, two threads. The CPU kernels also run as aarch64 code in every `pytest` where
+# `apt-get install g++-aarch64-linux-gnu qemu-user-static` was done.
+#
+# The long part, as long again: machine code of all that steps and benchmarks launch on a GPU; the
+# first stage of bench/gpu.sh on a CPU that stands for a GPU, killed and gone on with; and, where
+# PAE_TTIR is an environment with ttsem (tests/kernels/ttir.py says how it is made), every Triton
+# kernel in bf16 executed from its TTIR. A last argument or more goes to each pytest, as `-x`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 numbers=(tests/pae tests/kernels/attention tests/kernels/test_pointwise.py
@@ -30,6 +32,7 @@ say env ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=default PAE_CPU_ISA=p
 # threads of two processes would spin while they wait for the same two cores
 say env PAE_TEST_THREADS=2 OMP_NUM_THREADS=2 pytest -n0 "${here[@]}" tests/pae/test_engine.py \
   tests/pae/test_families.py tests/pae/test_kld.py tests/pae/test_vapt.py "${numbers[@]:1:3}" "$@"
+[ -n "${PAE_LONG:-}" ] || exit 0
 say python -m tests.gate
 say env OMP_NUM_THREADS=1 pytest -n0 -q tests/bench/gpu_day.py "$@"
 if [ -n "${PAE_TTIR:-}" ]; then

@@ -1,6 +1,6 @@
 """Stage a of `bench/gpu.sh` from end to end, killed once, on a CPU that stands for a GPU.
 
-    pytest -n0 tests/bench/gpu_day.py     # two minutes; a part of tests/more.sh
+    pytest -n0 tests/bench/gpu_day.py     # two minutes; a part of PAE_LONG=1 tests/more.sh
 
 The ordinary run has the bodies of all tests that need a GPU (`test_dry_run.py`), and a day whose
 steps are of nothing (`test_gpu_day.py`).

@@ -8,7 +8,7 @@ operation, and watched.
 `ttsem` runs the TTIR of every launch. An access outside of the tensors that a launch was given, two
 programs that touch one entry and a result that is undefined are errors at the kernel's line; memory
 that nobody wrote is NaN. Triton's own interpreter multiplies bf16 wrongly, and sees none of that.
-Part of tests/more.sh, where the environment is named by PAE_TTIR: seconds a launch.
+Part of `PAE_LONG=1 tests/more.sh`, where the environment is named by PAE_TTIR: seconds a launch.
 """
 
 from __future__ import annotations
