@@ -14,7 +14,12 @@ PARTS = {
     "engine": ("gpu", "tests/pae/test_gpu.py"),
     "graphs": (gpu.CAPTURED, *gpu.GRAPHS),
     "attention": ("gpu", "tests/kernels/attention", "tests/kernels/test_steps.py"),
-    "pointwise": ("gpu", "tests/kernels/test_pointwise.py", "tests/kernels/test_adaptive.py"),
+    "pointwise": (
+        "gpu",
+        "tests/kernels/test_pointwise.py",
+        "tests/kernels/test_adaptive.py",
+        "tests/kernels/test_product.py",
+    ),
     "koopman": ("gpu", "tests/kernels/koopman"),
     "spectrum": ("gpu", "tests/kernels/spectrum"),
 }
