@@ -90,7 +90,11 @@ class Work(TorchDispatchMode):
 
 @each(OP, on=["interpreter"])
 def test_what_one_more_block_adds_to_a_step(execution):
-    """Four products, attention and three pointwise passes each way; 16-bit rows, an fp32 stream."""
+    """Four products, attention and three pointwise passes each way; 16-bit rows, an fp32 stream.
+
+    One product more, of the prompts' keys and values: on a CPU, unlike on a GPU, each block has
+    its own in 16 bits.
+    """
 
     def ops(depth):
         model, images = build(pae.prompts.VPTDeep(3), depth=depth), torch.randn(2, 3, 16, 16)
@@ -104,8 +108,8 @@ def test_what_one_more_block_adds_to_a_step(execution):
 
     (less, less_back), (more, more_back) = ops(3), ops(4)
     assert more - less == Counter(
-        addmm=4, prompt_attention_fwd=1, add_layer_norm_fwd=2, activation_fwd=1
+        addmm=4 + 1, prompt_attention_fwd=1, add_layer_norm_fwd=2, activation_fwd=1
     )
     assert more_back - less_back == Counter(
-        mm=4, prompt_attention_bwd=1, layer_norm_bwd=2, activation_bwd=1
+        mm=4 + 1, prompt_attention_bwd=1, layer_norm_bwd=2, activation_bwd=1
     )
