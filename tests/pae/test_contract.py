@@ -151,11 +151,14 @@ def trained(part):
         wanted = [p for p in model.parameters() if p.requires_grad]
         return torch.autograd.grad(loss(model, x, engine), wanted)
 
-    return refused(r"blocks\.0\.norm1\.\w+ requires a gradient", check)
+    return check
 
 
 ROWS["trained biases of blocks (BitFit)"] = trained("bias")
 ROWS["trained norms of blocks"] = trained("norm1")
+ROWS["trained matrices of blocks"] = refused(
+    r"blocks\.0\.attn\.proj\.weight requires a gradient", trained("proj.weight")
+)
 
 
 @row("`backward(retain_graph=True)`, twice")
@@ -429,7 +432,7 @@ def sharded(engine, ignored=lambda model: None):
 
 
 ROWS["FullyShardedDataParallel over the backbone"] = refused(
-    r"blocks\.0\.norm1\.weight requires a gradient", sharded
+    r"blocks\.0\.attn\.qkv\.weight requires a gradient", sharded
 )
 ROWS["FullyShardedDataParallel that leaves the backbone out"] = partial(
     sharded, ignored=lambda model: list(model.backbone.parameters())
