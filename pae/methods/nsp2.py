@@ -256,14 +256,16 @@ def _row_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def _rank(values: Tensor) -> int:
     """Where descending singular values bend most: from there on they count as zero."""
     count = len(values)
+    rank = int((values > values[0] * count * torch.finfo(values.dtype).eps).sum())
     if count < 3:
-        return int((values > values[0] * count * torch.finfo(values.dtype).eps).sum())
+        return rank
     curve, margin = values, 0
     if count >= SMOOTHED_FROM:
         curve, margin = _smoothed(values), int(ENDS * count / 2)
     bend = curve[:-2] - 2 * curve[1:-1] + curve[2:]  # at 1 .. count - 2
     at = margin + 1 + int(bend[margin : len(bend) - margin].argmax())
-    return int((values >= values[at]).sum()) - 1  # the last of equal values is the first zero
+    # the last of equal values is the first zero; rounded zeros may be equal
+    return min(int((values >= values[at]).sum()) - 1, rank)
 
 
 def _smoothed(values: Tensor) -> Tensor:

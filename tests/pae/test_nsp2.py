@@ -101,6 +101,11 @@ def test_rank_is_where_the_values_bend(size, rank):
     assert abs(got - rank) <= (0 if size < nsp2.SMOOTHED_FROM else 15)
 
 
+def test_zeros_that_are_equal_are_all_zero():
+    values = torch.cat([torch.tensor([3.0, 2.9, 2.8, 2.7, 2.6]), torch.zeros(27)]).double()
+    assert nsp2._rank(values) == nsp2._rank(values + 1e-18) == 5
+
+
 def test_released_ranks(golden):
     """Sizes of the null space for spectra of many lengths; see tests/golden/README.md."""
     arrays = golden("nsp2")
