@@ -194,7 +194,7 @@ def test_weights_in_the_cache(tmp_path, monkeypatch):
     """None that was stored with a digest is another; without one there is at least no traceback."""
     path = tmp_path / f"{embedded.WEIGHTS_NAME}.safetensors"
     monkeypatch.setattr(embedded, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(embedded, "_architecture", lambda size: backbone())
+    monkeypatch.setattr(embedded, "_architecture", lambda *_: backbone())
     monkeypatch.setattr(embedded, "_resized", lambda model, *_: model.state_dict())
     methods.write_tensors(path, backbone().state_dict(), {"source": "a wheel"})
 
