@@ -86,7 +86,7 @@ def gpu(architecture: int) -> Iterator[dict[Launch, int]]:
             (backends, {"on": lambda device: contextlib.nullcontext()}),
             (native, {"unavailable": lambda: "nothing compiled runs on a stand-in"}),
             (tiles, {"_device": lambda device: size}),
-            (plan, {"_refuse": lambda name, module: None}),  # it folds plain tensors alone
+            (plan, {"_refuse": lambda name, module, may: None}),  # it folds plain tensors alone
             (spectrum, {"_readable": lambda t: False}),
             (triton.knobs.runtime, {"jit_cache_hook": keep}),
         ):
