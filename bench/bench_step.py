@@ -149,7 +149,8 @@ def prepare(
     prompts = trained.prompts if official else trained.prompts.tokens
     folded, memory = step.folded() if memory else [], memory or "keep"
     weights = [*trained.parameters(), *trained.buffers()]
-    work = partial(step.run, forward or trained, trained)
+    # a compiled module is asked for its length where it stands for a truth value
+    work = partial(step.run, trained if forward is None else forward, trained)
     device, mb_per_image = step.images.device, len(step.images) * 1e6
 
     def check() -> dict[str, float]:
