@@ -17,10 +17,12 @@ from ..foreign import as_tensor, listed, read_weights_file
 from ..kld import KLD
 from ..model import PromptedViT, check_pool
 from ..prompts import (
+    DAVPT,
     VAPT,
     BPTDeep,
     BPTShallow,
     PromptFamily,
+    ProVPT,
     VFPTDeep,
     VFPTShallow,
     VPTDeep,
@@ -47,6 +49,7 @@ class OfficialParts:
 
     Attributes:
         prompts, kld, head: keys whose values the model now has.
+        backbone: those of what `train_backbone` names, which the model now has too.
         compared: frozen backbone weights, found equal to the model's.
         ignored: keys that nothing reads: PAE's unused koopman_out, and its KLD where the model has
             none; with `check_backbone=False` the backbone; entries that are no tensors.
@@ -56,6 +59,7 @@ class OfficialParts:
     prompts: list[str] = field(default_factory=list)
     kld: list[str] = field(default_factory=list)
     head: list[str] = field(default_factory=list)
+    backbone: list[str] = field(default_factory=list)
     compared: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     pool: str = "image"
@@ -68,7 +72,8 @@ def load_official(
     check_backbone: bool = True,
     pool: str | None = None,
 ) -> OfficialParts:
-    """Copy prompts, KLD and head of a published implementation's state dict into `model`.
+    """Copy prompts, KLD and head of a published implementation's state dict into `model`, and what
+    is trained of the backbone.
 
     Everything is checked before anything is written: a failed call leaves the model as it was.
 
@@ -92,12 +97,14 @@ def load_official(
 
     Args:
         model: has the family, sizes and options the file was trained with: `VPTDeep`, `VPTShallow`,
-            `VFPTDeep`, `VFPTShallow`, `BPTDeep`, `BPTShallow` or `VAPT`.
+            `VFPTDeep`, `VFPTShallow`, `BPTDeep`, `BPTShallow` or `VAPT`; what VPT's "prompt+bias"
+            trained of the backbone it names in `train_backbone="biases"`, and gets from the file.
+            How DA-VPT's files call their prompts is not known: a `DAVPT` is refused.
         state_dict: names to tensors or arrays of numpy, or a checkpoint with these under "model" or
             "state_dict"; or the path of a file of either, no code of which is run.
-        check_backbone: backbone weights in the file, under their published or timm names, must be
-            the model's own. False leaves them unread. BPT's code calls the norm behind the mean
-            `norm`, VPT's `fc_norm`.
+        check_backbone: frozen backbone weights in the file, under their published or timm names,
+            must be the model's own. False leaves them unread. BPT's code calls the norm behind the
+            mean `norm`, VPT's `fc_norm`.
         pool: whose rows were in the mean, which no file says; `model.pool` is set to it. None: on a
             backbone that pools its rows (MAE) "all", the default of the published code, unless the
             model was made for something else than "image"; elsewhere the model's.
@@ -108,9 +115,9 @@ def load_official(
 
     Raises:
         TypeError: `model` is no PromptedViT, or `state_dict` no mapping of names to tensors.
-        ValueError: the model's family has no published names, or counts that differ between blocks,
-            which the published code cannot have; the head is not linear; a `pool` that model and
-            prompts do not have.
+        ValueError: the model's family has no published names, and what the file holds beside a
+            backbone; counts that differ between blocks, which the published code cannot have; the
+            head is not linear; a `pool` that model and prompts do not have.
         CheckpointError: the file cannot be read; keys missing, unknown or of another shape, all of
             them listed; values that are not finite; or a backbone weight that differs.
     """
@@ -121,11 +128,14 @@ def load_official(
         pool = "all" if pools else model.pool
     check_pool(pool, model.view, model.prompts)
     found = _canonical(state_dict)
-    frozen = _backbone_targets(model.backbone)
-    alone = not any(name in frozen or name.startswith("head.") for name in found)
+    own = {k: v for k, v in model.backbone.state_dict().items() if not k.startswith("head.")}
+    trained = _trained_values(own, model.trained_backbone)
+    given = {name: torch.zeros_like(mask) for name, mask in trained.items()}
+    backbone, is_trained, is_given = map(_backbone_targets, (own, trained, given))
+    alone = not any(name in backbone or name.startswith("head.") for name in found)
     head = _head_targets(model.head, found)
     targets = {
-        "prompts": _prompt_targets(model.prompts, found),
+        "prompts": _prompt_targets(model.prompts, found, backbone),
         "kld": {} if model.kld is None else _kld_targets(model.kld, found),
         "head": {} if alone else head,
     }
@@ -134,13 +144,18 @@ def load_official(
     missing = [name for name in wanted if name not in found]
     differing = []
     for name, (key, tensor) in found.items():
+        trains = name in backbone and bool(is_trained[name].any())
         if name in wanted:
             target = targets[wanted[name]][name]
             getattr(parts, wanted[name]).append(key)
-        elif name in frozen and check_backbone:
-            target = frozen[name]
+        elif trains:
+            target = backbone[name]
+            is_given[name].fill_(True)
+            parts.backbone.append(key)
+        elif name in backbone and check_backbone:
+            target = backbone[name]
             parts.compared.append(key)
-        elif name in frozen or _UNUSED.match(name) or (model.kld is None and _KLD.match(name)):
+        elif name in backbone or _UNUSED.match(name) or (model.kld is None and _KLD.match(name)):
             parts.ignored.append(key)
             continue
         else:
@@ -148,15 +163,19 @@ def load_official(
             continue
         if _squeezed(tensor) != _squeezed(target):
             shapes.append(f"{key} is {tuple(tensor.shape)} for {tuple(target.shape)}")
-        elif name in wanted:
+            continue
+        if name in wanted or trains:
             if not tensor.is_floating_point():
                 values.append(f"{key} is {tensor.dtype}")
-            elif not torch.isfinite(tensor.to(target.dtype)).all():
+                continue
+            if not torch.isfinite(tensor.to(target.dtype)).all():
                 values.append(f"{key} has NaN or infinite values")
-        else:
-            size = _difference(tensor, target)
+        if name in backbone and check_backbone:
+            kept = ~is_trained[name] if trains else ...
+            size = _difference(tensor.reshape(target.shape)[kept], target[kept])
             if not size <= _SAME:
                 differing.append(f"{key} ({size:.1e})")
+    missing += [name for name, mask in trained.items() if (mask & ~given[name]).any()]
 
     problems = [
         f"{what}: {listed(names, _MOST)}"
@@ -179,6 +198,10 @@ def load_official(
     for part in targets.values():
         for name, target in part.items():
             target.copy_(found[name][1].reshape(target.shape))
+    for name, (_, tensor) in found.items():
+        if name in backbone and name not in wanted and (mask := is_trained[name]).any():
+            target = backbone[name]
+            target.copy_(torch.where(mask, tensor.reshape(target.shape).to(target), target))
     model.pool = pool
     if alone:
         warnings.warn(
@@ -224,13 +247,23 @@ def _canonical(source: Mapping[str, Any] | str | Path) -> dict[str, tuple[str, T
 # ---- what each family's parameters are called; values are views of ours, to be written
 
 
-def _prompt_targets(family: PromptFamily, found: Mapping) -> dict[str, Tensor]:
-    for kinds, targets in _FAMILIES.items():
-        if isinstance(family, kinds):
-            return targets(family, found)
+def _prompt_targets(
+    family: PromptFamily, found: Mapping, backbone: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    # DA-VPT and PRO-VPT are kinds of VPT-deep, whose names their files need not have
+    if not isinstance(family, (DAVPT, ProVPT)):
+        for kinds, targets in _FAMILIES.items():
+            if isinstance(family, kinds):
+                return targets(family, found)
+    rest = [
+        f"{key} {tuple(tensor.shape)}"
+        for name, (key, tensor) in found.items()
+        if name not in backbone and not name.startswith("head.")
+    ]
     raise ValueError(
         f"model.prompts ({type(family).__name__}) has no published names known here, expected one "
-        f"of {[kind.__name__ for kinds in _FAMILIES for kind in kinds]}"
+        f"of {[kind.__name__ for kinds in _FAMILIES for kind in kinds]}; beside backbone and head "
+        f"the file holds {listed(rest, _MOST) or 'nothing'}"
     )
 
 
@@ -315,9 +348,10 @@ def _head_targets(head: nn.Module, found: Mapping) -> dict[str, Tensor]:
     return {f"{own}.{name}": parameter for name, parameter in head.named_parameters()}
 
 
-def _backbone_targets(backbone: nn.Module) -> dict[str, Tensor]:
-    """The frozen weights, under timm's names and under those of VPT and its descendants."""
-    own = {k: v for k, v in backbone.state_dict().items() if not k.startswith("head.")}
+def _backbone_targets(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Views of a backbone's tensors, under timm's names and under those of VPT and its
+    descendants.
+    """
     targets = {name.lower(): tensor for name, tensor in own.items()}
     for pattern, replacement in _PUBLISHED:
         for name, tensor in own.items():
@@ -331,6 +365,17 @@ def _backbone_targets(backbone: nn.Module) -> dict[str, Tensor]:
         if f"fc_norm.{part}" in targets:
             targets.setdefault(f"norm.{part}", targets[f"fc_norm.{part}"])
     return targets
+
+
+def _trained_values(own: Mapping[str, Tensor], entries: Iterable[str]) -> dict[str, Tensor]:
+    """Of each of these tensors, which values are trained."""
+    masks = {k: torch.zeros_like(v, dtype=torch.bool) for k, v in own.items()}
+    for entry in entries:
+        name, _, parts = entry.partition(":")
+        for part, rows in zip("qkv", masks[name].chunk(3)) if parts else [("", masks[name])]:
+            if part in parts:
+                rows.fill_(True)
+    return masks
 
 
 _PUBLISHED = (

@@ -13,9 +13,11 @@ from torch import nn
 import pae
 from pae.prompts import (
     APT,
+    DAVPT,
     VAPT,
     BPTDeep,
     BPTShallow,
+    ProVPT,
     VFPTDeep,
     VFPTShallow,
     VPTDeep,
@@ -386,6 +388,97 @@ def test_vapt_without_a_convolution(tiny_vit):
         pae.load_official(model, state)
     own, theirs = model.prompts.state_dict(), other.prompts.state_dict()
     assert own.keys() == theirs.keys() and all(torch.equal(own[k], theirs[k]) for k in own)
+
+
+# ---- what is trained of the backbone
+
+
+BIAS = re.compile(r".*\.bias")
+
+
+def biased(state):
+    """`state` after a training of all biases, as VPT's "prompt+bias"."""
+    return {k: 2 * v + 1 if BIAS.fullmatch(k) and "head" not in k else v for k, v in state.items()}
+
+
+def in_timm_names(golden, state):
+    """`state` with the backbone as timm names it."""
+    weights = tensors(golden("backbone"))
+    kept = {k: v for k, v in state.items() if "prompt" in k or "head" in k}
+    own = {k.removeprefix("timm/"): v for k, v in weights.items() if k.startswith("timm/")}
+    return kept | {k: v for k, v in own.items() if not k.startswith("head.")}
+
+
+@pytest.mark.parametrize("names", ["published", "timm"])
+def test_biases_trained_beside_prompts(vpt, golden, names):
+    plain, state = vpt
+    if names == "timm":
+        state = in_timm_names(golden, state)
+    family = VPTDeep(5)
+    vit = plain.backbone
+    before = {k: v.clone() for k, v in vit.state_dict().items()}
+    vit.head = nn.Linear(64, 10, dtype=torch.float64)
+    model = pae.PromptedViT(vit, family, train_backbone="biases").eval()
+    changed = biased(state)
+    loaded = pae.load_official(model, changed)
+    for name, tensor in vit.state_dict().items():
+        expected = 2 * before[name] + 1 if BIAS.fullmatch(name) else before[name]
+        assert torch.equal(tensor, expected), name
+    found = [k for k in state if BIAS.fullmatch(k) and "head" not in k]
+    assert loaded.backbone == found and not set(found) & set(loaded.compared)
+    assert len(loaded.compared + loaded.backbone + loaded.prompts + loaded.head) == len(state)
+    for left_out in (found[0], found[-1]):  # of three parts of one bias, and of a whole one
+        less = {k: v for k, v in changed.items() if k != left_out}
+        refused(model, less, r"does not fit this VPTDeep: missing: \S+$")
+    weight = found[0].replace("bias", "weight")
+    refused(model, changed | {weight: 2 * changed[weight]}, rf"another backbone, .*: {weight} \(")
+    refused(model, changed | {found[2]: changed[found[2]] * torch.nan}, f"values: {found[2]} has")
+    loaded = pae.load_official(model, changed, check_backbone=False)
+    assert loaded.backbone == found and loaded.compared == []
+
+
+@pytest.mark.parametrize("names", ["published", "timm"])
+def test_a_part_of_a_bias(vpt, golden, names):
+    """Of keys and values trained, of queries compared, whether in one tensor or in three."""
+    plain, state = vpt
+    if names == "timm":
+        state = in_timm_names(golden, state)
+    vit = plain.backbone
+    vit.head = nn.Linear(64, 10, dtype=torch.float64)
+    model = pae.PromptedViT(vit, VPTDeep(5), train_backbone="blocks.*.attn.qkv.bias:kv").eval()
+    query = [vit.blocks[i].attn.qkv.bias.chunk(3)[0].clone() for i in range(4)]
+    refused(model, biased(state), "state_dict was trained on another backbone")
+    for key, value in state.items():
+        if re.search(r"attn\.(key|value)\.bias", key):
+            state[key] = value + 1
+        elif key.endswith("attn.qkv.bias"):
+            state[key] = value + torch.cat([torch.zeros(64), torch.ones(128)])
+    expected = [block.attn.qkv.bias.chunk(3)[1] + 1 for block in vit.blocks]
+    loaded = pae.load_official(model, state)
+    for i, block in enumerate(vit.blocks):
+        q, k, _ = block.attn.qkv.bias.chunk(3)
+        assert torch.equal(q, query[i]) and (k - expected[i]).abs().max() < 1e-6
+    assert len(loaded.backbone) == (8 if names == "published" else 4)
+
+
+def test_prompts_alone_for_a_trained_backbone(tiny_vit):
+    model = pae.PromptedViT(tiny_vit(torch.float64), VPTShallow(5), train_backbone="cls_token")
+    state = {"prompt_embeddings": torch.zeros(1, 5, 64)}
+    refused(model, state, "does not fit this VPTShallow: missing: cls_token$")
+
+
+@pytest.mark.parametrize("family", [lambda: DAVPT(5, 5, 10), lambda: ProVPT(5)])
+def test_kinds_of_vpt_whose_files_have_names_of_their_own(tiny_vit, vpt, family):
+    """DA-VPT's, of which every published number is with a trained backbone, and PRO-VPT's."""
+    other = fresh(tiny_vit, family())
+    state = {k: v for k, v in vpt[1].items() if "prompt" not in k}
+    state |= {"vpt.tokens": torch.zeros(4, 5, 64)}
+    message = (
+        rf"model.prompts \({type(other.prompts).__name__}\) has no published names known here, .*; "
+        r"beside backbone and head the file holds vpt.tokens \(4, 5, 64\)$"
+    )
+    refused(other, state, message, ValueError)
+    refused(other, vpt[1], "has no published names known here", ValueError)
 
 
 # ---- what is refused, and that a refusal changes nothing
