@@ -47,68 +47,74 @@ def under(prefix, state):
     return {prefix + key: value for key, value in state.items()}
 
 
-def stacks(state, pattern, name, parts):
-    """`state` with the rows of every qkv under three names, and the other blocks' names mapped."""
+def doubled(state):
+    """Of a second copy, which is not to be taken."""
+    return {key: 2 * value for key, value in state.items()}
+
+
+def renamed(state, embeddings, layer, attention, parts, blocks, final):
+    """`state` under other names: those of the class token, position and patches; of a block, of one
+    part of its qkv, whose rows are taken apart, and of (pattern, name) the rest of it; of the norm
+    behind them.
+    """
+    cls_token, position, patches = embeddings
+    names = [(r"cls_token", cls_token), (r"pos_embed", position)]
+    names += [(r"patch_embed\.proj\.(\w+)", rf"{patches}.\1"), (r"norm\.(\w+)", rf"{final}.\1")]
+    names += [(rf"blocks\.(\d+)\.{old}\.(\w+)", rf"{layer}.\1.{new}") for old, new in blocks]
     found = {}
     for key, value in state.items():
-        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", key):
+        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", key):
             for part, rows in zip(parts, value.chunk(3), strict=True):
-                found[name.format(match[1], part, match[2])] = rows.clone()
-        else:
-            for old, new in pattern:
-                if re.fullmatch(old, key):
-                    key = re.sub(old, new, key)
-                    break
-            found[key] = value
+                found[f"{layer}.{match[1]}.{attention.format(part)}.{match[2]}"] = rows.clone()
+            continue
+        for old, new in names:
+            if re.fullmatch(old, key):
+                key = re.sub(old, new, key)
+                break
+        found[key] = value
     return found
 
 
+BERT = ("embeddings.cls_token", "embeddings.position_embeddings")
+WORDS = ("query", "key", "value")
+
+
 def hugging_face(state):
-    layer = r"encoder.layer.\1."
-    names = (
-        (r"cls_token", "embeddings.cls_token"),
-        (r"pos_embed", "embeddings.position_embeddings"),
-        (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.projection.\1"),
-        (r"blocks\.(\d+)\.norm1\.(\w+)", layer + r"layernorm_before.\2"),
-        (r"blocks\.(\d+)\.norm2\.(\w+)", layer + r"layernorm_after.\2"),
-        (r"blocks\.(\d+)\.attn\.proj\.(\w+)", layer + r"attention.output.dense.\2"),
-        (r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", layer + r"intermediate.dense.\2"),
-        (r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", layer + r"output.dense.\2"),
-        (r"norm\.(\w+)", r"layernorm.\1"),
+    blocks = (
+        ("norm1", r"layernorm_before.\2"),
+        ("norm2", r"layernorm_after.\2"),
+        (r"attn\.proj", r"attention.output.dense.\2"),
+        (r"mlp\.fc1", r"intermediate.dense.\2"),
+        (r"mlp\.fc2", r"output.dense.\2"),
     )
-    own = "encoder.layer.{}.attention.attention.{}.{}"
-    return stacks(state, names, own, ("query", "key", "value"))
+    embeddings = (*BERT, "embeddings.patch_embeddings.projection")
+    attention = "attention.attention.{}"
+    return renamed(state, embeddings, "encoder.layer", attention, WORDS, blocks, "layernorm")
 
 
 def hugging_face_dinov2(state):
-    layer = r"encoder.layer.\1."
-    names = (
-        (r"cls_token", "embeddings.cls_token"),
-        (r"pos_embed", "embeddings.position_embeddings"),
-        (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.projection.\1"),
-        (r"blocks\.(\d+)\.attn\.proj\.(\w+)", layer + r"attention.output.dense.\2"),
-        (r"blocks\.(\d+)\.ls(\d)\.gamma", layer + r"layer_scale\2.lambda1"),
-        (r"blocks\.(\d+)\.((?:norm\d|mlp\.fc\d)\.\w+)", layer + r"\2"),
-        (r"norm\.(\w+)", r"layernorm.\1"),
+    blocks = (
+        (r"attn\.proj", r"attention.output.dense.\2"),
+        ("ls1", "layer_scale1.lambda1"),
+        ("ls2", "layer_scale2.lambda1"),
+        (r"(norm\d|mlp\.fc\d)", r"\2.\3"),
     )
-    own = "encoder.layer.{}.attention.attention.{}.{}"
-    mask = {"embeddings.mask_token": torch.zeros(1, 32)}
-    return mask | stacks(state, names, own, ("query", "key", "value"))
+    embeddings = (*BERT, "embeddings.patch_embeddings.projection")
+    attention, mask = "attention.attention.{}", {"embeddings.mask_token": torch.zeros(1, 32)}
+    return mask | renamed(state, embeddings, "encoder.layer", attention, WORDS, blocks, "layernorm")
 
 
 def hugging_face_clip(state):
-    layer = r"encoder.layers.\1."
-    names = (
-        (r"cls_token", "embeddings.class_embedding"),
-        (r"pos_embed", "embeddings.position_embedding.weight"),
-        (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embedding.\1"),
-        (r"norm_pre\.(\w+)", r"pre_layrnorm.\1"),
-        (r"blocks\.(\d+)\.norm(\d)\.(\w+)", layer + r"layer_norm\2.\3"),
-        (r"blocks\.(\d+)\.attn\.proj\.(\w+)", layer + r"self_attn.out_proj.\2"),
-        (r"blocks\.(\d+)\.(mlp\.fc\d\.\w+)", layer + r"\2"),
-        (r"norm\.(\w+)", r"post_layernorm.\1"),
+    blocks = (
+        (r"norm(\d)", r"layer_norm\2.\3"),
+        (r"attn\.proj", r"self_attn.out_proj.\2"),
+        (r"(mlp\.fc\d)", r"\2.\3"),
     )
-    found = stacks(state, names, "encoder.layers.{}.self_attn.{}_proj.{}", "qkv")
+    names = ("class_embedding", "position_embedding.weight", "patch_embedding")
+    embeddings = [f"embeddings.{name}" for name in names]
+    attention, final = "self_attn.{}_proj", "post_layernorm"
+    found = renamed(state, embeddings, "encoder.layers", attention, "qkv", blocks, final)
+    found = {k.replace("norm_pre.", "pre_layrnorm."): v for k, v in found.items()}
     found["embeddings.class_embedding"] = found["embeddings.class_embedding"].flatten()
     found["embeddings.position_embedding.weight"] = found["embeddings.position_embedding.weight"][0]
     found["embeddings.position_ids"] = torch.arange(17)[None]
@@ -118,19 +124,15 @@ def hugging_face_clip(state):
 
 def published(state):
     """As the code of VPT and its descendants names a vision transformer."""
-    layer = r"encoder.layer.\1."
-    names = (
-        (r"cls_token", "embeddings.cls_token"),
-        (r"pos_embed", "embeddings.position_embeddings"),
-        (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.\1"),
-        (r"blocks\.(\d+)\.norm1\.(\w+)", layer + r"attention_norm.\2"),
-        (r"blocks\.(\d+)\.norm2\.(\w+)", layer + r"ffn_norm.\2"),
-        (r"blocks\.(\d+)\.attn\.proj\.(\w+)", layer + r"attn.out.\2"),
-        (r"blocks\.(\d+)\.mlp\.(fc\d\.\w+)", layer + r"ffn.\2"),
-        (r"norm\.(\w+)", r"encoder.encoder_norm.\1"),
+    blocks = (
+        ("norm1", r"attention_norm.\2"),
+        ("norm2", r"ffn_norm.\2"),
+        (r"attn\.proj", r"attn.out.\2"),
+        (r"mlp\.(fc\d)", r"ffn.\2.\3"),
     )
-    own = "encoder.layer.{}.attn.{}.{}"
-    return under("transformer.", stacks(state, names, own, ("query", "key", "value")))
+    embeddings, final = (*BERT, "embeddings.patch_embeddings"), "encoder.encoder_norm"
+    found = renamed(state, embeddings, "encoder.layer", "attn.{}", WORDS, blocks, final)
+    return under("transformer.", found)
 
 
 def openai_clip(state):
@@ -240,7 +242,7 @@ KINDS = {
         lambda s: {
             "epoch": 300,
             "state_dict": under("module.base_encoder.", s)
-            | under("module.momentum_encoder.", {k: 2 * v for k, v in s.items()})
+            | under("module.momentum_encoder.", doubled(s))
             | {"module.base_encoder.head.0.weight": torch.ones(4, 32)}
             | {"module.predictor.0.weight": torch.ones(4, 4)},
             "optimizer": {"state": {}},
@@ -251,7 +253,7 @@ KINDS = {
     "dino": (
         {},
         lambda s: {
-            "student": under("module.backbone.", {k: 2 * v for k, v in s.items()}),
+            "student": under("module.backbone.", doubled(s)),
             "teacher": under("backbone.", s) | {"head.last_layer.weight_g": torch.ones(4, 1)},
             "args": argparse.Namespace(arch="vit"),
             "dino_loss": {"center": torch.ones(1, 4)},
@@ -277,13 +279,13 @@ KINDS = {
     ),
     "timm_ema": (
         {},
-        lambda s: {"state_dict": {k: 2 * v for k, v in s.items()}, "state_dict_ema": s},
+        lambda s: {"state_dict": doubled(s), "state_dict_ema": s},
         "state_dict_ema",
         "",
     ),
     "model_ema": (
         {},
-        lambda s: {"model": {k: 2 * v for k, v in s.items()}, "model_ema": under("module.", s)},
+        lambda s: {"model": doubled(s), "model_ema": under("module.", s)},
         "model_ema",
         "module.",
     ),
@@ -291,7 +293,7 @@ KINDS = {
         {},
         lambda s: (
             under("ema_model.", s)
-            | under("online_model.", {k: 2 * v for k, v in s.items()})
+            | under("online_model.", doubled(s))
             | {"initted": torch.tensor(True), "step": torch.tensor(7)}
         ),
         "",
@@ -340,7 +342,7 @@ KINDS = {
         {},
         lambda s: {
             "encoder": under("module.", s),
-            "target_encoder": under("module.", {k: 2 * v for k, v in s.items()}),
+            "target_encoder": under("module.", doubled(s)),
             "predictor": {"module.norm.weight": torch.ones(8)},
         },
         "encoder",
@@ -350,7 +352,7 @@ KINDS = {
         {},
         lambda s: {
             "state_dict": under("online_encoder.net.", s)
-            | under("target_encoder.net.", {k: 2 * v for k, v in s.items()})
+            | under("target_encoder.net.", doubled(s))
             | {"online_predictor.net.0.weight": torch.ones(2, 2)}
         },
         "state_dict",
@@ -360,7 +362,7 @@ KINDS = {
         {},
         lambda s: (
             under("backbone.", s)
-            | under("momentum_backbone.", {k: 2 * v for k, v in s.items()})
+            | under("momentum_backbone.", doubled(s))
             | {"momentum_projector.0.weight": torch.ones(2, 2), "queue_ptr": torch.zeros(1).long()}
         ),
         "",
