@@ -220,7 +220,7 @@ def test_states(tmp_path):
 
 
 def test_records_of_a_run(tmp_path):
-    """config.json and metrics.json: what was written comes back, or nothing."""
+    """config.json, metrics.json, results.json: what was written comes back, or nothing."""
     run = RunFolder(tmp_path)
     options = Options(method="bpt", method_args={"rank": 3}, data=str(tmp_path)).resolved()
     run.write_config(options, task={"name": "birds", "classes": ["a", "b"]}, seconds=12.25)
@@ -232,6 +232,8 @@ def test_records_of_a_run(tmp_path):
         return run.rows(), run.result()
 
     assert try_all(run.metrics_json, read, pae.CheckpointError) > NUMBER * 0.8
+    run.write_comparison([{"name": "bpt", "val_accuracy": 0.75}, {"name": "vpt-deep"}])
+    assert try_all(run.path / "results.json", run.results, pae.CheckpointError) > NUMBER * 0.8
 
 
 def test_a_signed_table():

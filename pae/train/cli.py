@@ -243,29 +243,20 @@ def _run(
         folder: of the run to go on with; None makes a new one.
         resume: as for `loop.train`.
     """
-    import warnings
-
     from pae.train import compare, loop, methods
     from pae.train.report import Reporter
 
-    results = None if folder is None else folder.results()
+    reporter = Reporter(os.environ.get("RANK", "0") == "0", launch.quiet)
+    with reporter.warnings():
+        results = None if folder is None else folder.results()
     if folder is not None and results is not None:  # it has finished: nothing is loaded
-        reporter = Reporter(os.environ.get("RANK", "0") == "0", launch.quiet)
         name = folder.facts().get("task", {}).get("name", folder.path.name)
         return _show(reporter, name, options, folder, results)
     for _, _, each in compare.entries(options) if options.is_comparison else [("", "", options)]:
         methods.rehearse(each, given)
     accelerator = loop.make_accelerator(options)
     reporter = Reporter(accelerator.is_main_process, launch.quiet)
-    with (
-        warnings.catch_warnings(),
-        loop.handled(loop.interrupt),
-        contextlib.ExitStack() as stack,
-    ):
-        # a warning is for the reader of the terminal: the text, not the line of our code
-        warnings.showwarning = lambda message, *_, **__: reporter.say(f"warning: {message}")
-        # PIL's do not name their file; `images.survey` says what they are about, and names it
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+    with reporter.warnings(), loop.handled(loop.interrupt), contextlib.ExitStack() as stack:
         with accelerator.main_process_first():  # one process fetches, the others find the cache
             task = loop.load_task(options)
         task = task.surveyed(options.workers)

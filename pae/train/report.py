@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ class Reporter:
 
     Args:
         active: whether this process speaks at all.
-        quiet: only results, no progress.
+        quiet: only results and warnings, no progress.
     """
 
     def __init__(self, active: bool = True, quiet: bool = False) -> None:
@@ -37,6 +38,15 @@ class Reporter:
         """One line to stderr, also where only results are wanted."""
         if self.active:
             self._console.print(f"warning: {text}", markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Where Python's warnings are `warn`'s: for the reader of a terminal, not of our code."""
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: self.warn(str(message))
+            # PIL's do not name their file; `images.survey` says what they are about, and names it
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
 
     def curves(self, path: Path, runs: Mapping[str, list[dict[str, Any]]]) -> None:
         """`plot_curves`, but a picture that cannot be drawn costs a warning, not the run."""

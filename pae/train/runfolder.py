@@ -22,6 +22,7 @@ import io
 import os
 import shlex
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,15 @@ class RunFolder:
         """The final results of a run (one) or of a comparison, or None while it is unfinished."""
         path = self.path / "results.json"
         if path.is_file():
-            return self._read_json(path, _rows_of)
+            value = self._read_json(path, _results_of)
+            if isinstance(value, dict):
+                return value["results"]
+            warnings.warn(
+                f"{path} was written by an earlier version, without a digest, so damage may go "
+                "unseen; delete it: going on writes it again",
+                stacklevel=2,
+            )
+            return value
         result = self.result()
         return None if result is None else [result]
 
@@ -155,7 +164,7 @@ class RunFolder:
     def write_comparison(self, results: Rows) -> None:
         """Writes the results of several runs, one row each, as results.csv and results.json."""
         self._write_csv(self.path / "results.csv", results)
-        self._write_json(self.path / "results.json", results)
+        self._write_json(self.path / "results.json", signed({"results": results}))
 
     def result(self) -> dict[str, Any] | None:
         """The final result, or None while the run is unfinished."""
@@ -229,6 +238,18 @@ def _rows_of(value: Any) -> Rows:
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise ValueError("expected a list of rows")
     return value
+
+
+def _results_of(value: Any) -> dict[str, Any] | Rows:
+    if isinstance(value, list):  # of an older pae
+        return _rows_of(value)
+    if not isinstance(value, dict) or "results" not in value:
+        raise ValueError("expected results")
+    table = check_signature(value)
+    if len(table) > 1:
+        raise ValueError(f"nothing else than results was written, got {list(table)}")
+    _rows_of(table["results"])
+    return table
 
 
 def _metrics_of(value: Any) -> dict[str, Any]:

@@ -115,9 +115,9 @@ def test_what_is_said_reaches_the_terminal(tmp_path, capsys):
     for name in ("a.txt", "b.svg"):
         save(tmp_path / "data" / "train" / "dark" / name)
     shutil.rmtree(tmp_path / "data" / "test" / "light")
-    flags = [*BACKBONE_FLAGS, *CPU_FLAGS, "--method", "linear", "--epochs", "1"]
+    flags = [*BACKBONE_FLAGS, *CPU_FLAGS, "--method", "linear", "--epochs", "1", "--quiet"]
     folders = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "run")]
-    assert main(["train", *flags, *folders]) == 0
+    assert main(["train", *flags, *folders]) == 0  # --quiet is about progress
     warned = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
     train = tmp_path / "data" / "train"
     assert warned == [

@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 
 from pae.checkpoint import TEMPORARY
+from pae.errors import CheckpointError
 from pae.train import cli, compare, lock, loop, report, runfolder
 from pae.train.cli import main
+from pae.train.options import Options
 from pae.train.runfolder import RunFolder
 from tests.train.helpers import (
     BACKBONE_FLAGS,
@@ -271,7 +273,7 @@ def test_part_of_a_comparison_is_held_too(flags, tmp_path, capsys, monkeypatch):
         killed(child)
     assert main(["train", "--resume", str(part), "--quiet"]) == 0
     assert main(["train", "--resume", str(folder), "--quiet"]) == 0
-    names = [row["name"] for row in json.loads((folder / "results.json").read_text())]
+    names = [row["name"] for row in RunFolder(folder).results()]
     assert names == ["linear probe", "VPT-deep"]
 
 
@@ -539,6 +541,30 @@ def test_comparison_whose_first_method_an_older_pae_finished(tmp_path, capsys):
     report.Reporter().table("a task", folder.results())
     printed = capsys.readouterr().out
     assert "12,345" in printed and "2.2" in printed and max(map(len, printed.splitlines())) <= 80
+
+
+def test_results_of_an_older_pae_are_read_with_a_warning(tmp_path, capsys):
+    """They were a bare list. Also under --quiet, which is about progress."""
+    row = {"name": "a probe", "trained_parameters": 9, "val_accuracy": 0.5, "seconds": 1.0}
+    folder = RunFolder(tmp_path)
+    folder.write_config(Options(method="compare").resolved(), task={"name": "birds"})
+    folder.write_comparison([row | {"test_accuracy": None}])
+    assert main(["train", "--resume", str(tmp_path), "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert "warning" not in said.err and "a probe" in said.out
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text())["results"]))
+    assert main(["train", "--resume", str(tmp_path), "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert "a probe" in said.out
+    assert said.err == (
+        f"warning: {path} was written by an earlier version, without a digest, so damage may go "
+        "unseen; delete it: going on writes it again\n"
+    )
+    for damaged in ("[1]", '{"digest": "x", "results": []}', '{"results": [], "more": 1}', "{}"):
+        path.write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"results\.json cannot be read: "):
+            folder.results()
 
 
 def test_disk_that_is_full_is_named_and_the_run_kept(flags, tmp_path, capsys, monkeypatch):

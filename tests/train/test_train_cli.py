@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 import sys
@@ -41,7 +40,7 @@ def test_default_is_a_comparison_of_three_methods(flags, tmp_path, capsys):
     with open(tmp_path / "run" / "results.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["linear probe", "VPT-deep", "VPT-deep + PAE"]
-    assert json.loads((tmp_path / "run" / "results.json").read_text())[0]["test_accuracy"] > 0.6
+    assert RunFolder(tmp_path / "run").results()[0]["test_accuracy"] > 0.6
     assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
     shared = ["dataset", "data", "model", "img_size", "seed", "norm", "engine", "amp", "device"]
     runs = {n: RunFolder(tmp_path / "run" / n).read_config() for n, _, _ in compare.ENTRIES}
@@ -86,7 +85,7 @@ def test_table_says_what_each_method_cost(flags, tmp_path, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for word in ("passes", "seconds", "MPA s", "forward and backward"):
         assert word in printed
-    rows = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = RunFolder(tmp_path / "run").results()
     probe, deep, both = rows
     assert probe["passes"] == 29 + 7 + 15
     assert deep["passes"] == 2 * (2 * 29 + 7) + 15
@@ -115,7 +114,7 @@ def test_interrupted_comparison_says_how_to_go_on_and_does(flags, tmp_path, caps
     assert main([*flags, *PAE_RECIPE, "--output", str(tmp_path / "whole"), "--quiet"]) == 0
 
     def measured(root):
-        rows = json.loads((root / "results.json").read_text())
+        rows = RunFolder(root).results()
         return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
 
     assert measured(folder) == measured(tmp_path / "whole")
