@@ -57,6 +57,8 @@ _BESIDE_BACKBONE = re.compile(
     r"|attn_mask|visual_projection|transformer|embeddings\.position_ids|queue\w*|center|n_averaged"
     r"|initted|step|criterion|loss\w*|metrics?|\w+_acc\w*|temp)(\.|$)"
 )
+# The norm in front of the readout, or behind its mean; not one inside a block.
+_FINAL_NORM = re.compile(r"^(?!.*blocks\.)(?:.*\.)?(norm|fc_norm)\.weight$")
 # And buffers of whole numbers.
 _NO_WEIGHT = re.compile(
     rf"{_BESIDE_BACKBONE.pattern}"
@@ -139,6 +141,22 @@ def load_weights(
         if f"{prefix}embedding/kernel" in content:
             return _load_jax(model, source, content, name, prefix)
     return _load_tables(model, content, name, values)
+
+
+def has_norm_of_a_mean(source: str | Path | Mapping[str, Any]) -> bool:
+    """Whether a file's backbone has a norm behind a mean of its rows and none before it, as a model
+    has that was fine-tuned with average pooling (MAE's): known by names, values are not read.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    if isinstance(source, Mapping):
+        content: Mapping[str, Any] | None = source
+    else:  # some formats have no names without values
+        content = read_weights_file(source, values=False) or read_weights_file(source)
+    names = [name for _, table, _ in _tables(content or {}, "") for name in table]
+    ends = {match[1] for name in names if (match := _FINAL_NORM.search(name))}
+    return ends == {"fc_norm"}
 
 
 # ---- state dicts
@@ -360,10 +378,16 @@ def _refuse_misfits(
         if keys
     ]
     if said:
-        renamed = 2 * len(problems[0][1]) > len(needed) and unknown
+        missing = problems[0][1]
+        renamed = 2 * len(missing) > len(needed) and unknown
         advice = "give them timm's names" if renamed else "take the timm model that they are of"
         if renamed and any("prompt" in key.lower() for key in unknown):
             advice = "trained prompts are no backbone: PromptedViT.load or load_official reads them"
+        if missing == ["norm.weight", "norm.bias"] and any("fc_norm" in key for key in unknown):
+            advice = (
+                "it was fine-tuned with a mean of rows: pae.backbones.average_pooled(model) reads "
+                "one, and pae train with --pool image, all or prompts"
+            )
         raise CheckpointError(
             f"weights {name} do not fit {_called(model)}: {'; '.join(said)}; {advice}"
         )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import pae
 from pae.backbones import trained
+from pae.backbones.weights import has_norm_of_a_mean
 from pae.files import to_json
 from pae.foreign import first_line
 from pae.mpa.incoming import prompt_count
@@ -30,6 +31,7 @@ from pae.train.declared import Given, declared, fits, name_of, near
 from pae.train.options import OWN_POOL, Options
 
 Method: TypeAlias = "LinearProbe | FullFineTuning | pae.PromptedViT"
+Weights: TypeAlias = "str | Path | Mapping[str, Tensor]"
 
 
 def build_backbone(
@@ -54,22 +56,50 @@ def build_backbone(
         CheckpointError: a file of weights is unreadable, or does not fit the model.
         FetchError: the embedded weights cannot be had.
     """
-    model = _backbone_as_published(options, num_classes, skeleton, say)
+    model, weights = _backbone_as_published(options, num_classes, skeleton)
     # what takes a mean or a maximum already stays as it is
-    if options.pool == OWN_POOL or getattr(model, "global_pool", "") in ("avg", "avgmax", "max"):
+    changes = options.pool != OWN_POOL and getattr(model, "global_pool", "") not in _MEANS
+    # of a model that was fine-tuned with a mean the file has the norm behind it
+    of_file = changes and weights is not None and has_norm_of_a_mean(weights)
+    if not of_file:
+        _load(model, options, weights, skeleton, say)
+    if not changes:
         return model
     try:
         pae.backbones.average_pooled(model)
     except pae.UnsupportedBackbone as error:
         raise ValueError(f"--pool {options.pool}: {error}") from error
+    if of_file:
+        _load(model, options, weights, skeleton, say)
     if say is not None and not skeleton:
-        say("readout: the class token's is replaced by a mean of rows and a new norm")
+        whose = "the file's norm" if of_file else "a new norm"
+        say(f"readout: the class token's is replaced by a mean of rows and {whose}")
     return model
 
 
+_MEANS = ("avg", "avgmax", "max")  # of timm's readouts, those that pool rows
+
+
+def _load(
+    model: nn.Module,
+    options: Options,
+    weights: Weights | None,
+    skeleton: bool,
+    say: Callable[[str], None] | None,
+) -> None:
+    """The tensors of the backbone from a file, if there is one."""
+    if weights is None:
+        return
+    name = options.model if isinstance(weights, Mapping) else None
+    loaded = pae.backbones.load_weights(model, weights, name)
+    if say is not None and not skeleton:
+        say(str(loaded))
+
+
 def _backbone_as_published(
-    options: Options, num_classes: int, skeleton: bool, say: Callable[[str], None] | None
-) -> nn.Module:
+    options: Options, num_classes: int, skeleton: bool
+) -> tuple[nn.Module, Weights | None]:
+    """The model, and the weights that it is still to be given."""
     import timm
 
     if options.model == embedded.WEIGHTS_NAME:
@@ -80,7 +110,7 @@ def _backbone_as_published(
             )
         size = options.img_size or embedded.WEIGHTS_IMAGE_SIZE
         make = embedded.make_skeleton if skeleton else embedded.load_backbone
-        return make(size, num_classes, **_drops(options))
+        return make(size, num_classes, **_drops(options)), None
     source, _, place = options.model.partition(":")
     if source not in _SOURCES and not timm.is_model(options.model):
         known = [embedded.WEIGHTS_NAME, *timm.list_models()]
@@ -92,7 +122,7 @@ def _backbone_as_published(
     more: dict[str, Any] = {"num_classes": num_classes, **_drops(options)}
     if options.img_size is not None:
         more["img_size"] = options.img_size
-    weights: str | Path | Mapping[str, Tensor] | None = options.weights
+    weights: Weights | None = options.weights
     # only what timm itself publishes under a name of its own is left to its loader, which is
     # silent about tensors that a file lacks
     pretrained = options.pretrained and not skeleton and weights is None and source not in _SOURCES
@@ -115,12 +145,7 @@ def _backbone_as_published(
             f"--model {options.model}: pretrained weights could not be loaded ({reason}); "
             "give a file with --weights, or --no-pretrained"
         ) from error
-    if weights is not None:
-        name = options.model if isinstance(weights, Mapping) else None
-        loaded = pae.backbones.load_weights(model, weights, name)
-        if say is not None and not skeleton:
-            say(str(loaded))
-    return model
+    return model, weights
 
 
 def _drops(options: Options) -> dict[str, float]:

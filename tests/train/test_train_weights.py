@@ -123,6 +123,64 @@ def test_the_rehearsal_reads_no_values(shades, state, tmp_path, monkeypatch):
             methods.build_backbone(options(shades, **chosen), 2)
 
 
+@pytest.mark.parametrize(
+    ("end", "pool"), [("safetensors", "all"), ("pth", "prompts"), ("old.pth", "image")]
+)
+def test_weights_that_were_fine_tuned_with_a_mean(shades, state, tmp_path, end, pool):
+    """As MAE's are: their norm is behind the mean of the rows, where --pool puts one."""
+    tuned = {k.replace("norm.", "fc_norm.") if k in NORM else k: v for k, v in state.items()}
+    assert len(tuned.keys() - state.keys()) == 2
+    path = tmp_path / f"weights.{end}"
+    if end == "safetensors":
+        save_file(tuned, path)
+    else:
+        head = {"head.weight": torch.ones(7, 64)}
+        whole = {"model": tuned | head, "epoch": 49}
+        torch.save(whole, path, _use_new_zipfile_serialization=end == "pth")
+    chosen = {"model": "test_vit", "weights": str(path), "method": "vpt-deep"}
+    told, said = options(shades, **chosen, pool=pool).resolved(), []
+    methods.rehearse(told)
+    module = methods.build_method(told, 3, say=said.append)
+    backbone = module.backbone
+    assert module.pool == pool and not backbone.fc_norm.weight.requires_grad
+    assert is_the_files(backbone, tuned) and isinstance(backbone.norm, torch.nn.Identity)
+    assert said[-1].endswith("is replaced by a mean of rows and the file's norm")
+    x = torch.randn(2, 3, 32, 32)
+    rows = backbone.forward_features(x)[:, 1:]
+    expected = torch.nn.functional.layer_norm(
+        rows.mean(1), (64,), tuned["fc_norm.weight"], tuned["fc_norm.bias"], backbone.fc_norm.eps
+    )
+    torch.testing.assert_close(backbone.forward_head(backbone.forward_features(x), True), expected)
+    message = (
+        r"do not fit test_vit: missing 2 of 78: norm\.weight, norm\.bias; unknown 2: fc_norm\..*; "
+        r"it was fine-tuned with a mean of rows: pae\.backbones\.average_pooled"
+    )
+    with pytest.raises(pae.CheckpointError, match=message):
+        methods.build_backbone(options(shades, **chosen), 3)
+
+
+NORM = ("norm.weight", "norm.bias")
+
+
+@pytest.mark.parametrize("pool", ["own", "all"])
+def test_weights_with_a_norm_before_the_readout(shades, state, tmp_path, pool):
+    """MAE's pretraining has it, and no use for it under a mean: the norm behind that is new."""
+    save_file(state, tmp_path / "weights.safetensors")
+    chosen = options(
+        shades,
+        model="test_vit",
+        weights=str(tmp_path / "weights.safetensors"),
+        method="vpt-deep",
+        pool=pool,
+    ).resolved()
+    backbone = methods.build_backbone(chosen, 3)
+    if pool == "own":
+        assert is_the_files(backbone, state)
+    else:
+        assert is_the_files(backbone, {k: v for k, v in state.items() if k not in NORM})
+        assert backbone.fc_norm.weight.eq(1).all() and backbone.fc_norm.bias.eq(0).all()
+
+
 @pytest.mark.parametrize("absolute", [True, False])
 def test_a_model_of_a_folder(shades, vit, state, tmp_path, monkeypatch, absolute):
     timm.models.save_for_hf(vit, tmp_path / "folder", safe_serialization=True)
