@@ -94,6 +94,23 @@ def test_mpa_and_spt_column(name):
 
 
 @pytest.mark.parametrize("name", rows())
+def test_column_of_numbers(name):
+    """What is called proven is in a file of the released code's numbers, and a test that runs both
+    engines reads it into this family; what is reconstructed says so itself.
+    """
+    said, _, files = rows()[name][5].partition(": ")
+    if said == "reconstructed":
+        assert "Reconstructed" in getattr(pae.prompts, name).__doc__
+        return
+    assert said.startswith("proven")
+    tests = [path.read_text() for path in (ROOT / "tests" / "pae").glob("test_*.py")]
+    tests = [text for text in tests if re.search(rf"\b{name}\b", text) and "engine" in text]
+    for file in files.split(", "):
+        assert (ROOT / "tests" / "golden" / f"{file}.npz").is_file()
+        assert any(f'"{file}"' in text for text in tests), file
+
+
+@pytest.mark.parametrize("name", rows())
 def test_column_of_who_shares_prompts(name):
     model = made(name)
     seen = {}

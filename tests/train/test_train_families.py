@@ -184,6 +184,23 @@ def test_published_settings(path):
     assert sum(p.numel() for p in prompts.parameters()) > 0
 
 
+def test_published_settings_of_da_vpt_are_of_the_plus():
+    """With what is trained of the backbone, and what it drops; and how to leave both out."""
+    path = options.find_config("da-vpt")
+    tiny = {"model": "test_vit", "pretrained": False, "img_size": 32}
+    chosen, _ = options.combine(path, options.read_config(path), tiny)
+    model = build_method(chosen.resolved(), 20)
+    kinds = {type(part).__name__ for part in model.backbone.modules()}
+    assert chosen.engine == "reference" and "DropPath" in kinds
+    assert model.trained_backbone[:2] == ("cls_token", "blocks.0.norm1.weight")
+    line = ["--train-backbone", "", "--drop-path", "0", "--engine", "fast"]
+    given = declared.from_arguments(Options, cli._parser().parse_args(["train", *line]))
+    plain, _ = options.combine(path, options.read_config(path), given | tiny)
+    model = build_method(plain.resolved(), 20)
+    kinds = {type(part).__name__ for part in model.backbone.modules()}
+    assert model.trained_backbone == () and "DropPath" not in kinds
+
+
 def test_every_family_has_published_settings():
     methods = {options.read_config(path)["method"] for path in CONFIGS}
     assert methods >= set(pae.prompts.METHODS) - {"vfpt-shallow"}
