@@ -17,8 +17,8 @@ def test_table_has_a_row_for_every_arm_that_ran():
     ]
     lines = continual.table(found).splitlines()
     assert len(lines) == 4
-    assert "| in sequence | 0.300 | 0.250, 0.350 | 0.600 | 10 |" in lines
-    assert "| NSP2 | 0.500 | 0.500 | 0.100 | 10 |" in lines
+    assert "| in sequence | 0.300 | 0.250, 0.350 | 0.600 | 0.500, 0.700 | 10 |" in lines
+    assert "| NSP2 | 0.500 | 0.500 | 0.100 | 0.100 | 10 |" in lines
 
 
 def test_batches_come_in_another_order_every_time():
