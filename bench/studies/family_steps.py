@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ from pae.train import methods
 from pae.train.options import Options
 
 JSON = "family_steps.json"
+LEAST = 3  # rounds, however long they take
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,10 @@ class Arm:
 
 
 PER_IMAGE = {"dropout": 0.1, "method_args": {"dropout_scope": "sample"}}
-# the gates are a part of its step
-OWN = {"pro-vpt": {"method_args": {"sweep": "reuse"}}}
+OWN = {
+    "pro-vpt": {"method_args": {"sweep": "reuse"}},  # the gates are a part of its step
+    "bpt-shallow": {"method_args": {"rank": 50}},  # more has no use for 50 prompts
+}
 
 
 def _groups() -> dict[str, dict[str, Arm]]:
@@ -125,8 +129,15 @@ def measure(group: str, names: list[str] | None, arguments: argparse.Namespace) 
             own = changes | {"drop_path_rate": arm.options.get("drop_path", 0.0)}
             backbone = shapes.random_backbone(arguments.model, device, **own)
         steps[name] = step(arm, backbone, arguments.num_tokens, arguments.batch)
-    samples = interleave(steps, arguments.rounds, device)
-    seconds = {n: [s.seconds(arguments.clock) for s in seen] for n, seen in samples.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names, ends = list(steps), time.monotonic() + arguments.seconds
+    for r in range(arguments.rounds):
+        if r >= LEAST and time.monotonic() > ends:
+            break
+        first = r % len(names)  # all see every place
+        turn = {name: steps[name] for name in names[first:] + names[:first]}
+        for name, (sample,) in interleave(turn, 1, device).items():
+            seconds[name].append(sample.seconds(arguments.clock))
     return {
         name: {
             "ratios": [runs.short(a / b) for a, b in zip(mine, seconds[base])],
@@ -202,6 +213,7 @@ def main() -> None:
     add("--num-tokens", type=int, default=50)
     add("--batch", type=int, default=2)
     add("--rounds", type=int, default=7)
+    add("--seconds", type=float, default=1e9, help="no round begins later, after the third")
     add("--clock", default="process", choices=CLOCKS)
     add("--to", type=Path, default=runs.RESULTS, help="folder of the numbers")
     add("--table", action="store_true", help="print what was measured, and measure nothing")

@@ -120,7 +120,8 @@ class Options:
     pool: str = _backbone(
         OWN_POOL,
         "own: the model's readout; else a mean of the last block's rows, in a class token's place "
-        "with a new, frozen norm behind it, as on MAE: the image's, all, the prompts'",
+        "with a frozen norm behind it (new, or that of weights tuned so), as on MAE: the image's, "
+        "all, the prompts'",
         choices=(OWN_POOL, *choices.POOLS),
     )
 
@@ -160,7 +161,8 @@ class Options:
         None,
         "also train of the backbone: biases, da-vpt+, or names and patterns with commas between, "
         "e.g. cls_token,blocks.*.norm1.*",
-        metavar="WHAT",
+        metavar="LIST",
+        unset="nothing",
     )
     num_tokens: int = _method(10, "prompts per block", low=0, high=100_000)
     dropout: float = _method(0.0, "prompt dropout, one mask per batch", low=0, below=1, metavar="P")

@@ -185,7 +185,7 @@ def test_published_settings(path):
 
 
 def test_published_settings_of_da_vpt_are_of_the_plus():
-    """With what is trained of the backbone, and what it drops; and how to leave both out."""
+    """With what is trained of the backbone, and what it drops, which the command line takes out."""
     path = options.find_config("da-vpt")
     tiny = {"model": "test_vit", "pretrained": False, "img_size": 32}
     chosen, _ = options.combine(path, options.read_config(path), tiny)
@@ -193,12 +193,12 @@ def test_published_settings_of_da_vpt_are_of_the_plus():
     kinds = {type(part).__name__ for part in model.backbone.modules()}
     assert chosen.engine == "reference" and "DropPath" in kinds
     assert model.trained_backbone[:2] == ("cls_token", "blocks.0.norm1.weight")
-    line = ["--train-backbone", "", "--drop-path", "0", "--engine", "fast"]
-    given = declared.from_arguments(Options, cli._parser().parse_args(["train", *line]))
-    plain, _ = options.combine(path, options.read_config(path), given | tiny)
-    model = build_method(plain.resolved(), 20)
-    kinds = {type(part).__name__ for part in model.backbone.modules()}
-    assert model.trained_backbone == () and "DropPath" not in kinds
+    assert model.view.shape.depth * 5 + 1 < len(model.trained_backbone)
+    line = {"drop_path": 0.0, "engine": "fast"}
+    faster, _ = options.combine(path, options.read_config(path), line | tiny)
+    again = build_method(faster.resolved(), 20)
+    assert again.trained_backbone == model.trained_backbone
+    assert "DropPath" not in {type(part).__name__ for part in again.backbone.modules()}
 
 
 def test_every_family_has_published_settings():
