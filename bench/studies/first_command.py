@@ -11,8 +11,8 @@ command itself, seed by seed, test included, with the defaults that were chosen.
 started and stopped goes on where it was; what is finished is not repeated. Two processes may share
 an output. Times are process time of one core: `t` of a command on n cores is about t / n.
 
-`report` writes bench/results/science/first_command.json, all screens and all seeds, and
-`python -m bench.report` puts them on the pages.
+`report` writes bench/results/science/first_command.json, the seeds of this output, its screens and
+those that stand there already; `python -m bench.report` puts them on the pages.
 """
 
 from __future__ import annotations
@@ -125,7 +125,11 @@ def report(arguments: argparse.Namespace) -> None:
     finals = [r for r in finals if made.count(r["seed"]) == len(ARMS)]  # whole seeds
     if not finals:
         raise SystemExit(f"--output {arguments.output}: no finished run there")
-    screens = _records(arguments.output / SCREENS, "*/*/*")
+    target = arguments.to / JSON
+    known = json.loads(target.read_text())["screens"] if target.exists() else []
+    screens = _lean(_records(arguments.output / SCREENS, "*/*/*"))
+    fresh = {_cell(record) for record in screens}
+    screens += [record for record in known if _cell(record) not in fresh]  # made elsewhere, before
     options = RunFolder(arguments.output / FINAL / f"{PAE}-{finals[0]['seed']}").read_config()
     facts = {
         "processor": device_name(torch.device("cpu")),
@@ -136,11 +140,8 @@ def report(arguments: argparse.Namespace) -> None:
         "test": finals[0]["test_images"],
         "classes": finals[0]["classes"],
     }
-    runs.write_json(
-        arguments.to / JSON,
-        {"facts": facts, "finals": _lean(finals), "screens": _lean(screens)},
-    )
-    numbers = json.loads((arguments.to / JSON).read_text())
+    runs.write_json(target, {"facts": facts, "finals": _lean(finals), "screens": screens})
+    numbers = json.loads(target.read_text())
     print(*blocks(numbers).values(), sep="\n\n")
 
 
@@ -150,6 +151,10 @@ _FACTS = ("train", "val_images", "test_images", "classes")
 
 def _lean(records: list[dict]) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in _FACTS} for record in records]
+
+
+def _cell(record: dict) -> tuple:
+    return tuple(record[name] for name in ("dataset", "changes", "arm", "seed"))
 
 
 def _records(root: Path, pattern: str) -> list[dict]:
