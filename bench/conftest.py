@@ -8,9 +8,10 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,15 @@ CLOCK_FAILED = 6  # exit code of a session whose clock is wrong; pytest's own en
 class State:
     """What this session runs, and what came of it: rows by group and provider.
 
-    Where the environment names a file of lines (PAE_LINES), every group's rows go there when it is
-    done; `before` are the providers, by group, that it holds already.
+    Where the environment names a file of lines (PAE_LINES), rows and rounds go there as they come;
+    `before` are the providers, by group, that it holds already with all their rounds.
     """
 
     settings: Settings
     started: float = field(default_factory=time.monotonic)
     began: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat())
     clock_test: dict[str, float] | None = None
-    lines: Path | None = None
+    written: lines.Rows | None = None
     groups: dict[str, Group] = field(default_factory=dict)
     rows: dict[str, dict[str, Row]] = field(default_factory=dict)
     before: dict[str, set[str]] = field(default_factory=dict)
@@ -79,9 +80,11 @@ def pytest_sessionstart(session):
     numbers = option("threads"), option("rounds"), option("batch")
     state = config.stash[STATE] = State(Settings(size, *numbers, device, reading))
     if os.environ.get("PAE_LINES") and size != "smoke":
-        state.lines = Path(os.environ["PAE_LINES"])
-        for entry in lines.read(state.lines, "row"):
-            state.before.setdefault(entry["group"], set()).add(entry["provider"])
+        path = Path(os.environ["PAE_LINES"])
+        state.written = lines.Rows(path, state.began)
+        for (_, group), rows in lines.rows(lines.read(path)).items():
+            whole = {name for name, row in rows.items() if lines.is_whole(row)}
+            state.before.setdefault(group, set()).update(whole)
     if on_gpu:
         torch.backends.cudnn.allow_tf32 = False  # the patch embedding of an fp32 reference
     torch.set_num_threads(option("threads"))
@@ -131,8 +134,12 @@ def replay(request, group: str, provider: str) -> Callable:
         elif names <= state.before.get(group, set()):
             state.rows[group] = {name: Row(group, name, reason="measured before") for name in names}
         else:
-            state.rows[group] = run_group(state.groups[group], names, settings)
-            _write_lines(request.config, state.rows[group].values())
+            here, written = state.groups[group], state.written
+            if written:
+                written.where(_machine(request.config))
+            state.rows[group] = run_group(here, names, settings, written)
+            if written:
+                written.where(_machine(request.config))  # with the ceilings that it needed
     row = state.rows[group][provider]
 
     def record(benchmark) -> None:
@@ -149,19 +156,6 @@ def replay(request, group: str, provider: str) -> Callable:
             _show(benchmark, row.seconds, f"{settings.clock} time")
 
     return record
-
-
-def _write_lines(config, rows: Iterable[Row]) -> None:
-    """The session as it is known by now, and its newest rows, but for those that failed."""
-    state = config.stash[STATE]
-    if state.lines is None:
-        return
-    session = f"{os.getpid()} {state.began}"
-    lines.append(state.lines, "session", id=session, date=state.began, machine=_machine(config))
-    for row in rows:
-        about = {name: getattr(row, name) for name in ("group", "reason", *DESCRIBED)}
-        if not row.failed:
-            lines.append(state.lines, "row", session=session, seconds=[*row.seconds], **about)
 
 
 def _show(benchmark, seconds: Sequence[float], name: str) -> None:
@@ -187,8 +181,7 @@ def _machine(config) -> dict[str, Any]:
     device = {"device": roofline.device_name(settings.device)}
     if settings.on_gpu:
         cuda, cudnn = torch.version.cuda, torch.backends.cudnn.version()
-        driver = collect_env.get_nvidia_driver_version(collect_env.run) or "unknown"
-        device |= {"driver": driver, "CUDA": cuda, "cuDNN": cudnn}
+        device |= {"driver": _driver(), "CUDA": cuda, "cuDNN": cudnn}
     else:
         device["device"] += f" ({torch.backends.cpu.get_cpu_capability()})"
         device["bf16 instructions"] = ", ".join(roofline.bf16_instructions()) or "none"
@@ -210,11 +203,17 @@ def _machine(config) -> dict[str, Any]:
     }
 
 
+@lru_cache
+def _driver() -> str:
+    return collect_env.get_nvidia_driver_version(collect_env.run) or "unknown"
+
+
 def _version(package: str) -> str:
     found = importlib.metadata.distributions(name=package)
     return next((distribution.version for distribution in found), "none")
 
 
+@lru_cache
 def _commit() -> str:
     from pytest_benchmark.utils import get_commit_info
 

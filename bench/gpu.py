@@ -11,9 +11,9 @@ a   within four minutes: the device and its two ceilings; attention in bf16 with
 b   the other tests, compute-sanitizer, the other shapes, the regulariser, MPA
 c   torch.compile's rows, and a search for better tiles
 
-Everything lies in $OUT, or in bench/results/, as DEVICE-COMMIT: .jsonl, a line for every test, row
-and step as it comes; .log, what the programs said; and at the end .json and .md, the tables with
-what was predicted. Every step has a limit of its own, and none starts when time is up.
+Everything lies in $OUT, or in bench/results/, as DEVICE-COMMIT: .jsonl, a line for every test, row,
+round and step as it comes; .log, what the programs said; and at the end .json and .md, the tables
+with what was predicted. Every step has a limit of its own, and none starts when time is up.
 """
 
 from __future__ import annotations
@@ -256,30 +256,44 @@ def _dies_with_us() -> None:
 
 
 def as_run(entries: list[dict]) -> dict:
-    """The lines as --benchmark-json would have written them: of a group the newest rows count.
+    """The lines as --benchmark-json would have written them. Of a group the newest session counts
+    that has all its rounds; where none has, the one with most of them, and `cut short` names it.
 
     Raises:
         ValueError: no row has been measured, or rows are of different machines or commits.
     """
-    sessions: dict[str, dict] = {}
-    for entry in entries:
-        if entry["kind"] == "session":
-            session = sessions.setdefault(entry["id"], {"rows": []})
-            session |= {"machine": entry["machine"], "date": entry["date"]}
-        elif entry["kind"] == "row":
-            sessions[entry["session"]]["rows"].append(entry)
-    newest = {row["group"]: name for name, s in sessions.items() for row in s["rows"]}
-    runs = []
+    sessions = {e["id"]: e for e in entries if e["kind"] == "session"}  # the last of each
+    chosen: dict[str, tuple[tuple, str, dict]] = {}
+    for (session, group), rows in lines.rows(entries).items():
+        whole, done = all(map(lines.is_whole, rows.values())), _rounds(rows)
+        value = (True, 0) if whole else (False, done)
+        if group not in chosen or value >= chosen[group][0]:
+            chosen[group] = value, session, rows
+    runs, cut = [], []
     for name, session in sessions.items():
-        rows = [row for row in session["rows"] if newest[row["group"]] == name]
-        if rows:
-            runs.append(_as_json(session, rows))
+        here = {g: rows for g, (_, owner, rows) in chosen.items() if owner == name}
+        if here:
+            runs.append(_as_json(session, [row for rows in here.values() for row in rows.values()]))
+        cut += [
+            f"{group} ({_rounds(rows)} of {max(row['rounds'] for row in rows.values())} rounds)"
+            for group, rows in here.items()
+            if not all(map(lines.is_whole, rows.values()))
+        ]
     gates = {e["name"]: e["outcome"] for e in entries if e["kind"] == "step"}
-    return merge(runs, {name: gate for name, gate in gates.items() if " (" not in name})
+    said = {name: gate for name, gate in gates.items() if " (" not in name}
+    return merge(runs, said | ({"cut short": "; ".join(cut)} if cut else {}))
+
+
+def _rounds(rows: dict[str, dict]) -> int:
+    return max(len(row["seconds"]) for row in rows.values())
 
 
 def _as_json(session: dict, rows: list[dict]) -> dict:
-    left_out = ("group", "provider", "reason")
+    left_out = [
+        {"group": row["group"], "provider": row["provider"], "reason": row["reason"] or "cut short"}
+        for row in rows
+        if not row["seconds"]
+    ]
     return {
         "datetime": session["date"],
         "machine_info": {"summary": session["machine"]},
@@ -292,10 +306,7 @@ def _as_json(session: dict, rows: list[dict]) -> dict:
             for row in rows
             if row["seconds"]
         ],
-        "left_out": {
-            "groups": {},
-            "providers": [{n: row[n] for n in left_out} for row in rows if not row["seconds"]],
-        },
+        "left_out": {"groups": {}, "providers": left_out},
     }
 
 

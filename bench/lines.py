@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .results import Row
 
 
 def append(path: Path, kind: str, **entry: Any) -> None:
@@ -38,6 +42,66 @@ def read(path: Path, kind: str = "") -> list[dict[str, Any]]:
         if isinstance(entry, dict) and kind in ("", entry.get("kind")):
             found.append(entry)
     return found
+
+
+# ---- rows of benchmarks: a line each when they are known, and one for every round of their group
+
+
+class Watcher:
+    """Hears of a group while it is measured (`runner.run_group`)."""
+
+    def known(self, row: Row, rounds: int) -> None:
+        """Its values are right and `rounds` are asked of it; or it has none, `row.reason`."""
+
+    def measured(self, group: str, seconds: dict[str, float]) -> None:
+        """One round more, by provider."""
+
+    def failed(self, group: str) -> None:
+        """No round of it counts."""
+
+
+class Rows(Watcher):
+    """Writes down what a session finds when it finds it, but for rows that fail: they run again."""
+
+    def __init__(self, path: Path, began: str) -> None:
+        self.path, self.began, self.session = path, began, f"{os.getpid()} {began}"
+
+    def where(self, machine: dict[str, Any]) -> None:
+        """The machine, as far as it is known by now."""
+        append(self.path, "session", id=self.session, date=self.began, machine=machine)
+
+    def known(self, row: Row, rounds: int) -> None:
+        names = "group", "provider", "reason", "clock", "unit", "baselines", "columns"
+        about = {name: getattr(row, name) for name in names}
+        if not row.failed:
+            append(self.path, "row", session=self.session, rounds=rounds, **about)
+
+    def measured(self, group: str, seconds: dict[str, float]) -> None:
+        append(self.path, "round", session=self.session, group=group, seconds=seconds)
+
+    def failed(self, group: str) -> None:
+        append(self.path, "failed", session=self.session, group=group)
+
+
+def rows(entries: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """(session, group) -> its rows by provider, each with the seconds of its rounds so far."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for entry in entries:
+        where = entry.get("session", ""), entry.get("group", "")
+        if entry["kind"] == "row":
+            found.setdefault(where, {})[entry["provider"]] = {**entry, "seconds": []}
+        elif entry["kind"] == "round":
+            for provider, row in found.get(where, {}).items():
+                if provider in entry["seconds"]:
+                    row["seconds"].append(entry["seconds"][provider])
+        elif entry["kind"] == "failed":
+            found.pop(where, None)
+    return found
+
+
+def is_whole(row: dict[str, Any]) -> bool:
+    """All its rounds are there, or why it has none."""
+    return bool(row["reason"]) or len(row["seconds"]) >= row["rounds"]
 
 
 # ---- tests

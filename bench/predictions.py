@@ -5,16 +5,17 @@
 
 A card is what was seen of it: GB/s of a large copy, TFLOP/s of a large bf16 product; its processors
 and their clock. A pass is what it moves (each input read once, each output written once), what it
-multiplies (2 per multiply-add, tiles padded), and what it issues: instructions of a warp, of
-attention and of pointwise passes those that `tests/budgets.json` holds of the machine code for
-sm_90 (the file here is made again with it), of the others a guess. Each alone takes
+multiplies (2 per multiply-add, tiles padded), and what it issues: instructions of a warp, those
+that `tests/budgets.json` holds of the machine code for sm_90 (the file here is made again with it).
+Each alone takes
 
     bytes / copy     operations / products     instructions / (4 a cycle and multiprocessor)
 
-The floor is the larger of the first two without padding: no exact version is faster on this card.
-Expected is the largest of the three, and half of the others, as far as they hide behind it (the
-half is a guess, to be judged by measurements), and 3 us a launch in a graph. What waits for latency
-(the regulariser) is launches alone.
+where the last is that of the multiprocessor with most programs, and a warp of its own issues one a
+cycle at most. The floor is the larger of the first two without padding: no exact version is faster
+on this card. Expected is the largest of the three, and half of the others, as far as they hide
+behind it (the half is a guess, to be judged by measurements), and 3 us a launch in a graph. Guesses
+are left where nvcc compiles: of `csrc/` the launches count alone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from pathlib import Path
 import torch
 
 from pae.checkpoint import write_atomically
+from pae_kernels.adaptive import triton as of_adaptive
 from pae_kernels.attention import tiles
+from pae_kernels.koopman import tiles as of_koopman
+from pae_kernels.spectrum import triton as of_spectrum
 
 from . import cost, roofline, shapes, table
 from .results import Run, measured
@@ -70,11 +74,11 @@ class Code:
     programs: int
 
     @classmethod
-    def of(cls, kernel: str, *words: str, block_m: int = 0) -> Code:
+    def of(cls, kernel: str, *words: str, tile: str = "") -> Code:
         """By the newest Triton of the budgets.
 
         Args:
-            words: of its name there. block_m: rows of its tile, where it is launched with several.
+            words: of its name there. tile: a word more, where it is launched with several tiles.
 
         Raises:
             LookupError: none has these words, or several.
@@ -82,7 +86,7 @@ class Code:
         file = json.loads(BUDGETS.read_text())
         fits = [n for n in file["launches"] if {kernel, *words} <= {*n.split()}]
         if len(fits) > 1:
-            fits = [n for n in fits if f"BLOCK_M={block_m}" in n.split()]
+            fits = [n for n in fits if tile in n.split()]
         if len(fits) != 1:
             raise LookupError(
                 f"{BUDGETS.name} must hold one launch of {kernel} {' '.join(words)}, got "
@@ -99,6 +103,22 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Programs of one launch, of so many warps, whose longest loop turns so often in each."""
+
+    code: Code
+    warps: int
+    programs: int
+    turns: int = 1
+
+    def seconds(self, card: Card) -> float:
+        """Of the multiprocessor that has most of them, when each waits for its turn alone."""
+        most = -(-self.programs // card.multiprocessors)
+        path = self.code.instructions + (self.turns - 1) * self.code.loop
+        return max(1.0, most * self.warps / 4) * path / (card.clock_ghz * 1e9)
+
+
+@dataclass(frozen=True)
 class Pass:
     """What one call does.
 
@@ -106,7 +126,8 @@ class Pass:
         row: group of the benchmark that measures it, and its row; "" where none does.
         kernels: the functions it launches.
         mb: bytes that must move. gflop: products that are needed. padded_gflop: that are done.
-        instructions: of a warp, in millions. launches: kernels that follow each other.
+        instructions: of a warp, in millions; of what is given as `grids` it is known from them.
+        launches: kernels that follow each other.
         slowdown: of its products, in multiples of bf16's.
         code: of the kernel that takes longest, where it is known.
     """
@@ -122,6 +143,7 @@ class Pass:
     row: tuple[str, str] = ("", "")
     slowdown: float = 1.0
     code: Code | None = None
+    grids: tuple[Grid, ...] = ()
 
     def floor_us(self, card: Card) -> float:
         """By bytes and by products, whichever takes longer."""
@@ -130,7 +152,9 @@ class Pass:
     def expected_us(self, card: Card) -> float:
         """By the model at the head of this module."""
         products = self._products(card, self.padded_gflop or self.gflop)
-        terms = self._bytes(card), products, self.instructions * 1e6 / card.warps_issued()
+        issued = self.instructions * 1e6 / card.warps_issued()
+        issued += sum(grid.seconds(card) for grid in self.grids)
+        terms = self._bytes(card), products, issued
         longest = max(terms)
         return (longest + (sum(terms) - longest) / 2 + self.latency * self.launches) * 1e6
 
@@ -153,7 +177,7 @@ def _of_attention(
     if kernel != "attention_fwd":
         named = "bf16,fp32,bf16,fp32", "NEED_QKV=True"
     named = *named, "GROUPING=0", f"HEADS={HEADS}", f"WIDTH={WIDTH // HEADS}"
-    code = Code.of(kernel, *named, block_m=tile.block_m)
+    code = Code.of(kernel, *named, tile=f"BLOCK_M={tile.block_m}")
     mine, step = tile.block_m, tile.block_n
     if kernel == "attention_bwd_dkv":
         mine, step = step, mine
@@ -252,50 +276,182 @@ def products() -> Iterator[Pass]:
 
 
 def koopman() -> Iterator[Pass]:
-    """Latency decides: launches that follow each other, fp32 products without tensor cores. Triton:
-    6 us a launch, 1.5 us one of a square that has settled.
+    """Latency decides: launches that follow each other, fp32 products without tensor cores. Half of
+    the squarings come after the projector has settled, and take half a launch: a guess.
     """
     for k in (256, 1024):
         gflop = roofline.koopman_flops(12, PROMPTS, WIDTH, k) / 1e9
         mb = 4 * (2 * 12 * PROMPTS * WIDTH + 2 * k * WIDTH + 4 * k * k) / 1e6
-        for kernels, row, launches, latency in (
-            ("koopman_*_kernel: 32 forward, 6 backward", "pae, Triton graph", 38, 4.7e-6),
-            ("csrc/koopman_*.cu", "pae, CUDA graph", 30, LAUNCH),
+        settled = 12
+        launched = 38, LAUNCH * (38 - settled / 2) / 38
+        grids = (*_koopman_forward(k, 24 - settled), *_koopman_backward(k))
+        for kernels, row, (launches, latency), counted in (
+            ("koopman_*_kernel", "pae, Triton graph", launched, grids),
+            ("csrc/koopman_*.cu", "pae, CUDA graph", (30, LAUNCH), ()),
         ):
             yield Pass(
                 f"regulariser, k = {k}, {row}", kernels, mb, gflop,
                 launches=launches, latency=latency, slowdown=1 / FP32_PER_PRODUCT,
-                row=(f"kld/global/k{k}/P{PROMPTS}", row),
+                row=(f"kld/global/k{k}/P{PROMPTS}", row), grids=counted,
             )  # fmt: skip
 
 
+_KOOPMAN_WARPS, _DEEP = {16: 2, 32: 4, 64: 8}, 32  # of a square tile; depth of a turn
+
+
+def _square_tiles(
+    kernel: str, rows: int, columns: int, depth: int, block: int, *words: str
+) -> Grid:
+    """A product in square tiles."""
+    code = Code.of(f"koopman_{kernel}", *words, tile=f"BLOCK={block}")
+    programs = -(-rows // block) * -(-columns // block)
+    return Grid(code, _KOOPMAN_WARPS[block], programs, -(-depth // _DEEP))
+
+
+def _koopman_forward(k: int, squarings: int) -> Iterator[Grid]:
+    """One operator for all pairs of 11 blocks; so many squarings before it has settled."""
+    rows, now = 11 * PROMPTS, 10 * PROMPTS
+    block, square = of_koopman.product(rows, k), of_koopman.square(k, 1)
+    yield _square_tiles("lift", rows, k, WIDTH, block)
+    yield _square_tiles("predict", now, k, k, block)
+    yield Grid(Code.of("koopman_scale"), 4, 32, -(-k * k // (32 * 1024)))
+    side = -(-k // square)
+    upper = side * (side + 1) // 2
+    kinds = ["PLAIN=True"], ["FIRST=True"], *(squarings - 2) * [["PLAIN=False", "FIRST=False"]]
+    for kernel, words in (("split", []), *(("square", [*kind]) for kind in kinds)):
+        code = Code.of(f"koopman_{kernel}", *words, tile=f"BLOCK={square}")
+        yield Grid(code, _KOOPMAN_WARPS[square], upper, -(-k // _DEEP))
+    vector = Code.of("koopman_vector", tile=f"BLOCK_K={k}")
+    yield Grid(vector, 4, -(-k // min(16, 8192 // k)))
+    yield _square_tiles("image", 2 * now, k, k, block)
+    yield Grid(Code.of("koopman_pair", tile=f"BLOCK_K={k}"), 4, 10, -(-k // block))
+    yield Grid(Code.of("koopman_total"), 4, 1)
+
+
+def _koopman_backward(k: int) -> Iterator[Grid]:
+    rows, now = 11 * PROMPTS, 10 * PROMPTS
+    block = of_koopman.product(rows, k)
+    yield _square_tiles("bwd_points", 2 * now, k, k, block)
+    yield _square_tiles("bwd_states", rows, k, k, block)
+    yield _square_tiles("bwd_prompts", rows, WIDTH, k, of_koopman.gradient(rows * WIDTH))
+    yield _square_tiles("bwd_lift", k, WIDTH, rows, of_koopman.gradient(k * WIDTH))
+    block = of_koopman.gradient(k * k)
+    for of_L, depth in ((False, now), (True, 2 * now)):
+        yield _square_tiles("bwd_operators", k, k, depth, block, f"OF_L={of_L}")
+
+
 def spectrum() -> Iterator[Pass]:
-    """Turned sums outside the tensor cores: 0.7 GFLOP of fp32, and operands from L2."""
-    tokens = BATCH * 196 * WIDTH * 2 / 1e6
+    """A window of 16 x 16 bins; operands of products from L2. Of csrc/ the turned sums outside the
+    tensor cores, 0.7 GFLOP.
+    """
+    tokens, window, patch = BATCH * 196 * WIDTH * 2 / 1e6, 16, 16
     stem = "shortcut_strips_kernel, shortcut_taps_kernel, shortcut_tokens_kernel"
     pool = "shortcut_pool_kernel, shortcut_pool_sum_kernel"
-    for version, kernels in (("", (stem, pool)), (", CUDA", ("csrc/spectrum.cu",) * 2)):
-        turned = {"instructions": 2 * 700 / 32, "launches": 3}
-        yield Pass(f"windows to tokens{version}", kernels[0], tokens + 11.2, 8.5, **turned)
-        yield Pass(f"pooling of tokens{version}", kernels[1], tokens * 1.1, launches=2)
+    split, narrow = f"WIDTH={224}", "fp32,i64,bf16"
+    strips, taps = of_spectrum._STRIPS, of_spectrum._TAPS
+    tile = of_spectrum._tokens_launch(True, 3 * patch)
+    of_tokens = Code.of("shortcut_tokens", "bf16,i64,fp32,bf16", f"DIM={WIDTH}")
+    lines = BATCH * (224 // patch)
+    grids = (
+        Grid(
+            Code.of("shortcut_strips", narrow, split, f"PATCH={patch}"),
+            strips["num_warps"],
+            BATCH * 3 * -(-224 // strips["BLOCK_H"]),
+        ),
+        Grid(
+            Code.of("shortcut_taps", narrow, f"DIM={WIDTH}"),
+            taps["num_warps"],
+            3 * patch * WIDTH // taps["BLOCK_D"],
+            patch,
+        ),
+        Grid(
+            of_tokens,
+            tile["num_warps"],
+            lines // tile["BLOCK_M"] * (WIDTH // tile["BLOCK_D"]),
+            window // 2,
+        ),
+    )
+    together = of_spectrum._pool_launch(WIDTH)
+    parts = BATCH * 196 // together["PER_PROGRAM"]
+    pooled = (
+        Grid(
+            Code.of("shortcut_pool", "bf16,i32,fp32", f"DIM={WIDTH}"),
+            together["num_warps"],
+            parts,
+            together["PER_PROGRAM"] // together["ROWS"],
+        ),
+        Grid(
+            Code.of("shortcut_pool_sum", "i32,fp32,bf16", f"DIM={WIDTH}"),
+            4,
+            WIDTH // 128,
+            -(-parts // of_spectrum._PARTS["PARTS"]),
+        ),
+    )
+    turned = {"instructions": 2 * 700 / 32}
+    for version, kernels, known in (
+        ("", (stem, pool), ({"grids": grids, "code": of_tokens}, {"grids": pooled})),
+        (", CUDA", ("csrc/spectrum.cu",) * 2, (turned, {})),
+    ):
+        yield Pass(
+            f"windows to tokens{version}", kernels[0], tokens + 11.2, 8.5, launches=3, **known[0]
+        )
+        yield Pass(f"pooling of tokens{version}", kernels[1], tokens * 1.1, launches=2, **known[1])
 
 
 def adaptive() -> Iterator[Pass]:
-    """Rows of an image mixed to prompts, and the bottleneck behind it."""
-    x, u = (BATCH * rows * WIDTH * 2 / 1e6 for rows in (ROWS, PROMPTS))
+    """Rows of an image mixed to prompts, and the bottleneck of 8 units behind it; the stream is
+    fp32, as under autocast: products outside the tensor cores.
+    """
+    x, u = (BATCH * rows * WIDTH * 4 / 1e6 for rows in (ROWS, PROMPTS))
+    units, wide = 8, f"WIDTH={WIDTH}"
     mix = 2 * BATCH * ROWS * PROMPTS * WIDTH / 1e9
-    hidden = 2 * 2 * BATCH * PROMPTS * WIDTH * 8 / 1e9
-    for name, kernels, mb, gflop, launches in (
-        ("token_mix forward", "row_stats_kernel, token_mix_fwd_kernel", x + u, mix, 2),
-        ("token_mix backward", "token_mix_bwd_kernel", 2 * x + u + 5, 3 * mix, 2),
+    hidden = 2 * 2 * BATCH * PROMPTS * WIDTH * units / 1e9
+    stats = of_adaptive._stats_launch(WIDTH)
+    forward = of_adaptive._mix_launch(False, PROMPTS, WIDTH)
+    backward = of_adaptive._mix_backward_launch(False, PROMPTS, WIDTH)
+    rows = of_adaptive._rows_launch(units, WIDTH, of_adaptive._FORWARD_WARPS)
+    sums = of_adaptive._sums_launch(units, WIDTH)
+    tiles_p = -(-PROMPTS // forward["BLOCK_P"])
+    of_rows = BATCH * -(-PROMPTS // rows["ROWS"])
+    slots = of_adaptive._SLOTS * -(-PROMPTS // sums["BLOCK_P"]) * (WIDTH // sums["BLOCK_D"])
+    row_stats = Grid(Code.of("row_stats", wide), stats["num_warps"], BATCH * ROWS // stats["ROWS"])
+    mixed = Grid(
+        Code.of("token_mix_fwd", wide),
+        forward["num_warps"],
+        BATCH * tiles_p * (WIDTH // forward["BLOCK_D"]),
+        -(-ROWS // forward["BLOCK_N"]),
+    )
+    unmixed = Grid(
+        Code.of("token_mix_bwd", wide),
+        backward["num_warps"],
+        BATCH * -(-ROWS // backward["BLOCK_N"]),
+        2 * tiles_p * (WIDTH // backward["BLOCK_D"]),
+    )
+    made = Grid(Code.of("bottleneck_fwd", wide), rows["num_warps"], of_rows, 2 * units)
+    back = (
+        Grid(Code.of("bottleneck_bwd_units", wide), of_adaptive._UNITS_WARPS, of_rows, 3 * units),
+        Grid(
+            Code.of("bottleneck_bwd", wide), sums["num_warps"], slots, BATCH // of_adaptive._SLOTS
+        ),
+    )
+    kernels = "prompt_bottleneck_bwd_units_kernel, prompt_bottleneck_bwd_kernel"
+    for name, launched, mb, gflop, launches, grids in (
+        (
+            "token_mix forward",
+            "row_stats_kernel, token_mix_fwd_kernel",
+            x + u,
+            mix,
+            2,
+            (row_stats, mixed),
+        ),
+        ("token_mix backward", "token_mix_bwd_kernel", 2 * x + u + 5, 3 * mix, 2, (unmixed,)),
+        ("prompt_bottleneck forward", "prompt_bottleneck_fwd_kernel", 2 * u, hidden, 1, (made,)),
+        ("prompt_bottleneck backward", kernels, 3 * u, 3 * hidden, 3, back),
     ):
-        yield Pass(name, kernels, mb, gflop, launches=launches)
-    back = "prompt_bottleneck_bwd_units_kernel, prompt_bottleneck_bwd_kernel"
-    for name, kernels, mb, gflop, launches in (
-        ("prompt_bottleneck forward", "prompt_bottleneck_fwd_kernel", 2 * u, hidden, 1),
-        ("prompt_bottleneck backward", back, 3 * u, 3 * hidden, 3),
-    ):
-        yield Pass(name, kernels, mb, gflop, launches=launches, slowdown=1 / FP32_PER_PRODUCT)
+        yield Pass(
+            name, launched, mb, gflop, launches=launches, slowdown=1 / FP32_PER_PRODUCT,
+            grids=grids, code=grids[-1].code,
+        )  # fmt: skip
 
 
 def step() -> Iterator[Pass]:

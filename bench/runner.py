@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from . import roofline
+from .lines import Watcher
 from .memory import peak_bytes
 from .results import Row
-from .timing import captured, interleave, one_stream
+from .timing import Sample, captured, interleave, one_stream
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,9 @@ class Group:
     dtype: str = "fp32"
 
 
-def run_group(group: Group, names: set[str], settings: Settings) -> dict[str, Row]:
+def run_group(
+    group: Group, names: set[str], settings: Settings, watcher: Watcher | None = None
+) -> dict[str, Row]:
     """Check the providers in `names`, then time them in turns; their rows by name."""
     about = {"clock": settings.clock, "unit": group.unit, "baselines": group.baselines}
     missing = settings.why_not_bf16() if group.dtype == "bf16" else ""
@@ -142,30 +145,41 @@ def run_group(group: Group, names: set[str], settings: Settings) -> dict[str, Ro
         if p.name in names
     }
     with one_stream(settings.device):
-        _fill(rows, group, settings)
+        _fill(rows, group, settings, watcher or Watcher())
     gc.collect()
     if settings.device.type == "cuda":
         torch.cuda.empty_cache()
     return rows
 
 
-def _fill(rows: dict[str, Row], group: Group, settings: Settings) -> None:
+def _fill(rows: dict[str, Row], group: Group, settings: Settings, watcher: Watcher) -> None:
     rounds = 1 if settings.size == "smoke" else settings.rounds or group.rounds
     works: dict[str, Callable[[], object]] = {}
     running = [p for p in group.providers if p.name in rows and not rows[p.name].reason]
+    for row in rows.values():
+        if row.reason:
+            watcher.known(row, rounds)
+
+    def after(round_: dict[str, Sample]) -> None:
+        clock = settings.clock
+        seconds = {n: s.seconds(clock) / rows[n].units for n, s in round_.items()}
+        watcher.measured(group.name, seconds)
+
     try:
         shared = group.open() if running else None
         for provider in running:
             work = _start(provider, shared, rows[provider.name], settings)
             if work is not None:
                 works[provider.name] = work
-        for name, samples in interleave(works, rounds, settings.device).items():
+            watcher.known(rows[provider.name], rounds)
+        for name, samples in interleave(works, rounds, settings.device, after).items():
             rows[name].samples = samples
             rows[name].seconds = rows[name].read(settings.clock)
     except Exception as error:  # no round is whole without everybody: nobody gets a time
         for provider in running:
             if not rows[provider.name].reason:
                 _fail(rows[provider.name], error)
+        watcher.failed(group.name)
 
 
 def _fail(row: Row, error: Exception) -> None:

@@ -107,9 +107,15 @@ def captured(work: Callable[[], object], device: torch.device) -> Callable[[], o
 
 
 def interleave(
-    works: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+    works: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    after: Callable[[dict[str, Sample]], None] = lambda samples: None,
 ) -> dict[str, list[Sample]]:
     """Time every work once per round; round r starts with work number r, so all see every place.
+
+    Args:
+        after: is called with the samples of a round when it is whole.
 
     Returns:
         per name `rounds` samples; entry r of all names belongs to the same stretch of time.
@@ -121,4 +127,5 @@ def interleave(
         shift = r % len(names) if names else 0
         for name in names[shift:] + names[:shift]:
             samples[name].append(measure(works[name], device))
+        after({name: samples[name][-1] for name in names})
     return samples

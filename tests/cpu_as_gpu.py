@@ -31,55 +31,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _python_dispatch
 from torch.utils._pytree import tree_leaves
+
+from tests.allocations import Memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 _FREE = ("copy_", "_to_copy")  # operations that may read one device and write the other
 _INDEXED = ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_")
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero")
 _device = torch._C.TensorBase.device.__get__
-
-
-class Memory:
-    """Which storages are on the device, and how many bytes they hold and held at most."""
-
-    def __init__(self) -> None:
-        # as long as a weak reference to it is held, no other storage has this address
-        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._open: dict[int, StorageWeakRef] = {}
-        self.now = self.most = 0
-
-    def holds(self, t: Tensor) -> bool:
-        try:
-            return t.untyped_storage()._cdata in self._held
-        except NotImplementedError:  # a fake tensor has none
-            return False
-
-    def take(self, t: Tensor) -> None:
-        storage = t.untyped_storage()
-        key = storage._cdata
-        if key not in self._held:
-            self._held[key] = StorageWeakRef(storage), storage.nbytes()
-            self.now += storage.nbytes()
-            if self.now > self.most:
-                self.sweep()  # what has gone meanwhile was not there any more
-                self.most = max(self.most, self.now)
-
-    def leave_open(self, t: Tensor) -> None:
-        """It is wherever the tensors are that it meets."""
-        storage = t.untyped_storage()
-        self._open[storage._cdata] = StorageWeakRef(storage)
-
-    def is_open(self, t: Tensor) -> bool:
-        return t.untyped_storage()._cdata in self._open
-
-    def sweep(self) -> None:
-        for key in [k for k, (ref, _) in self._held.items() if ref.expired()]:
-            self.now -= self._held.pop(key)[1]
-        for key in [k for k, ref in self._open.items() if ref.expired()]:
-            del self._open[key]
 
 
 MEMORY = Memory()
@@ -340,20 +301,6 @@ _PROPERTIES = types.SimpleNamespace(
 )
 
 
-def _reset_peak(device: Any = None) -> None:
-    MEMORY.sweep()
-    MEMORY.most = MEMORY.now
-
-
-def _allocated(device: Any = None) -> int:
-    MEMORY.sweep()
-    return MEMORY.now
-
-
-def _most(device: Any = None) -> int:
-    return MEMORY.most
-
-
 def _refuse_second(device: Any = None) -> Any:
     index = torch.device(device).index if isinstance(device, (str, torch.device)) else device
     if index not in (None, 0):
@@ -384,9 +331,9 @@ _CUDA = {
     "is_current_stream_capturing": lambda: DEVICE.tape is not None,
     "device": _OnDevice,
     "_sleep": lambda cycles: None,
-    "memory_allocated": _allocated,
-    "max_memory_allocated": _most,
-    "reset_peak_memory_stats": _reset_peak,
+    "memory_allocated": lambda device=None: MEMORY.swept(),
+    "max_memory_allocated": lambda device=None: MEMORY.most,
+    "reset_peak_memory_stats": lambda device=None: MEMORY.reset(),
     "mem_get_info": lambda device=None: (2**34, 2**34),
     "get_rng_state": lambda device=None: torch.get_rng_state(),
     "set_rng_state": lambda state, device=None: None,
@@ -530,6 +477,9 @@ def _stands_in(op: str, version: Any) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.__name__ = version.module
+    if op == "koopman_losses":  # its kernels work on copies of what is strided
+        for name in ("forward", "backward"):
+            setattr(module, name, _on_copies(getattr(module, name)))
 
     def unavailable(kind: str, dtype: torch.dtype) -> str | None:
         if dtype == torch.float64:
@@ -537,6 +487,10 @@ def _stands_in(op: str, version: Any) -> Any:
         return None if kind == "cuda" else "needs a GPU"
 
     return replace(version, module=module, unavailable=unavailable)
+
+
+def _on_copies(real: Any) -> Any:
+    return lambda *given: real(*(t.contiguous() if isinstance(t, Tensor) else t for t in given))
 
 
 def install() -> None:
@@ -582,21 +536,13 @@ def install() -> None:
 # ---- sizes, as a plug-in of pytest
 
 SMALLER = {"RUNS": 3, "WIDTH": 64}  # constants of a test module
-# what nothing but the kernels can be asked, and why; all else is judged here
-ONLY_THERE = {
-    # copies are the kernels' own; PyTorch's products sum transposed matrices in another order. The
-    # same assertion holds of the emulated CUDA kernels, and held of Triton's in the interpreter
-    "test_strides_do_not_matter": "the same bits from every layout",
-}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list) -> None:
-    """With PAE_THIN one case of every test, for each version that a GPU runs."""
+    """With PAE_THIN one case of every test, for each version that a GPU runs; of PAE_FEW tests."""
     seen: dict[tuple[str, str], Any] = {}
     for item in items:
-        if why := ONLY_THERE.get(getattr(item, "originalname", "")):
-            item.add_marker(pytest.mark.xfail(raises=AssertionError, reason=why))
         for name in SMALLER.keys() & vars(item.module).keys():
             setattr(item.module, name, SMALLER[name])
         version = re.search(r"gpu-\w+", item.nodeid)
@@ -604,7 +550,7 @@ def pytest_collection_modifyitems(items: list) -> None:
         if name not in seen or ("gpu" in item.nodeid and "gpu" not in seen[name].nodeid):
             seen[name] = item
     if os.environ.get("PAE_THIN") and not any("replay" in i.fixturenames for i in items):
-        items[:] = list(seen.values())
+        items[:] = list(seen.values())[: int(os.environ.get("PAE_FEW", len(seen)))]
 
 
 def small_ceilings() -> None:

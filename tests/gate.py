@@ -4,6 +4,7 @@
     python -m tests.gate gelu --arch 90    figures of the launches whose names have these words
     python -m tests.gate --update          write them down as they are now, for this Triton
     python -m tests.gate --tests           what tests launch on a GPU; it has rules, no budgets
+    python -m tests.gate --room koopman    one package of kernels alone, with or without --tests
 
 No GPU is needed: `launches.py` says what a step or a benchmark launches, with its true types,
 alignments and constants, Triton compiles it, and `pae_kernels/machine_code.py` reads the binary.
@@ -35,6 +36,7 @@ from tests.stand_in import Launch
 FILE = Path(__file__).parent / "budgets.json"
 ACCEPT = "python -m tests.gate --update"
 ARCHITECTURES = (80, 90, 100)
+ROOMS = ("adaptive", "attention", "koopman", "pointwise", "product", "spectrum")
 LINE = ".".join(triton.__version__.split(".")[:2])
 
 ROOM, ROOM_ELSEWHERE = 0.05, 0.3
@@ -272,13 +274,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--update", action="store_true", help="accept the figures as they are")
     parser.add_argument("--tests", action="store_true", help="launches of tests instead")
+    parser.add_argument("--room", choices=ROOMS, help="of one package of kernels")
     given = parser.parse_args(arguments)
     budgets, said, count = read(), [], 0
     print(f"Triton {triton.__version__}", flush=True)
     for architecture in given.arch:
         where = f"{LINE} sm_{architecture}"
-        found = named(launches.of_tests(architecture)) if given.tests else guarded(architecture)
-        chosen = {n: launch for n, launch in found.items() if all(w in n for w in given.words)}
+        if given.tests:
+            found = named(launches.of_tests(architecture, given.room or ""))
+        else:
+            found = guarded(architecture)
+        chosen = {
+            name: launch
+            for name, launch in found.items()
+            if all(w in name for w in given.words) and given.room in (None, room_of(launch))
+        }
         for name, figures in compiled(chosen, architecture, given.jobs):
             if given.words:
                 print(f"{name}, sm_{architecture}, {tile_of(chosen[name])}")

@@ -101,8 +101,10 @@ def _run(group: Group) -> None:
 # ---- tests
 
 
-def of_tests(architecture: int) -> Found:
-    """Bodies of all tests that want a GPU and Triton; nothing is asked of their values."""
+def of_tests(architecture: int, room: str = "") -> Found:
+    """Bodies of all tests that want a GPU and Triton, or those that launch kernels of one package;
+    nothing is asked of their values.
+    """
     stopped = _Stopped()
     with (
         stand_in.gpu(architecture) as launches,
@@ -110,8 +112,10 @@ def of_tests(architecture: int) -> Found:
         mock.patch.object(torch.testing, "assert_close", lambda *given, **named: None),
     ):
         options = ["-q", "-n0", "--assert=plain", "-p", "no:cacheprovider", "--tb=line"]
-        places = [str(TESTS / "kernels"), str(TESTS / "pae" / "test_gpu.py")]
-        pytest.main([*options, "-k", "gpu-triton or test_gpu", *places], plugins=[stopped])
+        options += ["-k", "gpu-triton or test_gpu", str(TESTS / "pae" / "test_gpu.py")]
+        kernels = TESTS / "kernels"
+        suites = [p for p in kernels.iterdir() if room in p.name or p.stem == "test_steps"]
+        pytest.main([*options, *map(str, suites if room else [kernels])], plugins=[stopped])
     if unknown := sorted(set(stopped.tests) - STOP_EARLY):
         raise RuntimeError(f"on a stand-in these tests stop before their end: {unknown}")
     return launches

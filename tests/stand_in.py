@@ -2,9 +2,10 @@
 
 Tensors have shapes, strides, dtypes, alignments and a device, and nothing in them (PyTorch's fake
 tensors). A number that is read out of one is 1, and every question whether values are right has the
-answer yes. Ops of our own run the version that a GPU would run, not what says how their results
-look. A Triton launch goes as far as its specialisation, through Triton's own code: which kernel,
-which types, what is divisible by 16, which constants and options. Nothing is compiled or launched.
+answer yes; bytes are counted as an allocator would. Ops of our own run the version that a GPU would
+run, not what says how their results look. A Triton launch goes as far as its specialisation,
+through Triton's own code: which kernel, which types, what is divisible by 16, which constants and
+options. Nothing is compiled or launched.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -30,6 +32,7 @@ from pae_kernels import ahead_of_time, backends, native
 from pae_kernels.attention import tiles
 from pae_kernels.machine_code import Resources
 from pae_kernels.spectrum import op as spectrum
+from tests.allocations import Memory
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -73,12 +76,12 @@ def gpu(architecture: int) -> Iterator[dict[Launch, int]]:
         launches[launch] = launches.get(launch, 0) + 1
         return True  # Triton need do nothing more
 
-    size = architecture // 10, MULTIPROCESSORS[architecture]
+    size, memory = (architecture // 10, MULTIPROCESSORS[architecture]), Memory()
     driver = triton.runtime.driver
     before = driver._active
     with contextlib.ExitStack() as stack:
         for where, names in (
-            (torch.cuda, _cuda(architecture)),
+            (torch.cuda, _cuda(architecture) | _counted(memory)),
             (torch, _autocast() | _made() | {"Generator": _Generator}),
             (torch.Tensor, _moves()),
             (FakeTensor, _outside()),
@@ -98,7 +101,7 @@ def gpu(architecture: int) -> Iterator[dict[Launch, int]]:
         driver.set_active(_Driver(architecture))
         _forget()
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_OurOps())
+        stack.enter_context(_OurOps(memory))
         yield launches
 
 
@@ -150,6 +153,10 @@ class _OurOps(TorchDispatchMode):
 
     within = False  # PyTorch's own code
 
+    def __init__(self, memory: Memory) -> None:
+        super().__init__()
+        self.memory = memory
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in _YES:
             return True
@@ -161,10 +168,15 @@ class _OurOps(TorchDispatchMode):
         try:
             if ours:
                 with self:
-                    return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
-            return func(*args, **kwargs)
+                    made = func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
+            else:
+                made = func(*args, **kwargs)
         finally:
             _OurOps.within = before
+        for t in tree_leaves(made):
+            if isinstance(t, torch.Tensor):
+                self.memory.take(t)
+        return made
 
 
 _ATEN = torch.ops.aten
@@ -265,8 +277,15 @@ def _cuda(architecture: int) -> dict[str, Any]:
             ("_lazy_init", "synchronize", "empty_cache", "set_rng_state", "manual_seed", "_sleep"),
             nothing,
         ),
-        **dict.fromkeys(("reset_peak_memory_stats", "manual_seed_all"), nothing),
-        **dict.fromkeys(("memory_allocated", "max_memory_allocated"), lambda *_, **__: 1),
+        "manual_seed_all": nothing,
+    }
+
+
+def _counted(memory: Memory) -> dict[str, Any]:
+    return {
+        "memory_allocated": lambda device=None: memory.swept(),
+        "max_memory_allocated": lambda device=None: memory.most,
+        "reset_peak_memory_stats": lambda device=None: memory.reset(),
     }
 
 

@@ -6,6 +6,10 @@ import sys
 import pytest
 
 from bench import gpu
+from tests import stand_in
+from tests.kernels.executions import EXECUTIONS
+from tests.kernels.spectrum import test_op as spectrum
+from tests.pae import test_gpu as engine
 from tests.processes import run
 
 # what needs a second GPU, or a compiler's code
@@ -34,3 +38,14 @@ def test_bodies_run(part):
     summary = done.stdout.splitlines()[-1]
     assert done.returncode == 0 and re.search(r"[1-9]\d* passed", summary), done.stdout[-6000:]
     assert "skipped" not in summary, done.stdout[-6000:]
+
+
+def test_memory_by_what_the_launchers_allocate():
+    """A CPU's versions have memory of their own, so that what the bodies above say of it says
+    little. The GPU's are asked here, on tensors of shapes alone and as large as there.
+    """
+    pytest.importorskip("triton")
+    there = next(e for e in EXECUTIONS if e.name == "gpu-triton")
+    with stand_in.gpu(90):
+        engine.test_engine_needs_less_memory_than_the_reference((engine.small_vit(), None))
+        spectrum.test_memory_is_that_of_the_result_and_of_strips(there)

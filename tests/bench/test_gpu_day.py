@@ -12,10 +12,12 @@ import time
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
-from bench import gpu, lines, merge, predictions
+from bench import gpu, lines, merge, predictions, runner, timing
 from bench.results import Run
 from tests import processes
 from tests.processes import ROOT
@@ -63,15 +65,9 @@ def test_what_it_does_not_know_is_refused_in_a_line(capsys):
     assert "stages are a, b, c, got d" in capsys.readouterr().err
     run = processes.run([sys.executable, "-m", "bench.gpu", "a", "--list"])
     assert run.stdout.splitlines()[0].startswith("a ceilings (")
-    if not gpu_here():
+    if not torch.cuda.is_available():
         run = processes.run([sys.executable, "-m", "bench.gpu", "a"], check=False)
         assert run.returncode == 1 and run.stderr == "PyTorch sees no GPU here\n"
-
-
-def gpu_here() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 # ---- lines
@@ -90,15 +86,18 @@ def test_a_torn_line_is_lost_alone(tmp_path):
     assert len(lines.read(path)) == 3
 
 
-def entries(session, group, *providers, seconds=(1.0, 1.0), device="GPU 9000"):
+def entries(session, group, *providers, seconds=(1.0, 1.0), rounds=0, device="GPU 9000"):
     machine = dict.fromkeys(merge.SAME, "x") | {"device": device, "CUDA": "13"}
     yield {"kind": "session", "id": session, "date": session, "machine": machine}
     for provider in providers:
         yield {
             "kind": "row", "session": session, "group": group, "provider": provider,
-            "seconds": [*seconds], "reason": "" if seconds else "refused", "clock": "device",
-            "unit": "step", "baselines": [], "columns": {},
+            "rounds": rounds or len(seconds), "reason": "" if seconds else "refused",
+            "clock": "device", "unit": "step", "baselines": [], "columns": {},
         }  # fmt: skip
+    for s in seconds:
+        here = dict.fromkeys(providers, s)
+        yield {"kind": "round", "session": session, "group": group, "seconds": here}
 
 
 def test_lines_become_a_run_and_the_newest_rows_of_a_group_count():
@@ -122,6 +121,55 @@ def test_lines_become_a_run_and_the_newest_rows_of_a_group_count():
         gpu.as_run([*written, *entries("3", "z", "pae", device="other")])
     with pytest.raises(ValueError, match="at least one"):
         gpu.as_run([])
+
+
+def test_of_a_group_that_was_cut_short_its_rounds_count_until_it_is_whole():
+    cut = [*entries("1", "step/x", "pae", "peer", seconds=(3.0, 4.0), rounds=9)]
+    less = [*entries("2", "step/x", "pae", "peer", seconds=(5.0,), rounds=9)]
+    begun = [*entries("2", "kld/x", "pae", seconds=(6.0,))][:-1]
+    run = Run.of(gpu.as_run([*cut, *less, *begun]))
+    assert [row.seconds for row in run.groups["step/x"]] == [[3.0, 4.0]] * 2
+    assert [row.reason for row in run.groups["kld/x"]] == ["cut short"]
+    assert run.machine["cut short"] == "step/x (2 of 9 rounds); kld/x (0 of 1 rounds)"
+    whole = [*entries("3", "step/x", "pae", seconds=(7.0,))]
+    run = Run.of(gpu.as_run([*cut, *whole, *less]))
+    assert [row.seconds for row in run.rows] == [[7.0]] and "cut short" not in run.machine
+    failed = {"kind": "failed", "session": "3", "group": "step/x"}
+    run = Run.of(gpu.as_run([*cut, *whole, failed]))
+    assert [row.seconds for row in run.rows] == [[3.0, 4.0]] * 2
+
+
+@pytest.mark.parametrize(("end", "kept"), [(KeyboardInterrupt, [1.0, 1.0]), (ValueError, None)])
+def test_a_group_that_ends_in_its_third_round(tmp_path, end, kept):
+    """Killed, which nobody catches, it loses that round; where a row raised, no round counts."""
+    start = lambda check: lambda shared: runner.Runnable(lambda: None, check)
+    providers = [
+        runner.Provider("pae", start(lambda: {"images": 2})),
+        runner.Provider("peer", start(dict)),
+        runner.Provider("compiled", start(dict), left_out="takes a minute"),
+        runner.Provider("wrong", start(lambda: 1 / 0)),
+    ]
+    group = runner.Group("g", lambda: None, providers, ("peer",), rounds=9, unit="step")
+    settings = runner.Settings("default", 1, None, None, torch.device("cpu"), "wall")
+    written = lines.Rows(tmp_path / "day.jsonl", "now")
+    written.where(dict.fromkeys(merge.SAME, "x"))
+    samples = [timing.Sample(1.0, 1.0)] * 5
+    with (
+        mock.patch.object(timing, "measure", side_effect=[*samples, end("the third")]),
+        mock.patch.object(runner, "_measured", lambda *given: {}),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        runner.run_group(group, {p.name for p in providers}, settings, written)
+    if kept is None:
+        assert not lines.rows(lines.read(written.path))
+        return
+    run = Run.of(gpu.as_run(lines.read(written.path)))
+    assert {row.provider: (row.seconds, row.reason) for row in run.rows} == {
+        "pae": (kept, ""),
+        "peer": (kept, ""),
+        "compiled": ((), "takes a minute"),
+    }
+    assert run.machine["cut short"] == "g (2 of 9 rounds)"
 
 
 # ---- predictions

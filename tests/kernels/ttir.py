@@ -23,9 +23,11 @@ from ttsem import sanitize
 from pae_kernels import ahead_of_time, backends
 from pae_kernels.koopman import koopman_losses
 from pae_kernels.pointwise import reference as pointwise
+from pae_kernels.product import triton as by_triton
 from pae_kernels.spectrum import reference as spectrum
 from pae_kernels.spectrum import shortcut_pool
 from tests.kernels import test_adaptive as adaptive
+from tests.kernels import test_product as products
 from tests.kernels.attention import cases as attention
 from tests.kernels.executions import BF16, FP32, Execution
 from tests.kernels.koopman import cases as losses
@@ -141,6 +143,16 @@ def test_activations(kind):
     theirs = pointwise.activation_backward(d, code, kind)
     exact = pointwise.activation_backward(d.double(), code, kind)
     TTIR.assert_as_exact(module.activation_backward(d, code, kind), theirs, exact)
+
+
+# ---- products with a pointwise pass behind them
+
+
+@pytest.mark.parametrize(("tma", "shape"), [(True, (70, 32, 144)), (False, (70, 33, 144))])
+def test_products(monkeypatch, tma, shape):
+    """Tiles that go over every edge, as descriptors and as pointers."""
+    monkeypatch.setattr(by_triton, "_has_tma", lambda device: tma)
+    products.assert_values(TTIR, *products.drawn(*shape, BF16), "gelu")
 
 
 # ---- adaptive
