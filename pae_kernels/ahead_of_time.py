@@ -10,15 +10,18 @@ kernel's compile-time switches can be.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+import contextlib
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
-from . import backends, machine_code
+from . import backends, gpus, machine_code
 from .machine_code import Resources
 
 ARCHITECTURES = (80, 90)
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 # of every launch: a product and the sum behind it are one instruction, whatever Triton's default
 OPTIONS = {"enable_fp_fusion": True}
@@ -123,3 +126,83 @@ def compile_kernel(
         options={"num_warps": warps, "num_stages": stages, **OPTIONS},
     )
     return machine_code.read(compiled.asm["cubin"], compiled.metadata.shared, warps, architecture)
+
+
+# ---- what a call launches
+
+
+@contextlib.contextmanager
+def recording(architecture: int, keep: Callable[[Launch], None]) -> Iterator[None]:
+    """Below, Triton launches on a GPU of sm_`architecture` that is not there: each goes as far as
+    its specialisation, through Triton's own code (which types, what is divisible by 16, which
+    constants and options), and is handed to `keep`; nothing is compiled. Tensors of the meta device
+    will do.
+    """
+    import triton
+
+    def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        kernel = fn.jit_function
+        names = kernel.arg_names
+        (attributes,) = compile["configs"]
+        keep(
+            Launch(
+                label="",
+                kernel=kernel,
+                types={n: kind for n, kind in compile["signature"].items() if kind != "constexpr"},
+                constants={names[i]: value for (i,), value in compile["constants"].items()},
+                aligned=tuple(names[i] for (i,), words in attributes.items() if words),
+                warps=compile["num_warps"],
+                stages=compile["num_stages"],
+            )
+        )
+        return True  # Triton need do nothing more
+
+    size = gpus.GPU(architecture // 10, MULTIPROCESSORS[architecture])
+    driver, runtime = triton.runtime.driver, triton.knobs.runtime
+    before = driver._active, runtime.jit_cache_hook, gpus.of
+    try:
+        driver.set_active(_Driver(architecture))
+        runtime.jit_cache_hook, gpus.of = hook, lambda device: size
+        _forget_drivers()
+        yield
+    finally:
+        driver._active, runtime.jit_cache_hook, gpus.of = before
+        _forget_drivers()
+
+
+def recorded(label: str, architecture: int, call: Callable[[], object], **about: Any) -> Launch:
+    """The only launch of `call`; `about` are further attributes of it."""
+    found: list[Launch] = []
+    with recording(architecture, found.append):
+        call()
+    (launch,) = found
+    return replace(launch, label=label, **about)
+
+
+class _Driver:
+    """What Triton asks a driver for before it compiles."""
+
+    def __init__(self, architecture: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _forget_drivers() -> None:
+    """What kernels know of a driver that they have met."""
+    from triton.runtime.jit import JITFunction
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("pae_kernels."):
+            for kernel in vars(module).values():
+                if isinstance(kernel, JITFunction):
+                    kernel.device_caches.clear()

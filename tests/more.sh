@@ -34,6 +34,7 @@ say env PAE_TEST_THREADS=2 OMP_NUM_THREADS=2 pytest -n0 "${here[@]}" tests/pae/t
   tests/pae/test_families.py tests/pae/test_kld.py tests/pae/test_vapt.py "${numbers[@]:1:3}" "$@"
 [ -n "${PAE_LONG:-}" ] || exit 0
 say python -m tests.gate
+say pytest -q tests/kernels/test_triton_compile.py tests/kernels/test_gate.py -k "product or found" "$@"
 say env OMP_NUM_THREADS=1 pytest -n0 -q tests/bench/gpu_day.py "$@"
 if [ -n "${PAE_TTIR:-}" ]; then
   say env OMP_NUM_THREADS=1 "$PAE_TTIR/bin/python" -m pytest -n0 -q tests/kernels/ttir.py "$@"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -20,21 +19,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from pae import plan
 from pae_kernels import ahead_of_time, backends, native
-from pae_kernels.attention import tiles
 from pae_kernels.machine_code import Resources
 from pae_kernels.spectrum import op as spectrum
 from tests.allocations import Memory
 
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -58,6 +53,12 @@ class Launch:
     warps: int
     stages: int
 
+    @classmethod
+    def of(cls, launch: ahead_of_time.Launch) -> Launch:
+        """What it launches, without what is expected of it."""
+        types, constants = (tuple(given.items()) for given in (launch.types, launch.constants))
+        return cls(launch.kernel, types, constants, launch.aligned, launch.warps, launch.stages)
+
     def compiled(self, architecture: int) -> Resources:
         """What its machine code takes."""
         return ahead_of_time.compile_kernel(
@@ -71,14 +72,11 @@ def gpu(architecture: int) -> Iterator[dict[Launch, int]]:
     """The launches that the code below makes on a GPU of sm_`architecture`, each with how often."""
     launches: dict[Launch, int] = {}
 
-    def keep(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        launch = _launch(fn.jit_function, compile)
-        launches[launch] = launches.get(launch, 0) + 1
-        return True  # Triton need do nothing more
+    def keep(launch: ahead_of_time.Launch) -> None:
+        found = Launch.of(launch)
+        launches[found] = launches.get(found, 0) + 1
 
-    size, memory = (architecture // 10, MULTIPROCESSORS[architecture]), Memory()
-    driver = triton.runtime.driver
-    before = driver._active
+    memory = Memory()
     with contextlib.ExitStack() as stack:
         for where, names in (
             (torch.cuda, _cuda(architecture) | _counted(memory)),
@@ -88,60 +86,16 @@ def gpu(architecture: int) -> Iterator[dict[Launch, int]]:
             (torch.nn.Module, {"_apply": _apply}),
             (backends, {"on": lambda device: contextlib.nullcontext()}),
             (native, {"unavailable": lambda: "nothing compiled runs on a stand-in"}),
-            (tiles, {"_device": lambda device: size}),
             (plan, {"_refuse": lambda name, module, may: None}),  # it folds plain tensors alone
             (spectrum, {"_readable": lambda t: False}),
-            (triton.knobs.runtime, {"jit_cache_hook": keep}),
         ):
             for name, value in names.items():
                 stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(mock.patch.dict(os.environ, {"PAE_BACKEND": "auto"}))
-        stack.callback(_forget)
-        stack.callback(setattr, driver, "_active", before)
-        driver.set_active(_Driver(architecture))
-        _forget()
+        stack.enter_context(ahead_of_time.recording(architecture, keep))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_OurOps(memory))
         yield launches
-
-
-def _forget() -> None:
-    """What kernels know of a driver that they have met."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("pae_kernels."):
-            for kernel in vars(module).values():
-                if isinstance(kernel, JITFunction):
-                    kernel.device_caches.clear()
-
-
-def _launch(kernel: JITFunction, compiled: dict[str, Any]) -> Launch:
-    """What Triton is about to compile."""
-    names = kernel.arg_names
-    (attributes,) = compiled["configs"]
-    return Launch(
-        kernel,
-        tuple((n, kind) for n, kind in compiled["signature"].items() if kind != "constexpr"),
-        tuple((names[i], value) for (i,), value in compiled["constants"].items()),
-        tuple(names[i] for (i,), words in attributes.items() if words),
-        compiled["num_warps"],
-        compiled["num_stages"],
-    )
-
-
-class _Driver:
-    """What Triton asks a driver for before it compiles."""
-
-    def __init__(self, architecture: int) -> None:
-        self.target = GPUTarget("cuda", architecture, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 # ---- tensors. To PyTorch's own code they lie on the CPU, since its autograd engine would ask a GPU
@@ -254,7 +208,7 @@ def _cuda(architecture: int) -> dict[str, Any]:
         name=f"a stand-in for sm_{architecture}",
         major=major,
         minor=minor,
-        multi_processor_count=MULTIPROCESSORS[architecture],
+        multi_processor_count=ahead_of_time.MULTIPROCESSORS[architecture],
         total_memory=80 * 2**30,
     )
     nothing = lambda *_, **__: None

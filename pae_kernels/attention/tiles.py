@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
+from .. import gpus
 from ..ahead_of_time import OPTIONS
 
 
@@ -85,7 +85,7 @@ def forward(qkv: Tensor, rows: int) -> Tile:
 
 def backward_whole(qkv: Tensor, rows: int) -> Tile | None:
     """Tile of the one-pass backward, or None where all rows of a head do not fit on chip."""
-    large = _large(qkv.device)
+    large = gpus.of(qkv.device).large
     if not _key(qkv)[0] or qkv.shape[-1] > 64 or rows > (256 if large else 128):
         return None
     return WHOLE[large, next(size for size in (64, 128, 256) if rows <= size)]
@@ -94,25 +94,11 @@ def backward_whole(qkv: Tensor, rows: int) -> Tile | None:
 def backward_split(qkv: Tensor, rows: int) -> Tile:
     """Tile of both kernels of the two-pass backward."""
     narrow, width = _key(qkv)
-    tile = SPLIT[_large(qkv.device), narrow, width]
+    tile = SPLIT[gpus.of(qkv.device).large, narrow, width]
     return replace(tile, block_m=16) if rows <= 16 else tile
 
 
 def images_per_program(qkv: Tensor, tile: Tile) -> int:
     """Images that a one-pass program takes in turn: as many programs as the GPU holds at a time."""
     batch, _, _, heads, _ = qkv.shape
-    return max(1, -(-batch * heads // (tile.programs * _device(qkv.device)[1])))
-
-
-def _large(device: torch.device) -> bool:
-    """Whether a multiprocessor has 227 KB of shared memory: sm_90 and sm_100, not sm_120."""
-    return _device(device)[0] in (9, 10)
-
-
-@lru_cache
-def _device(device: torch.device) -> tuple[int, int]:
-    """Major compute capability and multiprocessors; of sm_90 where there is none to ask."""
-    if device.type != "cuda":
-        return 9, 132
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major, properties.multi_processor_count
+    return max(1, -(-batch * heads // (tile.programs * gpus.of(qkv.device).multiprocessors)))

@@ -5,10 +5,12 @@ product_activation_backward   (d W) act'(u), from u or the code: fc2's backward
 
 One program makes tiles in turn (BLOCK_M rows, BLOCK_N columns), as many programs as the GPU holds
 at a time. On sm_90 the loops over tiles and over K are one, so that the next tile's factors arrive
-while the epilogue of this one runs. GROUP row tiles go together through the columns: their rows and
-the columns of W that they share stay in L2. Sums are in fp32, in one order: bitwise the same from
-run to run. Entries leave once, and u, where it is not kept, never. An epilogue takes SLICE columns
-at a time: of a whole tile, registers and shared memory would not hold it.
+while the epilogue of this one runs; on sm_100, whose products leave registers alone, the next tile
+is multiplied meanwhile (its code has the epilogue twice: the last tile's comes behind the loop).
+TOGETHER tiles below each other come one after the other: their rows and the columns of W that they
+share stay in L2. Sums are in fp32, in one order: bitwise the same from run to run. Entries leave
+once, and u, where it is not kept, never. An epilogue takes SLICE columns at a time: of a whole
+tile, registers and shared memory would not hold it.
 
 On sm_90 and newer all tiles travel by TMA, whose descriptors the host makes; rows that are no
 multiple of 16 bytes, and older GPUs, take pointers, masked.
@@ -21,6 +23,9 @@ fill 132 multiprocessors 17.9 times.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -29,8 +34,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..ahead_of_time import OPTIONS, Launch
-from ..attention import tiles as attention_tiles
+from .. import gpus
+from ..ahead_of_time import OPTIONS, Launch, recorded
 from ..launching import Launcher, programs
 from ..pointwise.triton import CODE_SCALE, CODE_ZERO, _act, _code
 
@@ -51,6 +56,10 @@ class Tile(NamedTuple):
     stages: int
     programs: int = 1
 
+    def side(self, letter: str) -> int:
+        """m, n, k, or s for a slice."""
+        return {"m": self.block_m, "n": self.block_n, "k": self.block_k, "s": self.slice}[letter]
+
 
 # (sm_90 and newer, 16 bits) -> tile
 TILES = {
@@ -59,18 +68,18 @@ TILES = {
     (True, False): Tile(64, 64, 32, 64, 4, 2, 2),
     (False, False): Tile(64, 64, 32, 64, 4, 2, 2),
 }
-GROUP = 8
+TOGETHER = 8
 
 
 @triton.jit
 def _corner(
-    i, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
+    i, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr
 ):  # fmt: skip
     """First row and column of tile i."""
     across = tl.cdiv(columns, BLOCK_N)
-    first = i // (GROUP * across) * GROUP
-    size = tl.minimum(tl.cdiv(rows, BLOCK_M) - first, GROUP)
-    within = i % (GROUP * across)
+    first = i // (TOGETHER * across) * TOGETHER
+    size = tl.minimum(tl.cdiv(rows, BLOCK_M) - first, TOGETHER)
+    within = i % (TOGETHER * across)
     return (first + within % size) * BLOCK_M, within // size * BLOCK_N
 
 
@@ -142,14 +151,16 @@ def _activated(
 
 @triton.jit(do_not_specialize=["rows"])
 def product_activation_fwd_kernel(
-    x, weight, bias, y, kept, rows, columns, inner, stride_x, stride_w,
+    x, weight, kept, y, bias, rows, columns, inner, stride_x, stride_w,
     KIND: tl.constexpr, KEEP: tl.constexpr, TMA: tl.constexpr, OUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr,
-    GROUP: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
+    if TMA:
+        tl.assume(inner > 0)  # or the loop that flattening makes is there once more, for no product
     count = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
     for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=TMA):
-        m, n = _corner(i, rows, columns, BLOCK_M, BLOCK_N, GROUP)
+        m, n = _corner(i, rows, columns, BLOCK_M, BLOCK_N, TOGETHER)
         u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, inner, BLOCK_K):
             a = _load(x, m, k, rows, inner, stride_x, TMA, BLOCK_M, BLOCK_K)
@@ -192,11 +203,13 @@ def product_activation_bwd_kernel(
     d, weight, kept, du, rows, columns, inner, stride_d, stride_w, stride_kept,
     KIND: tl.constexpr, CODED: tl.constexpr, TMA: tl.constexpr, OUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr,
-    GROUP: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
+    if TMA:
+        tl.assume(inner > 0)  # or the loop that flattening makes is there once more, for no product
     count = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
     for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=TMA):
-        m, n = _corner(i, rows, columns, BLOCK_M, BLOCK_N, GROUP)
+        m, n = _corner(i, rows, columns, BLOCK_M, BLOCK_N, TOGETHER)
         g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, inner, BLOCK_K):
             a = _load(d, m, k, rows, inner, stride_d, TMA, BLOCK_M, BLOCK_K)
@@ -208,9 +221,10 @@ def product_activation_bwd_kernel(
         )  # fmt: skip
 
 
+# by whether matrices are described: what stands where among the arguments is then another kind
 _forward, _backward = (
-    Launcher(product_activation_fwd_kernel),
-    Launcher(product_activation_bwd_kernel),
+    {tma: Launcher(kernel) for tma in (False, True)}
+    for kernel in (product_activation_fwd_kernel, product_activation_bwd_kernel)
 )
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -219,49 +233,28 @@ def product_activation(
     x: Tensor, weight: Tensor, bias: Tensor, kind: str, keep: str
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's."""
-    columns = weight.shape[0]
-    y = x.new_empty((*x.shape[:-1], columns))
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     kept = x.new_empty(0)
     if keep != "nothing":
         kept = y.new_empty(y.shape, dtype=torch.uint8 if keep == "code" else y.dtype)
     if y.numel():
-        flat = _rows(x)
-        there = _rows(y) if keep == "nothing" else _rows(kept)
-        tile = _tile(x)
-        shapes = (
-            (flat, tile.block_m, tile.block_k),
-            (weight, tile.block_n, tile.block_k),
-            (_rows(y), tile.block_m, tile.slice),
-            (there, tile.block_m, tile.slice),
-        )
-        tma = _by_tma(x.device, *(t for t, *_ in shapes))
-        a, w, out, second = (_described(*s) for s in shapes) if tma else (t for t, *_ in shapes)
-        given = a, w, bias, out, second, len(flat), *weight.shape, flat.stride(0), weight.stride(0)
-        constants = {"KIND": kind, "KEEP": _KEEP[keep], "TMA": tma, **_launch(tile, x.dtype)}
-        _forward(_programs(tile, len(flat), columns, x.device), x.device, given, constants)
+        rows, made = _rows(x), _rows(y)
+        there = made if keep == "nothing" else _rows(kept)
+        tiled = (rows, "mk"), (weight, "nk"), (there, "ms"), (made, "ms")
+        others = bias, *made.shape, weight.shape[1], rows.stride(0), weight.stride(0)
+        _launch(_forward, tiled, others, {"KIND": kind, "KEEP": _KEEP[keep]})
     return y, kept
 
 
 def product_activation_backward(d: Tensor, weight: Tensor, kept: Tensor, kind: str) -> Tensor:
     """Same contract as the reference's."""
-    inner, columns = weight.shape
-    du = d.new_empty((*d.shape[:-1], columns))
+    du = d.new_empty((*d.shape[:-1], weight.shape[1]))
     if du.numel():
-        flat, there = _rows(d), _rows(kept)
-        tile = _tile(d)
-        shapes = (
-            (flat, tile.block_m, tile.block_k),
-            (weight, tile.block_k, tile.block_n),
-            (there, tile.block_m, tile.slice),
-            (_rows(du), tile.block_m, tile.slice),
-        )
-        tma = _by_tma(d.device, *(t for t, *_ in shapes))
-        given = tuple(_described(*s) for s in shapes) if tma else tuple(t for t, *_ in shapes)
-        strides = flat.stride(0), weight.stride(0), there.stride(0)
-        given = *given, len(flat), columns, inner, *strides
-        coded = kept.dtype == torch.uint8
-        constants = {"KIND": kind, "CODED": coded, "TMA": tma, **_launch(tile, d.dtype)}
-        _backward(_programs(tile, len(flat), columns, d.device), d.device, given, constants)
+        rows, made, there = _rows(d), _rows(du), _rows(kept)
+        tiled = (rows, "mk"), (weight, "kn"), (there, "ms"), (made, "ms")
+        strides = rows.stride(0), weight.stride(0), there.stride(0)
+        others = *made.shape, weight.shape[0], *strides
+        _launch(_backward, tiled, others, {"KIND": kind, "CODED": kept.dtype == torch.uint8})
     return du
 
 
@@ -269,37 +262,47 @@ def _rows(t: Tensor) -> Tensor:
     return t.flatten(0, -2) if t.dim() > 1 else t[None]
 
 
-def _tile(x: Tensor) -> Tile:
-    return TILES[attention_tiles._large(x.device), x.element_size() == 2]
+def _launch(
+    launchers: dict[bool, Launcher],
+    tiled: tuple[tuple[Tensor, str], ...],
+    others: tuple,
+    switches: dict[str, object],
+) -> None:
+    """One launch, of as many programs as the GPU holds.
+
+    Args:
+        tiled: the matrices and the two sides of their tiles (`Tile.side`); of the first are the
+            device and the dtype, the last is what is made.
+        others: what the kernel takes between them and its constants.
+    """
+    (first, _), (made, _) = tiled[0], tiled[-1]
+    gpu, narrow = gpus.of(first.device), first.element_size() == 2
+    tile = TILES[gpu.large, narrow]
+    tma = _has_tma(first.device) and all(_fits_tma(t) for t, _ in tiled)
+    given = [_described(t, tile, sides) if tma else t for t, sides in tiled]
+    tiles = programs(made.shape[0], tile.block_m) * programs(made.shape[1], tile.block_n)
+    constants = {**switches, "TMA": tma, "OUT": _TRITON[first.dtype], **_constants(tile)}
+    count = min(tiles, tile.programs * gpu.multiprocessors)
+    launchers[tma](count, first.device, (*given, *others), constants)
 
 
-def _launch(tile: Tile, dtype: torch.dtype) -> dict:
-    """Constants that both kernels take."""
+@lru_cache
+def _constants(tile: Tile) -> dict:
     return {
-        "OUT": _TRITON[dtype],
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "SLICE": tile.slice,
-        "GROUP": GROUP,
+        "TOGETHER": TOGETHER,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **OPTIONS,
     }
 
 
-def _programs(tile: Tile, rows: int, columns: int, device: torch.device) -> int:
-    tiles = programs(rows, tile.block_m) * programs(columns, tile.block_n)
-    return min(tiles, tile.programs * attention_tiles._device(device)[1])
-
-
-def _by_tma(device: torch.device, *tiled: Tensor) -> bool:
-    """Whether these matrices can be described to a GPU that reads descriptors."""
-    return _has_tma(device) and all(_fits_tma(t) for t in tiled)
-
-
 def _has_tma(device: torch.device) -> bool:
-    return device.type == "cuda" and attention_tiles._device(device)[0] >= 9
+    """Whether it reads tiles by descriptors; the interpreter knows them, too."""
+    return device.type != "cpu" and gpus.of(device).major >= 9
 
 
 def _fits_tma(t: Tensor) -> bool:
@@ -307,64 +310,67 @@ def _fits_tma(t: Tensor) -> bool:
     return t.numel() > 0 and not (t.data_ptr() | t.stride(0) * t.element_size()) & 15
 
 
-def _described(t: Tensor, high: int, wide: int) -> TensorDescriptor:
-    return TensorDescriptor(t, [*t.shape], [*t.stride()], [high, wide])
+def _described(t: Tensor, tile: Tile, sides: str) -> TensorDescriptor:
+    return TensorDescriptor(t, [*t.shape], [*t.stride()], [tile.side(side) for side in sides])
 
 
-def _shipped(
-    label: str, kernel, architecture: int, word: str = "bf16", tma: bool | None = None, **switches
+def _forward_launch(
+    architecture: int,
+    keep: str,
+    kind: str = "gelu",
+    dtype: torch.dtype = torch.bfloat16,
+    inner: int = 768,
 ) -> Launch:
-    """`kernel` as ViT-B launches it; `tma` where another GPU would take the other way."""
-    tile = TILES[architecture in (90, 100), word != "fp32"]
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[word]
-    tma = architecture >= 90 if tma is None else tma
-    constants = {"TMA": tma, **switches, **_launch(tile, dtype)}
-    backward = kernel is product_activation_bwd_kernel
-    by_code = constants.get("CODED") or constants.get("KEEP") == _KEEP["code"]
-    second = "u8" if by_code else word
-    m, n, k = tile.block_m, tile.block_n, tile.block_k
-    blocks = {"x": (m, k), "d": (m, k), "weight": (k, n) if backward else (n, k)}
-    blocks |= dict.fromkeys(("y", "du", "kept"), (m, tile.slice))
-    types = {}
-    for name, (high, wide) in blocks.items():
-        kind = second if name == "kept" else word
-        types[name] = f"tensordesc<{kind}[{high}, {wide}]>" if tma else f"*{kind}"
-    types["bias"] = f"*{word}"
-    numbers = "rows", "columns", "inner", "stride_x", "stride_d", "stride_w", "stride_kept"
-    types |= dict.fromkeys(numbers, "i32")
-    names = kernel.arg_names
-    return Launch(
-        f"{label} {m}x{n}x{k} {'tma' if tma else 'pointers'}", kernel,
-        {name: kind for name, kind in types.items() if name in names},
-        {name: value for name, value in constants.items() if name in names},
-        tile.warps, tile.stages, tuple(n for n in numbers[1:] if n in names),
-        tensor_cores=word != "fp32", may_spill=word == "fp32",
-    )  # fmt: skip
+    """fc1 of ViT-B at 128 images; of 16-byte rows unless `inner` is something else."""
+    x, weight, bias = _meta(dtype, 25216, inner), _meta(dtype, 3072, inner), _meta(dtype, 3072)
+    label = f"fc1 + {kind}, {keep}"
+    call = partial(product_activation, x, weight, bias, kind, keep)
+    return _recorded(label, architecture, call, dtype, inner)
+
+
+def _backward_launch(
+    architecture: int, coded: bool, kind: str = "gelu", inner: int = 768
+) -> Launch:
+    """fc2's backward there."""
+    dtype = torch.bfloat16
+    d, weight = _meta(dtype, 25216, inner), _meta(dtype, inner, 3072)
+    kept = _meta(torch.uint8 if coded else dtype, 25216, 3072)
+    label = f"fc2 bwd + {kind}{' coded' * coded}"
+    call = partial(product_activation_backward, d, weight, kept, kind)
+    return _recorded(label, architecture, call, dtype, inner)
+
+
+def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _recorded(
+    label: str, architecture: int, call: Callable[[], object], dtype: torch.dtype, inner: int
+) -> Launch:
+    wide = dtype == torch.float32
+    launch = recorded(label, architecture, call, tensor_cores=not wide, may_spill=wide)
+    sizes = "x".join(str(launch.constants[f"BLOCK_{side}"]) for side in "MNK")
+    way = "tma" if launch.constants["TMA"] else "pointers"
+    words = label, _TRITON[dtype].name, sizes, way, "" if inner % 8 == 0 else "odd"
+    return replace(launch, label=" ".join(filter(None, words)))
 
 
 def shipped_launches(architecture: int) -> list[Launch]:
     """fc1 and fc2's backward of ViT-B, in every memory mode."""
-    forward, backward = product_activation_fwd_kernel, product_activation_bwd_kernel
     return [
-        *(
-            _shipped(f"fc1 + gelu, {keep}", forward, architecture, KIND="gelu", KEEP=number)
-            for keep, number in _KEEP.items()
-        ),
-        _shipped("fc2 bwd + gelu", backward, architecture, KIND="gelu", CODED=False),
-        _shipped("fc2 bwd + gelu coded", backward, architecture, KIND="gelu", CODED=True),
+        *(_forward_launch(architecture, keep) for keep in _KEEP),
+        *(_backward_launch(architecture, coded) for coded in (False, True)),
     ]
 
 
 def variant_launches(architecture: int) -> list[Launch]:
-    """Pointers where TMA is the usual way, the other activations, fp16 and fp32."""
-    forward, backward = product_activation_fwd_kernel, product_activation_bwd_kernel
-    at = architecture, "bf16", False
+    """Rows that no descriptor describes, the other activations, fp16 and fp32."""
     return [
-        _shipped("fc1 + gelu, code", forward, *at, KIND="gelu", KEEP=_KEEP["code"]),
-        _shipped("fc2 bwd + gelu", backward, *at, KIND="gelu", CODED=False),
-        _shipped("fc1 + gelu_tanh, code", forward, architecture, KIND="gelu_tanh", KEEP=1),
-        _shipped("fc1 + relu fp16", forward, architecture, "fp16", KIND="relu", KEEP=2),
-        _shipped("fc2 bwd + silu", backward, architecture, KIND="silu", CODED=False),
-        _shipped("fc2 bwd + quick_gelu", backward, architecture, KIND="quick_gelu", CODED=False),
-        _shipped("fc1 + gelu fp32", forward, *at[:1], "fp32", False, KIND="gelu", KEEP=0),
+        _forward_launch(architecture, "code", inner=770),
+        _backward_launch(architecture, False, inner=770),
+        _forward_launch(architecture, "code", "gelu_tanh"),
+        _forward_launch(architecture, "nothing", "relu", torch.float16),
+        _backward_launch(architecture, False, "silu"),
+        _backward_launch(architecture, False, "quick_gelu"),
+        _forward_launch(architecture, "hidden", dtype=torch.float32),
     ]

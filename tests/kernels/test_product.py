@@ -98,6 +98,21 @@ def test_tiles_that_are_described(execution, monkeypatch):
         assert execution.kind != "interpreter" or all(seen) == ours
 
 
+def test_rows_of_either_kind_after_each_other(monkeypatch):
+    """What a launch knows of the one before: odd rows by pointers, then others by descriptors."""
+    pytest.importorskip("triton")
+    from tests import stand_in
+
+    monkeypatch.setenv("PAE_EPILOGUE", "triton")
+    with stand_in.gpu(90) as launches:
+        for inner in (33, 64, 33):
+            x, weight, bias = (t.cuda() for t in drawn(40, inner, 48, BF16))
+            y, _ = forward(x, weight, bias, "gelu", "hidden")
+            product.product_activation_backward(y, weight, x, "gelu")
+    ways = [dict(launch.constants)["TMA"] for launch in launches]
+    assert ways == [False, False, True, True] and set(launches.values()) == {2, 1}
+
+
 @each(OP)
 def test_layouts(execution):
     """Rows of a larger weight, one that is transposed, rows of an image, none at all."""
