@@ -257,21 +257,25 @@ def pointwise() -> Iterator[Pass]:
 
 def products() -> Iterator[Pass]:
     """fc1 and fc2's backward with the activation in their epilogues: products at 0.75 of the large
-    one's rate, and per entry what the pointwise kernel issues.
+    one's rate, and per entry what the code of a tile is, its products' loop but once.
     """
     rows, weight = BATCH * ROWS, 4 * WIDTH * WIDTH * 2 / 1e6
-    narrow, wide = rows * WIDTH * 2 / 1e6, rows * WIDTH * 4 / 1e6
+    narrow, entries = rows * WIDTH * 2 / 1e6, rows * WIDTH * 4 / 1e6
     gflop = 2 * rows * WIDTH * 4 * WIDTH / 1e9
-    each = {p.name: p.instructions for p in pointwise()}
-    for name, kernel, moved, like in (
-        ("fc1 + GELU", "fwd", 4, "gelu/forward"),
-        ("fc1 + GELU with a code", "fwd", 3, "coded gelu/forward"),
-        ("fc2 backward + GELU's", "bwd", 4, "gelu/backward"),
-        ("fc2 backward + GELU's by a code", "bwd", 3, "coded gelu/backward"),
+    # bytes an entry: made, kept or read again
+    for name, kernel, moved, kinds, switch in (
+        ("forward", "fwd", 4, "bf16", "KEEP=0"),
+        ("coded forward", "fwd", 3, "bf16,u8,bf16", "KEEP=1"),
+        ("lean forward", "fwd", 2, "bf16", "KEEP=2"),
+        ("backward", "bwd", 4, "bf16", "CODED=False"),
+        ("coded backward", "bwd", 3, "bf16,u8,bf16", "CODED=True"),
     ):
-        mb = narrow + weight + wide * moved
+        code = Code.of(f"product_activation_{kernel}", kinds, "KIND=gelu", switch, "TMA=True")
         yield Pass(
-            name, f"product_activation_{kernel}_kernel", mb, gflop, gflop / 0.75, each[like]
+            f"product, {name}", f"product_activation_{kernel}_kernel",
+            narrow + weight + entries * moved, gflop, gflop / 0.75,
+            entries * code.per_entry / 32, code=code,
+            row=(f"product/{name}/{rows}x{WIDTH}x{4 * WIDTH}/bf16", "pae, one kernel"),
         )  # fmt: skip
 
 

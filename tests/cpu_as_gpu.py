@@ -566,6 +566,7 @@ def pytest_configure(config: Any) -> None:
         bench_attention,
         bench_kld,
         bench_pointwise,
+        bench_product,
         bench_step,
         clock,
         shapes,
@@ -593,6 +594,7 @@ def pytest_configure(config: Any) -> None:
     attended = {"heads": 2, "head_width": 16, "tokens": 9, "prompts": 3, "batch": 2}
     smaller(bench_attention, "open_inputs", lambda s, *rest: (s._replace(**attended), *rest))
     smaller(bench_pointwise, "open_inputs", lambda name, rows, width, *rest: (name, 8, 32, *rest))
+    smaller(bench_product, "open_inputs", lambda name, rows, width, *rest: (name, 8, 32, *rest))
     smaller(bench_step, "open_step", lambda case, *rest: (case._replace(batch=2), *rest))
     smaller(bench_kld, "open_regulariser", lambda dim, *rest: (8, *rest))
     bench_kld.DEPTH, bench_kld.WIDTH, bench_kld.PROMPTS = 4, 16, 3

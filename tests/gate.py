@@ -22,6 +22,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,15 +43,18 @@ LINE = ".".join(triton.__version__.split(".")[:2])
 ROOM, ROOM_ELSEWHERE = 0.05, 0.3
 SPILLED_ELSEWHERE = 64  # bytes a thread that another Triton may spill
 
-# what a program makes, for instructions per entry; of a kernel with loops nothing is said
+# what a program makes, for instructions per entry; of most kernels with loops nothing is said
 ENTRIES: dict[str, Callable[[dict], int]] = {
     "activation_fwd": lambda c: c["BLOCK"],
     "activation_bwd": lambda c: c["BLOCK"],
     "layer_norm_fwd": lambda c: c["WIDTH"] * c["ROWS"],
     "layer_norm_bwd": lambda c: c["WIDTH"] * c["ROWS"],
     "row_stats": lambda c: c["WIDTH"] * c["ROWS"],
+    # of a tile, with a turn of its products
+    "product_activation_fwd": lambda c: c["BLOCK_M"] * c["BLOCK_N"],
+    "product_activation_bwd": lambda c: c["BLOCK_M"] * c["BLOCK_N"],
 }
-_TILES = ("BLOCK", "ROWS", "PER_PROGRAM", "PARTS")
+_TILES = ("BLOCK", "ROWS", "PER_PROGRAM", "PARTS", "SLICE", "TOGETHER")
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,12 @@ def name_of(launch: Launch) -> str:
     return launch.kernel.__name__.removesuffix("_kernel").removeprefix("prompt_")
 
 
+_ENTRIES_OF = re.compile(r"(?:\*|tensordesc<)(\w+)")  # an array, by its address or described
+
+
 def described(launch: Launch) -> str:
     """Kernel, dtypes that it reads and writes, switches; and what is not aligned."""
-    kinds = [kind[1:] for _, kind in launch.types if kind.startswith("*")]
+    kinds = [found[1] for _, kind in launch.types if (found := _ENTRIES_OF.match(kind))]
     runs = [k for i, k in enumerate(kinds) if i == 0 or kinds[i - 1] != k]
     switches = [f"{n}={v}" for n, v in launch.constants if not n.startswith(_TILES)]
     odd = [n for n, kind in launch.types if kind.startswith("*") and n not in launch.aligned]
@@ -230,7 +237,7 @@ def faults(name: str, now: Figures, architecture: int) -> Iterator[str]:
 
 def guarded(architecture: int) -> dict[str, Launch]:
     """Name -> launch, of all that have a budget: on sm_90 what steps and benchmarks launch, on the
-    others attention and pointwise passes of a step in bf16, where it spends its time.
+    others attention, pointwise passes and products with epilogues of a step in bf16.
     """
     found = launches.of_steps(architecture)
     if architecture == 90:
@@ -240,7 +247,7 @@ def guarded(architecture: int) -> dict[str, Launch]:
 
 def is_main(name: str, launch: Launch) -> bool:
     """Whether it is guarded on every architecture."""
-    return room_of(launch) in ("attention", "pointwise") and "bf16" in name
+    return room_of(launch) in ("attention", "pointwise", "product") and "bf16" in name
 
 
 def room_of(launch: Launch) -> str:

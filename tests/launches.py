@@ -8,6 +8,7 @@ GPU and Triton.
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -23,6 +24,7 @@ from bench import (
     bench_attention,
     bench_kld,
     bench_pointwise,
+    bench_product,
     bench_spectrum,
     bench_step,
     shapes,
@@ -38,13 +40,14 @@ BLOCKS = 3  # a first, a middle and a last one
 
 
 def of_steps(architecture: int) -> Found:
-    """VPT-deep in ViT-B under autocast and in fp32, every memory mode; what per-sample prompts of
-    VAPT add, KLD, and attention of the class row.
+    """VPT-deep in ViT-B under autocast, with and without epilogues of its products, and in fp32,
+    every memory mode; what per-sample prompts of VAPT add, KLD, and attention of the class row.
     """
     with stand_in.gpu(architecture) as launches:
-        for dtype in (torch.bfloat16, None):
+        for dtype, epilogue in ((torch.bfloat16, "auto"), (torch.bfloat16, "triton"), (None, "")):
             for memory in ("keep", "recompute8", "recompute"):
-                _step(pae.prompts.VPTDeep(50), dtype, memory)
+                with mock.patch.dict(os.environ, {"PAE_EPILOGUE": epilogue}):
+                    _step(pae.prompts.VPTDeep(50), dtype, memory)
         _step(pae.prompts.VPTDeep(50), torch.bfloat16, "keep", pae.KLD(256))
         _step(pae.prompts.VAPT(50), torch.bfloat16, "keep")
         qkv = torch.zeros(128, 197, 3, 12, 64, dtype=torch.bfloat16, device=GPU).requires_grad_()
@@ -74,7 +77,7 @@ def of_benchmarks(architecture: int) -> Found:
     settings = Settings("full", 1, None, None, GPU, "device")
     groups = [
         group
-        for bench in (bench_attention, bench_pointwise, bench_kld, bench_spectrum)
+        for bench in (bench_attention, bench_pointwise, bench_product, bench_kld, bench_spectrum)
         for group in bench.groups(settings)
     ]
     cases = dict.fromkeys(
