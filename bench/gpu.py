@@ -94,13 +94,15 @@ def steps() -> Iterator[Step]:
     yield _tests("b", "clock", 60, *with_lines, *clock, "-k", "device_clock")
     for tool in ("memcheck", "racecheck", "initcheck"):
         yield _sanitizer(tool, compiled)
-    for name, seconds in (("step", 60), ("attention", 60), ("pointwise", 40), ("kld", 50)):
+    limits = {"step": 60, "attention": 60, "pointwise": 40, "product": 40, "kld": 50}
+    for name, seconds in limits.items():
         yield _benchmark("b", name, seconds, "-k", "not ompiled")
     yield _benchmark("b", "mpa", 60, "-k", "not ompiled")
 
     yield _benchmark("c", "step", 150, "--quick", "-k", "B128")
     yield _benchmark("c", "attention", 60, "--quick")
     yield _benchmark("c", "pointwise", 60)
+    yield _benchmark("c", "product", 150)
     tune = (sys.executable, "-m", "bench.studies.tune_attention", "--seconds", "240")
     yield Step("c", "tune", 270, tune)
     for name in ("scaling", "spectrum"):

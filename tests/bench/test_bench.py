@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from bench import (  # noqa: E402
     bench_attention,
     bench_mpa,
     bench_pointwise,
+    bench_product,
     bench_scaling,
     bench_step,
     cost,
@@ -257,6 +259,28 @@ def test_bytes_of_a_pass_are_those_of_its_arguments_and_results(name):
         assert shared.floor_mb * 1e6 == sum(t.nbytes for t in moved)
 
 
+@pytest.mark.parametrize("name", sorted(bench_product.KINDS))
+def test_a_product_and_what_is_behind_it_by_everybody(name, monkeypatch):
+    """The same values; products and bytes as they are counted; on a CPU one kernel has a reason."""
+    shared = bench_product.open_inputs(name, rows=70, width=64, device=CPU)
+    with FlopCounterMode(display=False) as counted:
+        results = bench_product.start(bench_product.TWO, shared).work()
+    assert counted.get_total_flops() == shared.columns["live_gflop"] * 1e9
+    moved = (*shared.arguments, *results)
+    assert sum(t.nbytes for t in moved) == shared.columns["floor_mb"] * 1e6
+    for piece in (bench_product.EAGER, bench_product.TWO, bench_product.ONE):
+        if piece == bench_product.ONE:
+            monkeypatch.setenv("PAE_BACKEND", "reference")
+        work = partial(shared.kind.pieces[piece], *shared.arguments)
+        ready = bench_product.prepare(shared, work)
+        assert 0 < ready.check()["value_error"] < 4e-3
+        wrong = bench_product.prepare(shared, lambda w=work: tuple(t.roll(1, 0) for t in w()))
+        with pytest.raises(AssertionError, match="result 0 is off by"):
+            wrong.check()
+    group = bench_product.group(name, 5, 32, SETTINGS)
+    assert [p.left_out for p in group.providers if p.name == bench_product.ONE] == ["needs a GPU"]
+
+
 def test_peers_of_attention_agree():
     shape = bench_attention.Shape(2, 8, 7, 3, 2, "fp32")
     shared = bench_attention.open_inputs(shape, "both", CPU)
@@ -278,7 +302,9 @@ def test_a_wrong_attention_is_noticed():
 
 
 @pytest.mark.parametrize("size", ["smoke", "quick", "default", "full"])
-@pytest.mark.parametrize("module", [bench_step, bench_scaling, bench_attention, bench_pointwise])
+@pytest.mark.parametrize(
+    "module", [bench_step, bench_scaling, bench_attention, bench_pointwise, bench_product]
+)
 def test_a_gpu_has_groups_of_its_own(module, size):
     """What would run there, without running it: sizes nest, and names are unique."""
 
@@ -290,7 +316,8 @@ def test_a_gpu_has_groups_of_its_own(module, size):
 
     assert running(size)
     smaller = {"default": "quick", "full": "default"}.get(size)
-    assert smaller is None or running(smaller) < running(size) or module is bench_pointwise
+    same = module in (bench_pointwise, bench_product)  # all of theirs run by default
+    assert smaller is None or same or running(smaller) < running(size)
 
 
 def test_peak_on_a_cpu_is_the_most_at_one_time(monkeypatch):
