@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from . import backends, gpus, machine_code
 from .machine_code import Resources
@@ -158,16 +159,15 @@ def recording(architecture: int, keep: Callable[[Launch], None]) -> Iterator[Non
         return True  # Triton need do nothing more
 
     size = gpus.GPU(architecture // 10, MULTIPROCESSORS[architecture])
-    driver, runtime = triton.runtime.driver, triton.knobs.runtime
-    before = driver._active, runtime.jit_cache_hook, gpus.of
-    try:
+    driver = triton.runtime.driver
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(triton.knobs.runtime, "jit_cache_hook", hook))
+        stack.enter_context(mock.patch.object(gpus, "of", lambda device: size))
+        stack.callback(_forget_drivers)
+        stack.callback(setattr, driver, "_active", driver._active)
         driver.set_active(_Driver(architecture))
-        runtime.jit_cache_hook, gpus.of = hook, lambda device: size
         _forget_drivers()
         yield
-    finally:
-        driver._active, runtime.jit_cache_hook, gpus.of = before
-        _forget_drivers()
 
 
 def recorded(label: str, architecture: int, call: Callable[[], object], **about: Any) -> Launch:
