@@ -52,18 +52,27 @@ class Launcher:
         self._constants: Callable[[dict], tuple] = tuple
 
     def __call__(
-        self, count: int, device: torch.device, given: tuple, constants: dict[str, Any]
+        self,
+        count: int | tuple[int, int],
+        device: torch.device,
+        given: tuple,
+        constants: dict[str, Any],
     ) -> None:
-        """`count` programs on the current stream of `device`; `constants` and options by name."""
+        """`count` programs, or those of a grid of two axes, on the current stream of `device`;
+        `constants` and options by name.
+        """
+        grid = (count, 1, 1) if isinstance(count, int) else (*count, 1)
         if device.type != "cuda":
-            self.kernel[(count,)](*given, **constants)
+            self.kernel[grid](*given, **constants)
         elif device.index == torch.cuda.current_device():
-            self._launch(count, device.index, given, constants)
+            self._launch(grid, device.index, given, constants)
         else:
             with backends.on(device):
-                self._launch(count, device.index, given, constants)
+                self._launch(grid, device.index, given, constants)
 
-    def _launch(self, count: int, device: int, given: tuple, constants: dict[str, Any]) -> None:
+    def _launch(
+        self, grid: tuple[int, int, int], device: int, given: tuple, constants: dict[str, Any]
+    ) -> None:
         if self._pointers is None:
             self._pointers = self._learn(given)
         values, kinds, bits = list(given), [], 0
@@ -78,9 +87,9 @@ class Launcher:
         usual = not bits & 15 and min(numbers) >= -_LEAST and max(numbers) < _LEAST
         if usual and key in self._compiled:
             stream = driver.active.get_current_stream(device)
-            self._compiled[key][count, 1, 1](*values, *self._constants(constants), stream=stream)
+            self._compiled[key][grid](*values, *self._constants(constants), stream=stream)
             return
-        made = self.kernel[(count,)](*given, **constants)
+        made = self.kernel[grid](*given, **constants)
         if usual and isinstance(made, CompiledKernel):
             self._compiled[key] = made
 

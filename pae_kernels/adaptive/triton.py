@@ -31,8 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backends
 from ..ahead_of_time import OPTIONS, Launch
+from ..launching import Launcher, power_of_2, programs
 from . import reference
 
 # one compiled kernel serves all sizes
@@ -311,12 +311,20 @@ def prompt_bottleneck_bwd_kernel(
     _store_tile(d_up + slot * hidden * WIDTH, o_r, o_d, hidden, sum_up, WIDTH)
 
 
+_row_stats = Launcher(row_stats_kernel)
+_mix = Launcher(token_mix_fwd_kernel)
+_mix_backward = Launcher(token_mix_bwd_kernel)
+_bottleneck = Launcher(prompt_bottleneck_fwd_kernel)
+_bottleneck_units = Launcher(prompt_bottleneck_bwd_units_kernel)
+_bottleneck_backward = Launcher(prompt_bottleneck_bwd_kernel)
+
+
 def _power(size: int, least: int, most: int) -> int:
-    return min(max(triton.next_power_of_2(size), least), most)
+    return min(max(power_of_2(size), least), most)
 
 
 def _stats_launch(width: int) -> dict:
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     return {"WIDTH": width, "BLOCK_D": block, "ROWS": max(1, 4096 // block), "num_warps": 4}
 
 
@@ -348,7 +356,7 @@ def _rows_launch(hidden: int, width: int, warps: int) -> dict:
     entries a thread; with 8 warps the compiler caps registers and spills some of them. Its
     gradients take twice as much: 8 warps, 16 entries.
     """
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     return {
         "WIDTH": width,
         "BLOCK_D": block,
@@ -373,7 +381,7 @@ def _sums_launch(hidden: int, width: int) -> dict:
 def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """W in the product's dtype, rows of a multiple of 16 entries: loads are whole vectors."""
     prompts, tokens = weight.shape
-    padded = weight.new_zeros(prompts, triton.cdiv(tokens, 16) * 16, dtype=dtype)
+    padded = weight.new_zeros(prompts, programs(tokens, 16) * 16, dtype=dtype)
     padded[:, :tokens] = weight
     return padded
 
@@ -389,15 +397,12 @@ def token_mix(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Te
         return u.zero_(), mean, rstd
     stats = _stats_launch(width)
     tile = _mix_launch(x.element_size() == 2, prompts, width)
-    programs = batch * triton.cdiv(prompts, tile["BLOCK_P"]) * triton.cdiv(width, tile["BLOCK_D"])
-    with backends.on(x.device):
-        row_stats_kernel[(triton.cdiv(batch * tokens, stats["ROWS"]),)](
-            x, mean, rstd, batch * tokens, eps, **stats, **OPTIONS
-        )
-        if programs:
-            token_mix_fwd_kernel[(programs,)](
-                x, _padded(weight, x.dtype), mean, rstd, u, tokens, prompts, **tile, **OPTIONS
-            )
+    rows = batch * tokens
+    given = x, mean, rstd, rows, eps
+    _row_stats(programs(rows, stats["ROWS"]), x.device, given, stats | OPTIONS)
+    if count := batch * programs(prompts, tile["BLOCK_P"]) * programs(width, tile["BLOCK_D"]):
+        given = x, _padded(weight, x.dtype), mean, rstd, u, tokens, prompts
+        _mix(count, x.device, given, tile | OPTIONS)
     return u, mean, rstd
 
 
@@ -411,11 +416,12 @@ def token_mix_backward(
     reads = x.new_empty(batch, prompts, tokens, dtype=torch.float32)
     tile = _mix_backward_launch(x.element_size() == 2, prompts, width)
     if mean.numel():
-        with backends.on(x.device):
-            token_mix_bwd_kernel[(batch * triton.cdiv(tokens, tile["BLOCK_N"]),)](
-                d_u, x, _padded(weight, x.dtype), mean, rstd, reads, d_x, tokens, prompts,
-                NEED_X=need_x, **tile, **OPTIONS,
-            )  # fmt: skip
+        _mix_backward(
+            batch * programs(tokens, tile["BLOCK_N"]),
+            x.device,
+            (d_u, x, _padded(weight, x.dtype), mean, rstd, reads, d_x, tokens, prompts),
+            {"NEED_X": need_x, **tile, **OPTIONS},
+        )
     return d_x, reads.sum(0).to(weight.dtype)
 
 
@@ -439,13 +445,14 @@ def prompt_bottleneck(
         return out
     batch, prompts, width = u.shape
     tile = _rows_launch(len(down), width, _FORWARD_WARPS)
-    with backends.on(u.device):
-        prompt_bottleneck_fwd_kernel[(batch * triton.cdiv(prompts, tile["ROWS"]),)](
-            u, gain, shift, bias.float(), down, up.t().contiguous(),
-            *(u if m is None else m.float() for m in masks), out, prompts, len(down),
-            KIND=activation, HAS_CHANNELS=channel_mask is not None,
-            HAS_UNITS=hidden_mask is not None, **tile, **OPTIONS,
-        )  # fmt: skip
+    _bottleneck(
+        batch * programs(prompts, tile["ROWS"]),
+        u.device,
+        (u, gain, shift, bias.float(), down, up.t().contiguous(),
+         *(u if m is None else m.float() for m in masks), out, prompts, len(down)),
+        {"KIND": activation, "HAS_CHANNELS": channel_mask is not None,
+         "HAS_UNITS": hidden_mask is not None, **tile, **OPTIONS},
+    )  # fmt: skip
     return out
 
 
@@ -478,23 +485,26 @@ def prompt_bottleneck_backward(
     units, d_units = workspace(batch, prompts, hidden), workspace(batch, prompts, hidden)
     d_bias = workspace(batch, prompts)
     rows, sums = _rows_launch(hidden, width, _UNITS_WARPS), _sums_launch(hidden, width)
-    images = triton.cdiv(batch, _SLOTS)
-    slots, tiles = triton.cdiv(batch, images), triton.cdiv(prompts, sums["BLOCK_P"])
+    images = programs(batch, _SLOTS)
+    slots, tiles = programs(batch, images), programs(prompts, sums["BLOCK_P"])
     d_gain, d_shift = workspace(slots * tiles, width), workspace(slots, prompts, width)
     d_down, d_up = (workspace(slots * tiles, hidden, width) for _ in range(2))
     given = d_out, u, gain, shift, bias.float(), down
     channels, keep = (u if m is None else m.float() for m in (channel_mask, hidden_mask))
-    with backends.on(u.device):
-        prompt_bottleneck_bwd_units_kernel[(batch * triton.cdiv(prompts, rows["ROWS"]),)](
-            *given, up.t().contiguous(), channels, keep, units, d_units, d_bias, prompts, hidden,
-            KIND=activation, HAS_CHANNELS=channel_mask is not None,
-            HAS_UNITS=hidden_mask is not None, **rows, **OPTIONS,
-        )  # fmt: skip
-        prompt_bottleneck_bwd_kernel[(slots * tiles * triton.cdiv(width, sums["BLOCK_D"]),)](
-            *given, channels, units, d_units, d_u, d_gain, d_shift, d_down, d_up,
-            batch, images, prompts, hidden, HAS_CHANNELS=channel_mask is not None,
-            **sums, **OPTIONS,
-        )  # fmt: skip
+    _bottleneck_units(
+        batch * programs(prompts, rows["ROWS"]),
+        u.device,
+        (*given, up.t().contiguous(), channels, keep, units, d_units, d_bias, prompts, hidden),
+        {"KIND": activation, "HAS_CHANNELS": channel_mask is not None,
+         "HAS_UNITS": hidden_mask is not None, **rows, **OPTIONS},
+    )  # fmt: skip
+    _bottleneck_backward(
+        slots * tiles * programs(width, sums["BLOCK_D"]),
+        u.device,
+        (*given, channels, units, d_units, d_u, d_gain, d_shift, d_down, d_up,
+         batch, images, prompts, hidden),
+        {"HAS_CHANNELS": channel_mask is not None, **sums, **OPTIONS},
+    )  # fmt: skip
     totals = [t.sum(0) for t in (d_gain, d_shift, d_bias, d_down, d_up)]
     totals[-1] = totals[-1].t()
     return d_u, *(

@@ -20,11 +20,10 @@ graph the host's launches are what counts, several times as long: capture the st
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from .. import backends
 from ..ahead_of_time import OPTIONS, Launch
+from ..launching import Launcher, power_of_2, programs
 from . import tiles
 from .triton_kernels import (
     COUNTS,
@@ -42,15 +41,28 @@ from .triton_kernels import (
 )
 from .triton_spectral import STEPS, product, spectral_launches, spectral_norm
 
+_lift = Launcher(koopman_lift_kernel)
+_predict = Launcher(koopman_predict_kernel)
+_image = Launcher(koopman_image_kernel)
+_pair = Launcher(koopman_pair_kernel)
+_total = Launcher(koopman_total_kernel)
+_points_backward = Launcher(koopman_bwd_points_kernel)
+_states_backward = Launcher(koopman_bwd_states_kernel)
+_prompts_backward = Launcher(koopman_bwd_prompts_kernel)
+_lift_backward = Launcher(koopman_bwd_lift_kernel)
+_operators_backward = Launcher(koopman_bwd_operators_kernel)
+_gauge_backward = Launcher(koopman_bwd_gauge_kernel)
+
 
 def _tiles(rows: int, columns: int, block: int) -> int:
-    return triton.cdiv(rows, block) * triton.cdiv(columns, block)
+    return programs(rows, block) * programs(columns, block)
 
 
 def _gauge_rows(width: int) -> dict:
     """Rows of a program and its warps: 4096 padded entries."""
-    wide = triton.next_power_of_2(width)
-    return {"BLOCK_D": wide, "ROWS": max(1, 4096 // wide), "num_warps": 4 if wide <= 4096 else 8}
+    wide = power_of_2(width)
+    warps = {"num_warps": 4 if wide <= 4096 else 8}
+    return {"BLOCK_D": wide, "ROWS": max(1, 4096 // wide), **warps, **OPTIONS}
 
 
 class _Sizes:
@@ -90,7 +102,7 @@ def forward(
         states.zero_(), statistics.zero_()
         return prompts.new_zeros(n.runs), prompts.new_zeros(n.runs), *saved
 
-    chunks = triton.cdiv(n.k, n.block)
+    chunks = programs(n.k, n.block)
     state_squares = new(*states.shape[:3], chunks)
     predicted_squares = new(*predicted.shape[:3], chunks)
     image_squares = new(*images.shape[:3], chunks)
@@ -99,33 +111,46 @@ def forward(
     parts = new(n.runs, n.pairs, 2)
     consistency, lyapunov = new(n.runs), new(n.runs)
     image = scales = settled = statistics  # none is looked at in "paper"
-    tiling = product(n.block)
-    with backends.on(prompts.device):
-        koopman_lift_kernel[(_tiles(n.rows, n.k, n.block), n.runs)](
-            prompts, lift, states, statistics, state_squares, n.rows, n.k, n.width, chunks,
-            eps or 0.0, GAUGE=eps is not None, **tiling,
-        )  # fmt: skip
-        koopman_predict_kernel[(error_tiles, n.matrices)](
-            states, K, predicted, predicted_squares, errors, n.now_rows, n.k, n.prompts, n.pairs,
-            n.blocks, n.groups, n.stack, chunks, **tiling,
-        )  # fmt: skip
-        if n.code:
-            image, scales, settled = spectral_norm(L, right, n.groups, n.stack)
-        koopman_image_kernel[(_tiles(2 * n.now_rows, n.k, n.block), n.matrices)](
-            states, predicted, L, scales, images, image_squares, 2 * n.now_rows, n.k, n.prompts,
-            n.pairs, n.blocks, n.groups, n.stack, chunks, CODE=n.code, **tiling,
-        )  # fmt: skip
-        koopman_pair_kernel[(n.pairs, n.runs)](
-            state_squares, predicted_squares, image_squares, scales, image, settled,
-            pull, radial, spin, left, parts,
-            n.k, n.prompts, n.pairs, n.blocks, n.groups, chunks,
-            STEPS=STEPS, CODE=n.code, BLOCK_P=triton.next_power_of_2(n.prompts),
-            BLOCK_K=triton.next_power_of_2(n.k), num_warps=4, **OPTIONS,
-        )  # fmt: skip
-        koopman_total_kernel[(n.runs,)](
-            parts, errors, consistency, lyapunov, spin, n.pairs, n.groups,
-            n.groups * error_tiles, n.share, CODE=n.code, BLOCK=128, num_warps=4, **OPTIONS,
-        )  # fmt: skip
+    tiling, device = product(n.block), prompts.device
+    with_code = {"CODE": n.code, **tiling}
+    _lift(
+        (_tiles(n.rows, n.k, n.block), n.runs),
+        device,
+        (prompts, lift, states, statistics, state_squares, n.rows, n.k, n.width, chunks,
+         eps or 0.0),
+        {"GAUGE": eps is not None, **tiling},
+    )  # fmt: skip
+    _predict(
+        (error_tiles, n.matrices),
+        device,
+        (states, K, predicted, predicted_squares, errors, n.now_rows, n.k, n.prompts, n.pairs,
+         n.blocks, n.groups, n.stack, chunks),
+        tiling,
+    )  # fmt: skip
+    if n.code:
+        image, scales, settled = spectral_norm(L, right, n.groups, n.stack)
+    _image(
+        (_tiles(2 * n.now_rows, n.k, n.block), n.matrices),
+        device,
+        (states, predicted, L, scales, images, image_squares, 2 * n.now_rows, n.k, n.prompts,
+         n.pairs, n.blocks, n.groups, n.stack, chunks),
+        with_code,
+    )  # fmt: skip
+    _pair(
+        (n.pairs, n.runs),
+        device,
+        (state_squares, predicted_squares, image_squares, scales, image, settled,
+         pull, radial, spin, left, parts, n.k, n.prompts, n.pairs, n.blocks, n.groups, chunks),
+        {"STEPS": STEPS, "CODE": n.code, "BLOCK_P": power_of_2(n.prompts),
+         "BLOCK_K": power_of_2(n.k), "num_warps": 4, **OPTIONS},
+    )  # fmt: skip
+    _total(
+        n.runs,
+        device,
+        (parts, errors, consistency, lyapunov, spin, n.pairs, n.groups, n.groups * error_tiles,
+         n.share),
+        {"CODE": n.code, "BLOCK": 128, "num_warps": 4, **OPTIONS},
+    )  # fmt: skip
     return consistency, lyapunov, *saved
 
 
@@ -157,40 +182,43 @@ def backward(
     d_states, d_points = torch.empty_like(states), torch.empty_like(images)
     d_rows = d_prompts if eps is None else torch.empty_like(prompts)
     d_consistency, d_lyapunov = d_consistency.contiguous(), d_lyapunov.contiguous()
-    tiling = product(n.block)
-    with backends.on(prompts.device):
-        koopman_bwd_points_kernel[(_tiles(2 * n.now_rows, n.k, n.block), n.matrices)](
-            d_consistency, d_lyapunov, states, predicted, images, pull, radial, L, d_points,
-            2 * n.now_rows, n.k, n.prompts, n.pairs, n.blocks, n.groups, n.stack, n.share,
-            CODE=n.code, **tiling,
+    device, with_code = prompts.device, {"CODE": n.code, **product(n.block)}
+    _points_backward(
+        (_tiles(2 * n.now_rows, n.k, n.block), n.matrices),
+        device,
+        (d_consistency, d_lyapunov, states, predicted, images, pull, radial, L, d_points,
+         2 * n.now_rows, n.k, n.prompts, n.pairs, n.blocks, n.groups, n.stack, n.share),
+        with_code,
+    )  # fmt: skip
+    rows = n.prompts if n.layerwise else n.rows
+    _states_backward(
+        (_tiles(rows, n.k, n.block), n.runs * n.stack),
+        device,
+        (d_consistency, states, predicted, d_points, K, d_states, rows, n.k, n.prompts, n.pairs,
+         n.blocks, n.stack, n.share),
+        with_code,
+    )  # fmt: skip
+    tiling = product(tiles.gradient(d_prompts.numel()))
+    given = d_states, lift, d_rows, n.rows, n.k, n.width
+    _prompts_backward((_tiles(n.rows, n.width, tiling["BLOCK"]), n.runs), device, given, tiling)
+    tiling = {"GAUGE": eps is not None, **product(tiles.gradient(d_lift.numel()))}
+    given = d_states, prompts, statistics, d_lift, n.rows, n.k, n.width
+    _lift_backward((_tiles(n.k, n.width, tiling["BLOCK"]), n.runs), device, given, tiling)
+    tiling = {"CODE": n.code, **product(tiles.gradient(d_K.numel()))}
+    grid = _tiles(n.k, n.k, tiling["BLOCK"]), n.runs * n.stack
+    for of_L, rows in ((False, n.now_rows), (True, 2 * n.now_rows)):
+        _operators_backward(
+            grid,
+            device,
+            (d_consistency, d_lyapunov, states, predicted, images, pull, spin, left, right,
+             L, d_points, d_K, d_L, rows, n.k, n.prompts, n.pairs, n.blocks, n.groups, n.stack,
+             n.share),
+            {"OF_L": of_L, **tiling},
         )  # fmt: skip
-        rows = n.prompts if n.layerwise else n.rows
-        koopman_bwd_states_kernel[(_tiles(rows, n.k, n.block), n.runs * n.stack)](
-            d_consistency, states, predicted, d_points, K, d_states,
-            rows, n.k, n.prompts, n.pairs, n.blocks, n.stack, n.share, CODE=n.code, **tiling,
-        )  # fmt: skip
-        tiling = product(tiles.gradient(d_prompts.numel()))
-        koopman_bwd_prompts_kernel[(_tiles(n.rows, n.width, tiling["BLOCK"]), n.runs)](
-            d_states, lift, d_rows, n.rows, n.k, n.width, **tiling
-        )
-        tiling = product(tiles.gradient(d_lift.numel()))
-        koopman_bwd_lift_kernel[(_tiles(n.k, n.width, tiling["BLOCK"]), n.runs)](
-            d_states, prompts, statistics, d_lift, n.rows, n.k, n.width, GAUGE=eps is not None,
-            **tiling,
-        )  # fmt: skip
-        tiling = product(tiles.gradient(d_K.numel()))
-        grid = _tiles(n.k, n.k, tiling["BLOCK"]), n.runs * n.stack
-        for of_L, rows in ((False, n.now_rows), (True, 2 * n.now_rows)):
-            koopman_bwd_operators_kernel[grid](
-                d_consistency, d_lyapunov, states, predicted, images, pull, spin, left, right,
-                L, d_points, d_K, d_L, rows, n.k, n.prompts, n.pairs, n.blocks, n.groups, n.stack,
-                n.share, OF_L=of_L, CODE=n.code, **tiling,
-            )  # fmt: skip
-        if eps is not None:
-            count, tile = n.runs * n.rows, _gauge_rows(n.width)
-            koopman_bwd_gauge_kernel[(triton.cdiv(count, tile["ROWS"]),)](
-                prompts, statistics, d_rows, d_prompts, count, n.width, **tile, **OPTIONS
-            )
+    if eps is not None:
+        count, tile = n.runs * n.rows, _gauge_rows(n.width)
+        given = prompts, statistics, d_rows, d_prompts, count, n.width
+        _gauge_backward(programs(count, tile["ROWS"]), device, given, tile)
     return d_prompts, d_lift, d_K, d_L
 
 
@@ -225,8 +253,8 @@ def _launches(k: int, width: int, count: int, block: int, square: int, code: boo
     flat = {
         "CODE": code,
         "STEPS": STEPS,
-        "BLOCK_P": triton.next_power_of_2(count),
-        "BLOCK_K": triton.next_power_of_2(k),
+        "BLOCK_P": power_of_2(count),
+        "BLOCK_K": power_of_2(k),
     }
     name = f"k{k} {'code' if code else 'paper'}"
     made = [

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ahead_of_time import OPTIONS
+from ..launching import Launcher, power_of_2, programs
 from . import spectral, tiles
 
 SMALLEST_SPREAD = tl.constexpr(spectral.SMALLEST_SPREAD)
@@ -262,6 +263,11 @@ def koopman_vector_kernel(
 
 # ---- launches
 
+_scale = Launcher(koopman_scale_kernel)
+_split = Launcher(koopman_split_kernel)
+_square = Launcher(koopman_square_kernel)
+_vector = Launcher(koopman_vector_kernel)
+
 
 def _warps(block: int) -> int:
     return {16: 2, 32: 4, 64: 8}[block]
@@ -282,7 +288,7 @@ def spectral_norm(L: Tensor, right: Tensor, groups: int, stack: int) -> tuple[Te
     """
     matrices, k = right.shape[0] * groups, right.shape[2]
     block = tiles.square(k, matrices)
-    side = triton.cdiv(k, block)
+    side = programs(k, block)
     tiling = product(block)
     scales = L.new_empty(matrices, 32, 3)
     sums = L.new_empty(matrices, STEPS, side * side, 2)
@@ -292,36 +298,34 @@ def spectral_norm(L: Tensor, right: Tensor, groups: int, stack: int) -> tuple[Te
     buffers = L.new_empty(3, matrices, k, k)
     M, square, even = buffers
     grid = side * side, matrices
-    koopman_scale_kernel[(32, matrices)](
-        L, scales, k, groups, stack, BLOCK=1024, num_warps=4, **OPTIONS
-    )
-    koopman_split_kernel[grid](L, scales, M, sums, settled, k, groups, stack, STEPS=STEPS, **tiling)
-    count = triton.next_power_of_2(side * side)
+    constants = {"BLOCK": 1024, "num_warps": 4, **OPTIONS}
+    _scale((32, matrices), L.device, (L, scales, k, groups, stack), constants)
+    given = L, scales, M, sums, settled, k, groups, stack
+    _split(grid, L.device, given, {"STEPS": STEPS, **tiling})
+    tiling |= {"STEPS": STEPS, "TILES": power_of_2(side * side)}
     for q in range(1, STEPS):
         before = square if q == 2 else (even, M)[(q - 1) % 2]
         after = square if q == 1 else (even, M)[q % 2]
-        koopman_square_kernel[grid](
-            M, before, after, scales, sums, settled, k, q, spectral.settled_below(q - 1),
-            PLAIN=q == 1, FIRST=q == 2, STEPS=STEPS, TILES=count, **tiling,
-        )  # fmt: skip
+        below = spectral.settled_below(q - 1)
+        given = M, before, after, scales, sums, settled, k, q, below
+        _square(grid, L.device, given, {"PLAIN": q == 1, "FIRST": q == 2, **tiling})
     rows = _vector_rows(k)
-    koopman_vector_kernel[(triton.cdiv(k, rows["ROWS"]), matrices)](
-        L, scales, even, M, settled, right, image, k, groups, stack,
-        STEPS=STEPS, **rows, num_warps=4, **OPTIONS,
-    )  # fmt: skip
+    given = L, scales, even, M, settled, right, image, k, groups, stack
+    constants = {"STEPS": STEPS, "num_warps": 4, **rows, **OPTIONS}
+    _vector((programs(k, rows["ROWS"]), matrices), L.device, given, constants)
     return image, scales, settled
 
 
 def _vector_rows(k: int) -> dict:
     """Rows of L that one program multiplies with the vector."""
-    wide = triton.next_power_of_2(k)
+    wide = power_of_2(k)
     return {"BLOCK_K": wide, "ROWS": max(1, min(16, 8192 // wide))}
 
 
 def spectral_launches(k: int, block: int) -> list[tuple[str, object, dict]]:
     """(label, kernel, compile-time constants and options) of every launch of `spectral_norm`."""
-    side = triton.cdiv(k, block)
-    tiling = {"STEPS": STEPS, "TILES": triton.next_power_of_2(side * side), **product(block)}
+    side = programs(k, block)
+    tiling = {"STEPS": STEPS, "TILES": power_of_2(side * side), **product(block)}
     square = [
         (f"square {what}", koopman_square_kernel, {"PLAIN": plain, "FIRST": first, **tiling})
         for what, plain, first in (("M", True, False), ("first", False, True), ("", False, False))

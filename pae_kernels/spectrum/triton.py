@@ -38,8 +38,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backends
 from ..ahead_of_time import OPTIONS, Launch
+from ..launching import Launcher, power_of_2, programs
 
 _SIZES = ("images", "lines", "window", "tokens_per_image", "rows_in_all", "parts")
 
@@ -328,6 +328,12 @@ _SHIFTS = ("none", "of channels", "of tokens")
 _STRIPS = {"BLOCK_H": 64, "BLOCK_V": 16, "num_warps": 4}
 _TAPS = {"BLOCK_V": 16, "BLOCK_D": 128, "num_warps": 4}
 _TOKENS = {"BLOCK_J": 8, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2}
+_strips = Launcher(shortcut_strips_kernel)
+_taps = Launcher(shortcut_taps_kernel)
+_tokens = Launcher(shortcut_tokens_kernel)
+_pool = Launcher(shortcut_pool_kernel)
+_pool_sum = Launcher(shortcut_pool_sum_kernel)
+
 _POOLED_TOGETHER = 64  # tokens of a program: a fixed number, so that a window's bits never change
 _PARTS = {"PARTS": 32, "BLOCK_D": 128, "num_warps": 4}
 
@@ -359,31 +365,30 @@ def shortcut_tokens(
     origins = origins.contiguous()
     reach = grid // 2 if grid % 2 == 0 else grid
     tile = _tokens_launch(dtype == torch.bfloat16, inner)
-    tiles = lambda size, launch, name: triton.cdiv(size, launch[name])
-    with backends.on(spectrum.device):
-        shortcut_strips_kernel[
-            (count * batch * channels * tiles(height, _STRIPS, "BLOCK_H"),
-             tiles(window, _STRIPS, "BLOCK_V"))
-        ](
-            values, origins, strips, batch, window, *values.stride()[:4],
-            CHANNELS=channels, HEIGHT=height, WIDTH=width, PATCH=ph, PRECISION="tf32x3",
-            **_STRIPS, **OPTIONS,
-        )  # fmt: skip
-        shortcut_taps_kernel[
-            (count * inner * tiles(dim, _TAPS, "BLOCK_D"), tiles(window, _TAPS, "BLOCK_V"))
-        ](
-            columns, origins, taps, window,
-            WIDTH=width, INNER=inner, PATCH=pw, DIM=dim, **_TAPS, **OPTIONS,
-        )  # fmt: skip
-        shortcut_tokens_kernel[
-            (count * tiles(lines, tile, "BLOCK_M"),
-             tiles(dim, tile, "BLOCK_D") * tiles(reach, tile, "BLOCK_J"))
-        ](
-            strips, taps, origins, strips if shift is None else shift, out, lines, window,
-            LINES_PER_IMAGE=height // ph, WIDTH=width, GRID=grid, INNER=inner, DIM=dim,
-            SHIFT=_SHIFTS[0 if shift is None else shift.dim()], PRECISION="tf32x3",
-            **tile, **OPTIONS,
-        )  # fmt: skip
+    tiles = lambda size, launch, name: programs(size, launch[name])
+    _strips(
+        (count * batch * channels * tiles(height, _STRIPS, "BLOCK_H"),
+         tiles(window, _STRIPS, "BLOCK_V")),
+        spectrum.device,
+        (values, origins, strips, batch, window, *values.stride()[:4]),
+        {"CHANNELS": channels, "HEIGHT": height, "WIDTH": width, "PATCH": ph,
+         "PRECISION": "tf32x3", **_STRIPS, **OPTIONS},
+    )  # fmt: skip
+    _taps(
+        (count * inner * tiles(dim, _TAPS, "BLOCK_D"), tiles(window, _TAPS, "BLOCK_V")),
+        spectrum.device,
+        (columns, origins, taps, window),
+        {"WIDTH": width, "INNER": inner, "PATCH": pw, "DIM": dim, **_TAPS, **OPTIONS},
+    )
+    _tokens(
+        (count * tiles(lines, tile, "BLOCK_M"),
+         tiles(dim, tile, "BLOCK_D") * tiles(reach, tile, "BLOCK_J")),
+        spectrum.device,
+        (strips, taps, origins, strips if shift is None else shift, out, lines, window),
+        {"LINES_PER_IMAGE": height // ph, "WIDTH": width, "GRID": grid, "INNER": inner,
+         "DIM": dim, "SHIFT": _SHIFTS[0 if shift is None else shift.dim()],
+         "PRECISION": "tf32x3", **tile, **OPTIONS},
+    )  # fmt: skip
     return out
 
 
@@ -394,19 +399,23 @@ def shortcut_pool(tokens: Tensor, rows: Tensor | None = None) -> Tensor:
     if out.numel() == 0:
         return out
     tokens = tokens if tokens.stride(3) == 1 else tokens.contiguous()
-    parts = triton.cdiv(batch * per_image, _POOLED_TOGETHER)
+    parts = programs(batch * per_image, _POOLED_TOGETHER)
     exponents = tokens.new_empty(count, parts, dtype=torch.int32)
     energies = tokens.new_empty(count, parts, dtype=torch.float32)
     sums = tokens.new_empty(count, parts, dim, dtype=torch.float32)
-    with backends.on(tokens.device):
-        shortcut_pool_kernel[(count * parts,)](
-            tokens, tokens if rows is None else rows.contiguous(), exponents, energies, sums,
-            per_image, batch * per_image, parts, *tokens.stride()[:3],
-            HAS_ROWS=rows is not None, DIM=dim, **_pool_launch(dim), **OPTIONS,
-        )  # fmt: skip
-        shortcut_pool_sum_kernel[(count, triton.cdiv(dim, _PARTS["BLOCK_D"]))](
-            exponents, energies, sums, out, parts, DIM=dim, **_PARTS, **OPTIONS
-        )
+    _pool(
+        count * parts,
+        tokens.device,
+        (tokens, tokens if rows is None else rows.contiguous(), exponents, energies, sums,
+         per_image, batch * per_image, parts, *tokens.stride()[:3]),
+        {"HAS_ROWS": rows is not None, "DIM": dim, **_pool_launch(dim), **OPTIONS},
+    )  # fmt: skip
+    _pool_sum(
+        (count, programs(dim, _PARTS["BLOCK_D"])),
+        tokens.device,
+        (exponents, energies, sums, out, parts),
+        {"DIM": dim, **_PARTS, **OPTIONS},
+    )
     return out
 
 
@@ -417,7 +426,7 @@ def _tokens_launch(narrow: bool, inner: int) -> dict:
 
 def _pool_launch(dim: int) -> dict:
     """Tokens that a program holds at a time: 4096 padded entries, 32 a thread."""
-    block = triton.next_power_of_2(dim)
+    block = power_of_2(dim)
     rows = min(_POOLED_TOGETHER, max(1, 4096 // block))
     warps = {"num_warps": 4 if block <= 4096 else 8}
     return {"PER_PROGRAM": _POOLED_TOGETHER, "ROWS": rows, "BLOCK_D": block, **warps}

@@ -2,72 +2,46 @@
 
 from __future__ import annotations
 
+import re
 import time
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 pytest.importorskip("triton")
 
-import triton
-from triton.backends.compiler import GPUTarget
 
+import pae_kernels
 from pae_kernels import launching
+from pae_kernels.adaptive import triton as adaptive
 from pae_kernels.attention import triton as attention
+from pae_kernels.koopman import triton as koopman
+from pae_kernels.koopman import triton_spectral
 from pae_kernels.launching import Launcher, power_of_2, programs
 from pae_kernels.pointwise import triton as pointwise
+from pae_kernels.product import triton as product
+from pae_kernels.spectrum import triton as spectrum
+from tests import fake_driver
+from tests.fake_driver import GPU, Driver
 
-GPU = torch.device("cuda", 0)
 BF16, FP32 = torch.bfloat16, torch.float32
-
-
-class Driver:
-    """Compiles for sm_90 and keeps what it shall launch."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple] = []
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": 232448},
-            load_binary=lambda *_: (1, 2, 32, 0, 1024),
-            unload_module=lambda module: None,
-        )
-
-    def launcher_cls(self, source, metadata):
-        return lambda *given: self.launches.append((source.fn.fn.__name__, metadata.hash, *given))
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 77
+MODULES = attention, pointwise, product, koopman, triton_spectral, spectrum, adaptive
 
 
 @pytest.fixture
-def driver(monkeypatch):
-    """In its place, with launchers that have launched nothing."""
-    fake = Driver()
-    before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(fake)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    kernels = []
-    for module in (pointwise, attention):
-        for name, launcher in list(vars(module).items()):
-            if isinstance(launcher, Launcher):
-                again = Launcher(launcher.kernel)
-                kernels.append(launcher.kernel)
-                on_gpu = lambda count, device, *rest, again=again: again(count, GPU, *rest)
-                monkeypatch.setattr(module, name, on_gpu)
-    yield fake
-    for kernel in kernels:
-        for compiled, *_ in kernel.device_caches.values():
-            for code in compiled.values():
-                code.module = None  # no driver is asked to unload it
-        kernel.device_caches.clear()
-    triton.runtime.driver.set_active(before)
+def driver():
+    with fake_driver.gpu(compiles=True) as driver:
+        yield driver
+
+
+@pytest.fixture
+def quick():
+    """For launches whose code nobody waits for."""
+    with fake_driver.gpu(compiles=False) as driver:
+        yield driver
 
 
 def addresses(launch: tuple) -> list:
@@ -76,13 +50,36 @@ def addresses(launch: tuple) -> list:
     return [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in given]
 
 
+class Again(TorchDispatchMode):
+    """The first time it computes; the second time the same operations return the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple] = []
+        self.at: int | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.is_view:
+            return func(*args, **kwargs or {})
+        if self.at is None:
+            self.made.append((func, func(*args, **kwargs or {})))
+            return self.made[-1][1]
+        first, made = self.made[self.at]
+        assert first is func
+        self.at += 1
+        return tree_map_only(torch.Tensor, torch.Tensor.detach, made)
+
+
 def both_ways(driver: Driver, work) -> list:
-    """`work` twice, which allocates nothing: the same kernels with the same arguments."""
-    work()
-    first = [addresses(launch) for launch in driver.launches]
-    driver.launches.clear()
-    work()
-    second = [addresses(launch) for launch in driver.launches]
+    """`work` twice, with the same tensors: the same kernels with the same arguments."""
+    again = Again()
+    with again:
+        work()
+        first = [addresses(launch) for launch in driver.launches]
+        driver.launches.clear()
+        again.at = 0
+        work()
+        second = [addresses(launch) for launch in driver.launches]
     assert first == second
     # Triton's own way hands tensors on
     assert not any(isinstance(v, torch.Tensor) for launch in driver.launches for v in launch)
@@ -105,17 +102,9 @@ def test_the_driver_is_given_the_same(driver):
     assert len(only) == len(pointwise.layer_norm_fwd_kernel.arg_names) + len(only[:8])
 
 
-def test_attention_is_given_the_same(driver, monkeypatch):
-    """With what it allocates kept, so that addresses are the same twice."""
+def test_attention_is_given_the_same(quick):
     qkv = torch.zeros(4, 65, 3, 2, 64, dtype=BF16)
     kv = torch.zeros(1, 5, 2, 2, 64, dtype=BF16)
-    kept: dict = {}
-
-    def empty(*size, **options):
-        return kept.setdefault((size, str(options)), torch.zeros(*size, **options))
-
-    monkeypatch.setattr(attention.torch, "empty", empty)
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *size: empty(*size, dtype=t.dtype))
     out, lse = torch.zeros(4, 65, 128, dtype=BF16), torch.zeros(4, 2, 65)
     d_out = torch.zeros_like(out)
 
@@ -123,8 +112,75 @@ def test_attention_is_given_the_same(driver, monkeypatch):
         attention.forward(qkv, kv, None, 1.0, False, None)
         attention.backward(d_out, qkv, kv, None, 1.0, False, None, out, lse, True)
 
-    names = [launch[0] for launch in both_ways(driver, step)]
+    names = [launch[0] for launch in both_ways(quick, step)]
     assert names == ["prompt_attention_fwd_kernel", "prompt_attention_bwd_kernel"]
+
+
+def test_regulariser_is_given_the_same(quick):
+    """Grids of two axes, numbers that are constants of another launch, code by their divisibility:
+    one operator for all pairs and one for each, with and without a gauge.
+    """
+    blocks, prompts, width, k = 3, 5, 48, 32
+    rows, lift = torch.zeros(2, blocks, prompts, width), torch.zeros(2, k, width)
+    d = torch.zeros(2)
+
+    def step():
+        for operators, formulation, eps in (
+            (torch.zeros(2, k, k), "code", None),
+            (torch.zeros(2, blocks - 1, k, k), "code", 1e-6),
+            (torch.zeros(2, k, k), "paper", None),
+        ):
+            given = rows, lift, operators, operators, formulation, eps
+            koopman.backward(d, d, *given, *koopman.forward(*given)[2:])
+
+    names = [launch[0] for launch in both_ways(quick, step)]
+    assert len(names) == (32 + 6) + (32 + 7) + (5 + 6)
+
+
+def test_windows_are_given_the_same(quick):
+    origins, weight = torch.zeros(2, 2, dtype=torch.long), torch.zeros(64, 3, 16, 16)
+    shapes = torch.zeros(4, 3, 64, 64, dtype=torch.complex64)
+
+    def search():
+        tokens = spectrum.shortcut_tokens(shapes, origins, 16, weight, None, None, BF16)
+        spectrum.shortcut_pool(tokens)
+
+    names = [launch[0] for launch in both_ways(quick, search)]
+    assert names == [
+        *("shortcut_strips_kernel", "shortcut_taps_kernel", "shortcut_tokens_kernel"),
+        *("shortcut_pool_kernel", "shortcut_pool_sum_kernel"),
+    ]
+
+
+def test_prompts_of_images_are_given_the_same(quick):
+    x, weight = torch.zeros(4, 65, 64, dtype=BF16), torch.zeros(5, 65)
+    u, gain, shift = torch.zeros(4, 5, 64), torch.zeros(64), torch.zeros(5, 64)
+    bias, down, up = torch.zeros(5), torch.zeros(8, 64), torch.zeros(64, 8)
+
+    def step():
+        mixed, *statistics = adaptive.token_mix(x, weight, 1e-6)
+        adaptive.token_mix_backward(mixed, x, weight, *statistics, True)
+        given = u, gain, shift, bias, down, up, "gelu", None, None
+        adaptive.prompt_bottleneck_backward(adaptive.prompt_bottleneck(*given), *given)
+
+    assert len(both_ways(quick, step)) == 6
+
+
+def test_there_is_one_way_of_launching():
+    """Each kernel of the library by a launcher of its own, whose module is one of `MODULES`."""
+    kernels = {}
+    for path in Path(pae_kernels.__file__).parent.glob("*/triton*.py"):
+        source = path.read_text()
+        assert not re.search(r"_kernel\[", source), path  # Triton's own way
+        for name in re.findall(r"^def (\w+_kernel)\(", source, re.M):
+            kernels[name] = path.parent.name
+    launched = [
+        launcher.kernel.fn.__name__
+        for module in MODULES
+        for launcher in vars(module).values()
+        if isinstance(launcher, Launcher)
+    ]
+    assert sorted(launched) == sorted(kernels)
 
 
 @pytest.mark.parametrize(
