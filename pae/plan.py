@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
 from pae_kernels.checks import transform
+from pae_kernels.precision import exact_matmul
 
 from .backbones.view import (
     HOOKS,
@@ -155,7 +156,7 @@ class TrainedVector:
         if self.weight is None or self.shift is None:
             assert self.own is not None
             return self.own
-        shifted = self.weight @ self.shift
+        shifted = exact_matmul(self.weight, self.shift[:, None])[:, 0]
         return shifted if self.own is None else self.own + shifted
 
 

@@ -2,17 +2,23 @@
 
 `torch.set_float32_matmul_precision("high")` lets PyTorch round the factors of fp32 products: to
 TF32 on a GPU, "medium" also to bf16 on some CPUs. That is a choice for the products of a model. It
-is none where fp32 was chosen because 16 bits do not suffice: logits, sums over a batch, losses.
-Every op runs inside `exact_products` (`registration.py`); a product elsewhere is `exact_matmul`.
+is none where fp32 was chosen because 16 bits do not suffice: logits, sums over a batch, losses,
+statistics, proofs. Every op runs inside `exact_products` (`registration.py`), what is done once may
+run inside it too; a product of a step elsewhere is `exact_matmul`, whose gradients are exact as
+well. The user's choice are the linear layers of the backbone and the head, and what makes prompts
+of parameters (BPT, iVPT, LSPT, PRO-VPT's networks): they are layers of a model like any other.
 """
 
 from __future__ import annotations
 
 import threading
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .checks import transform
 
 _BACKENDS = "cuda", "mkldnn"
 _REDUCED = "tf32", "bf16"
@@ -77,11 +83,39 @@ def reduced() -> bool:
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b inside `exact_products`. In a compiled graph, which no flag reaches, it is an op.
+    """a @ b of matrices, or of batches of them that broadcast, inside `exact_products`. In a
+    compiled graph, which no flag reaches, it is an op.
 
-    Gradients: PyTorch's, outside of `exact_products`; none in a compiled graph.
+    Gradients: products of the same kind, as often as wanted.
     """
     if torch.compiler.is_compiling():
         return torch.ops.pae.exact_matmul(a, b)
+    recorded = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    if recorded and transform() is None:
+        return _ExactMatmul.apply(a, b)
     with exact_products:
         return a @ b
+
+
+def gradients(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of `exact_matmul`, from `save_factors` and the gradient of its result."""
+    a, b = ctx.saved_tensors
+    d_a, d_b = ctx.needs_input_grad
+    return (
+        exact_matmul(d, b.mT).sum_to_size(a.shape) if d_a else None,
+        exact_matmul(a.mT, d).sum_to_size(b.shape) if d_b else None,
+    )
+
+
+def save_factors(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+class _ExactMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(a, b)
+        with exact_products:
+            return a @ b
+
+    backward = staticmethod(gradients)  # type: ignore[assignment]

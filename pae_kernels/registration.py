@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, precision
 from .checks import transform
 from .precision import exact_matmul, exact_products
 
@@ -297,6 +297,9 @@ _LIBRARY.define("exact_matmul(Tensor a, Tensor b) -> Tensor")
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("exact_matmul", exact_matmul, _key)
 torch.library.register_fake("pae::exact_matmul", torch.matmul, lib=_LIBRARY)
+torch.library.register_autograd(
+    "pae::exact_matmul", precision.gradients, setup_context=precision.save_factors, lib=_LIBRARY
+)
 
 
 def _is_tensor(argument: Any) -> bool:

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from pae_kernels.checks import transform
 from pae_kernels.pointwise import ACTIVATIONS
+from pae_kernels.precision import exact_products
 
 from ..errors import UnsupportedBackbone
 from ..prompts.base import BackboneShape
@@ -316,7 +317,7 @@ def _prove(
     parameters = {n: p.to(dtype) for n, p in block.named_parameters()}
     rows = random_rows(batch, count, like.shape[1]).to(like.device, dtype)
     try:
-        with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(like.device.type, enabled=False), exact_products:
             got = apply_block(_in_dtype(weights, dtype), rows)
             expected = functional_call(block, parameters, (rows,))
     except (RuntimeError, TypeError, ValueError) as error:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pae_kernels.precision import exact_products
+
 from .. import block as frozen
 from ..model import PromptedViT
 from ..plan import BlockPlan
@@ -137,7 +139,7 @@ class NullSpace(nn.Module):
         view = self.model.view
         plan = self.model.plan(torch.promote_types(view.like.dtype, torch.float32))
         c1, c2, rows = torch.zeros_like(self.C1), torch.zeros_like(self.C2), 0
-        with torch.autocast(self.C1.device.type, enabled=False):
+        with torch.autocast(self.C1.device.type, enabled=False), exact_products:
             for batch in batches:
                 images = batch if isinstance(batch, Tensor) else batch[0]
                 x = view.embed(images)

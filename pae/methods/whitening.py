@@ -22,6 +22,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pae_kernels.precision import exact_products
+
 from .. import block as frozen
 from ..engine import unprompted
 from ..model import PromptedViT
@@ -82,7 +84,7 @@ def whiten_init(
     plan = model.plan(torch.promote_types(dtype, torch.float32)).only(0, sets)
     gather: Callable[[BlockPlan, Tensor], Tensor] = _mean_rows if official else _query_moment
     statistics: list[Tensor | None] = [None] * sets
-    with torch.autocast(images.device.type, enabled=False):
+    with torch.autocast(images.device.type, enabled=False), exact_products:
         for part in images.to(dtype).split(_CHUNK):
             rows = unprompted(plan, model.view.embed(part).to(plan.dtype))
             for i, (block, x) in enumerate(zip(plan.blocks, rows)):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pae_kernels import pointwise
+from pae_kernels.precision import exact_products
 
 from .. import block as frozen
 from ..engine import BlockPrompts, walk
@@ -157,7 +158,8 @@ class _Steps(frozen.Steps):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=1.0)
         out = out.transpose(1, 2)  # (B, N, H, d), as it lies in memory
         if self._has_key:
-            logit = F.linear(xhat, self._w_logit, self._b_logit)  # (B, N, H)
+            with exact_products:
+                logit = F.linear(xhat, self._w_logit, self._b_logit)  # (B, N, H)
             share = torch.sigmoid(logit - lse.transpose(1, 2)).to(out.dtype)
             out = out.lerp_(keys.kv[0, 0, 1], share[..., None])
         return out.flatten(2), lse

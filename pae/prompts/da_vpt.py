@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pae_kernels.checks import describe
+from pae_kernels.precision import exact_matmul
 
 from .base import BackboneShape, PerThread, check_choice, check_count, check_flag, sum_over_ranks
 from .registry import register
@@ -261,7 +262,8 @@ class DAVPT(VPTDeep):
         dtype = torch.promote_types(proxies.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
             unit = F.normalize(features.to(dtype), dim=-1)
-            s = self.kappa * F.normalize(proxies.to(dtype), dim=-1) @ unit.t()  # (P, B)
+            anchors = self.kappa * F.normalize(proxies.to(dtype), dim=-1)
+            s = exact_matmul(anchors, unit.t())  # (P, B)
             own = owner[None] == torch.arange(len(proxies), device=s.device)[:, None]
             pull = (-self.alpha * (s - self.delta)).masked_fill(~own, -torch.inf)
             push = (self.alpha * (s + self.delta)).masked_fill(own, -torch.inf)
@@ -389,11 +391,12 @@ def cosine_kmeans(
     """
     unit = F.normalize(points, dim=1)
     for _ in range(iterations):
-        likeness = unit @ F.normalize(centroids, dim=1).t()
+        likeness = exact_matmul(unit, F.normalize(centroids, dim=1).t())
         assigned = likeness.masked_fill((centroids == 0).all(1), -torch.inf).argmax(1)
         members = F.one_hot(assigned, len(centroids)).t().to(points)  # (K, N)
         counts = members.sum(1, keepdim=True)
-        moved = torch.where(counts > 0, members @ points / counts.clamp(min=1), centroids)
+        means = exact_matmul(members, points) / counts.clamp(min=1)
+        moved = torch.where(counts > 0, means, centroids)
         if torch.equal(moved, centroids):
             break
         centroids = moved

@@ -16,6 +16,10 @@ import torch.nn.functional as F
 
 import pae
 import pae_kernels
+from pae.methods.nsp2 import NullSpace
+from pae.mpa.forward import _Steps
+from pae.plan import TrainedVector
+from pae.prompts.da_vpt import cosine_kmeans
 from pae_kernels import precision
 from pae_kernels.attention.reference import sum_groups
 from pae_kernels.precision import exact_matmul, exact_products
@@ -130,7 +134,7 @@ def test_a_step_in_16_bits(products, monkeypatch, group):
     vit = tiny.backbone(dtype=torch.float32)
     model = pae.PromptedViT(vit, pae.prompts.VPTDeep(num_tokens=3), kld=pae.KLD(dim=4)).train()
     images = tiny.images(vit)
-    model.plan(torch.bfloat16)  # which is folded and proven in the backbone's own products
+    model.plan(torch.bfloat16)
     products.clear()
     torch.set_float32_matmul_precision("high")
     with torch.autocast("cpu", torch.bfloat16):
@@ -146,6 +150,94 @@ def test_a_step_in_16_bits(products, monkeypatch, group):
     assert len(products) > 40
     assert not [where for rounded, where in products if rounded]
     assert torch.get_float32_matmul_precision() == "high"
+
+
+def proof():
+    """A backbone is read, and its blocks are proved to be what was read."""
+    vit = tiny.backbone(dtype=torch.float32)
+    return lambda: pae.PromptedViT(vit, pae.prompts.VPTDeep(2)).plan()
+
+
+def anchors():
+    """DA-VPT's loss of two images, and its gradients."""
+    family = pae.prompts.DAVPT(num_tokens=3, num_proxies=3, num_classes=5)
+    features, proxies = (torch.randn(n, 4, requires_grad=True) for n in (2, 3))
+    return lambda: family._proxy_anchor(features, proxies, torch.tensor([2, 0])).backward()
+
+
+def centroids():
+    return lambda: cosine_kmeans(torch.randn(9, 4), torch.randn(3, 4))
+
+
+def null_space():
+    model = tiny.prompted(dtype=torch.float32)
+    return lambda: NullSpace(model).observe([tiny.images(model.backbone)])
+
+
+def whitening():
+    model = tiny.prompted(prompts=pae.prompts.BPTDeep(num_tokens=3, rank=2), dtype=torch.float32)
+    return lambda: pae.whiten_init(model, tiny.images(model.backbone))
+
+
+def prompt_key():
+    """What a window of MPA's search, which is one prompt many times, takes of the attention."""
+    model = tiny.prompted(dtype=torch.float32)
+    block = model.plan().blocks[0]
+    steps = _Steps(block, torch.zeros(1, 1, dtype=torch.float64))
+    rows = torch.randn(2, 5, block.w_qkv.shape[1])
+    qkv = torch.randn(2, 5, 3, block.num_heads, block.head_width)
+    return lambda: steps.attention(rows, qkv, steps.keys, False)
+
+
+def trained_vector():
+    weight, shift = torch.randn(3, 2), torch.randn(2, requires_grad=True)
+    vector = TrainedVector(0, "", torch.zeros(3), torch.zeros(3), None, weight, shift)
+    return lambda: vector.varying().sum().backward()
+
+
+@pytest.mark.parametrize(
+    "work", [proof, anchors, centroids, null_space, whitening, prompt_key, trained_vector]
+)
+def test_once_and_losses(products, work):
+    """What is no layer of a model, in whatever way a user asks for rounded layers."""
+    run = work()
+    for state in ("high", "allow_tf32", "mkldnn"):
+        STATES[state]()
+        products.clear()
+        run()
+        assert len(products) > (work in (anchors, trained_vector, proof))  # with their gradients
+        assert not [where for rounded, where in products if rounded]
+        assert precision.reduced()
+        run = work()
+
+
+def test_gradients_are_exact_products(products):
+    """Of matrices and of batches that broadcast, of one factor or both, and once more."""
+    torch.set_float32_matmul_precision("high")
+    for sizes in (((3, 2), (2, 4)), ((5, 1, 3, 2), (6, 2, 4)), ((2, 3, 2), (2, 4))):
+        wide = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+        assert torch.autograd.gradcheck(exact_matmul, wide)
+        assert torch.autograd.gradgradcheck(exact_matmul, wide)
+        a, b = (t.detach().float().requires_grad_() for t in wide)
+        products.clear()
+        exact_matmul(a, b).sum().backward()
+        exact_matmul(a.detach(), b).sum().backward()
+        assert [rounded for rounded, _ in products] == [False] * 5
+        twice = torch.autograd.grad((a @ b).sum(), b)[0]
+        torch.testing.assert_close(b.grad, 2 * twice)
+
+
+def test_values_are_those_of_exact_factors():
+    """Where a processor rounds factors to bf16 when it may, which shows; elsewhere nothing does."""
+    a, b = (torch.randn(256, 256, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    exact, d = a @ b, torch.ones(256, 256)
+    STATES["mkldnn"]()
+    a.requires_grad_()
+    made = exact_matmul(a, b)
+    (d_a,) = torch.autograd.grad(made, a, d)
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    assert torch.equal(made, exact)
+    assert torch.equal(d_a, d @ b.mT)
 
 
 def test_products_elsewhere_follow_the_flags(products):
@@ -167,7 +259,8 @@ def test_a_compiled_product_is_an_op():
 
     assert torch.equal(torch.compile(exact_matmul, backend=keep, fullgraph=True)(a, b), a @ b)
     assert torch.ops.pae.exact_matmul in [node.target for node in graphs[0].graph.nodes]
-    torch.library.opcheck(torch.ops.pae.exact_matmul.default, (a, b))
+    a.requires_grad_()
+    torch.library.opcheck(torch.ops.pae.exact_matmul.default, (a, b[:1]))  # its gradient too
 
 
 def test_ops_run_inside():
