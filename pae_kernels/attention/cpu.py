@@ -50,11 +50,10 @@ def forward(
     tiles = qkv.dtype == torch.bfloat16 and not class_only and _multiplies_tiles()
     if tiles or not qkv.numel():
         return reference.forward(qkv, kv_prompt, group, scale, class_only, log_multiplicity)
-    batch, tokens, _, heads, width = qkv.shape
-    rows = 1 if class_only else tokens
-    out = torch.empty(batch, rows, heads * width, dtype=qkv.dtype)
-    lse = torch.empty(batch, heads, rows, dtype=torch.float32)
-    _call("fwd", qkv, kv_prompt, group, scale, log_multiplicity, out, lse)
+    n = reference.Sizes.of(qkv, kv_prompt, class_only)
+    out = torch.empty(n.batch, n.rows, n.heads * n.width, dtype=qkv.dtype)
+    lse = torch.empty(n.batch, n.heads, n.rows, dtype=torch.float32)
+    _call("fwd", n, qkv, kv_prompt, group, scale, log_multiplicity, out, lse)
     return out, lse
 
 
@@ -76,16 +75,16 @@ def backward(
             *(d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, out, lse),
             need_qkv,
         )
-    batch, _, _, heads, width = qkv.shape
-    sets, prompts = kv_prompt.shape[:2]
+    n = reference.Sizes.of(qkv, kv_prompt, class_only)
     d_qkv = torch.empty(qkv.shape if need_qkv else 0, dtype=qkv.dtype)
     if class_only and need_qkv:
         d_qkv[:, 1:, 0] = 0
     # one set for all images: the kernel adds up `images` of them, in turn
-    images = max(1, batch * heads // PARTS) if group is None and sets == 1 else 1
-    d_kv = torch.empty(-(-batch // images), prompts, 2, heads, width, dtype=torch.float32)
+    images = max(1, n.batch * n.heads // PARTS) if group is None and n.sets == 1 else 1
+    slots = -(-n.batch // images)
+    d_kv = torch.empty(slots, n.prompts, 2, n.heads, n.width, dtype=torch.float32)
     _call(
-        *("bwd", qkv, kv_prompt, group, scale, log_multiplicity, out, lse),
+        *("bwd", n, qkv, kv_prompt, group, scale, log_multiplicity, out, lse),
         images=images,
         d_out=d_out,
         d_out_image=d_out.stride(0),
@@ -93,11 +92,12 @@ def backward(
         d_qkv=d_qkv if need_qkv else None,
         d_kv=d_kv,
     )
-    return d_qkv, reference.sum_groups(d_kv, group, sets).to(kv_prompt.dtype)
+    return d_qkv, reference.sum_groups(d_kv, group, n.sets).to(kv_prompt.dtype)
 
 
 def _call(
     direction: str,
+    n: reference.Sizes,
     qkv: Tensor,
     kv_prompt: Tensor,
     group: Tensor | None,
@@ -107,8 +107,6 @@ def _call(
     lse: Tensor,
     **more: Any,
 ) -> None:
-    batch, tokens, _, heads, width = qkv.shape
-    sets, prompts = kv_prompt.shape[:2]
     axes = ("qkv_image", "qkv_row", "qkv_part", "qkv_head")
     kv_axes = ("kv_set", "kv_row", "kv_part", "kv_head")
     # held until the call is over
@@ -118,13 +116,7 @@ def _call(
     params = _Attention(
         type=cpu.TYPES[qkv.dtype],
         scale=scale,
-        batch=batch,
-        tokens=tokens,
-        rows=lse.shape[2],
-        prompts=prompts,
-        heads=heads,
-        sets=sets,
-        width=width,
+        **n._asdict(),
         **dict(zip(axes, qkv.stride())),
         **dict(zip(kv_axes, kv_prompt.stride())),
         **{"qkv": qkv, "kv": kv_prompt, "group": group, "bias": bias, "out": out, "lse": lse},

@@ -151,12 +151,11 @@ def _outputs(
     class_only: bool,
     log_multiplicity: Any,
 ) -> tuple[Tensor, Tensor]:
-    batch, tokens, _, heads, width = qkv.shape
-    rows = 1 if class_only else tokens
+    n = reference.Sizes.of(qkv, kv_prompt, class_only)
     wide = torch.promote_types(qkv.dtype, torch.float32)
     return (
-        qkv.new_empty(batch, rows, heads * width),
-        qkv.new_empty(batch, heads, rows, dtype=wide),
+        qkv.new_empty(n.batch, n.rows, n.heads * n.width),
+        qkv.new_empty(n.batch, n.heads, n.rows, dtype=wide),
     )
 
 

@@ -10,11 +10,30 @@ where it applies.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..precision import exact_matmul
+
+
+class Sizes(NamedTuple):
+    """Of one call: B, N, rows that ask (N, or 1), G, P, H, d."""
+
+    batch: int
+    tokens: int
+    rows: int
+    sets: int
+    prompts: int
+    heads: int
+    width: int
+
+    @classmethod
+    def of(cls, qkv: Tensor, kv_prompt: Tensor, class_only: bool) -> Sizes:
+        batch, tokens, _, heads, width = qkv.shape
+        sets, prompts = kv_prompt.shape[:2]
+        return cls(batch, tokens, 1 if class_only else tokens, sets, prompts, heads, width)
 
 
 def take_groups(rows: Tensor, group: Tensor | None, batch: int) -> Tensor:
@@ -115,17 +134,17 @@ def forward(
     log_multiplicity: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, N, H d) and log-sum-exp (B, H, N), fp32 or wider."""
-    batch, tokens, _, heads, width = qkv.shape
+    n = Sizes.of(qkv, kv_prompt, class_only)
     q, k, v = _split(qkv, kv_prompt, group, class_only)
     bias = None
     if log_multiplicity is not None:
-        bias = _key_bias(log_multiplicity, group, batch, tokens)
+        bias = _key_bias(log_multiplicity, group, n.batch, n.tokens)
     if _fused_on_cpu(qkv, class_only):
         mask = None if bias is None else bias.to(q.dtype)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=mask, scale=scale
         )
-        return out.transpose(1, 2).reshape(batch, tokens, heads * width), lse.contiguous()
+        return out.transpose(1, 2).reshape(n.batch, n.tokens, -1), lse.contiguous()
     scores = _scores(q, k, scale, bias)
     lse = scores.logsumexp(dim=-1)
     out = scores.sub_(lse[..., None]).exp_() @ v.to(scores.dtype)
@@ -163,39 +182,38 @@ def backward(
     """Gradients of qkv (empty unless `need_qkv`) and of kv_prompt (summed over each group's samples
     in fp32).
     """
-    batch, tokens, _, heads, width = qkv.shape
-    prompts, rows = kv_prompt.shape[1], 1 if class_only else tokens
-    d_out = d_out.reshape(batch, rows, heads, width).transpose(1, 2)
-    out = out.view(batch, rows, heads, width).transpose(1, 2)
+    n = Sizes.of(qkv, kv_prompt, class_only)
+    d_out = d_out.reshape(n.batch, n.rows, n.heads, n.width).transpose(1, 2)
+    out = out.view(n.batch, n.rows, n.heads, n.width).transpose(1, 2)
     bias = None
     if log_multiplicity is not None:
-        bias = _key_bias(log_multiplicity, group, batch, tokens)
+        bias = _key_bias(log_multiplicity, group, n.batch, n.tokens)
 
     if not need_qkv:
         d_kv = _prompt_columns(d_out, qkv, kv_prompt, group, scale, class_only, bias, out, lse)
-        return qkv.new_empty(0), sum_groups(d_kv, group, kv_prompt.shape[0]).to(kv_prompt.dtype)
+        return qkv.new_empty(0), sum_groups(d_kv, group, n.sets).to(kv_prompt.dtype)
 
     q, k, v = _split(qkv, kv_prompt, group, class_only)
     d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if class_only:
         d_qkv[:, 1:, 0] = 0
-    d_kv = torch.empty(batch, prompts, 2, heads, width, dtype=qkv.dtype, device=qkv.device)
+    d_kv = qkv.new_empty(n.batch, n.prompts, 2, n.heads, n.width)
     if _fused_on_cpu(qkv, class_only) and qkv.dtype in (torch.float32, torch.float64):
         mask = None if bias is None else bias.to(q.dtype)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             d_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
         )
-        _pack(grads, d_qkv, d_kv, prompts)
+        _pack(grads, d_qkv, d_kv, n.prompts)
     else:
         # 16-bit: PyTorch's CPU kernel converts tile by tile, whole products of one image at a time
         # stay in the cache and need no conversion. On a GPU the whole batch goes at once.
-        step = 1 if qkv.device.type == "cpu" else max(batch, 1)
-        for i in range(0, batch, step):
+        step = 1 if qkv.device.type == "cpu" else max(n.batch, 1)
+        for i in range(0, n.batch, step):
             s = slice(i, i + step)
             mine = None if bias is None else bias[s]
             grads = _explicit(d_out[s], q[s], k[s], v[s], scale, mine, lse[s])
-            _pack(grads, d_qkv[s], d_kv[s], prompts)
-    return d_qkv, sum_groups(d_kv, group, kv_prompt.shape[0]).to(kv_prompt.dtype)
+            _pack(grads, d_qkv[s], d_kv[s], n.prompts)
+    return d_qkv, sum_groups(d_kv, group, n.sets).to(kv_prompt.dtype)
 
 
 def _explicit(

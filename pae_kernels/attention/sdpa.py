@@ -14,6 +14,10 @@ and their row sums with the gradient; given those of the joint softmax, it retur
 of the image rows and their part of dQ. The part of the prompts is added in fp32, and their own
 gradient is a product over all rows of the batch.
 
+Flash attention, or the memory-efficient one, and not cuDNN: PyTorch refuses cuDNN's where the same
+bits are asked for twice ("cuDNN SDPA is not deterministic"), as `backward` does, and cuDNN 9.25 and
+9.26 are reported to return NaN in dK and dV for one query, the class row, of strongly negative lse.
+
 HBM traffic: the logits of prompts, B H N P in fp32, twice; out and dQ once more than the kernels.
 On a GPU PyTorch's backward adds to dQ in any order; `backward` has it keep to one.
 """

@@ -47,7 +47,7 @@ from torch import Tensor
 from ..ahead_of_time import Launch
 from ..launching import Launcher, power_of_2, programs
 from . import tiles
-from .reference import sum_groups
+from .reference import Sizes, sum_groups
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SHARED, PER_IMAGE, INDEXED = 0, 1, 2
@@ -423,34 +423,33 @@ def _readable(t: Tensor) -> Tensor:
 
 
 class _Common(NamedTuple):
-    """What all kernels are given: where kv_prompt lies, from qkv on; sizes; strides; and what is
-    known at compile time.
+    """What all kernels are given beside sizes: where kv_prompt lies, from qkv on; strides; and what
+    is known at compile time.
     """
 
     distance: int
-    tokens: int
-    prompts: int
     strides: tuple[int, ...]
     constants: dict[str, Any]
 
 
-def _common(qkv: Tensor, kv_prompt: Tensor, group: Tensor | None, bias: Tensor | None) -> _Common:
+def _common(
+    n: Sizes, qkv: Tensor, kv_prompt: Tensor, group: Tensor | None, bias: Tensor | None
+) -> _Common:
     size, address = qkv.element_size(), qkv.data_ptr()
     distance = kv_prompt.data_ptr() - address
     strides = (*qkv.stride()[:4], *kv_prompt.stride()[:4])
     vec = 16 // size
-    _, tokens, _, heads, width = qkv.shape
-    whole_vectors = (distance | address) % 16 == 0 and all(s % vec == 0 for s in (*strides, width))
-    sets, prompts = kv_prompt.shape[:2]
+    aligned = (distance | address) % 16 == 0
+    whole_vectors = aligned and all(s % vec == 0 for s in (*strides, n.width))
     constants = {
-        "GROUPING": SHARED if sets == 1 else PER_IMAGE if group is None else INDEXED,
+        "GROUPING": SHARED if n.sets == 1 else PER_IMAGE if group is None else INDEXED,
         "HAS_BIAS": bias is not None,
-        "HEADS": heads,
-        "WIDTH": width,
+        "HEADS": n.heads,
+        "WIDTH": n.width,
         "VEC": vec if whole_vectors else 1,
-        "BLOCK_D": max(16, power_of_2(width)),
+        "BLOCK_D": max(16, power_of_2(n.width)),
     }
-    return _Common(distance // size, tokens, prompts, strides, constants)
+    return _Common(distance // size, strides, constants)
 
 
 def forward(
@@ -463,22 +462,21 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's `forward`."""
     qkv, kv_prompt = _readable(qkv), _readable(kv_prompt)
-    batch, tokens, _, heads, width = qkv.shape
-    rows = 1 if class_only else tokens
-    out = qkv.new_empty(batch, rows, heads * width)
-    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=qkv.device)
+    n = Sizes.of(qkv, kv_prompt, class_only)
+    out = qkv.new_empty(n.batch, n.rows, n.heads * n.width)
+    lse = torch.empty(n.batch, n.heads, n.rows, dtype=torch.float32, device=qkv.device)
     if out.numel() == 0:
         return out, lse
     bias = None if log_multiplicity is None else log_multiplicity.contiguous()
     group = None if group is None else group.contiguous()
-    tile = tiles.forward(qkv, rows)
-    common = _common(qkv, kv_prompt, group, bias)
+    tile = tiles.forward(qkv, n.rows)
+    common = _common(n, qkv, kv_prompt, group, bias)
     folded = {"FOLDED": bias is None and scale > 0}
     _forward(
-        programs(rows, tile.block_m) * batch * heads,
+        programs(n.rows, tile.block_m) * n.batch * n.heads,
         qkv.device,
         (qkv, qkv if group is None else group, qkv if bias is None else bias, out, lse,
-         common.distance, rows, tokens, common.prompts, scale, *common.strides),
+         common.distance, n.rows, n.tokens, n.prompts, scale, *common.strides),
         folded | common.constants | tile.launch(),
     )  # fmt: skip
     return out, lse
@@ -498,42 +496,42 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's `backward`."""
     qkv, kv_prompt, d_out = _readable(qkv), _readable(kv_prompt), d_out.contiguous()
-    batch, tokens, _, heads, width = qkv.shape
-    sets, prompts = kv_prompt.shape[:2]
-    rows = 1 if class_only else tokens
+    n = Sizes.of(qkv, kv_prompt, class_only)
     fresh = torch.zeros if class_only else torch.empty  # queries that were not asked have none
     d_qkv = fresh(qkv.shape if need_qkv else 0, dtype=qkv.dtype, device=qkv.device)
-    if batch == 0 or (prompts == 0 and not need_qkv):
+    if n.batch == 0 or (n.prompts == 0 and not need_qkv):
         return d_qkv, torch.zeros_like(kv_prompt, memory_format=torch.contiguous_format)
     bias = None if log_multiplicity is None else log_multiplicity.contiguous()
     group = None if group is None else group.contiguous()
-    common = _common(qkv, kv_prompt, group, bias)
-    sizes = (rows, tokens, prompts, scale, *common.strides)
+    common = _common(n, qkv, kv_prompt, group, bias)
+    sizes = (n.rows, n.tokens, n.prompts, scale, *common.strides)
     constants = {"NEED_QKV": need_qkv} | common.constants
     read = (d_out, qkv, qkv if group is None else group, qkv if bias is None else bias)
 
     def slots(count: int) -> Tensor:
-        return torch.empty(count, prompts, 2, heads, width, dtype=torch.float32, device=qkv.device)
+        shape = count, n.prompts, 2, n.heads, n.width
+        return torch.empty(shape, dtype=torch.float32, device=qkv.device)
 
-    tile = tiles.backward_whole(qkv, rows)
+    tile = tiles.backward_whole(qkv, n.rows)
     if tile is not None:
-        images = tiles.images_per_program(qkv, tile) if sets == 1 else 1
-        count = programs(batch, images)
+        images = tiles.images_per_program(qkv, tile) if n.sets == 1 else 1
+        count = programs(n.batch, images)
         d_kv = slots(count)
-        given = *read, out, lse, d_qkv, d_kv, common.distance, batch, images, *sizes
-        _whole(heads * count, qkv.device, given, constants | tile.launch())
+        given = *read, out, lse, d_qkv, d_kv, common.distance, n.batch, images, *sizes
+        _whole(n.heads * count, qkv.device, given, constants | tile.launch())
     else:
-        d_kv, row_dots = slots(batch), torch.empty_like(lse)
-        tile = tiles.backward_split(qkv, rows)
+        d_kv, row_dots = slots(n.batch), torch.empty_like(lse)
+        tile = tiles.backward_split(qkv, n.rows)
+        heads = n.batch * n.heads
         constants |= tile.launch()
         given = *read, out, lse, d_qkv, row_dots, common.distance, *sizes
-        _queries(programs(rows, tile.block_m) * batch * heads, qkv.device, given, constants)
-        keys = prompts + tokens if need_qkv else prompts
+        _queries(programs(n.rows, tile.block_m) * heads, qkv.device, given, constants)
+        keys = n.prompts + n.tokens if need_qkv else n.prompts
         given = *read, lse, d_qkv, d_kv, row_dots, common.distance, *sizes
-        _keys(programs(keys, tile.block_n) * batch * heads, qkv.device, given, constants)
-    if sets == 1:
+        _keys(programs(keys, tile.block_n) * heads, qkv.device, given, constants)
+    if n.sets == 1:
         return d_qkv, d_kv.sum(0, keepdim=True).to(kv_prompt.dtype)
-    return d_qkv, sum_groups(d_kv, group, sets).to(kv_prompt.dtype)
+    return d_qkv, sum_groups(d_kv, group, n.sets).to(kv_prompt.dtype)
 
 
 def _launch(
