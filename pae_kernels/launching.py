@@ -82,7 +82,7 @@ class Launcher:
             values[i] = address = tensor.data_ptr()  # of a number the driver is not asked
             bits |= address
         special = [2 if v == 1 else v & 15 == 0 for v in self._special(given)]
-        key = device, *kinds, *special, *constants.items()
+        key = device, *kinds, *special, *constants, *constants.values()
         numbers = self._numbers(given)
         usual = not bits & 15 and min(numbers) >= -_LEAST and max(numbers) < _LEAST
         if usual and key in self._compiled:
