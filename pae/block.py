@@ -3,7 +3,7 @@
 The one home of its formula. Its forward is two halves,
 
     attention_half   rows -> normalised rows -> queries, keys, values -> attention's output
-    mlp_half         projection, second norm, fc1, activation, fc2, both sums
+    mlp_half         projection, second norm, fc1, activation or gate, fc2, both sums
 
 each of which also returns what a backward needs of it. `FrozenBlock` and `ClassBlock` are the two
 autograd Functions over them; `forward` keeps nothing. How products, sums, activation and attention
@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pae_kernels import pointwise, product
-from pae_kernels.attention import class_attention
+from pae_kernels.attention import class_attention, reference
 from pae_kernels.attention.reference import sum_groups, take_groups
 from pae_kernels.precision import exact_matmul
 
-from .plan import BlockPlan
+from .plan import BlockPlan, HeadNorm, PlainNorm
 
 MEMORY_MODES = ("keep", "recompute8", "recompute")
 _KEPT = {"keep": "hidden", "recompute8": "code", "recompute": "nothing"}  # of fc1's rows
@@ -105,14 +105,26 @@ class Steps:
         return pointwise.activation(hidden, kind, code=code)
 
     def hidden(self, xhat: Tensor, block: BlockPlan, memory: str) -> tuple[Tensor, Tensor | None]:
-        """act(fc1) of normalised rows, and what the memory mode keeps of fc1's."""
-        if product.wanted(xhat.device.type, xhat.dtype):
+        """What fc2 reads, of normalised rows, and what the memory mode keeps of fc1's.
+
+        Eight bits of a derivative are not enough for the backward of a gate or of a norm: there
+        "recompute8" is "recompute".
+        """
+        plain = not block.gated and block.norm_hidden is None
+        if plain and product.wanted(xhat.device.type, xhat.dtype):
             return product.product_activation(
                 xhat, *block.product("fc1"), block.activation, _KEPT[memory]
             )
-        hidden = self.product(xhat, block, "fc1")
-        rows, code = self.activation(hidden, block.activation, memory == "recompute8")
-        return rows, {"keep": hidden, "recompute8": code, "recompute": None}[memory]
+        hidden, code = self.product(xhat, block, "fc1"), None
+        kept = hidden if memory == "keep" else None
+        if block.gated:
+            rows = pointwise.gated(hidden, block.activation)
+        else:
+            coded = plain and memory == "recompute8"
+            rows, code = self.activation(hidden, block.activation, coded)
+        if block.norm_hidden is not None:
+            rows, _ = _norm(rows, block.norm_hidden)
+        return rows, kept if code is None else code
 
     def attention(
         self, xhat: Tensor, qkv: Tensor, keys: Keys, class_only: bool
@@ -149,12 +161,17 @@ class HeadNorms(NamedTuple):
 
 class MLPKept(NamedTuple):
     """What `mlp_half` knows: normalised rows, 1/std, and of the hidden rows what the memory mode
-    keeps: themselves, the activation's derivative in 8 bits, or None.
+    keeps: themselves, the activation's derivative in 8 bits, or None; and the same two of norms
+    behind the products.
     """
 
     xhat: Tensor
     rstd: Tensor
     hidden: Tensor | None
+    hat1: Tensor | None = None
+    rstd1: Tensor | None = None
+    hat2: Tensor | None = None
+    rstd2: Tensor | None = None
 
 
 def attention_half(
@@ -168,9 +185,13 @@ def attention_half(
 
     With `class_only`, the rows of the class token alone: N is 1 in both.
     """
-    x, xhat, rstd = _sum_and_norm(stream.rows, stream.pending, block.eps1, block.w_qkv.dtype)
+    x, xhat, rstd = _sum_and_norm(stream.rows, stream.pending, block.norm1, block.w_qkv.dtype)
     qkv, head_norms = project(block, xhat, steps)
-    out, lse = steps.attention(xhat, qkv, keys, class_only)
+    if block.bias is None:
+        out, lse = steps.attention(xhat, qkv, keys, class_only)
+    else:
+        given = qkv, keys.kv, keys.group, 1.0, class_only, keys.log_multiplicity
+        out, lse = reference.forward(*given, _placed(block, qkv, keys.kv))
     kept = AttentionKept(xhat, rstd, qkv, lse, head_norms)
     return x[:, :1] if class_only else x, out, kept
 
@@ -183,10 +204,37 @@ def mlp_half(
     steps: Steps = AS_A_BACKWARD_NEEDS,
 ) -> tuple[Tensor, Tensor | None, MLPKept]:
     """From attention's output to the block's: rows, what is pending, and what was on the way."""
-    x, pending = steps.add(x, out, block, "proj", steps.overwrites)
-    y, xhat, rstd = _sum_and_norm(x, pending, block.eps2, block.w_fc1.dtype)
-    rows, kept = steps.hidden(scaled(xhat, block.gain2), block, memory)
-    return *steps.add(y, rows, block, "fc2", True), MLPKept(xhat, rstd, kept)
+    if block.norm_out is not None:
+        out, _ = _norm(out, block.norm_out)
+    x, pending, post1 = _add(steps, x, out, block, "proj", block.post1, steps.overwrites)
+    y, xhat, rstd = _sum_and_norm(x, pending, block.norm2, block.w_fc1.dtype)
+    rows, hidden = steps.hidden(_before_fc1(block, xhat)[0], block, memory)
+    y, pending, post2 = _add(steps, y, rows, block, "fc2", block.post2, True)
+    return y, pending, MLPKept(xhat, rstd, hidden, *post1, *post2)
+
+
+def _add(
+    steps: Steps,
+    x: Tensor,
+    rows: Tensor,
+    block: BlockPlan,
+    name: str,
+    post: HeadNorm | None,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor | None]]:
+    """As `Steps.add`, with what a norm of the product's rows knows: normalised rows and 1/std."""
+    if post is None:
+        return *steps.add(x, rows, block, name, overwrite), (None, None)
+    hat, rstd = _norm(steps.product(rows, block, name), post.plain)
+    return x, torch.addcmul(post.bias, hat, post.weight), (hat, rstd)
+
+
+def _before_fc1(block: BlockPlan, xhat: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What fc1 reads of the rows that the second norm gives; 1/std of a third norm behind it."""
+    if block.affine2 is None:
+        return scaled(xhat, block.gain2), None
+    affine = block.affine2
+    return _norm(torch.addcmul(affine.bias, xhat, affine.weight), affine.plain)
 
 
 def forward(
@@ -201,16 +249,34 @@ def forward(
 # ---- rows to queries, keys and values
 
 
-def normalise(rows: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm without affine, in at least fp32 and with the exact eps: rows may be near zero."""
+def normalise(rows: Tensor, norm: PlainNorm | None, dtype: torch.dtype) -> Tensor:
+    """Prompt rows, normalised without affine, in at least fp32 and with the exact eps: they may be
+    near zero.
+    """
+    if norm is None:
+        return rows.to(dtype)
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return F.layer_norm(wide, wide.shape[-1:], eps=eps).to(dtype)
+    function = F.rms_norm if norm.rms else F.layer_norm
+    return function(wide, wide.shape[-1:], eps=norm.eps).to(dtype)
+
+
+def _placed(block: BlockPlan, rows: Tensor, kv: Tensor) -> Tensor | None:
+    """(H or 1, N, P + N), what places of rows (B, N, ...) add to the logits."""
+    bias = block.bias
+    return None if bias is None else bias.bias_of(rows.shape[1], kv.shape[1])
+
+
+def _of_heads(rows: Tensor, norm: HeadNorm) -> Tensor:
+    """Queries or keys (..., d), normalised per head."""
+    if not norm.plain.rms:
+        return F.layer_norm(rows, rows.shape[-1:], norm.weight, norm.bias, norm.plain.eps)
+    return torch.addcmul(norm.bias, normalise(rows, norm.plain, rows.dtype), norm.weight)
 
 
 def project(
     block: BlockPlan, xhat: Tensor, steps: Steps = AS_A_BACKWARD_NEEDS
 ) -> tuple[Tensor, HeadNorms]:
-    """Packed (B, N, 3, H, d) of normalised rows, per-head norms done."""
+    """Packed (B, N, 3, H, d) of normalised rows, per-head norms and rotation done."""
     qkv = steps.product(scaled(xhat, block.gain1), block, "qkv")
     qkv = qkv.view(*xhat.shape[:2], 3, block.num_heads, block.head_width)
     stats: list[Tensor | None] = []
@@ -218,9 +284,11 @@ def project(
         if norm is None:
             stats += [None, None]
         else:
-            hat, rstd = pointwise.layer_norm(qkv[:, :, slot], norm.eps)
+            hat, rstd = _norm(qkv[:, :, slot], norm.plain)
             qkv[:, :, slot] = torch.addcmul(norm.bias, hat, norm.weight)
             stats += [hat, rstd]
+    if block.rotation is not None:
+        pointwise.rotate_(qkv, block.rotation)
     return qkv, HeadNorms(*stats)
 
 
@@ -230,9 +298,7 @@ def keys_values(block: BlockPlan, normed: Tensor) -> Tensor:
     kv = kv.view(*normed.shape[:2], 2, block.num_heads, block.head_width)
     if block.k_norm is None:
         return kv
-    n = block.k_norm
-    k = F.layer_norm(kv[:, :, 0], n.weight.shape, n.weight, n.bias, n.eps)
-    return torch.stack([k, kv[:, :, 1]], dim=2)
+    return torch.stack([_of_heads(kv[:, :, 0], block.k_norm), kv[:, :, 1]], dim=2)
 
 
 def no_keys(block: BlockPlan) -> Keys:
@@ -241,10 +307,13 @@ def no_keys(block: BlockPlan) -> Keys:
 
 
 def queries(block: BlockPlan, x: Tensor) -> Tensor:
-    """(B, N, H, d): queries of rows x (B, N, D), per-head norm done, scaled as the logits are."""
+    """(B, N, H, d): queries of rows x (B, N, D), per-head norm and rotation done, scaled as the
+    logits are.
+    """
+    if block.rotation is not None:
+        return project(block, normalise(x, block.norm1, block.w_qkv.dtype))[0][:, :, 0]
     q = _query_product(block, x).unflatten(-1, (block.num_heads, block.head_width))
-    n = block.q_norm
-    return q if n is None else F.layer_norm(q, n.weight.shape, n.weight, n.bias, n.eps)
+    return q if block.q_norm is None else _of_heads(q, block.q_norm)
 
 
 def class_query(block: BlockPlan, x: Tensor) -> Tensor:
@@ -252,12 +321,22 @@ def class_query(block: BlockPlan, x: Tensor) -> Tensor:
     out again.
     """
     q = _query_product(block, x[:, 0])
+    if block.order is not None:
+        q = q.unflatten(-1, (block.num_heads, -1))[..., block.order.argsort()].flatten(-2)
     return q / block.scale if block.q_norm is None else q
+
+
+def given_keys(block: BlockPlan, head_kv: Tensor) -> Tensor:
+    """Keys and values in head space (G, P, 2, H, d), the keys' entries as the block has them."""
+    if block.order is None:
+        return head_kv
+    k, v = head_kv.unbind(2)
+    return torch.stack([k[..., block.order], v], dim=2)
 
 
 def _query_product(block: BlockPlan, x: Tensor) -> Tensor:
     own = block.num_heads * block.head_width
-    xhat = scaled(normalise(x, block.eps1, block.w_qkv.dtype), block.gain1)
+    xhat = scaled(normalise(x, block.norm1, block.w_qkv.dtype), block.gain1)
     return F.linear(xhat, block.w_qkv[:own], block.b_qkv[:own])
 
 
@@ -307,6 +386,14 @@ class _Kept(NamedTuple):
     xhat2: Tensor
     rstd2: Tensor
     hidden: Tensor | None
+    post1_hat: Tensor | None
+    post1_rstd: Tensor | None
+    post2_hat: Tensor | None
+    post2_rstd: Tensor | None
+
+    def second(self) -> MLPKept:
+        """What `mlp_half` left."""
+        return MLPKept(*self[-len(MLPKept._fields) :])
 
 
 class FrozenBlock(torch.autograd.Function):
@@ -336,9 +423,14 @@ class FrozenBlock(torch.autograd.Function):
         xhat, rstd, qkv, head_norms = first.xhat, first.rstd, first.qkv, first.head_norms
         attention = None
         if wants_attention:
-            attention = class_attention(
-                qkv, kv, first.lse, group, scale=1.0, log_multiplicity=log_multiplicity
-            )[..., kv.shape[1] :]
+            if block.bias is None:
+                attention = class_attention(
+                    qkv, kv, first.lse, group, scale=1.0, log_multiplicity=log_multiplicity
+                )
+            else:
+                given = qkv, kv, first.lse, group, 1.0, log_multiplicity
+                attention = reference.class_attention(*given, _placed(block, qkv, kv))
+            attention = attention[..., kv.shape[1] :]
             ctx.mark_non_differentiable(attention)
         y, rows, second = mlp_half(block, x, out, memory)
 
@@ -370,18 +462,21 @@ class FrozenBlock(torch.autograd.Function):
         kept = _Kept(*ctx.saved_tensors)
         qkv, head_norms = kept.qkv, HeadNorms(kept.q_hat, kept.q_rstd, kept.k_hat, kept.k_rstd)
         with torch.autocast(dy.device.type, enabled=False):
-            second = MLPKept(kept.xhat2, kept.rstd2, kept.hidden)
-            dy, d_out = _mlp_half_backward(block, dy, d_rows, second, sums)
+            dy, d_out = _mlp_half_backward(block, dy, d_rows, kept.out, kept.second(), sums)
             if qkv is None:
                 qkv, head_norms = project(block, cast(Tensor, kept.xhat1))
-            d_qkv, d_kv = torch.ops.pae.prompt_attention_bwd(
-                d_out,
-                qkv,
-                *(kept.kv, kept.group, 1.0, ctx.class_only, kept.log_multiplicity),
+            given = (
+                *(d_out, qkv, kept.kv, kept.group, 1.0, ctx.class_only, kept.log_multiplicity),
                 *(kept.out, kept.lse, ctx.need_qkv),
             )
+            if block.bias is None:
+                d_qkv, d_kv = torch.ops.pae.prompt_attention_bwd(*given)
+            else:
+                d_qkv, d_kv = reference.backward(*given, _placed(block, qkv, kept.kv))
             dx = d_pending = None
             if ctx.need_qkv:
+                if block.rotation is not None:
+                    pointwise.rotate_(d_qkv, block.rotation, back=True)
                 _head_norms_backward_(block, d_qkv, head_norms, sums)
                 d_qkv = d_qkv.flatten(2)
                 sums.over_rows("b_qkv", d_qkv)
@@ -391,7 +486,7 @@ class FrozenBlock(torch.autograd.Function):
                 if kept.rstd1 is not None:
                     if ctx.class_only:
                         dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
-                    dx, d_pending = _norm_backward(d_xhat, xhat, kept.rstd1, dy)
+                    dx, d_pending = _norm_backward(block.norm1, d_xhat, xhat, kept.rstd1, dy)
         d_pending = d_pending if ctx.needs_input_grad[1] else None
         return dx, d_pending, d_kv, None, None, None, None, None, None, *sums.found()
 
@@ -399,7 +494,8 @@ class FrozenBlock(torch.autograd.Function):
 class _ClassKept(NamedTuple):
     """What a `ClassBlock` keeps: xhat1 S elements of an image, all others belong to one row.
 
-    `qk` comes before gain1; `mixed`, the weighted sum of rows, is kept for it alone.
+    `qk` comes before gain1; `mixed`, the weighted sum of rows, is kept for it alone, attention's
+    output for a norm behind it.
     """
 
     normed: Tensor
@@ -409,9 +505,18 @@ class _ClassKept(NamedTuple):
     probs: Tensor
     qk: Tensor
     mixed: Tensor | None
+    out: Tensor | None
     xhat2: Tensor
     rstd2: Tensor
     hidden: Tensor
+    post1_hat: Tensor | None
+    post1_rstd: Tensor | None
+    post2_hat: Tensor | None
+    post2_rstd: Tensor | None
+
+    def second(self) -> MLPKept:
+        """What `mlp_half` left."""
+        return MLPKept(*self[-len(MLPKept._fields) :])
 
 
 class ClassBlock(torch.autograd.Function):
@@ -440,7 +545,7 @@ class ClassBlock(torch.autograd.Function):
         w_q, w_k, w_v = block.w_qkv.view(3, heads, d, -1).unbind(0)
         b_q, _, b_v = block.b_qkv.view(3, heads * d).unbind(0)
         dtype = w_q.dtype
-        x, xhat, rstd = _sum_and_norm(x, pending, block.eps1, dtype)
+        x, xhat, rstd = _sum_and_norm(x, pending, block.norm1, dtype)
         wide = rstd.dtype
         q = F.linear(scaled(xhat[:, 0], block.gain1), w_q.flatten(0, 1), b_q)
         own = _per_head(q.view(batch, heads, d), w_k).to(wide)  # (B, H, D)
@@ -455,10 +560,10 @@ class ClassBlock(torch.autograd.Function):
         probs = scores.softmax(dim=-1)  # (B, H, P + N)
         mixed = _of_parts(probs, *parts)  # (B, H, D)
         read = scaled(mixed, block.gain1).to(dtype)
-        out = _per_head(read, w_v.transpose(1, 2)).flatten(1) + b_v
-        y, rows, second = mlp_half(block, x[:, :1], out[:, None])
-        mixed_kept = mixed if "gain1" in block.trained else None
-        ctx.save_for_backward(normed, group, xhat, rstd, probs, own, mixed_kept, *second)
+        out = (_per_head(read, w_v.transpose(1, 2)).flatten(1) + b_v)[:, None]
+        y, rows, second = mlp_half(block, x[:, :1], out)
+        kept = mixed if "gain1" in block.trained else None, out if block.norm_out else None
+        ctx.save_for_backward(normed, group, xhat, rstd, probs, own, *kept, *second)
         ctx.block = block
         return _sum(y, rows)
 
@@ -472,8 +577,8 @@ class ClassBlock(torch.autograd.Function):
         w_q, w_k, w_v = block.w_qkv.view(3, heads, d, -1).unbind(0)
         dtype, wide, count = w_q.dtype, kept.rstd1.dtype, normed.shape[1]
         with torch.autocast(dy.device.type, enabled=False):
-            second = MLPKept(kept.xhat2, kept.rstd2, kept.hidden)
-            dy, d_out = _mlp_half_backward(block, dy, dy.to(dtype), second, sums)
+            narrow = dy.to(dtype)
+            dy, d_out = _mlp_half_backward(block, dy, narrow, kept.out, kept.second(), sums)
             d_out = d_out.view(batch, heads, d)
             d_mixed = _per_head(d_out, w_v).to(wide)  # (B, H, D)
             d_mixed = sums.behind_gain("gain1", block.gain1, d_mixed, kept.mixed)
@@ -506,7 +611,7 @@ class ClassBlock(torch.autograd.Function):
                 d_xhat = exact_matmul(reads[:, count:], sources)
                 d_xhat[:, :1] += d_first
                 dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
-                dx, d_pending = _norm_backward(d_xhat, xhat, kept.rstd1, dy)
+                dx, d_pending = _norm_backward(block.norm1, d_xhat, xhat, kept.rstd1, dy)
         d_pending = d_pending if ctx.needs_input_grad[1] else None
         return dx, d_pending, d_normed, None, None, None, *sums.found()
 
@@ -553,26 +658,63 @@ class _Sums:
 
 
 def _mlp_half_backward(
-    block: BlockPlan, dy: Tensor, d_rows: Tensor | None, kept: MLPKept, sums: _Sums
+    block: BlockPlan,
+    dy: Tensor,
+    d_rows: Tensor | None,
+    out: Tensor | None,
+    kept: MLPKept,
+    sums: _Sums,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the residual stream before the second norm, and of attention's output.
 
     d_rows is the gradient of fc2's rows, which is dy in the product's dtype; None when it is dy.
+    out, attention's output, is read where a norm stands behind it. The norms inside are computed
+    again: a pass each, where kept rows would be S or 4 S elements.
     """
     hidden = kept.hidden
+    again = rstd = None
+    if hidden is None or block.affine2 is not None:
+        again, rstd = _before_fc1(block, kept.xhat)
     if hidden is None:
-        hidden = _linear(scaled(kept.xhat, block.gain2), *block.product("fc1"))
-    sums.over_rows("b_fc2", dy)
+        hidden = _linear(cast(Tensor, again), *block.product("fc1"))
     d = dy if d_rows is None else d_rows
-    if product.wanted(d.device.type, d.dtype):
-        d = product.product_activation_backward(d, block.w_fc2, hidden, block.activation)
+    d_added, d = _post_backward(block.post2, dy, d, kept.hat2, kept.rstd2)
+    sums.over_rows("b_fc2", d_added)
+    kind, norm = block.activation, block.norm_hidden
+    if norm is None and not block.gated and product.wanted(d.device.type, d.dtype):
+        d = product.product_activation_backward(d, block.w_fc2, hidden, kind)
     else:
-        d = pointwise.activation_backward(d @ block.w_fc2, hidden, block.activation)
+        d = d @ block.w_fc2
+        if norm is not None:
+            gated = block.gated
+            rows = pointwise.gated(hidden, kind) if gated else pointwise.activation(hidden, kind)[0]
+            d = _plain_norm_backward(norm, d, *_norm(rows, norm))
+        backward = pointwise.gated_backward if block.gated else pointwise.activation_backward
+        d = backward(d, hidden, kind)
     sums.over_rows("b_fc1", d)
-    d = sums.behind_gain("gain2", block.gain2, d @ block.w_fc1, kept.xhat)
-    dy, narrow = _norm_backward(d, kept.xhat, kept.rstd, dy)
-    sums.over_rows("b_proj", dy)
-    return dy, narrow @ block.w_proj
+    d = d @ block.w_fc1
+    if block.affine2 is not None and again is not None and rstd is not None:
+        d = _plain_norm_backward(block.affine2.plain, d, again, rstd).mul_(block.affine2.weight)
+    d = sums.behind_gain("gain2", block.gain2, d, kept.xhat)
+    dy, narrow = _norm_backward(block.norm2, d, kept.xhat, kept.rstd, dy)
+    d_added, narrow = _post_backward(block.post1, dy, narrow, kept.hat1, kept.rstd1)
+    sums.over_rows("b_proj", d_added)
+    d_out = narrow @ block.w_proj
+    if block.norm_out is not None and out is not None:
+        d_out = _plain_norm_backward(block.norm_out, d_out, *_norm(out, block.norm_out))
+    return dy, d_out
+
+
+def _post_backward(
+    post: HeadNorm | None, dy: Tensor, d: Tensor, hat: Tensor | None, rstd: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradient of a product's rows, exact and in the product's dtype: dy and d, those of what
+    is added to the stream, go back through a norm between both.
+    """
+    if post is None or hat is None or rstd is None:
+        return dy, d
+    d = _plain_norm_backward(post.plain, d * post.weight, hat, rstd)
+    return d, d
 
 
 def _head_norms_backward_(block: BlockPlan, d_qkv: Tensor, kept: HeadNorms, sums: _Sums) -> None:
@@ -586,15 +728,27 @@ def _head_norms_backward_(block: BlockPlan, d_qkv: Tensor, kept: HeadNorms, sums
             d = d_qkv[:, :, slot]
             sums.over_rows(f"{name}.bias", d)
             sums.over_products(f"{name}.weight", d, hat)
-            before = pointwise.layer_norm_backward(d * norm.weight, hat, rstd)
-            d_qkv[:, :, slot] = cast(Tensor, before)
+            d_qkv[:, :, slot] = _plain_norm_backward(norm.plain, d * norm.weight, hat, rstd)
 
 
-def _norm_backward(d_xhat: Tensor, xhat: Tensor, rstd: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+def _norm_backward(
+    norm: PlainNorm | None, d_xhat: Tensor, xhat: Tensor, rstd: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradient of the stream before a norm, dy's included: in dy's dtype, and in the product's."""
+    if norm is None:
+        dx = dy + d_xhat.to(dy.dtype)
+        return dx, dx.to(xhat.dtype)
     narrow = None if dy.dtype == xhat.dtype else xhat.dtype
-    dx = pointwise.layer_norm_backward(d_xhat, xhat, rstd, dy, dtype=dy.dtype, narrow=narrow)
-    return (dx, dx) if isinstance(dx, Tensor) else dx
+    made = pointwise.layer_norm_backward(
+        d_xhat, xhat, rstd, dy, dtype=dy.dtype, narrow=narrow, rms=norm.rms
+    )
+    return (made, made) if isinstance(made, Tensor) else made
+
+
+def _plain_norm_backward(norm: PlainNorm, d_xhat: Tensor, xhat: Tensor, rstd: Tensor) -> Tensor:
+    """Gradient of what a norm inside of a block was given, in the dtype of d_xhat."""
+    dx = pointwise.layer_norm_backward(d_xhat, xhat, rstd, dtype=d_xhat.dtype, rms=norm.rms)
+    return cast(Tensor, dx)
 
 
 # ---- sums, norms, heads
@@ -626,12 +780,24 @@ def _sum(x: Tensor, pending: Tensor | None) -> Tensor:
 
 
 def _sum_and_norm(
-    x: Tensor, pending: Tensor | None, eps: float, dtype: torch.dtype
+    x: Tensor, pending: Tensor | None, norm: PlainNorm | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x + pending, its normalised rows in `dtype`, 1/std."""
+    if norm is None:  # a copy: the sum may be written to
+        y = _sum(x, pending)
+        return (
+            y,
+            y.to(dtype, copy=True),
+            y.new_empty(0, dtype=torch.promote_types(y.dtype, torch.float32)),
+        )
     if pending is None:
-        return x, *pointwise.layer_norm(x, eps, dtype)
-    return pointwise.add_layer_norm(x, pending, eps, dtype)
+        return x, *pointwise.layer_norm(x, norm.eps, dtype, norm.rms)
+    return pointwise.add_layer_norm(x, pending, norm.eps, dtype, norm.rms)
+
+
+def _norm(rows: Tensor, norm: PlainNorm) -> tuple[Tensor, Tensor]:
+    """Normalised rows in their dtype, 1/std."""
+    return pointwise.layer_norm(rows, norm.eps, rms=norm.rms)
 
 
 # of oneDNN's product in PyTorch, which is nobody's promise: another schema is another op

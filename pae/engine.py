@@ -31,6 +31,7 @@ from .block import (
     Stream,
     class_query,
     forward,
+    given_keys,
     keys_values,
     normalise,
     scaled,
@@ -132,14 +133,14 @@ def walk(
         x, pending, _ = stream
         rows, group, log_multiplicity, head_kv, kv, attention = prompts
         rows = x.new_empty(1, 0, x.shape[-1]) if rows is None else rows
-        if only and block.q_norm is None and block.k_norm is None and head_kv is None:
-            normed = normalise(rows, block.eps1, plan.dtype)
+        if only and block.keys_are_linear and head_kv is None:
+            normed = normalise(rows, block.norm1, plan.dtype)
             trained = block.vectors()
             return ClassBlock.apply(x, pending, normed, group, log_multiplicity, block, *trained)
         if kv is None:
-            kv = keys_values(block, normalise(rows, block.eps1, plan.dtype))
+            kv = keys_values(block, normalise(rows, block.norm1, plan.dtype))
         if head_kv is not None:
-            kv = _with_head_kv(kv, head_kv.to(plan.dtype), group, len(x))
+            kv = _with_head_kv(kv, given_keys(block, head_kv).to(plan.dtype), group, len(x))
             group = None
         given = x, pending, kv, group, log_multiplicity, block, memory, only, attention
         stream = Stream(*FrozenBlock.apply(*given, *block.vectors()))
@@ -201,8 +202,8 @@ def _with_keys_values(
     """With keys and values of the first `blocks` blocks, from one LayerNorm and, where that is not
     slower, one product.
 
-    As they came unless all those blocks have shared prompts of one shape, one eps and one number of
-    heads, and no keys that are normalised per head.
+    As they came unless all those blocks have shared prompts of one shape, one norm and one number
+    of heads, and no keys that are normalised per head.
     """
     first = plan.blocks[0]
     rows = [p.rows for p in prompts[:blocks] if p.rows is not None and p.rows.numel()]
@@ -210,10 +211,10 @@ def _with_keys_values(
         return prompts
     if len({r.shape for r in rows}) > 1:
         return prompts
-    like = first.eps1, first.num_heads, None
-    if any((b.eps1, b.num_heads, b.k_norm) != like for b in plan.blocks[:blocks]):
+    like = first.norm1, first.num_heads, None
+    if any((b.norm1, b.num_heads, b.k_norm) != like for b in plan.blocks[:blocks]):
         return prompts
-    normed = normalise(torch.cat(rows), first.eps1, plan.dtype)
+    normed = normalise(torch.cat(rows), first.norm1, plan.dtype)
     if normed.device.type == "cpu" and normed.dtype.itemsize < 4:
         # oneDNN's batched product would first copy all those weights, at the cost of 70 rows each
         pairs = zip(plan.blocks, normed.split(1))

@@ -111,6 +111,11 @@ class PromptedViT(nn.Module):
         self.view = read_backbone(backbone)
         self.trained_backbone = trained.named(self.view, train_backbone)
         own_head = cast(nn.Module, backbone.head)
+        if num_classes is None and self.view.other_head is not None:
+            raise ValueError(
+                "num_classes must be given: the backbone averages the logits of its head and of "
+                f"{self.view.other_head}, and one head is kept"
+            )
         if num_classes is None:
             if isinstance(own_head, nn.Identity):
                 raise ValueError(
@@ -217,9 +222,10 @@ class PromptedViT(nn.Module):
         view, family, at = self.view, self.prompts, self.view.num_prefix_tokens
         family.start_forward()
         x, entered, attention = view.embed(images), 0, None
-        for i, block in enumerate(view.blocks):
+        height, width = images.shape[-2:]
+        for i, geometry in enumerate(view.geometry((height, width))):
             if touches_rows(family, i):
-                query = partial(view.class_query, block)
+                query = partial(view.class_query, i)
                 x = between_blocks(family, i, x, at, entered, attention, query)
             rows, kv = family.block_prompts(i, x), family.head_keys_values(i, x)
             count = 0
@@ -228,9 +234,9 @@ class PromptedViT(nn.Module):
                 check_rows(family, i, rows, group)
                 x = insert_rows(x, rows if group is None else rows[group], at)
             if family.reads_class_attention and i + 1 < len(view.blocks):
-                attention = view.class_attention(block, x, kv)
+                attention = view.class_attention(i, x, geometry, kv)
                 attention = cut_rows(attention.transpose(1, 2), at, count).transpose(1, 2)
-            x = view.run_block(block, x, kv)
+            x = view.run_block(i, x, geometry, kv)
             if family.enters_sequence or i + 1 == len(view.blocks):
                 entered += count
             else:
@@ -348,8 +354,9 @@ class PromptedViT(nn.Module):
         plans = self._plans
         if plans is None or not plans.current():
             plans = self._plans = Plans(self.view)
-        rows = self.view.shape.num_tokens if size is None else self.view.num_rows(size)
-        return plans.plan(dtype, sequence_lengths(self.prompts, rows), settled)
+        size = self.view.default_size if size is None else size
+        lengths = sequence_lengths(self.prompts, self.view.num_rows(size))
+        return plans.plan(dtype, lengths, size, settled)
 
     def drop_plans(self) -> None:
         """Forget all folded copies of the backbone; the next fast forward folds again."""

@@ -13,11 +13,11 @@ and put in anew for every step (`FrozenPlan.now`); a matrix is folded but for a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.modules.module as torch_modules
@@ -29,31 +29,52 @@ from pae_kernels.precision import exact_matmul
 
 from .backbones.view import (
     HOOKS,
+    NO_GEOMETRY,
     UNTRAINED,
     BackboneView,
     BlockWeights,
+    Geometry,
     Linear,
     Norm,
+    Stacked,
     added_to,
 )
 from .errors import UnsupportedBackbone
 
 
+class PlainNorm(NamedTuple):
+    """A norm whose affine part is folded away: (x - mean) / sqrt(var + eps), or
+    x / sqrt(mean(x^2) + eps) when rms.
+    """
+
+    eps: float
+    rms: bool = False
+
+
 @dataclass(frozen=True)
 class HeadNorm:
-    """A per-head LayerNorm of queries or keys: weight and bias (d,), eps."""
+    """A plain norm and an affine part that no product takes: weight and bias (d,)."""
 
     weight: Tensor
     bias: Tensor
-    eps: float
+    plain: PlainNorm
 
 
 @dataclass(frozen=True)
 class BlockPlan:
     """Folded constants of one block, all in the compute dtype.
 
-    w_qkv (3 H d, D), w_proj (D, H d), w_fc1 (F, D), w_fc2 (D, F) and their biases act on normalised
-    rows; logits need no further scale: `scale` is in w_qkv, or in q_norm where there is one.
+    w_qkv (3 H d, D), w_proj (D, H d), w_fc1 (F or 2 F, D), w_fc2 (D, F) and their biases act on
+    normalised rows; logits need no further scale: `scale` is in w_qkv, or in q_norm where there is
+    one. norm_out and norm_hidden stand in front of w_proj and w_fc2 in some backbones, and between
+    norm2 and w_fc1 another norm, with norm2's affine before it (affine2, of width D). post1 and
+    post2 (of width D) normalise what w_proj and w_fc2 give, mostly instead of norm1 and norm2.
+    gated: the first half of w_fc1's rows goes through the activation and multiplies the other half.
+
+    bias: what is added to the logits, by the places of rows in the image, or None.
+    rotation: (2, n, d/2) or (2, H, n, d/2), sine and cosine in at least fp32, of the images' size:
+    queries and keys of the last n rows are turned, entry i of a head with i + d/2. order: (d,) the
+    place in the backbone's heads of each entry of a query or key here, where it is another.
 
     gain1 and gain2 (D,), in at least fp32: trained scales of the two norms, by which normalised
     rows are multiplied before w_qkv and w_fc1; None where they are in the weight. trained: names of
@@ -63,19 +84,28 @@ class BlockPlan:
     num_heads: int
     head_width: int
     scale: float
-    eps1: float
+    norm1: PlainNorm | None
     w_qkv: Tensor
     b_qkv: Tensor
     q_norm: HeadNorm | None
     k_norm: HeadNorm | None
     w_proj: Tensor
     b_proj: Tensor
-    eps2: float
+    norm2: PlainNorm | None
     w_fc1: Tensor
     b_fc1: Tensor
     activation: str
     w_fc2: Tensor
     b_fc2: Tensor
+    gated: bool = False
+    norm_out: PlainNorm | None = None
+    norm_hidden: PlainNorm | None = None
+    affine2: HeadNorm | None = None
+    post1: HeadNorm | None = None
+    post2: HeadNorm | None = None
+    rotation: Tensor | None = None
+    bias: Geometry | None = None
+    order: Tensor | None = None
     gain1: Tensor | None = None
     gain2: Tensor | None = None
     trained: tuple[str, ...] = ()
@@ -87,6 +117,12 @@ class BlockPlan:
     def vectors(self) -> list[Tensor]:
         """The trained ones, in the order of `trained`."""
         return [attrgetter(name)(self) for name in self.trained]
+
+    @property
+    def keys_are_linear(self) -> bool:
+        """Whether a logit is a row times one matrix times a row, whichever rows they are."""
+        placed = self.rotation is not None or self.bias is not None
+        return self.q_norm is None and self.k_norm is None and not placed
 
     @property
     def w_kv(self) -> Tensor:
@@ -125,6 +161,16 @@ class FrozenPlan:
         b_qkv = torch.stack([block.b_qkv for block in blocks])
         return replace(self, blocks=blocks, b_qkv=b_qkv, trained=None)
 
+    def placed(self, geometry: list[Geometry]) -> FrozenPlan:
+        """With what each block is given beside its rows."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        blocks = []
+        for block, g in zip(self.blocks, geometry):
+            rotation = None if g.rotation is None else g.rotation.to(wide)
+            bias = None if g.bias is None else replace(g, bias=g.bias.to(wide))
+            blocks.append(replace(block, rotation=rotation, bias=bias))
+        return replace(self, blocks=blocks)
+
     def only(self, start: int, stop: int) -> FrozenPlan:
         """The plan of blocks start to stop - 1."""
         part = slice(start, stop)
@@ -139,25 +185,28 @@ class TrainedVector:
     Attributes:
         block, name: where it belongs, as in `BlockPlan.trained`.
         base, after: (n,) fp64, what frozen parts give, and what follows (LayerScale, logit scale).
-        own: (n,) a trained parameter, or None.
+        own: (n,) a trained parameter, or `Stacked` whose biases are; or None.
         weight, shift: (n, m) frozen and (m,) trained, a norm's shift before a product; or None.
+        order: (n,) where the entries stand in the parameter, when it is another order.
     """
 
     block: int
     name: str
     base: Tensor
     after: Tensor
-    own: Tensor | None
+    own: Tensor | Stacked | None
     weight: Tensor | None = None
     shift: Tensor | None = None
+    order: Tensor | None = None
 
     def varying(self) -> Tensor:
         """own + weight shift, on the tape of autograd."""
-        if self.weight is None or self.shift is None:
-            assert self.own is not None
-            return self.own
-        shifted = exact_matmul(self.weight, self.shift[:, None])[:, 0]
-        return shifted if self.own is None else self.own + shifted
+        found = self.own.bias if isinstance(self.own, Stacked) else self.own
+        if self.weight is not None and self.shift is not None:
+            shifted = exact_matmul(self.weight, self.shift[:, None])[:, 0]
+            found = shifted if found is None else found + shifted
+        assert found is not None
+        return found if self.order is None else found[self.order]
 
 
 class TrainedVectors:
@@ -166,8 +215,7 @@ class TrainedVectors:
     def __init__(self, vectors: list[TrainedVector]) -> None:
         self._vectors = vectors
         self._sizes = [len(v.base) for v in vectors]
-        like = next(t for v in vectors for t in (v.own, v.shift) if t is not None)
-        wide = torch.promote_types(like.dtype, torch.float32)
+        wide = torch.promote_types(vectors[0].varying().dtype, torch.float32)
         self._base = torch.cat([v.base for v in vectors]).to(wide)
         self._after = torch.cat([v.after for v in vectors]).to(wide)
 
@@ -227,59 +275,99 @@ def _without_trained(w: BlockWeights) -> BlockWeights:
     def frozen(tensor: Tensor | None) -> Tensor | None:
         return None if _trained(tensor) is not None else tensor
 
-    def norm(n: Norm) -> Norm:
-        return Norm(frozen(n.weight), frozen(n.bias), n.eps)
+    def left(part: Any) -> Any:
+        if isinstance(part, Norm):
+            return replace(part, weight=frozen(part.weight), bias=frozen(part.bias))
+        if isinstance(part, Linear):
+            return Linear(part.weight, frozen(part.bias))
+        if isinstance(part, Stacked):
+            return Stacked(tuple(map(left, part.parts)))
+        return part
 
-    def linear(given: Linear) -> Linear:
-        return Linear(given.weight, frozen(given.bias))
+    return replace(w, **{f.name: left(getattr(w, f.name)) for f in fields(w)})
 
-    return replace(
-        w,
-        norm1=norm(w.norm1),
-        norm2=norm(w.norm2),
-        q_norm=w.q_norm and norm(w.q_norm),
-        k_norm=w.k_norm and norm(w.k_norm),
-        qkv=linear(w.qkv),
-        proj=linear(w.proj),
-        fc1=linear(w.fc1),
-        fc2=linear(w.fc2),
-    )
+
+def _trained_bias(product: Linear | Stacked) -> Tensor | Stacked | None:
+    """What of its bias is trained."""
+    if isinstance(product, Linear):
+        return _trained(product.bias)
+    parts = [Linear(part.weight.detach(), _trained(part.bias)) for part in product.parts]
+    return None if all(part.bias is None for part in parts) else Stacked(tuple(parts))
 
 
 def _trained_vectors(block: int, w: BlockWeights, fixed: BlockWeights) -> list[TrainedVector]:
     """Those of a block; `fixed` is `_without_trained` of it."""
-    ones = partial(torch.ones, dtype=torch.float64, device=w.qkv.weight.device)
+    ones = partial(torch.ones, dtype=torch.float64, device=w.proj.weight.device)
     found = []
 
-    def product(name: str, linear: Linear, norm: Norm | None, base: Tensor, after: Tensor) -> None:
+    def product(
+        name: str,
+        linear: Linear | Stacked,
+        norm: Norm | None,
+        base: Tensor,
+        after: Tensor,
+        order: Tensor | None = None,
+    ) -> None:
         shift = None if norm is None else _trained(norm.bias)
-        own, weight = _trained(linear.bias), None if shift is None else linear.weight.detach()
+        own, weight = _trained_bias(linear), None if shift is None else linear.weight.detach()
         if own is not None or shift is not None:
-            found.append(TrainedVector(block, name, base, after, own, weight, shift))
+            found.append(TrainedVector(block, name, base, after, own, weight, shift, order))
 
-    def scale(name: str, own: Tensor | None, after: float = 1.0) -> None:
+    def scale(
+        name: str, own: Tensor | None, after: float = 1.0, order: Tensor | None = None
+    ) -> None:
         if _trained(own) is not None:
             one = ones(len(cast(Tensor, own)))
-            found.append(TrainedVector(block, name, 0 * one, after * one, own))
+            found.append(TrainedVector(block, name, 0 * one, after * one, own, order=order))
 
-    after = ones(len(w.qkv.weight))
+    after = ones(3 * w.proj.weight.shape[1])
     if w.q_norm is None:
         after[: len(after) // 3] = w.scale
-    scale("gain1", w.norm1.weight)
-    product("b_qkv", w.qkv, w.norm1, _fold_qkv(fixed)[1], after)
+    scale("gain1", w.norm1 and w.norm1.weight)
+    product("b_qkv", w.qkv, w.norm1, _fold_qkv(fixed)[1], after, _order_of_qkv(w))
     for name, norm, by in (("q_norm", w.q_norm, w.scale), ("k_norm", w.k_norm, 1.0)):
         if norm is not None:
-            scale(f"{name}.weight", norm.weight, by)
-            scale(f"{name}.bias", norm.bias, by)
-    for name, linear, gamma in (("proj", w.proj, w.scale1), ("fc2", w.fc2, w.scale2)):
+            scale(f"{name}.weight", norm.weight, by, _order(w))
+            scale(f"{name}.bias", norm.bias, by, _order(w))
+    for name, linear, norm, gamma in (
+        ("proj", w.proj, w.attn_norm, w.scale1),
+        ("fc2", w.fc2, w.mlp_norm, w.scale2),
+    ):
         after = ones(len(linear.weight)) if gamma is None else gamma.detach().double()
-        base = _before_scale(getattr(fixed, name), gamma)[1]
-        product(f"b_{name}", linear, None, base, after)
-    scale("gain2", w.norm2.weight)
-    product(
-        "b_fc1", w.fc1, w.norm2, _behind_norm(fixed.norm2, fixed.fc1)[1], ones(len(w.fc1.weight))
-    )
+        product(f"b_{name}", linear, norm, _fold_second(fixed, name)[1], after)
+    before, of_fixed = w.mlp_pre or w.norm2, fixed.mlp_pre or fixed.norm2
+    if w.mlp_pre is None:
+        scale("gain2", w.norm2 and w.norm2.weight)
+    base = _behind_norm(of_fixed, fixed.fc1)[1]
+    product("b_fc1", w.fc1, before, base, ones(len(base)))
     return found
+
+
+def _order(w: BlockWeights) -> Tensor | None:
+    """`BlockPlan.order`: what is turned as neighbours lies half a head apart here."""
+    if w.rotation != "pairs":
+        return None
+    weight = w.proj.weight
+    return (
+        torch.arange(weight.shape[1] // w.num_heads, device=weight.device).view(-1, 2).T.flatten()
+    )
+
+
+def _order_of_qkv(w: BlockWeights) -> Tensor | None:
+    """That of the packed projection's features."""
+    order = _order(w)
+    if order is None:
+        return None
+    features = torch.arange(3 * w.proj.weight.shape[1], device=order.device)
+    q, k, v = features.view(3, w.num_heads, -1)
+    return torch.cat([q[:, order], k[:, order], v]).flatten()
+
+
+def _fold_second(w: BlockWeights, name: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias of "proj" or "fc2", between an inner norm and LayerScale."""
+    first = name == "proj"
+    norm, gamma = (w.attn_norm, w.scale1) if first else (w.mlp_norm, w.scale2)
+    return _before_scale(*_behind_norm(norm, w.proj if first else w.fc2), gamma)
 
 
 def _fold_qkv(w: BlockWeights) -> tuple[Tensor, Tensor]:
@@ -288,70 +376,84 @@ def _fold_qkv(w: BlockWeights) -> tuple[Tensor, Tensor]:
         rows = weight.shape[0] // 3
         weight[:rows] *= w.scale
         bias[:rows] *= w.scale
-    return weight, bias
+    order = _order_of_qkv(w)
+    return (weight, bias) if order is None else (weight[order], bias[order])
 
 
 def _fold_block(w: BlockWeights, w_qkv: Tensor, b_qkv: Tensor, dtype: torch.dtype) -> BlockPlan:
     def rounded(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return pair[0].to(dtype).contiguous(), pair[1].to(dtype)
 
-    w_proj, b_proj = rounded(_before_scale(w.proj, w.scale1))
-    w_fc1, b_fc1 = rounded(_behind_norm(w.norm2, w.fc1))
-    w_fc2, b_fc2 = rounded(_before_scale(w.fc2, w.scale2))
+    w_proj, b_proj = rounded(_fold_second(w, "proj"))
+    w_fc1, b_fc1 = rounded(_behind_norm(w.mlp_pre or w.norm2, w.fc1))
+    w_fc2, b_fc2 = rounded(_fold_second(w, "fc2"))
+    heads = b_qkv.view(3 * w.num_heads, -1)
     return BlockPlan(
         num_heads=w.num_heads,
-        head_width=w_qkv.shape[0] // (3 * w.num_heads),
+        head_width=heads.shape[1],
         scale=w.scale,
-        eps1=w.norm1.eps,
+        norm1=w.norm1 and _plain(w.norm1),
         w_qkv=w_qkv,
         b_qkv=b_qkv,
-        q_norm=_head_norm(w.q_norm, w.scale if w.q_norm is not None else 1.0, w_qkv, w.num_heads),
-        k_norm=_head_norm(w.k_norm, 1.0, w_qkv, w.num_heads),
+        q_norm=w.q_norm and _unfolded(w.q_norm, _plain(w.q_norm), heads, w.scale, _order(w)),
+        k_norm=w.k_norm and _unfolded(w.k_norm, _plain(w.k_norm), heads, 1.0, _order(w)),
         w_proj=w_proj,
         b_proj=b_proj,
-        eps2=w.norm2.eps,
+        norm2=w.norm2 and _plain(w.norm2),
         w_fc1=w_fc1,
         b_fc1=b_fc1,
         activation=w.activation,
         w_fc2=w_fc2,
         b_fc2=b_fc2,
+        gated=w.gated,
+        norm_out=w.attn_norm and _plain(w.attn_norm),
+        norm_hidden=w.mlp_norm and _plain(w.mlp_norm),
+        affine2=w.norm2 and w.mlp_pre and _unfolded(w.norm2, _plain(w.mlp_pre), w_fc1),
+        post1=w.post1 and _unfolded(w.post1, _plain(w.post1), w_fc1),
+        post2=w.post2 and _unfolded(w.post2, _plain(w.post2), w_fc1),
+        order=_order(w),
     )
 
 
-def _wide(linear: Linear) -> tuple[Tensor, Tensor]:
-    weight = linear.weight.detach().double()
-    bias = torch.zeros_like(weight[:, 0]) if linear.bias is None else linear.bias.detach().double()
+def _plain(norm: Norm) -> PlainNorm:
+    return PlainNorm(norm.eps, norm.kind == "rms")
+
+
+def _behind_norm(norm: Norm | None, linear: Linear | Stacked) -> tuple[Tensor, Tensor]:
+    """W (g * xhat + c) + b = (W g) xhat + (W c + b): new tensors."""
+    weight, own = linear.weight.detach().to(torch.float64, copy=True), linear.bias
+    bias = torch.zeros_like(weight[:, 0]) if own is None else own.detach().double().clone()
+    if norm is not None and norm.bias is not None:
+        bias += weight @ norm.bias.detach().double()
+    if norm is not None and norm.weight is not None:
+        weight *= norm.weight.detach().double()
     return weight, bias
 
 
-def _behind_norm(norm: Norm, linear: Linear) -> tuple[Tensor, Tensor]:
-    """W (g * xhat + c) + b = (W g) xhat + (W c + b)."""
-    weight, bias = _wide(linear)
-    if norm.bias is not None:
-        bias = bias + weight @ norm.bias.detach().double()
-    return (
-        weight.clone() if norm.weight is None else weight * norm.weight.detach().double(),
-        bias.clone(),
-    )
-
-
-def _before_scale(linear: Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+def _before_scale(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
     """gamma * (W x + b) = (gamma W) x + gamma b."""
-    weight, bias = _wide(linear)
     if gamma is None:
         return weight, bias
     gamma = gamma.detach().double()
     return weight * gamma[:, None], bias * gamma
 
 
-def _head_norm(norm: Norm | None, scale: float, like: Tensor, num_heads: int) -> HeadNorm | None:
-    if norm is None:
-        return None
-    width = like.shape[0] // (3 * num_heads)
-    ones = torch.ones(width, dtype=torch.float64, device=like.device)
+def _unfolded(
+    norm: Norm,
+    plain: PlainNorm,
+    like: Tensor,
+    scale: float = 1.0,
+    order: Tensor | None = None,
+) -> HeadNorm:
+    """The affine of `norm`, scaled and in another order, beside `plain`; as wide as the last axis
+    of `like`, in its dtype.
+    """
+    ones = torch.ones(like.shape[-1], dtype=torch.float64, device=like.device)
     weight = ones if norm.weight is None else norm.weight.detach().double()
     bias = 0 * ones if norm.bias is None else norm.bias.detach().double()
-    return HeadNorm((scale * weight).to(like.dtype), (scale * bias).to(like.dtype), norm.eps)
+    if order is not None:
+        weight, bias = weight[order], bias[order]
+    return HeadNorm((scale * weight).to(like.dtype), (scale * bias).to(like.dtype), plain)
 
 
 # ---- a plan belongs to what was folded
@@ -368,24 +470,34 @@ class Plans:
     """
 
     def __init__(self, view: BackboneView) -> None:
+        if view.unproved is not None:
+            view.examine()  # it may have become what can be folded
+        if view.unproved is not None:
+            raise UnsupportedBackbone(f'{view.unproved}; use engine="reference"')
         self._view = view
         self._seen = _Seen(view)
         self._plans: dict[torch.dtype, FrozenPlan] = {}
         self._settled: dict[torch.dtype, tuple[list[Any], FrozenPlan]] = {}
         self._proven: set[tuple[int, ...]] = set()
+        self._placed: tuple[Any, Any, FrozenPlan] | None = None
 
     def current(self) -> bool:
         """Whether nothing has changed that was folded, or that was looked at to allow it."""
         return self._seen.again()
 
     def plan(
-        self, dtype: torch.dtype, lengths: tuple[int, ...], settled: bool = True
+        self,
+        dtype: torch.dtype,
+        lengths: tuple[int, ...],
+        size: tuple[int, int],
+        settled: bool = True,
     ) -> FrozenPlan:
         """Folded at first use.
 
         Args:
             lengths: of the sequences that each block would be given, prompts included: new ones are
                 proved first.
+            size: of the images.
             settled: as in `fold`.
 
         Raises:
@@ -397,6 +509,14 @@ class Plans:
             except UnsupportedBackbone as error:
                 raise UnsupportedBackbone(f'{error}; use engine="reference"') from error
             self._proven.add(lengths)
+        plan, geometry = self._of_weights(dtype, settled), self._view.geometry(size)
+        if all(g is NO_GEOMETRY for g in geometry):
+            return plan
+        if self._placed is None or self._placed[0] is not plan or self._placed[1] is not geometry:
+            self._placed = plan, geometry, plan.placed(geometry)
+        return self._placed[2]
+
+    def _of_weights(self, dtype: torch.dtype, settled: bool) -> FrozenPlan:
         trained = self._seen.trained
         if settled and trained:
             written = [(t.data_ptr(), t._version) for t in trained]

@@ -49,6 +49,9 @@ ENTRIES: dict[str, Callable[[dict], int]] = {
     "activation_bwd": lambda c: c["BLOCK"],
     "layer_norm_fwd": lambda c: c["WIDTH"] * c["ROWS"],
     "layer_norm_bwd": lambda c: c["WIDTH"] * c["ROWS"],
+    "gated_fwd": lambda c: c["BLOCK"],
+    "gated_bwd": lambda c: c["BLOCK"],
+    "rotate": lambda c: 4 * c["HEADS"] * c["HALF"],
     "row_stats": lambda c: c["WIDTH"] * c["ROWS"],
     # of a tile, with a turn of its products
     "product_activation_fwd": lambda c: c["BLOCK_M"] * c["BLOCK_N"],

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, GluMlp, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -50,6 +50,10 @@ FEATURES = {
     "gelu_tanh": {"act_layer": "gelu_tanh"},
     "silu": {"act_layer": "silu"},
     "relu": {"act_layer": "relu"},
+    "swiglu": {"mlp_layer": SwiGLU, "scale_attn_norm": True, "scale_mlp_norm": True},
+    "packed_swiglu": {"mlp_layer": SwiGLUPacked, "init_values": 0.1, "reg_tokens": 1},
+    "rms": {"norm_layer": "rmsnorm", "qk_norm": True, "mlp_layer": GluMlp, "act_layer": "silu"},
+    "inner_norms": {"scale_attn_norm": True, "scale_mlp_norm": True, "proj_bias": False},
     "no_qkv_bias": {"qkv_bias": False},
     "no_proj_bias": {"proj_bias": False},
     "no_position": {"pos_embed": "none"},

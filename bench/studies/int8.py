@@ -197,10 +197,12 @@ class Weight:
         return self.backward(codes, 1.0, None, d.dtype).mul_(scales)
 
 
-def norm(x: Tensor, pending: Tensor | None, eps: float, weight: Weight) -> tuple[Tensor, ...]:
+def norm(
+    x: Tensor, pending: Tensor | None, plain: pae.plan.PlainNorm, weight: Weight
+) -> tuple[Tensor, ...]:
     """x + pending, its normalised rows and 1/std as the engine has them, and their product."""
     if not weight.known:
-        y, xhat, rstd = frozen._sum_and_norm(x, pending, eps, weight.dtype)
+        y, xhat, rstd = frozen._sum_and_norm(x, pending, plain, weight.dtype)
         return y, xhat, rstd, weight.rows(xhat)
     x = x.contiguous()
     y = x if pending is None else torch.empty_like(x)
@@ -208,13 +210,13 @@ def norm(x: Tensor, pending: Tensor | None, eps: float, weight: Weight) -> tuple
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     kinds, sizes = (KINDS[x.dtype], KINDS[xhat.dtype]), (rstd.numel(), x.shape[-1])
     pending = None if pending is None else pending.contiguous()
-    call("norm_codes", *kinds, x, pending, y, xhat, rstd, codes, weight.inverse, eps, *sizes)
+    call("norm_codes", *kinds, x, pending, y, xhat, rstd, codes, weight.inverse, plain.eps, *sizes)
     return y, xhat, rstd, weight.product(codes)
 
 
 def attention_half(block, stream, keys, class_only=False, steps=frozen.AS_A_BACKWARD_NEEDS):
     """As `pae.block.attention_half`, for all rows: the last block of one row is another's."""
-    x, xhat, rstd, qkv = norm(stream.rows, stream.pending, block.eps1, block.w_qkv)
+    x, xhat, rstd, qkv = norm(stream.rows, stream.pending, block.norm1, block.w_qkv)
     qkv = qkv.view(*xhat.shape[:2], 3, block.num_heads, block.head_width)
     out, lse = steps.attention(xhat, qkv, keys, class_only)
     kept = frozen.AttentionKept(xhat, rstd, qkv, lse, frozen.HeadNorms())
@@ -223,7 +225,7 @@ def attention_half(block, stream, keys, class_only=False, steps=frozen.AS_A_BACK
 
 def mlp_half(block, x, out, memory="keep", steps=frozen.AS_A_BACKWARD_NEEDS):
     """As `pae.block.mlp_half`, memory mode "keep"."""
-    y, xhat, rstd, hidden = norm(x, block.w_proj.rows(out), block.eps2, block.w_fc1)
+    y, xhat, rstd, hidden = norm(x, block.w_proj.rows(out), block.norm2, block.w_fc1)
     if block.w_fc2.known and block.activation == "gelu":
         rows = block.w_fc2.rows(hidden, act=1)
     else:

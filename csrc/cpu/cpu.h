@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define PAE_CPU_ABI_VERSION 1
+#define PAE_CPU_ABI_VERSION 2
 
 #define PAE_API __attribute__((visibility("default")))
 
@@ -34,12 +34,13 @@ typedef void (*pae_cpu_parallel)(void (*body)(void*), void* data, unsigned threa
 PAE_API void pae_cpu_set_parallel(pae_cpu_parallel parallel);
 
 /* y = x + delta rounded to the type of x; xhat = (y - mean) / sqrt(var + eps); rstd = that root's
- * inverse. Without delta, y is x and not written. */
+ * inverse. Without delta, y is x and not written. rms: the mean counts as 0, in the backward too. */
 typedef struct pae_cpu_norm_fwd_params {
   uint32_t struct_size;
   int32_t threads;
   int32_t x_type, delta_type, xhat_type;
   float eps;
+  int32_t rms, reserved;
   int64_t rows, width;
   const void *x, *delta;
   void *y, *xhat, *rstd; /* rstd fp32 */
@@ -52,7 +53,7 @@ typedef struct pae_cpu_norm_bwd_params {
   uint32_t struct_size;
   int32_t threads;
   int32_t d_type, xhat_type, residual_type, dx_type, copy_type;
-  int32_t reserved;
+  int32_t rms;
   int64_t rows, width;
   const void *d, *xhat, *rstd, *residual; /* residual may be null */
   void *dx, *copy;                        /* copy may be null */
@@ -87,6 +88,33 @@ typedef struct pae_cpu_activation_bwd_params {
 } pae_cpu_activation_bwd_params;
 PAE_API int pae_cpu_activation_bwd(const pae_cpu_activation_bwd_params* p, void* stream);
 PAE_API uint32_t pae_sizeof_cpu_activation_bwd_params(void);
+
+/* Gated rows: y = act(u[:width]) u[width:] of every row of u, and its gradient
+ *   du = d u[width:] act'(u[:width]), then d act(u[:width]). */
+typedef struct pae_cpu_gated_params {
+  uint32_t struct_size;
+  int32_t threads;
+  int32_t type, kind;
+  int64_t rows, width;
+  const void *u, *d; /* (rows, 2 width); d (rows, width), null in the forward */
+  void* y;           /* (rows, width) in the forward, (rows, 2 width) in the backward */
+} pae_cpu_gated_params;
+PAE_API int pae_cpu_gated(const pae_cpu_gated_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_cpu_gated_params(void);
+
+/* In place, queries and keys of the last `count` of `tokens` rows turned by angles: entries i and
+ * i + width/2 of a head, (a, b) to (a cos - b sin, b cos + a sin); `back`: by minus the angle. */
+typedef struct pae_cpu_rotate_params {
+  uint32_t struct_size;
+  int32_t threads;
+  int32_t type, back;
+  int64_t batch, tokens, count, heads, width;
+  int64_t table_head; /* entries between the heads' tables, 0 for one that all have */
+  const float *sin, *cos; /* (heads or 1, count, width / 2) */
+  void* qkv; /* (batch, tokens, 3, heads, width) */
+} pae_cpu_rotate_params;
+PAE_API int pae_cpu_rotate(const pae_cpu_rotate_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_cpu_rotate_params(void);
 
 /* Attention of image rows over prompts and image rows, and its gradient:
  *   logits = scale q k^T + bias,  lse = log sum exp(logits),  out = exp(logits - lse) v.

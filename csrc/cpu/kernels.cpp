@@ -46,7 +46,7 @@ void norm_fwd_rows(const pae_cpu_norm_fwd_params& p, int64_t begin, int64_t end)
     } else {
       vectors(n, [&](int64_t i, auto v) { sum += v.load(x + i); });
     }
-    const float mean = total(sum) * share;
+    const float mean = p.rms ? 0.0f : total(sum) * share;
     F squares = {};
     vectors(n, [&](int64_t i, auto v) {
       F c = v.only(v.load(x + i) - mean);
@@ -85,7 +85,7 @@ void norm_bwd_rows(const pae_cpu_norm_bwd_params& p, int64_t begin, int64_t end)
       dot += g * v.load(xhat + i);
     });
     const float rstd = static_cast<const float*>(p.rstd)[row];
-    const float mean = total(sum) * share, along = total(dot) * share;
+    const float mean = p.rms ? 0.0f : total(sum) * share, along = total(dot) * share;
     const Residual* residual = static_cast<const Residual*>(p.residual) + row * n;
     Dx* dx = static_cast<Dx*>(p.dx) + row * n;
     vectors(n, [&](int64_t i, auto v) {
@@ -296,6 +296,63 @@ void activation_bwd(const pae_cpu_activation_bwd_params& p, int64_t begin, int64
   });
 }
 
+// ---- gates
+
+void gated(const pae_cpu_gated_params& p, int64_t begin, int64_t end) {
+  const int64_t n = p.width;
+  with_type(p.type, [&](auto* type) {
+    using T = std::decay_t<decltype(*type)>;
+    with_kind<T>(p.kind, [&](auto act) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T* u = static_cast<const T*>(p.u) + row * 2 * n;
+        if (p.d == nullptr) {
+          T* y = static_cast<T*>(p.y) + row * n;
+          vectors(n, [&](int64_t i, auto v) {
+            F value, slope;
+            act.both(v.load(u + i), value, slope);
+            v.store(y + i, value * v.load(u + n + i));
+          });
+          continue;
+        }
+        const T* d = static_cast<const T*>(p.d) + row * n;
+        T* du = static_cast<T*>(p.y) + row * 2 * n;
+        vectors(n, [&](int64_t i, auto v) {
+          F value, slope, g = v.load(d + i);
+          act.both(v.load(u + i), value, slope);
+          v.store(du + i, g * v.load(u + n + i) * slope);
+          v.store(du + n + i, g * value);
+        });
+      }
+    });
+  });
+}
+
+// ---- rotations
+
+// of the rows [begin, end) of batch * count
+void rotate(const pae_cpu_rotate_params& p, int64_t begin, int64_t end) {
+  const int64_t half = p.width / 2, first = p.tokens - p.count;
+  const float sign = p.back ? -1.0f : 1.0f;
+  with_type(p.type, [&](auto* type) {
+    using T = std::decay_t<decltype(*type)>;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t image = row / p.count, at = row % p.count;
+      T* own = static_cast<T*>(p.qkv) +
+               (image * p.tokens + first + at) * 3 * p.heads * p.width;
+      for (int64_t part = 0; part < 2 * p.heads; ++part) {  // heads of queries, then of keys
+        const int64_t table = part % p.heads * p.table_head + at * half;
+        T* a = own + part * p.width;
+        vectors(half, [&](int64_t i, auto v) {
+          F x = v.load(a + i), y = v.load(a + half + i);
+          F sin = v.load(p.sin + table + i) * sign, cos = v.load(p.cos + table + i);
+          v.store(a + i, x * cos - y * sin);
+          v.store(a + half + i, y * cos + x * sin);
+        });
+      }
+    }
+  });
+}
+
 }  // namespace
 
 #define PAE_STRING_(x) #x
@@ -303,7 +360,8 @@ void activation_bwd(const pae_cpu_activation_bwd_params& p, int64_t begin, int64
 
 extern const Kernels PAE_ISA = {
     PAE_STRING(PAE_ISA), norm_fwd,       norm_bwd,      activation_fwd, activation_bwd,
-    eigenvector,         attention_room, attention_fwd, attention_bwd,
+    gated,               rotate,         eigenvector,   attention_room, attention_fwd,
+    attention_bwd,
 };
 
 }  // namespace pae

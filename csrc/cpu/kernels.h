@@ -13,6 +13,8 @@ struct Kernels {
   void (*norm_bwd)(const pae_cpu_norm_bwd_params&, int64_t begin, int64_t end);
   void (*activation_fwd)(const pae_cpu_activation_fwd_params&, int64_t begin, int64_t end);
   void (*activation_bwd)(const pae_cpu_activation_bwd_params&, int64_t begin, int64_t end);
+  void (*gated)(const pae_cpu_gated_params&, int64_t begin, int64_t end);
+  void (*rotate)(const pae_cpu_rotate_params&, int64_t begin, int64_t end);
   void (*eigenvector)(const pae_cpu_eigenvector_params&, int64_t begin, int64_t end);
   // one unit of work, in a thread's own memory of `attention_room` entries
   int64_t (*attention_room)(const pae_cpu_attention_params&, bool backward);

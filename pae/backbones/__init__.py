@@ -1,6 +1,7 @@
 """Reads frozen backbones into neutral block weights, and other people's files into backbones."""
 
-from .timm_vit import average_pooled, read_backbone
+from .timm import read_backbone
+from .timm_vit import average_pooled
 from .view import BackboneView, BlockWeights
 from .weights import LoadedWeights, load_weights
 

@@ -13,7 +13,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from .view import UNTRAINED, BackboneView
+from .view import UNTRAINED, BackboneView, Linear
 
 # VPT's "prompt+bias"; what DA-VPT+ trains beside its prompts (its queries' biases stay)
 PRESETS: Mapping[str, tuple[str, ...]] = {
@@ -42,10 +42,12 @@ def named(view: BackboneView, asked: str | Iterable[str]) -> tuple[str, ...]:
             different parts of one parameter.
     """
     several = [asked] if isinstance(asked, str) else list(asked)
+    if not several:
+        return ()
     own = view.module.named_parameters()
     parameters = {name: p for name, p in own if not name.startswith("head.")}
     blocks = [view.read_block(i) for i in range(len(view.blocks))]
-    packed = {id(w.qkv.bias) for w in blocks}
+    packed = {id(w.qkv.bias) for w in blocks if isinstance(w.qkv, Linear)}
     vectors = {id(t) for w in blocks for t in w.trainable()}
     inside = {id(p) for block in view.blocks for p in block.parameters()}
     found: dict[str, str] = {}

@@ -7,8 +7,11 @@ knows how a source calls its attributes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch.func import functional_call
 
 from pae_kernels.checks import transform
 from pae_kernels.pointwise import ACTIVATIONS
-from pae_kernels.precision import exact_products
+from pae_kernels.precision import exact_matmul, exact_products
 
 from ..errors import UnsupportedBackbone
 from ..prompts.base import BackboneShape
@@ -26,11 +29,18 @@ from ..prompts.base import BackboneShape
 
 @dataclass(frozen=True)
 class Norm:
-    """LayerNorm: weight and bias (n,) or None, eps."""
+    """LayerNorm, or RMSNorm when kind is "rms": weight and bias (n,) or None, eps."""
 
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+    kind: str = "layer"
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        width = rows.shape[-1:]
+        if self.kind == "layer":
+            return F.layer_norm(rows, width, self.weight, self.bias, self.eps)
+        return F.rms_norm(rows, width, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
@@ -40,36 +50,131 @@ class Linear:
     weight: Tensor
     bias: Tensor | None
 
+    @property
+    def parts(self) -> tuple[Linear, ...]:
+        """Itself: it is read as it lies in its module."""
+        return (self,)
+
+    def exchanged(self) -> Stacked:
+        """The second half of its rows before the first."""
+        halves = self.weight.chunk(2), (None, None) if self.bias is None else self.bias.chunk(2)
+        first, second = (Linear(*half) for half in zip(*halves))
+        return Stacked((second, first))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return F.linear(rows, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Several products of the same rows, one behind the other: what one projection is here and lies
+    in several modules, or in another order. Each part stays where it is.
+    """
+
+    parts: tuple[Linear, ...]
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), a new tensor each time."""
+        return torch.cat([part.weight for part in self.parts])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,), 0 where a part has none; None when no part has one. A new tensor each time."""
+        if all(part.bias is None for part in self.parts):
+            return None
+        each = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in self.parts]
+        return torch.cat(each)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return torch.cat([part(rows) for part in self.parts], dim=-1)
+
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """One pre-norm block: x += s1 proj(attention(norm1(x))); x += s2 fc2(act(fc1(norm2(x)))).
+    """One block:
 
-    qkv is the packed (3 H d, D) projection; q_norm and k_norm act per head before the logits, or
-    are None; scale1 and scale2 are LayerScale's (D,) factors, or None; activation is a key of
-    `pae_kernels` ACTIVATIONS.
+        h = norm1(x);  q, k, v = qkv(h);  q, k = rotated(q_norm(q)), rotated(k_norm(k))
+        x += post1(scale1 proj(attn_norm(softmax(scale q k^T + bias) v)))
+        t = mlp_pre(norm2(x));  u = act(fc1(t)), or act(gate) up of (gate, up) = fc1(t) when gated
+        x += post2(scale2 fc2(mlp_norm(u)))
+
+    qkv gives (3 H d) features: all queries, all keys, all values, each head by head, with as many
+    heads of keys and values as of queries. q_norm and k_norm act per head; they, attn_norm (over
+    H d), mlp_pre, mlp_norm (over F) and the LayerScale factors scale1 and scale2 (D,) may be None,
+    and so may norm1 and norm2 where the norms of a branch's output, post1 and post2, are not.
+    activation is a key of `pae_kernels` ACTIVATIONS. fc1 gives 2 F features when gated, gates
+    first.
+
+    rotation: "" when nothing is rotated; else which entries of a head are turned together: "pairs"
+    (0 with 1, 2 with 3, ...) or "half" (0 with d/2, 1 with d/2 + 1, ...). Angles and bias belong to
+    an image size, not to the weights: `Geometry`.
     """
 
-    norm1: Norm
-    qkv: Linear
+    norm1: Norm | None
+    qkv: Linear | Stacked
     q_norm: Norm | None
     k_norm: Norm | None
     num_heads: int
     scale: float
     proj: Linear
     scale1: Tensor | None
-    norm2: Norm
-    fc1: Linear
+    norm2: Norm | None
+    fc1: Linear | Stacked
     activation: str
     fc2: Linear
     scale2: Tensor | None
+    gated: bool = False
+    attn_norm: Norm | None = None
+    mlp_pre: Norm | None = None
+    mlp_norm: Norm | None = None
+    rotation: str = ""
+    post1: Norm | None = None
+    post2: Norm | None = None
 
     def trainable(self) -> list[Tensor]:
-        """The parameters that need not be frozen: its biases, and those of its norms."""
-        norms = [n for n in (self.norm1, self.norm2, self.q_norm, self.k_norm) if n is not None]
+        """The parameters that need not be frozen: its biases, and those of the norms that every
+        block has; of the inner ones the biases.
+        """
+        last = self.norm2 if self.mlp_pre is None else None
+        norms = [n for n in (self.norm1, last, self.q_norm, self.k_norm) if n is not None]
         found = [t for n in norms for t in (n.weight, n.bias)]
-        found += [linear.bias for linear in (self.qkv, self.proj, self.fc1, self.fc2)]
+        inner = self.attn_norm, self.mlp_norm, self.mlp_pre
+        found += [n.bias for n in inner if n is not None]
+        for product in (self.qkv, self.proj, self.fc1, self.fc2):
+            found += [part.bias for part in product.parts]
         return [t for t in found if t is not None]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a block is given beside its rows: constants of an image size.
+
+    Attributes:
+        rotation: (2, n, d/2) or (2, H, n, d/2), sine and cosine of the angles by which queries and
+            keys of the last n rows are turned; prefix and prompts are not. None without any.
+        bias: (H or 1, N, N), what is added to the logits of rows that there are without prompts,
+            or None. Prompts, which stand behind the first `at` rows, have none.
+        at: rows of the prefix.
+    """
+
+    rotation: Tensor | None = None
+    bias: Tensor | None = None
+    at: int = 0
+
+    def bias_of(self, rows: int, keys: int) -> Tensor | None:
+        """(H or 1, rows, keys + rows): of so many rows, with so many keys in front."""
+        bias = self.bias
+        if bias is None:
+            return None
+        more, at = rows - bias.shape[-1], self.at
+        if more:
+            bias = torch.cat([bias[:, :at], F.pad(bias[:, at:], (0, 0, more, 0))], dim=1)
+            bias = torch.cat([bias[..., :at], F.pad(bias[..., at:], (more, 0))], dim=2)
+        return F.pad(bias, (keys, 0))
+
+
+NO_GEOMETRY = Geometry()
 
 
 UNTRAINED = (
@@ -94,6 +199,18 @@ def added_to(module: nn.Module) -> str | None:
     return "a replaced forward" if "forward" in vars(module) else None
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """With every part of a module in eval mode."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
 class BackboneView(ABC):
     """What pae reads of a frozen backbone: its stem, its blocks, its readout.
 
@@ -101,11 +218,18 @@ class BackboneView(ABC):
         module: the backbone.
         shape: its sizes.
         num_prefix_tokens: class and register tokens, which stand first in the sequence.
+        other_head: name of a second head, with other features than the first's; None without one.
+        unproved: why no block formula stands for the blocks, which then run as they are and cannot
+            be folded; None when they are proved to be their formulas.
     """
 
     module: nn.Module
     shape: BackboneShape
     num_prefix_tokens: int
+    other_head: str | None = None
+    _known: tuple[Any, list[Geometry]] | None = None
+    _examining = False
+    unproved: str | None = None
 
     @property
     @abstractmethod
@@ -139,6 +263,12 @@ class BackboneView(ABC):
         """The one size of images that the stem takes; None when it takes more."""
 
     @property
+    def default_size(self) -> tuple[int, int]:
+        """The size of images that the stem is built for."""
+        rows, columns = (n * p for n, p in zip(self.shape.grid, self.shape.patch_size))
+        return self.image_size or (rows, columns)
+
+    @property
     @abstractmethod
     def pads_images(self) -> bool:
         """Whether the stem takes images whose sides the patch does not divide."""
@@ -152,17 +282,30 @@ class BackboneView(ABC):
     def read_block(self, index: int) -> BlockWeights:
         """Neutral weights of one block; raises UnsupportedBackbone naming what does not fit."""
 
+    def examine(self) -> None:
+        """Prove all blocks, or leave in `unproved` why there is nothing to prove, when they run as
+        they are on longer sequences.
+
+        Raises:
+            UnsupportedBackbone: they do not, or something else than the blocks stands between stem
+                and readout.
+        """
+        self.unproved, self._examining = None, True  # before anybody has frozen anything
+        try:
+            self.prove_blocks()
+        except UnsupportedBackbone as error:
+            self.unproved = str(error)
+            _run_as_it_is(self)
+        finally:
+            self._examining = False
+
     def prove_blocks(self) -> None:
         """Raise UnsupportedBackbone unless every block can be read and computes its formula, as far
-        as five rows of two images tell.
+        as the prefix and four rows of two images tell.
         """
         for i, block in enumerate(self.blocks):
-            modes = {part: part.training for part in block.modules()}
-            try:
-                _prove(block.eval(), self.read_block(i), f"blocks.{i}", 2, 5)
-            finally:
-                for part, mode in modes.items():
-                    part.training = mode
+            with evaluating(block):
+                _prove(self, i, 2, self.num_prefix_tokens + 4)
 
     def prove_lengths(self, lengths: Sequence[int]) -> None:
         """Raise UnsupportedBackbone unless every block, in the mode it is in, computes its formula
@@ -173,8 +316,8 @@ class BackboneView(ABC):
                 f"the backbone has {len(self.blocks)} blocks, and the prompts were made for "
                 f"{len(lengths)}: build a new model"
             )
-        for i, (block, rows) in enumerate(zip(self.blocks, lengths)):
-            _prove(block, self.read_block(i), f"blocks.{i}", 1, rows, torch.float64)
+        for i, rows in enumerate(lengths):
+            _prove(self, i, 1, rows, torch.float64)
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
@@ -198,23 +341,92 @@ class BackboneView(ABC):
         by row.
         """
 
-    @abstractmethod
-    def run_block(self, block: nn.Module, x: Tensor, kv: Tensor | None = None) -> Tensor:
-        """The block's own forward on rows (B, N, D); with `kv` (P, 2, H, d) or (B, P, 2, H, d), its
-        parts around an attention that has these keys and values in addition.
+    def geometry(self, size: tuple[int, int]) -> list[Geometry]:
+        """What each block is given beside the rows of images of this size."""
+        return [NO_GEOMETRY] * len(self.blocks)
+
+    def _remembered(
+        self,
+        size: tuple[int, int],
+        tensors: Iterable[tuple[str, Tensor]],
+        make: Callable[[tuple[int, int]], list[Geometry]],
+    ) -> list[Geometry]:
+        """What `make` gives of these named tensors, the same list while they are the same.
 
         Raises:
-            UnsupportedBackbone: with `kv`, when the block or its attention has a hook or a replaced
-                forward, which its parts alone do not run.
+            UnsupportedBackbone: one of them requires a gradient, which would not reach it.
         """
+        seen: tuple[Any, ...] = size, self.like.device, self.like.dtype
+        for name, t in tensors:
+            if t.requires_grad and not self._examining:
+                raise UnsupportedBackbone(
+                    f"{name}, positions that blocks are given, requires a gradient and is a "
+                    "constant here: call requires_grad_(False)"
+                )
+            seen += (t.data_ptr(), t._version)
+        if self._known is None or self._known[0] != seen:
+            self._known = seen, make(size)
+        return self._known[1]
 
-    @abstractmethod
-    def class_attention(self, block: nn.Module, x: Tensor, kv: Tensor | None = None) -> Tensor:
+    def block_arguments(self, geometry: Geometry, rows: int) -> dict[str, Any]:
+        """Keyword arguments of a block's own forward on so many rows, with `geometry` for the last
+        of them.
+        """
+        return {}
+
+    def proof(self, index: int, rows: int) -> tuple[int, Geometry]:
+        """On how many rows, about as many as that, the block is compared with its formula, and what
+        it is given then: any angles.
+        """
+        weights = self.read_block(index)
+        if not weights.rotation:
+            return rows, NO_GEOMETRY
+        width = weights.proj.weight.shape[1] // weights.num_heads
+        angles = random_rows(rows - self.num_prefix_tokens, width // 2)
+        return rows, Geometry(torch.stack([angles.sin(), angles.cos()]))
+
+    def run_block(
+        self, index: int, x: Tensor, geometry: Geometry = NO_GEOMETRY, kv: Tensor | None = None
+    ) -> Tensor:
+        """The block's own forward on rows (B, N, D). Its formula with `kv` (P, 2, H, d) or
+        (B, P, 2, H, d), keys and values in addition that stand as they are before attention; and
+        where the block has a bias for another number of rows.
+
+        Raises:
+            UnsupportedBackbone: the block is not its formula where that is needed, or a part of it
+                has a hook or a replaced forward, which the formula does not run.
+        """
+        block = self.blocks[index]
+        if kv is None and (geometry.bias is None or geometry.bias.shape[-1] == x.shape[1]):
+            return _output(block(x, **self.block_arguments(geometry, x.shape[1])))
+        for name, part in block.named_modules():
+            if added := added_to(part):
+                raise UnsupportedBackbone(
+                    f"blocks.{index}.{name}".rstrip(".") + f" has {added}, which cannot be run "
+                    "where the block's formula stands for it; remove it"
+                )
+        if self.unproved is not None:
+            raise UnsupportedBackbone(f"prompts need the block's formula here: {self.unproved}")
+        return apply_block(self.read_block(index), x, geometry, kv)
+
+    @torch.no_grad()
+    def class_attention(
+        self, index: int, x: Tensor, geometry: Geometry = NO_GEOMETRY, kv: Tensor | None = None
+    ) -> Tensor:
         """(B, H, N): attention of row 0 on every row in that forward, in at least fp32."""
+        weights = self.read_block(index)
+        q, k, _ = _heads(weights, x, geometry, kv)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(k.dtype, torch.float32)
+            scores = exact_matmul(weights.scale * q[:, :, :1].to(wide), k.to(wide).mT)
+            bias = geometry.bias_of(q.shape[2], k.shape[2] - q.shape[2])
+            scores = scores if bias is None else scores + bias[:, :1]
+            return scores.softmax(-1)[:, :, 0, -x.shape[1] :]
 
-    @abstractmethod
-    def class_query(self, block: nn.Module, x: Tensor) -> Tensor:
+    def class_query(self, index: int, x: Tensor) -> Tensor:
         """(B, H d): the query projection of row 0, before any per-head norm."""
+        weights = self.read_block(index)
+        return weights.qkv(_maybe(weights.norm1, x[:, :1]))[:, 0].chunk(3, dim=-1)[0]
 
     @abstractmethod
     def readout(self, x: Tensor) -> Tensor:
@@ -262,24 +474,60 @@ class BackboneView(ABC):
                 raise ValueError(f"images holds NaN or infinity in {bad} of {len(images)} images")
 
 
-def apply_block(weights: BlockWeights, x: Tensor) -> Tensor:
-    """The formula of `BlockWeights`, unfolded, in plain PyTorch."""
-    w, (batch, rows, _) = weights, x.shape
+def apply_block(
+    weights: BlockWeights, x: Tensor, geometry: Geometry = NO_GEOMETRY, kv: Tensor | None = None
+) -> Tensor:
+    """The formula of `BlockWeights`, unfolded, in plain PyTorch; `kv` as in `run_block`."""
+    w = weights
 
-    def norm(n: Norm, t: Tensor) -> Tensor:
-        return F.layer_norm(t, t.shape[-1:], n.weight, n.bias, n.eps)
+    def scaled(gamma: Tensor | None, rows: Tensor) -> Tensor:
+        return rows if gamma is None else rows * gamma
 
-    def scaled(gamma: Tensor | None, t: Tensor) -> Tensor:
-        return t if gamma is None else t * gamma
+    q, k, v = _heads(w, x, geometry, kv)
+    bias = geometry.bias_of(q.shape[2], k.shape[2] - q.shape[2])
+    bias = None if bias is None else bias[None].to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=w.scale)
+    out = out.transpose(1, 2).flatten(2)
+    x = x + _maybe(w.post1, scaled(w.scale1, w.proj(_maybe(w.attn_norm, out))))
+    hidden = w.fc1(_maybe(w.mlp_pre, _maybe(w.norm2, x)))
+    act = ACTIVATIONS[w.activation]
+    if w.gated:
+        gate, up = hidden.chunk(2, dim=-1)
+        hidden = act(gate) * up
+    else:
+        hidden = act(hidden)
+    return x + _maybe(w.post2, scaled(w.scale2, w.fc2(_maybe(w.mlp_norm, hidden))))
 
-    qkv = F.linear(norm(w.norm1, x), w.qkv.weight, w.qkv.bias)
-    q, k, v = qkv.view(batch, rows, 3, w.num_heads, -1).permute(2, 0, 3, 1, 4)
-    q = q if w.q_norm is None else norm(w.q_norm, q)
-    k = k if w.k_norm is None else norm(w.k_norm, k)
-    o = ((w.scale * q) @ k.transpose(-1, -2)).softmax(-1) @ v
-    x = x + scaled(w.scale1, F.linear(o.transpose(1, 2).flatten(2), w.proj.weight, w.proj.bias))
-    h = ACTIVATIONS[w.activation](F.linear(norm(w.norm2, x), w.fc1.weight, w.fc1.bias))
-    return x + scaled(w.scale2, F.linear(h, w.fc2.weight, w.fc2.bias))
+
+def _maybe(norm: Norm | None, rows: Tensor) -> Tensor:
+    return rows if norm is None else norm(rows)
+
+
+def _heads(
+    w: BlockWeights, x: Tensor, geometry: Geometry, kv: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, N, d), keys and values (B, H, P + N, d) of rows x (B, N, D), unscaled."""
+    qkv = w.qkv(_maybe(w.norm1, x)).view(*x.shape[:2], 3, w.num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    q = q if w.q_norm is None else w.q_norm(q)
+    k = k if w.k_norm is None else w.k_norm(k)
+    if geometry.rotation is not None:
+        q, k = (rotated(rows, geometry.rotation, w.rotation) for rows in (q, k))
+    if kv is not None:
+        kv = kv.to(v.dtype).expand(len(x), *kv.shape[-4:]).permute(2, 0, 3, 1, 4)
+        k, v = torch.cat([kv[0], k.to(v.dtype)], dim=2), torch.cat([kv[1], v], dim=2)
+    return q.to(v.dtype), k.to(v.dtype), v
+
+
+def rotated(rows: Tensor, rotation: Tensor, layout: str) -> Tensor:
+    """Rows (B, H, N, d), of which the last n are turned as `Geometry` and `BlockWeights` say."""
+    sin, cos = rotation
+    still, turned = rows.tensor_split([rows.shape[2] - sin.shape[-2]], dim=2)
+    half = layout == "half"
+    a, b = turned.chunk(2, dim=-1) if half else turned.unflatten(-1, (-1, 2)).unbind(-1)
+    pair = a * cos - b * sin, b * cos + a * sin
+    turned = torch.cat(pair, dim=-1) if half else torch.stack(pair, dim=-1).flatten(-2)
+    return torch.cat([still, turned.to(rows.dtype)], dim=2)
 
 
 def random_rows(*size: int) -> Tensor:
@@ -288,46 +536,123 @@ def random_rows(*size: int) -> Tensor:
     return torch.randn(*size, generator=generator, device="cpu")
 
 
-def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """`value` with every tensor in it so: a tensor, a dataclass of this file, or neither."""
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """`value` with every tensor in it so: a tensor, a dataclass of this file, a tuple, or none."""
     if isinstance(value, Tensor):
-        return value.to(dtype)
+        return value.to(device, dtype)
+    if isinstance(value, tuple):
+        return tuple(_moved(v, device, dtype) for v in value)
     if is_dataclass(value) and not isinstance(value, type):
-        named = {f.name: _in_dtype(getattr(value, f.name), dtype) for f in fields(value)}
+        named = {f.name: _moved(getattr(value, f.name), device, dtype) for f in fields(value)}
         return replace(value, **named)
     return value
 
 
-def _prove(
-    block: nn.Module,
-    weights: BlockWeights,
-    name: str,
-    batch: int,
-    count: int,
-    dtype: torch.dtype | None = None,
+def _output(made: Any) -> Tensor:
+    """The rows that a block returns, alone or as the first of several things."""
+    return made[0] if isinstance(made, tuple) else made
+
+
+def _check_order(
+    block: nn.Module, weights: BlockWeights, name: str, call: Callable[[], Any]
 ) -> None:
-    """Run block and formula on the same (batch, count) rows; raise when they differ by more than
-    rounding. `dtype`: to compute in; that of the weights, 32 bits at least, when None.
+    """Raise unless `call` runs the block's norms where its formula has them."""
+    order: list[nn.Module] = []
+    parts = list(block.modules())
+    owners = {id(t): part for part in parts for t in part.parameters(recurse=False)}
+    handles = [part.register_forward_pre_hook(lambda part, _: order.append(part)) for part in parts]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    w = weights
+    expected = (w.norm1, w.proj, w.post1, w.norm2, w.fc2, w.post2)
+    weights_of = [part.weight for part in expected if part is not None]
+    called = [owners[id(t)] for t in weights_of if id(t) in owners]
+    seen = [order.index(part) for part in called if part in order]
+    if seen != sorted(seen):
+        raise UnsupportedBackbone(f"{name} runs its norms in another order than in front")
+
+
+@contextmanager
+def _plainly(device: torch.device) -> Iterator[None]:
+    """Without a gradient and without autocast, fp32 products exact."""
+    with torch.no_grad(), exact_products:
+        if device.type == "meta":
+            yield
+        else:
+            with torch.autocast(device.type, enabled=False):
+                yield
+
+
+def _run_as_it_is(view: BackboneView) -> None:
+    """Raise unless stem, blocks and readout are the backbone, and prompts can stand in its blocks.
+
+    Raises:
+        UnsupportedBackbone: with what `view.unproved` says first.
     """
-    like = weights.qkv.weight
-    if like.device.type == "meta" or count == 0:
+    size, prompts = view.default_size, 3
+    with evaluating(view.module), _plainly(view.like.device):
+        try:
+            images = random_rows(1, view.shape.in_chans, *size).to(view.like)
+            expected, x, own = view.module(images), view.embed(images), view.geometry(size)
+            for i in range(len(view.blocks)):
+                at = view.num_prefix_tokens
+                longer = torch.cat([x[:, :at], x[:, -prompts:], x[:, at:]], dim=1)
+                if view.run_block(i, longer, own[i]).shape != longer.shape:
+                    raise ValueError(f"blocks.{i} gives rows of another shape")
+                x = view.run_block(i, x, own[i])
+            got = view.module.head(view.readout(x))
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UnsupportedBackbone(
+                f"{view.unproved}; nor do the blocks run as they are with prompts: {reason}"
+            ) from error
+    near = 64 * torch.finfo(expected.dtype).eps
+    if expected.device.type != "meta" and not (got - expected).norm() <= near * expected.norm():
+        raise UnsupportedBackbone(
+            f"{view.unproved}; and the backbone is more than a stem, blocks and a readout"
+        )
+
+
+def _prove(
+    view: BackboneView, index: int, batch: int, count: int, dtype: torch.dtype | None = None
+) -> None:
+    """Run a block and its formula on the same (batch, count) rows; raise when they differ by more
+    than rounding. `dtype`: to compute in; that of the weights, 32 bits at least, when None.
+
+    On the meta device there are no values: what is proved is the order of its parts.
+    """
+    block, weights, name = view.blocks[index], view.read_block(index), f"blocks.{index}"
+    name = f"{name} ({type(block).__name__})"
+    like = view.like
+    if count == 0:
         return
+    count, geometry = view.proof(index, count)
     # in 16 bits rounding of the rows can hide or fake a difference in a small update
     dtype = torch.promote_types(like.dtype, torch.float32) if dtype is None else dtype
-    parameters = {n: p.to(dtype) for n, p in block.named_parameters()}
-    rows = random_rows(batch, count, like.shape[1]).to(like.device, dtype)
+    tensors = chain(block.named_parameters(), block.named_buffers())
+    own = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors}
+    rows = random_rows(batch, count, view.shape.width).to(like.device, dtype)
+    geometry = _moved(geometry, like.device, dtype)
     try:
-        with torch.no_grad(), torch.autocast(like.device.type, enabled=False), exact_products:
-            got = apply_block(_in_dtype(weights, dtype), rows)
-            expected = functional_call(block, parameters, (rows,))
+        with _plainly(like.device):
+            got = apply_block(_moved(weights, like.device, dtype), rows, geometry)
+            call = partial(
+                functional_call, block, own, (rows,), view.block_arguments(geometry, count)
+            )
+            expected = _output(call())
     except (RuntimeError, TypeError, ValueError) as error:
-        raise UnsupportedBackbone(
-            f"{name} ({type(block).__name__}) cannot be run on {count} rows alone: {error}"
-        ) from error
+        raise UnsupportedBackbone(f"{name} cannot be run on {count} rows alone: {error}") from error
+    if like.device.type == "meta":
+        with _plainly(like.device):
+            _check_order(block, weights, name, call)
+        return
     difference = (got - expected).norm() / (expected - rows).norm().clamp_min(1e-20)
     most = 1e-6 if dtype == torch.float64 else 1e-3
     if not difference <= most and torch.isfinite(expected).all():
         raise UnsupportedBackbone(
-            f"{name} ({type(block).__name__}) computes something else than pre-norm attention and "
-            f"MLP: {difference:.1e} relative difference on {count} random rows"
+            f"{name} computes something else than pre-norm attention and MLP: {difference:.1e} "
+            f"relative difference on {count} random rows"
         )

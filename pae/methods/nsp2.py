@@ -96,9 +96,14 @@ class NullSpace(nn.Module):
                 "model.prompts must be VPTDeep with one count of at least 1 in every block that "
                 f"has prompts, got {family!r}"
             )
-        if any(model.view.read_block(i).k_norm for i in range(model.view.shape.depth)):
+        weights = [model.view.read_block(i) for i in range(model.view.shape.depth)]
+        if any(w.k_norm for w in weights):
             raise ValueError(
                 "model's keys are normalised per head: a prompt's key is not linear in it"
+            )
+        if official and any(w.rotation for w in weights):
+            raise ValueError(
+                "model rotates queries, which has no place in the released rule: leave out official"
             )
         etas = eta if isinstance(eta, tuple) else (eta, eta)
         if len(etas) != 2 or any(
@@ -137,11 +142,13 @@ class NullSpace(nn.Module):
             ValueError: no batch.
         """
         view = self.model.view
-        plan = self.model.plan(torch.promote_types(view.like.dtype, torch.float32))
+        wide = torch.promote_types(view.like.dtype, torch.float32)
         c1, c2, rows = torch.zeros_like(self.C1), torch.zeros_like(self.C2), 0
         with torch.autocast(self.C1.device.type, enabled=False), exact_products:
             for batch in batches:
                 images = batch if isinstance(batch, Tensor) else batch[0]
+                height, width = images.shape[-2:]
+                plan = self.model.plan(wide, (height, width))
                 x = view.embed(images)
                 each = x.shape[0] * x.shape[1]
                 rows += each
@@ -174,7 +181,7 @@ class NullSpace(nn.Module):
         prompted = index in self._prompted
         at = self._prompted.index(index) if prompted else 0
         prompts = tokens[at][None] if prompted else tokens[:1, :0]
-        kv = frozen.keys_values(block, frozen.normalise(prompts, block.eps1, block.w_qkv.dtype))
+        kv = frozen.keys_values(block, frozen.normalise(prompts, block.norm1, block.w_qkv.dtype))
         x, out, seen = frozen.attention_half(block, stream, frozen.Keys(kv))
         if prompted:
             q = seen.qkv[:, :, 0].transpose(1, 2)  # (B, H, N, d), scaled

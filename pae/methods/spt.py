@@ -146,7 +146,9 @@ def _tokens(model: PromptedViT, images: Tensor, blocks: int) -> Iterator[Tensor]
     view = model.view
     yield view.patch_tokens(images)
     if blocks > 1:
-        rows = unprompted(model.plan().only(0, blocks - 1), view.embed(images))
+        height, width = images.shape[-2:]
+        plan = model.plan(size=(height, width)).only(0, blocks - 1)
+        rows = unprompted(plan, view.embed(images))
         next(rows)  # what enters block 0 has positions
         for x in rows:
             yield x[:, view.num_prefix_tokens :]

@@ -81,7 +81,8 @@ def whiten_init(
         raise ValueError("images must hold at least 1 image, got 0")
 
     sets, dtype = len(family.coefficients), model.view.like.dtype
-    plan = model.plan(torch.promote_types(dtype, torch.float32)).only(0, sets)
+    height, width = images.shape[-2:]
+    plan = model.plan(torch.promote_types(dtype, torch.float32), (height, width)).only(0, sets)
     gather: Callable[[BlockPlan, Tensor], Tensor] = _mean_rows if official else _query_moment
     statistics: list[Tensor | None] = [None] * sets
     with torch.autocast(images.device.type, enabled=False), exact_products:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pae_kernels.spectrum import shortcut_pool
 
+from ..backbones.view import NO_GEOMETRY
 from ..choices import MPA_HEADS, MPA_PRECISIONS, MPA_SEARCHES
 from ..engine import unprompted
 from ..model import PromptedViT
@@ -229,7 +230,8 @@ def _ranking_head(
             model.head = nn.Identity()
             # zero prompts are in place here too: they move the features by more than a probe bears
             dtype = backbone_dtype(model)
-            forward = ZeroPromptForward(model, count, dtype)
+            height, width = images.shape[-2:]
+            forward = ZeroPromptForward(model, count, dtype, (height, width))
             features = [forward(model.view.embed(part)) for part in images.to(dtype).split(_PROBED)]
             model.head = fit_probe(torch.cat(features), labels, model_classes)
         if ranks.world > 1:
@@ -258,7 +260,8 @@ def _through_blocks(model: PromptedViT, rows: Tensor) -> list[Tensor | None]:
     depth = model.view.shape.depth
     if model.prompts.enters_sequence:
         return [rows] + [None] * (depth - 1)
-    return [x[0] for x in islice(unprompted(model.plan(), rows[None]), depth)]
+    plan = model.plan().placed([NO_GEOMETRY] * depth)  # prompts stand at no place of the image
+    return [x[0] for x in islice(unprompted(plan, rows[None]), depth)]
 
 
 def _check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -43,10 +43,17 @@ class ZeroPromptForward:
         model: a PromptedViT.
         count: P, at least 1.
         dtype: of the products; the residual stream keeps the backbone's.
+        size: (H, W) of the images; the backbone's own when None.
     """
 
-    def __init__(self, model: PromptedViT, count: int, dtype: torch.dtype) -> None:
-        self._model, self._plan = model, model.plan(dtype)
+    def __init__(
+        self,
+        model: PromptedViT,
+        count: int,
+        dtype: torch.dtype,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self._model, self._plan = model, model.plan(dtype, size)
         self._entering, self._prompts, log_count = count, BlockPrompts(), None
         if not model.prompts.enters_sequence:
             zero = torch.zeros_like(self._plan.w_qkv[0, :1])[None]
@@ -75,7 +82,7 @@ class ZeroPromptForward:
             x = insert_rows(x, x.new_zeros(self._entering, x.shape[-1]), at)
         stream = frozen.Stream(x.contiguous())
         for i, (block, steps) in enumerate(zip(self._plan.blocks, self._steps)):
-            if block.q_norm is None and block.k_norm is None:
+            if block.keys_are_linear:
                 stream = frozen.forward(block, stream, steps.keys, steps)
             else:
                 stream = frozen.Stream(self._walk(i, stream.sum(), class_only=False))
@@ -96,7 +103,7 @@ class ZeroPromptForward:
 
 
 class _Steps(frozen.Steps):
-    """A block without per-head norms and with one prompt key, in place and laid out.
+    """A block whose keys are linear and with one prompt key, in place and laid out.
 
     Args:
         log_count: (1, 1) fp64, log P; None without a prompt key.

@@ -36,10 +36,10 @@ class FilteredBatch:
     def __init__(self, model: PromptedViT, spectrum: Tensor, origins: Tensor, window: int) -> None:
         self._view, self._spectrum = model.view, spectrum
         self._origins, self._window = origins, window
-        self._size = spectrum.shape[-2], spectrum.shape[-1]
+        self.size = spectrum.shape[-2], spectrum.shape[-1]
         self._dtype = backbone_dtype(model)
         self.num_prefix_tokens = model.view.num_prefix_tokens
-        self._stem = model.view.patch_convolution(self._size)
+        self._stem = model.view.patch_convolution(self.size)
 
     def rows(self, windows: Tensor, images: Tensor) -> Tensor:
         """(s b, N, D), window by window, for windows (s,) and images (b,), int64 on the CPU."""
@@ -48,11 +48,11 @@ class FilteredBatch:
             spectrum = spectrum[images.to(device)]
         origins = self._origins[windows.to(device)]
         if self._stem is None:
-            pixels = shortcut_images(spectrum, origins, self._window, self._size)
+            pixels = shortcut_images(spectrum, origins, self._window, self.size)
             return self._view.embed(pixels.flatten(0, 1).to(self._dtype))
         weight, bias = self._stem.weight, self._stem.bias
-        tokens = shortcut_tokens(spectrum, origins, self._window, self._size, weight, bias)
-        return self._view.embed_tokens(tokens.flatten(0, 1), self._size)
+        tokens = shortcut_tokens(spectrum, origins, self._window, self.size, weight, bias)
+        return self._view.embed_tokens(tokens.flatten(0, 1), self.size)
 
 
 def backbone_dtype(model: PromptedViT) -> torch.dtype:
@@ -164,7 +164,9 @@ class _Worker:
     ) -> Tensor:
         """(s, b) on this device; `times`: how often a forward of this size comes, if known."""
         if dtype not in self._forwards:
-            self._forwards[dtype] = ZeroPromptForward(self._model, self._count, dtype)
+            self._forwards[dtype] = ZeroPromptForward(
+                self._model, self._count, dtype, self._batch.size
+            )
         forward, device = self._forwards[dtype], self._labels.device
         x = self._batch.rows(windows, images)
         if times is not None:

@@ -87,6 +87,7 @@ def class_attention(
     group: Tensor | None,
     scale: float,
     log_multiplicity: Tensor | None,
+    placed: Tensor | None = None,
 ) -> Tensor:
     """Row 0 of the softmax that `prompt_attention` took, (B, H, P + N), from its log-sum-exp.
 
@@ -100,6 +101,8 @@ def class_attention(
     scores = torch.cat([exact_matmul(q, keys.transpose(-1, -2)) for keys in (k_p, k)], dim=-1)
     if log_multiplicity is not None:
         scores = scores + _key_bias(log_multiplicity, group, batch, tokens).to(wide)
+    if placed is not None:
+        scores = scores + placed[:, :1].to(wide)
     return (scores - lse[:, :, :1, None].to(wide)).exp().squeeze(2)
 
 
@@ -107,6 +110,24 @@ def _key_bias(log_multiplicity: Tensor, group: Tensor | None, batch: int, tokens
     """Additive logit per key, (B, 1, 1, P + N): log multiplicity for prompts, 0 for image rows."""
     bias = take_groups(log_multiplicity, group, batch)
     return torch.nn.functional.pad(bias, (0, tokens))[:, None, None]
+
+
+def _bias(
+    log_multiplicity: Tensor | None,
+    group: Tensor | None,
+    batch: int,
+    tokens: int,
+    placed: Tensor | None,
+    class_only: bool,
+) -> Tensor | None:
+    """All that is added to the logits, (B or 1, H or 1, N or 1, P + N)."""
+    of_keys = None
+    if log_multiplicity is not None:
+        of_keys = _key_bias(log_multiplicity, group, batch, tokens)
+    if placed is None:
+        return of_keys
+    placed = (placed[:, :1] if class_only else placed)[None]
+    return placed if of_keys is None else placed + of_keys
 
 
 def _split(
@@ -132,13 +153,15 @@ def forward(
     scale: float,
     class_only: bool,
     log_multiplicity: Tensor | None,
+    placed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, N, H d) and log-sum-exp (B, H, N), fp32 or wider."""
+    """Output (B, N, H d) and log-sum-exp (B, H, N), fp32 or wider.
+
+    `placed`, (H or 1, N, P + N), is added to the logits; the registered op has none.
+    """
     n = Sizes.of(qkv, kv_prompt, class_only)
     q, k, v = _split(qkv, kv_prompt, group, class_only)
-    bias = None
-    if log_multiplicity is not None:
-        bias = _key_bias(log_multiplicity, group, n.batch, n.tokens)
+    bias = _bias(log_multiplicity, group, n.batch, n.tokens, placed, class_only)
     if _fused_on_cpu(qkv, class_only):
         mask = None if bias is None else bias.to(q.dtype)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -178,6 +201,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     need_qkv: bool,
+    placed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv (empty unless `need_qkv`) and of kv_prompt (summed over each group's samples
     in fp32).
@@ -185,9 +209,7 @@ def backward(
     n = Sizes.of(qkv, kv_prompt, class_only)
     d_out = d_out.reshape(n.batch, n.rows, n.heads, n.width).transpose(1, 2)
     out = out.view(n.batch, n.rows, n.heads, n.width).transpose(1, 2)
-    bias = None
-    if log_multiplicity is not None:
-        bias = _key_bias(log_multiplicity, group, n.batch, n.tokens)
+    bias = _bias(log_multiplicity, group, n.batch, n.tokens, placed, class_only)
 
     if not need_qkv:
         d_kv = _prompt_columns(d_out, qkv, kv_prompt, group, scale, class_only, bias, out, lse)
@@ -210,7 +232,7 @@ def backward(
         step = 1 if qkv.device.type == "cpu" else max(n.batch, 1)
         for i in range(0, n.batch, step):
             s = slice(i, i + step)
-            mine = None if bias is None else bias[s]
+            mine = bias if bias is None or len(bias) == 1 else bias[s]
             grads = _explicit(d_out[s], q[s], k[s], v[s], scale, mine, lse[s])
             _pack(grads, d_qkv[s], d_kv[s], n.prompts)
     return d_qkv, sum_groups(d_kv, group, n.sets).to(kv_prompt.dtype)

@@ -1,5 +1,5 @@
-"""The element-wise and row-wise pieces of a frozen block: LayerNorm without affine, and
-activations.
+"""The element-wise and row-wise pieces of a frozen block: norms without affine, activations, gates
+and rotations.
 """
 
 from .op import (
@@ -7,8 +7,11 @@ from .op import (
     activation_,
     activation_backward,
     add_layer_norm,
+    gated,
+    gated_backward,
     layer_norm,
     layer_norm_backward,
+    rotate_,
 )
 from .reference import ACTIVATIONS
 
@@ -18,6 +21,9 @@ __all__ = [
     "activation_",
     "activation_backward",
     "add_layer_norm",
+    "gated",
+    "gated_backward",
     "layer_norm",
     "layer_norm_backward",
+    "rotate_",
 ]

@@ -16,13 +16,14 @@ _NormForward = native.params(
     "cpu_norm_fwd",
     **dict.fromkeys(("threads", "x_type", "delta_type", "xhat_type"), native.INT32),
     eps=native.FLOAT32,
+    **dict.fromkeys(("rms", "reserved"), native.INT32),
     **dict.fromkeys(("rows", "width"), native.INT64),
     **dict.fromkeys(("x", "delta", "y", "xhat", "rstd"), native.POINTER),
 )
 _NormBackward = native.params(
     "cpu_norm_bwd",
     **dict.fromkeys(
-        ("threads", "d_type", "xhat_type", "residual_type", "dx_type", "copy_type", "reserved"),
+        ("threads", "d_type", "xhat_type", "residual_type", "dx_type", "copy_type", "rms"),
         native.INT32,
     ),
     **dict.fromkeys(("rows", "width"), native.INT64),
@@ -42,6 +43,20 @@ _ActivationBackward = native.params(
 )
 
 
+_Gated = native.params(
+    "cpu_gated",
+    **dict.fromkeys(("threads", "type", "kind"), native.INT32),
+    **dict.fromkeys(("rows", "width"), native.INT64),
+    **dict.fromkeys(("u", "d", "y"), native.POINTER),
+)
+_Rotate = native.params(
+    "cpu_rotate",
+    **dict.fromkeys(("threads", "type", "back"), native.INT32),
+    **dict.fromkeys(("batch", "tokens", "count", "heads", "width", "table_head"), native.INT64),
+    **dict.fromkeys(("sin", "cos", "qkv"), native.POINTER),
+)
+
+
 def _rows(x: Tensor) -> dict[str, int]:
     width = x.shape[-1]
     return {"rows": x.numel() // max(width, 1), "width": width}
@@ -51,18 +66,20 @@ def _rstd_of(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-def layer_norm(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def layer_norm(
+    x: Tensor, eps: float, dtype: torch.dtype, rms: bool = False
+) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's."""
     xhat, rstd = torch.empty_like(x, dtype=dtype), _rstd_of(x)
     if x.numel():
-        types = {"x_type": cpu.TYPES[x.dtype], "xhat_type": cpu.TYPES[dtype]}
+        types = {"x_type": cpu.TYPES[x.dtype], "xhat_type": cpu.TYPES[dtype], "rms": rms}
         given = _NormForward(**types, eps=eps, **_rows(x), x=x, xhat=xhat, rstd=rstd)
         cpu.call("pae_cpu_norm_fwd", given)
     return xhat, rstd
 
 
 def add_layer_norm(
-    x: Tensor, delta: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, delta: Tensor, eps: float, dtype: torch.dtype, rms: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as the reference's."""
     y, xhat, rstd = torch.empty_like(x), torch.empty_like(x, dtype=dtype), _rstd_of(x)
@@ -71,6 +88,7 @@ def add_layer_norm(
             "x_type": cpu.TYPES[x.dtype],
             "delta_type": cpu.TYPES[delta.dtype],
             "xhat_type": cpu.TYPES[dtype],
+            "rms": rms,
         }
         arrays = {"x": x, "delta": delta, "y": y, "xhat": xhat, "rstd": rstd}
         cpu.call("pae_cpu_norm_fwd", _NormForward(**types, eps=eps, **_rows(x), **arrays))
@@ -84,6 +102,7 @@ def layer_norm_backward(
     residual: Tensor | None,
     dtype: torch.dtype,
     narrow: torch.dtype | None,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's."""
     dx = torch.empty_like(d_xhat, dtype=dtype)
@@ -95,6 +114,7 @@ def layer_norm_backward(
             "residual_type": 0 if residual is None else cpu.TYPES[residual.dtype],
             "dx_type": cpu.TYPES[dtype],
             "copy_type": 0 if narrow is None else cpu.TYPES[narrow],
+            "rms": rms,
         }
         arrays = {"d": d_xhat, "xhat": xhat, "rstd": rstd, "residual": residual, "dx": dx}
         arrays["copy"] = None if narrow is None else copy
@@ -134,3 +154,34 @@ def activation_backward(d: Tensor, kept: Tensor, kind: str) -> Tensor:
     given = _ActivationBackward(**how, count=d.numel(), d=d, kept=kept, du=du)
     cpu.call("pae_cpu_activation_bwd", given)
     return du
+
+
+def gated(u: Tensor, kind: str) -> Tensor:
+    """Same contract as the reference's."""
+    y = u.new_empty((*u.shape[:-1], u.shape[-1] // 2))
+    return _gated(u, None, y, kind)
+
+
+def gated_backward(d: Tensor, u: Tensor, kind: str) -> Tensor:
+    """Same contract as the reference's."""
+    return _gated(u, d, torch.empty_like(u), kind)
+
+
+def _gated(u: Tensor, d: Tensor | None, y: Tensor, kind: str) -> Tensor:
+    if u.numel():
+        how = {"type": cpu.TYPES[u.dtype], "kind": _KINDS[kind], "width": u.shape[-1] // 2}
+        cpu.call("pae_cpu_gated", _Gated(**how, rows=u.numel() // u.shape[-1], u=u, d=d, y=y))
+    return y
+
+
+def rotate_(qkv: Tensor, rotation: Tensor, back: bool) -> None:
+    """Same contract as the reference's."""
+    batch, tokens, _, heads, width = qkv.shape
+    sin, cos = rotation.contiguous()
+    count = sin.shape[-2]
+    if batch and count:
+        shape = {"batch": batch, "tokens": tokens, "count": count, "heads": heads, "width": width}
+        how = {"type": cpu.TYPES[qkv.dtype], "back": back}
+        table = count * width // 2 if sin.dim() == 3 else 0
+        given = _Rotate(**how, **shape, table_head=table, sin=sin, cos=cos, qkv=qkv)
+        cpu.call("pae_cpu_rotate", given)

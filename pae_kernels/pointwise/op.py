@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, registration
+from ..checks import describe
 from . import reference
 
 backends.register(
@@ -20,7 +21,9 @@ backends.register(
 )
 
 
-def layer_norm(x: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def layer_norm(
+    x: Tensor, eps: float, dtype: torch.dtype | None = None, rms: bool = False
+) -> tuple[Tensor, Tensor]:
     """(x - mean(x)) / sqrt(var(x) + eps) over the last axis; the affine part is folded into the
     next product.
 
@@ -28,6 +31,7 @@ def layer_norm(x: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple
         x: (..., D) float.
         eps: added to the variance, exactly (near-zero prompt rows make it decide).
         dtype: of the normalised rows; that of x when None.
+        rms: x / sqrt(mean(x^2) + eps) instead: RMSNorm.
 
     Returns:
         xhat (..., D) in `dtype` and rstd (..., 1) in at least fp32, in which the statistics are
@@ -35,25 +39,25 @@ def layer_norm(x: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple
 
     Gradients: none recorded; `layer_norm_backward` is the adjoint.
     """
-    return _layer_norm_fwd(x, eps, dtype or x.dtype)
+    return _layer_norm_fwd(x, eps, dtype or x.dtype, rms)
 
 
 def add_layer_norm(
-    x: Tensor, delta: Tensor, eps: float, dtype: torch.dtype | None = None
+    x: Tensor, delta: Tensor, eps: float, dtype: torch.dtype | None = None, rms: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = x + delta rounded to the dtype of x, and `layer_norm` of y, in one pass.
 
     Args:
         x: (..., D) float, the residual stream.
         delta: (..., D) float, what the last product adds to it; may be narrower.
-        eps, dtype: as in `layer_norm`.
+        eps, dtype, rms: as in `layer_norm`.
 
     Returns:
         y (..., D) in the dtype of x; xhat (..., D) in `dtype`; rstd (..., 1) in at least fp32.
 
     Gradients: none recorded; both x and delta get `layer_norm_backward`'s.
     """
-    return _add_layer_norm_fwd(x, delta, eps, dtype or x.dtype)
+    return _add_layer_norm_fwd(x, delta, eps, dtype or x.dtype, rms)
 
 
 def layer_norm_backward(
@@ -64,8 +68,9 @@ def layer_norm_backward(
     *,
     dtype: torch.dtype | None = None,
     narrow: torch.dtype | None = None,
+    rms: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """residual + rstd (d - mean(d) - xhat mean(d xhat)).
+    """residual + rstd (d - mean(d) - xhat mean(d xhat)), without mean(d) when `rms`.
 
     Args:
         d_xhat, xhat: (..., D) gradient of the normalised rows, and the rows themselves.
@@ -74,7 +79,7 @@ def layer_norm_backward(
         dtype: of the result; that of rstd when None.
         narrow: return a second copy in this dtype, for the product that reads it next.
     """
-    dx, copy = _layer_norm_bwd(d_xhat, xhat, rstd, residual, dtype or rstd.dtype, narrow)
+    dx, copy = _layer_norm_bwd(d_xhat, xhat, rstd, residual, dtype or rstd.dtype, narrow, rms)
     return dx if narrow is None else (dx, copy)
 
 
@@ -120,6 +125,59 @@ def activation_backward(d: Tensor, u_or_code: Tensor, kind: str) -> Tensor:
     return _activation_bwd(d, u_or_code, kind)
 
 
+def gated(u: Tensor, kind: str) -> Tensor:
+    """act(gate) up, where u (..., 2 F) holds gates and ups side by side: (..., F) in its dtype.
+
+    Args:
+        u: (..., 2 F) float.
+        kind: a key of `ACTIVATIONS`.
+
+    Raises:
+        ValueError: another kind; an odd width.
+
+    Gradients: none recorded; `gated_backward` is the adjoint.
+    """
+    _check_kind(kind)
+    if u.dim() == 0 or u.shape[-1] % 2:
+        raise ValueError(f"u must be (..., 2 F), gates and ups, got {describe(u)}")
+    return _gated_fwd(u, kind)
+
+
+def gated_backward(d: Tensor, u: Tensor, kind: str) -> Tensor:
+    """Gradient of u (..., 2 F), of d (..., F) and u as `gated` was given it, in the dtype of d."""
+    _check_kind(kind)
+    if u.shape != (*d.shape[:-1], 2 * d.shape[-1]) or u.dtype != d.dtype:
+        raise ValueError(f"u must be {(*d.shape[:-1], 2 * d.shape[-1])} like d, got {describe(u)}")
+    return _gated_bwd(d, u, kind)
+
+
+def rotate_(qkv: Tensor, rotation: Tensor, back: bool = False) -> Tensor:
+    """Turn queries and keys of the last n rows by angles, in place of qkv, which comes back.
+
+    Entries i and i + d/2 of a head are a pair: (a, b) to (a cos - b sin, b cos + a sin).
+
+    Args:
+        qkv: (B, N, 3, H, d) float, contiguous, d even.
+        rotation: (2, n, d/2) or (2, H, n, d/2), sine and cosine in at least fp32, n <= N.
+        back: by minus the angles, which undoes it and is its adjoint.
+
+    Raises:
+        ValueError: shapes, dtypes or strides that do not fit.
+    """
+    heads, width = qkv.shape[-2:]
+    fits = rotation.dim() in (3, 4) and rotation.shape[-1] * 2 == width
+    fits = fits and rotation.shape[0] == 2 and rotation.shape[1:-2] in ((), (heads,))
+    if not fits or rotation.shape[-2] > qkv.shape[1] or rotation.dtype.itemsize < 4:
+        raise ValueError(
+            f"rotation must be (2, n, {width / 2:g}) or (2, {heads}, n, {width / 2:g}) in at least "
+            f"fp32 with n <= {qkv.shape[1]}, got {describe(rotation)}"
+        )
+    if not qkv.is_contiguous():
+        raise ValueError("qkv must be contiguous to be turned in place")
+    _rotate(qkv, rotation, back)
+    return qkv
+
+
 def _check_kind(kind: str) -> None:
     if kind not in reference.ACTIVATIONS:
         raise ValueError(f"kind must be one of {sorted(reference.ACTIVATIONS)}, got {kind!r}")
@@ -136,21 +194,21 @@ def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 _op = partial(registration.op, versions="pointwise", dtype=registration.rarest, products=False)
 
 _layer_norm_fwd = _op(
-    "layer_norm_fwd(Tensor x, float eps, ScalarType dtype) -> (Tensor xhat, Tensor rstd)",
+    "layer_norm_fwd(Tensor x, float eps, ScalarType dtype, bool rms) -> (Tensor xhat, Tensor rstd)",
     "layer_norm",
-    lambda x, eps, dtype: (_like(x, dtype), _rstd_of(x)),
+    lambda x, eps, dtype, rms: (_like(x, dtype), _rstd_of(x)),
 )
 _add_layer_norm_fwd = _op(
-    "add_layer_norm_fwd(Tensor x, Tensor delta, float eps, ScalarType dtype) "
+    "add_layer_norm_fwd(Tensor x, Tensor delta, float eps, ScalarType dtype, bool rms) "
     "-> (Tensor y, Tensor xhat, Tensor rstd)",
     "add_layer_norm",
-    lambda x, delta, eps, dtype: (_like(x), _like(x, dtype), _rstd_of(x)),
+    lambda x, delta, eps, dtype, rms: (_like(x), _like(x, dtype), _rstd_of(x)),
 )
 _layer_norm_bwd = _op(
     "layer_norm_bwd(Tensor d_xhat, Tensor xhat, Tensor rstd, Tensor? residual, ScalarType dtype, "
-    "ScalarType? narrow) -> (Tensor dx, Tensor copy)",
+    "ScalarType? narrow, bool rms) -> (Tensor dx, Tensor copy)",
     "layer_norm_backward",
-    lambda d_xhat, xhat, rstd, residual, dtype, narrow: (
+    lambda d_xhat, xhat, rstd, residual, dtype, narrow, rms: (
         _like(d_xhat, dtype),
         rstd.new_empty(0) if narrow is None else _like(d_xhat, narrow),
     ),
@@ -167,4 +225,20 @@ _activation_bwd = _op(
     "activation_bwd(Tensor d, Tensor u_or_code, str kind) -> Tensor",
     "activation_backward",
     lambda d, u_or_code, kind: _like(d),
+)
+_gated_fwd = _op(
+    "gated_fwd(Tensor u, str kind) -> Tensor",
+    "gated",
+    lambda u, kind: u.new_empty((*u.shape[:-1], u.shape[-1] // 2)),
+)
+_gated_bwd = _op(
+    "gated_bwd(Tensor d, Tensor u, str kind) -> Tensor",
+    "gated_backward",
+    lambda d, u, kind: _like(u),
+)
+_rotate = _op(
+    "rotate_(Tensor(a!) qkv, Tensor rotation, bool back) -> ()",
+    "rotate_",
+    lambda qkv, rotation, back: None,
+    layout=None,
 )

@@ -1,4 +1,5 @@
-"""LayerNorm without affine and the activations of vision transformers, in plain PyTorch.
+"""LayerNorm and RMSNorm without affine, activations, gates and rotations of vision transformers, in
+plain PyTorch.
 
 Frozen weights have no gradient and the affine part is folded into the next product, so LayerNorm's
 backward needs only the normalised rows (which are that product's input and kept anyway) and 1/std.
@@ -38,21 +39,26 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 _CODE_SCALE, _CODE_ZERO = 200.0, 27.0
 
 
-def layer_norm(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def layer_norm(
+    x: Tensor, eps: float, dtype: torch.dtype, rms: bool = False
+) -> tuple[Tensor, Tensor]:
     """(x - mean) / std over the last axis in `dtype`, and 1/std (..., 1); statistics in at least
-    fp32.
+    fp32. With `rms`, the mean counts as 0.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if rms:
+        rstd = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        return (wide * rstd).to(dtype), rstd
     xhat, _, rstd = torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
     return xhat.to(dtype), rstd
 
 
 def add_layer_norm(
-    x: Tensor, delta: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, delta: Tensor, eps: float, dtype: torch.dtype, rms: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x + delta in the dtype of x, and `layer_norm` of it."""
     y = (x + delta).to(x.dtype)
-    return y, *layer_norm(y, eps, dtype)
+    return y, *layer_norm(y, eps, dtype, rms)
 
 
 def layer_norm_backward(
@@ -62,16 +68,20 @@ def layer_norm_backward(
     residual: Tensor | None,
     dtype: torch.dtype,
     narrow: torch.dtype | None,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """residual + rstd (d - mean(d) - xhat mean(d xhat)) in `dtype`, and in `narrow` if given."""
     wide = rstd.dtype
     d, xhat = d_xhat.to(wide), xhat.to(wide)
-    # PyTorch's own kernel on rows that are already normalised: mean 0, rstd 1; the true rstd
-    # multiplies after
-    zero, one = torch.zeros_like(rstd), torch.ones_like(rstd)
-    d, _, _ = torch.ops.aten.native_layer_norm_backward(
-        d, xhat, xhat.shape[-1:], zero, one, None, None, [True, False, False]
-    )
+    if rms:
+        d = d - xhat * (d * xhat).mean(-1, keepdim=True)
+    else:
+        # PyTorch's own kernel on rows that are already normalised: mean 0, rstd 1; the true rstd
+        # multiplies after
+        zero, one = torch.zeros_like(rstd), torch.ones_like(rstd)
+        d, _, _ = torch.ops.aten.native_layer_norm_backward(
+            d, xhat, xhat.shape[-1:], zero, one, None, None, [True, False, False]
+        )
     dx = d * rstd if residual is None else torch.addcmul(residual.to(wide), d, rstd)
     copy = dx.new_empty(0) if narrow is None else dx.to(narrow, copy=True)
     return dx.to(dtype), copy
@@ -110,3 +120,30 @@ def activation_coded(u: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     slope = slope.to(torch.promote_types(u.dtype, torch.float32))
     code = slope.mul_(_CODE_SCALE).add_(_CODE_ZERO).round_().clamp_(0, 255)
     return activation(u, kind), code.to(torch.uint8)
+
+
+def gated(u: Tensor, kind: str) -> Tensor:
+    """act(gate) up of (gate, up) = u."""
+    gate, up = u.chunk(2, dim=-1)
+    return activation(gate, kind) * up
+
+
+def gated_backward(d: Tensor, u: Tensor, kind: str) -> Tensor:
+    """(d up act'(gate), d act(gate)) of (gate, up) = u, in the dtype of d."""
+    gate, up = u.chunk(2, dim=-1)
+    wide = torch.promote_types(d.dtype, torch.float32)
+    d_gate = activation_backward(d.to(wide) * up.to(wide), gate.to(wide), kind)
+    return torch.cat([d_gate, d.to(wide) * activation(gate.to(wide), kind)], dim=-1).to(d.dtype)
+
+
+def rotate_(qkv: Tensor, rotation: Tensor, back: bool) -> None:
+    """In place: (a, b) to (a cos - b sin, b cos + a sin) of the halves of queries and keys."""
+    sin, cos = rotation
+    if sin.dim() == 3:  # (H, n, d/2) to (n, 1, H, d/2)
+        sin, cos = sin.transpose(0, 1)[:, None], cos.transpose(0, 1)[:, None]
+    else:
+        sin, cos = sin[:, None, None], cos[:, None, None]
+    sin = -sin if back else sin
+    rows = qkv[:, qkv.shape[1] - len(sin) :, :2]
+    a, b = rows.to(sin.dtype).chunk(2, dim=-1)
+    rows.copy_(torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1))

@@ -1,4 +1,5 @@
-"""LayerNorm without affine and activations in Triton: three memory passes each way in a block.
+"""Norms without affine, activations, gates and rotations in Triton: three memory passes each way in
+a block, and one more where queries and keys are rotated.
 
 add_layer_norm        one program: one warp and ROWS rows (one of 768); reads x (and delta), writes
                       their sum, the normalised rows in the product's dtype and 1/std. With an fp32
@@ -9,6 +10,10 @@ layer_norm_backward   same tiling; reads d, xhat and the residual gradient, writ
                       4 + 2 out. No weight gradient exists, so rows are independent.
 activation(_backward) one program: BLOCK consecutive entries; 2 in, 2 out (4 in, 2 out); with 8-bit
                       derivatives 2 in, 3 out (3 in, 2 out).
+gated(_backward)      one program: BLOCK entries of one row of the gates and of what they multiply;
+                      4 in, 2 out (6 in, 4 out) per entry of the result.
+rotate_               one program: all heads of queries and keys of one row, 4 in and 4 out per
+                      entry of one of both; a row's angles are read once.
 
 Arrays of one kernel differ in the size of their entries, and the compiler would give each the
 layout that suits its own, with a pass through shared memory between two of them (and, with 8-bit
@@ -39,7 +44,8 @@ CODE_SCALE, CODE_ZERO = tl.constexpr(_CODE_SCALE), tl.constexpr(_CODE_ZERO)
 @triton.jit
 def layer_norm_fwd_kernel(
     x, delta, y, xhat, rstd, rows, eps,
-    HAS_DELTA: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    HAS_DELTA: tl.constexpr, RMS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, BLOCK_D)
@@ -51,8 +57,11 @@ def layer_norm_fwd_kernel(
         stored = v.to(y.dtype.element_ty)
         tl.store(y + at, stored, mask=mask)
         v = stored.to(tl.float32)  # the norm sees what the stream holds
-    mean = tl.sum(v, 1) / WIDTH
-    centred = tl.where(mask, v - mean[:, None], 0.0)
+    if RMS:
+        centred = v
+    else:
+        mean = tl.sum(v, 1) / WIDTH
+        centred = tl.where(mask, v - mean[:, None], 0.0)
     r = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
     tl.store(xhat + at, (centred * r[:, None]).to(xhat.dtype.element_ty), mask=mask)
     tl.store(rstd + o_m, r, mask=o_m < rows)
@@ -61,7 +70,7 @@ def layer_norm_fwd_kernel(
 @triton.jit
 def layer_norm_bwd_kernel(
     d, xhat, rstd, residual, dx, narrow, rows,
-    HAS_RESIDUAL: tl.constexpr, HAS_NARROW: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_NARROW: tl.constexpr, RMS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -71,9 +80,10 @@ def layer_norm_bwd_kernel(
     g = tl.load(d + at, mask=mask, other=0.0).to(tl.float32)
     h = tl.load(xhat + at, mask=mask, other=0.0).to(tl.float32)
     r = tl.load(rstd + o_m, mask=o_m < rows, other=0.0)
-    mean = tl.sum(g, 1) / WIDTH
     along = tl.sum(g * h, 1) / WIDTH
-    g = (g - mean[:, None] - h * along[:, None]) * r[:, None]
+    if not RMS:
+        g -= (tl.sum(g, 1) / WIDTH)[:, None]
+    g = (g - h * along[:, None]) * r[:, None]
     if HAS_RESIDUAL:
         g += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx + at, g.to(dx.dtype.element_ty), mask=mask)
@@ -172,6 +182,66 @@ def activation_bwd_kernel(
     tl.store(du + at, (g * slope).to(du.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _of_row(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's row and its entries there."""
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    return (tl.program_id(0) // blocks).to(tl.int64), tl.max_contiguous(at, 8)
+
+
+@triton.jit
+def gated_fwd_kernel(u, y, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row, at = _of_row(WIDTH, BLOCK)
+    mask = at < WIDTH
+    gate = tl.load(u + row * (2 * WIDTH) + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(u + row * (2 * WIDTH) + WIDTH + at, mask=mask, other=0.0).to(tl.float32)
+    value, _ = _act(gate, KIND)
+    tl.store(y + row * WIDTH + at, (value * up).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_bwd_kernel(d, u, du, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row, at = _of_row(WIDTH, BLOCK)
+    mask = at < WIDTH
+    g = tl.load(d + row * WIDTH + at, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(u + row * (2 * WIDTH) + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(u + row * (2 * WIDTH) + WIDTH + at, mask=mask, other=0.0).to(tl.float32)
+    value, slope = _act(gate, KIND)
+    tl.store(du + row * (2 * WIDTH) + at, (g * up * slope).to(du.dtype.element_ty), mask=mask)
+    tl.store(du + row * (2 * WIDTH) + WIDTH + at, (g * value).to(du.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rotate_kernel(
+    qkv, rotation, tokens, count,
+    BACK: tl.constexpr, PER_HEAD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) % count
+    image = (tl.program_id(0) // count).to(tl.int64)
+    row = qkv + (image * tokens + tokens - count + at) * (6 * HEADS * HALF)
+    o_h, o_d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    table = rotation + at * HALF + o_d[None, :]
+    size = count * HALF  # of the table of one head
+    known = o_d[None, :] < HALF
+    if PER_HEAD:
+        table += (o_h % HEADS)[:, None] * size
+        size *= HEADS
+    sin = tl.load(table, mask=known, other=0.0)
+    cos = tl.load(table + size, mask=known, other=0.0)
+    if BACK:
+        sin = -sin
+    entries = o_h[:, None] * (2 * HALF) + o_d[None, :]  # heads of queries, then of keys
+    mask = (o_h < 2 * HEADS)[:, None] & known
+    a = tl.load(row + entries, mask=mask, other=0.0).to(sin.dtype)
+    b = tl.load(row + entries + HALF, mask=mask, other=0.0).to(sin.dtype)
+    tl.store(row + entries, (a * cos - b * sin).to(qkv.dtype.element_ty), mask=mask)
+    tl.store(row + entries + HALF, (b * cos + a * sin).to(qkv.dtype.element_ty), mask=mask)
+
+
+_gate_forward, _gate_backward = Launcher(gated_fwd_kernel), Launcher(gated_bwd_kernel)
+_turn = Launcher(rotate_kernel)
 _norm_forward, _norm_backward = Launcher(layer_norm_fwd_kernel), Launcher(layer_norm_bwd_kernel)
 _act_forward, _act_backward = Launcher(activation_fwd_kernel), Launcher(activation_bwd_kernel)
 
@@ -184,27 +254,29 @@ def _rows_launch(width: int) -> dict:
     return {"WIDTH": width, "BLOCK_D": block, "ROWS": rows, "num_warps": warps, **OPTIONS}
 
 
-def layer_norm(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def layer_norm(
+    x: Tensor, eps: float, dtype: torch.dtype, rms: bool = False
+) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's."""
-    _, xhat, rstd = _norm(x, None, eps, dtype)
+    _, xhat, rstd = _norm(x, None, eps, dtype, rms)
     return xhat, rstd
 
 
 def add_layer_norm(
-    x: Tensor, delta: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, delta: Tensor, eps: float, dtype: torch.dtype, rms: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as the reference's."""
-    return _norm(x, delta, eps, dtype)
+    return _norm(x, delta, eps, dtype, rms)
 
 
-def _norm(x: Tensor, delta: Tensor | None, eps: float, dtype: torch.dtype):
+def _norm(x: Tensor, delta: Tensor | None, eps: float, dtype: torch.dtype, rms: bool):
     xhat = x.new_empty(x.shape, dtype=dtype)
     y = x if delta is None else torch.empty_like(x)
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     rows, launch = rstd.numel(), _rows_launch(x.shape[-1])
     if rows:
         given = x, x if delta is None else delta, y, xhat, rstd, rows, eps
-        constants = {"HAS_DELTA": delta is not None, **launch}
+        constants = {"HAS_DELTA": delta is not None, "RMS": rms, **launch}
         _norm_forward(programs(rows, launch["ROWS"]), x.device, given, constants)
     return y, xhat, rstd
 
@@ -216,6 +288,7 @@ def layer_norm_backward(
     residual: Tensor | None,
     dtype: torch.dtype,
     narrow: torch.dtype | None,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's."""
     dx = d_xhat.new_empty(d_xhat.shape, dtype=dtype)
@@ -225,6 +298,7 @@ def layer_norm_backward(
         around = d_xhat if residual is None else residual
         given = d_xhat, xhat, rstd, around, dx, dx if narrow is None else copy, rows
         switches = {"HAS_RESIDUAL": residual is not None, "HAS_NARROW": narrow is not None}
+        switches["RMS"] = rms
         _norm_backward(programs(rows, launch["ROWS"]), xhat.device, given, switches | launch)
     return dx, copy
 
@@ -267,19 +341,68 @@ def activation_backward(d: Tensor, kept: Tensor, kind: str) -> Tensor:
     return du
 
 
+_GATED_BLOCK = 1024
+
+
+@lru_cache
+def _gated_launch(kind: str, width: int) -> dict:
+    """Entries of a program, 8 a thread."""
+    return {"KIND": kind, "WIDTH": width, "BLOCK": _GATED_BLOCK, "num_warps": 4, **OPTIONS}
+
+
+def gated(u: Tensor, kind: str) -> Tensor:
+    """Same contract as the reference's."""
+    width = u.shape[-1] // 2
+    y = u.new_empty((*u.shape[:-1], width))
+    if y.numel():
+        count = y.numel() // width * programs(width, _GATED_BLOCK)
+        _gate_forward(count, u.device, (u, y), _gated_launch(kind, width))
+    return y
+
+
+def gated_backward(d: Tensor, u: Tensor, kind: str) -> Tensor:
+    """Same contract as the reference's."""
+    du = torch.empty_like(u)
+    if d.numel():
+        width = d.shape[-1]
+        count = d.numel() // width * programs(width, _GATED_BLOCK)
+        _gate_backward(count, d.device, (d, u, du), _gated_launch(kind, width))
+    return du
+
+
+@lru_cache
+def _rotate_launch(heads: int, half: int, per_head: bool, back: bool) -> dict:
+    """All heads of queries and keys of a row, about 8 pairs a thread."""
+    blocks = power_of_2(2 * heads), power_of_2(half)
+    constants = {"BACK": back, "PER_HEAD": per_head, "HEADS": heads, "HALF": half}
+    constants |= {"BLOCK_H": blocks[0], "BLOCK_D": blocks[1]}
+    return {**constants, "num_warps": min(max(1, blocks[0] * blocks[1] // 256), 8), **OPTIONS}
+
+
+def rotate_(qkv: Tensor, rotation: Tensor, back: bool) -> None:
+    """Same contract as the reference's."""
+    batch, tokens, _, heads, width = qkv.shape
+    count = rotation.shape[-2]
+    if batch and count:
+        given = qkv, rotation.contiguous(), tokens, count
+        constants = _rotate_launch(heads, width // 2, rotation.dim() == 4, back)
+        _turn(batch * count, qkv.device, given, constants)
+
+
 def _shipped(label: str, kernel, launch: dict, changed=None) -> Launch:
     """`kernel` between an fp32 stream and bf16 products; `changed` types of other arguments."""
     narrow = ("xhat", "delta", "d", "narrow", "u", "y", "du", "kept")
     types = dict.fromkeys(narrow, "*bf16")
     types |= dict.fromkeys(("x", "rstd", "residual", "dx"), "*fp32")
     types |= {"rows": "i32", "count": "i32", "eps": "fp32", "code": "*u8"}
+    types |= {"qkv": "*bf16", "rotation": "*fp32", "tokens": "i32"}
     constants = {n: v for n, v in launch.items() if n in kernel.arg_names}
     warps = launch["num_warps"]
     return Launch(label, kernel, types | (changed or {}), constants, warps, 3, ("count",))
 
 
 def _norm_launch(label: str, kernel, width: int, changed=None, **constants) -> Launch:
-    return _shipped(label, kernel, _rows_launch(width) | constants, changed)
+    return _shipped(label, kernel, _rows_launch(width) | {"RMS": False} | constants, changed)
 
 
 def _flat(label: str, kernel, coded: bool, kind: str = "gelu", changed=None) -> Launch:
@@ -298,6 +421,10 @@ def shipped_launches(architecture: int) -> list[Launch]:
         _flat("gelu coded", activation_fwd_kernel, True),
         _flat("gelu bwd", activation_bwd_kernel, False),
         _flat("gelu bwd coded", activation_bwd_kernel, True, changed={"kept": "*u8"}),
+        _shipped("gated silu fwd", gated_fwd_kernel, _gated_launch("silu", 2048)),
+        _shipped("gated silu bwd", gated_bwd_kernel, _gated_launch("silu", 2048)),
+        _shipped("rotate", rotate_kernel, _rotate_launch(12, 32, False, False)),
+        _shipped("rotate back", rotate_kernel, _rotate_launch(12, 32, False, True)),
     ]
 
 
@@ -314,6 +441,17 @@ def variant_launches(architecture: int) -> list[Launch]:
         _norm_launch(
             "layer_norm bwd", layer_norm_bwd_kernel, 5120, bf16, HAS_RESIDUAL=True, HAS_NARROW=False
         ),
+        _norm_launch("rms_norm", layer_norm_fwd_kernel, 1024, fp32, HAS_DELTA=True, RMS=True),
+        _norm_launch(
+            "rms_norm bwd",
+            layer_norm_bwd_kernel,
+            1024,
+            HAS_RESIDUAL=True,
+            HAS_NARROW=True,
+            RMS=True,
+        ),
+        _shipped("gated gelu bwd", gated_bwd_kernel, _gated_launch("gelu", 2730)),
+        _shipped("rotate per head", rotate_kernel, _rotate_launch(3, 33, True, False)),
         *(
             _flat(kind, kernel, coded, kind)
             for kind, kernel, coded in (

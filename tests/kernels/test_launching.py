@@ -90,7 +90,7 @@ def norm(rows: int = 32, width: int = 64, dtype=BF16, offset: int = 0) -> tuple:
     """Arguments of the norm's kernel, its first rows `offset` entries behind an aligned address."""
     x, y = (torch.zeros(rows * width + 8)[offset : offset + rows * width] for _ in range(2))
     d, xhat = (torch.zeros(rows * width, dtype=dtype) for _ in range(2))
-    constants = {"HAS_DELTA": True, **pointwise._rows_launch(width)}
+    constants = {"HAS_DELTA": True, "RMS": False, **pointwise._rows_launch(width)}
     return (rows, GPU, (x, d, y, xhat, torch.zeros(rows), rows, 1e-6), constants)
 
 

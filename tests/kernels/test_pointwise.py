@@ -333,6 +333,111 @@ def test_layer_norm_ignores_shift_and_scale():
     assert (d * x).sum(-1).abs().max() < 1e-12  # nor along a scaling
 
 
+# ---- RMSNorm, gates, rotations
+
+
+@each(
+    OP,
+    "width, stream, narrow",
+    reference=[(33, FP64, FP64), (33, FP32, BF16)],
+    interpreter=[(33, FP32, FP16)],
+    cpu=[(33, FP32, BF16), (72, BF16, BF16), (16, FP32, FP32)],
+    gpu=[(1024, FP32, BF16)],
+)
+def test_rms_norm(execution, width, stream, narrow):
+    """Values against the formula, gradients against autograd, in fp64."""
+    shape = (2, 5, width)
+    x, delta, d, around = execution.moved(
+        *(
+            rows(*shape, dtype=dtype, seed=seed) + 0.5
+            for seed, dtype in enumerate((stream, narrow, narrow, stream))
+        )
+    )
+    y, xhat, rstd = pointwise.add_layer_norm(x, delta, 0.1, narrow, rms=True)
+    for got, expected in zip(pointwise.layer_norm(y, 0.1, narrow, rms=True), (xhat, rstd)):
+        assert torch.equal(got, expected)
+    wide = y.double().requires_grad_()
+    exact = F.rms_norm(wide, (width,), eps=0.1)
+    assert error(xhat, exact) < ROUNDING[narrow]
+    dx, copy = pointwise.layer_norm_backward(
+        d, xhat, rstd, around, dtype=stream, narrow=narrow, rms=True
+    )
+    (gradient,) = torch.autograd.grad(exact, wide, d.double())
+    assert error(dx, gradient + around.double()) < 3 * max(ROUNDING[stream], ROUNDING[narrow])
+    assert torch.equal(copy, dx.to(narrow)) or stream != FP32
+
+
+@each(
+    OP,
+    "width, dtype",
+    reference=itertools.product([3, 40], [FP64, FP32, BF16]),
+    interpreter=[(40, FP16), (1030, FP32)],
+    cpu=itertools.product([1, 16, 41], [FP32, BF16]),
+    gpu=itertools.product([2048, 2730], [BF16, FP32]),
+)
+def test_gates(execution, width, dtype):
+    """A product of act(gate) and up, and its gradient, rounded at the end."""
+    for kind in execution.pick(interpreter=["silu"], other=KINDS):
+        u, d = execution.moved(
+            2 * rows(3, 2, 2 * width, dtype=dtype), rows(3, 2, width, dtype=dtype, seed=1)
+        )
+        wide = u.double().requires_grad_()
+        gate, up = wide.chunk(2, -1)
+        exact = ACTIVATIONS[kind](gate) * up
+        (slope,) = torch.autograd.grad(exact, wide, d.double())
+        y, du = pointwise.gated(u, kind), pointwise.gated_backward(d, u, kind)
+        assert y.dtype == du.dtype == dtype
+        room = 2e-5 if kind == "gelu" and execution.kind == "cpu" else 0
+        assert error(y, exact) < 3 * ROUNDING[dtype] + room
+        assert error(du, slope) < 3 * ROUNDING[dtype] + room
+    empty = torch.empty(0, 2 * width, dtype=dtype, device=execution.device)
+    assert pointwise.gated(empty, "silu").shape == (0, width)
+
+
+@each(
+    OP,
+    "heads, half, dtype",
+    reference=[(3, 5, FP64), (1, 1, FP32), (2, 8, BF16)],
+    interpreter=[(3, 5, FP32), (2, 8, FP16)],
+    cpu=[(3, 5, FP32), (2, 32, BF16), (1, 17, FP32)],
+    gpu=[(12, 32, BF16), (16, 40, FP32)],
+)
+@pytest.mark.parametrize("per_head", [False, True])
+def test_rotations(execution, heads, half, dtype, per_head):
+    """Queries and keys of the last rows as complex numbers times turns; all else stays; back is
+    back.
+    """
+    count = 4
+    angle_dtype = torch.promote_types(dtype, FP32)
+    angles = rows(*((heads,) if per_head else ()), count, half, seed=1)
+    (qkv, rotation) = execution.moved(
+        rows(2, 7, 3, heads, 2 * half, dtype=dtype),
+        torch.stack([angles.sin(), angles.cos()]).to(angle_dtype),
+    )
+    before = qkv.clone()
+    assert pointwise.rotate_(qkv, rotation) is qkv
+    assert torch.equal(qkv[:, :3], before[:, :3]) and torch.equal(qkv[:, :, 2], before[:, :, 2])
+    turn = torch.polar(torch.ones_like(angles), angles).to(execution.device)
+    turn = turn.transpose(0, 1)[:, None] if per_head else turn[:, None, None]
+    exact = torch.complex(*before[:, 3:, :2].double().chunk(2, -1)) * turn
+    assert error(qkv[:, 3:, :2], torch.cat([exact.real, exact.imag], -1)) < ROUNDING[dtype]
+    pointwise.rotate_(qkv, rotation, back=True)
+    assert error(qkv, before.double()) < 2 * ROUNDING[dtype]
+
+
+def test_rotations_and_gates_say_what_does_not_fit():
+    qkv, angles = torch.zeros(2, 5, 3, 2, 8), torch.zeros(2, 4, 4)
+    for rotation in (angles[..., :3], torch.zeros(2, 6, 4), torch.zeros(2, 3, 4, 4), angles.half()):
+        with pytest.raises(ValueError, match=r"rotation must be \(2, n, 4\) or \(2, 2, n, 4\)"):
+            pointwise.rotate_(qkv, rotation)
+    with pytest.raises(ValueError, match="qkv must be contiguous"):
+        pointwise.rotate_(qkv.transpose(0, 1), torch.zeros(2, 2, 4))
+    with pytest.raises(ValueError, match=r"u must be \(\.\.\., 2 F\)"):
+        pointwise.gated(torch.zeros(3, 5), "silu")
+    with pytest.raises(ValueError, match=r"u must be \(3, 4\) like d"):
+        pointwise.gated_backward(torch.zeros(3, 2), torch.zeros(3, 5), "silu")
+
+
 # ---- activations
 
 
@@ -449,12 +554,12 @@ def test_opcheck(layout, dtype):
     quick = ("test_schema", "test_faketensor")
     x, d = (LAYOUTS[layout](rows(3, 5, 8, dtype=dtype, seed=s)) for s in range(2))
     for out in (dtype, torch.bfloat16):
-        opcheck(OPS.layer_norm_fwd.default, (x, 1e-6, out), test_utils=quick)
-        opcheck(OPS.add_layer_norm_fwd.default, (x, d.to(out), 1e-6, out), test_utils=quick)
-    xhat, rstd = OPS.layer_norm_fwd(x, 1e-6, dtype)
+        opcheck(OPS.layer_norm_fwd.default, (x, 1e-6, out, False), test_utils=quick)
+        opcheck(OPS.add_layer_norm_fwd.default, (x, d.to(out), 1e-6, out, True), test_utils=quick)
+    xhat, rstd = OPS.layer_norm_fwd(x, 1e-6, dtype, False)
     for residual in (None, d, d.float()):
         for narrow in (None, dtype, torch.bfloat16):
-            args = (d, xhat, rstd, residual, rstd.dtype, narrow)
+            args = (d, xhat, rstd, residual, rstd.dtype, narrow, False)
             opcheck(OPS.layer_norm_bwd.default, args, test_utils=quick)
     for kind in KINDS:
         opcheck(OPS.activation_fwd.default, (x, kind), test_utils=quick)
@@ -462,6 +567,11 @@ def test_opcheck(layout, dtype):
         code = OPS.activation_coded_fwd(x, kind)[1]
         for kept in (x, code):
             opcheck(OPS.activation_bwd.default, (d, kept, kind), test_utils=quick)
+    opcheck(OPS.gated_fwd.default, (x, "silu"), test_utils=quick)
+    opcheck(OPS.gated_bwd.default, (d[..., :4], x, "silu"), test_utils=quick)
+    qkv = rows(2, 3, 3, 2, 4, dtype=dtype)
+    angles = torch.zeros(2, 2, 2, dtype=torch.promote_types(dtype, FP32))
+    opcheck(OPS.rotate_.default, (qkv, angles, False), test_utils=quick)
 
 
 @pytest.mark.parametrize("reason", ["fp64", "not built"])

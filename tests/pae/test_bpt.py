@@ -425,7 +425,7 @@ def test_interaction_is_that_of_the_folded_plan():
     for i, block in enumerate(plan.blocks):
         w_q, w_k = block.w_qkv.view(3, block.num_heads, block.head_width, -1)[:2]
         b_q = block.b_qkv.view(3, block.num_heads, block.head_width)[0]
-        hat = F.layer_norm(rows_entering(model, i, x), (32,), eps=block.eps1)
+        hat = F.layer_norm(rows_entering(model, i, x), (32,), eps=block.norm1.eps)
         q = torch.einsum("bnc,hdc->bnhd", hat, w_q) + b_q
         y = torch.einsum("bnhd,hdc->bnhc", q, w_k).flatten(0, 2) * block.head_width**0.5
         values = torch.linalg.eigvalsh(y.T @ y / len(y)).flip(0)

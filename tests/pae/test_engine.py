@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pae
 from pae import block, engine
+from pae.plan import PlainNorm
 from tests import counts, processes, tiny
 from tests.errors import assert_not_worse
 from tests.tiny import FEATURES, FromRows, Given, assert_engines_agree, error, gradients, prompted
@@ -353,7 +354,9 @@ def test_prompt_keys_of_all_blocks_in_16_bits(groups):
         return
     assert work.ops["native_layer_norm"] == 1
     for i, prompts in enumerate(found[:2]):
-        own = block.keys_values(plan.blocks[i], block.normalise(rows[i], 1e-6, torch.bfloat16))
+        own = block.keys_values(
+            plan.blocks[i], block.normalise(rows[i], PlainNorm(1e-6), torch.bfloat16)
+        )
         assert error(prompts.kv, own) < 1e-6
         one, other = (
             torch.autograd.grad(kv.sum(), rows, retain_graph=True) for kv in (prompts.kv, own)

@@ -448,57 +448,29 @@ def adapted():
     return vit
 
 
+def more_than_blocks():
+    vit = adapted()
+    features = vit.forward_features
+    vit.forward_features = lambda x, **_: 2 * features(x)
+    return vit
+
+
+def of_one_length():
+    vit = adapted()
+    forward = vit.blocks[1].forward
+    table = torch.zeros(17, 1)
+    vit.blocks[1].forward = lambda x: forward(x + table)
+    return vit
+
+
 REFUSED = {
     "swin": (swin, "SwinTransformer has no attribute 'blocks'"),
     "convolutions": (lambda: timm.create_model("resnet18"), "ResNet has no attribute 'blocks'"),
-    "parallel scaling": (of_blocks("ParallelScalingBlock"), r"blocks\.0.*no attribute 'attn'"),
-    "parallel things": (of_blocks("ParallelThingsBlock"), r"blocks\.0.*no attribute 'attn'"),
-    "post-norm": (of_blocks("ResPostBlock"), r"blocks\.0 \(ResPostBlock\).*no attribute 'ls1'"),
-    "rope": (lambda: create("eva02_tiny_patch14_224"), r"Eva\.rope is set"),
-    "distilled": (
-        lambda: create("deit_tiny_distilled_patch16_224"),
-        r"VisionTransformerDistilled\.head_dist is set",
+    "more than blocks": (
+        more_than_blocks,
+        r"qkv is Sequential, .*; and the backbone is more than a stem, blocks and a readout",
     ),
-    "relative position": (
-        lambda: create("vit_relpos_small_patch16_224"),
-        "VisionTransformerRelPos has no attribute '_pos_embed'",
-    ),
-    "gated attention": (
-        lambda: VisionTransformer(**SMALL, attn_layer=Gated),
-        r"blocks\.0\.attn\.gate is set",
-    ),
-    "norm in attention": (
-        lambda: VisionTransformer(**SMALL, scale_attn_norm=True),
-        r"blocks\.0\.attn\.norm is set",
-    ),
-    "norm in mlp": (
-        lambda: VisionTransformer(**SMALL, scale_mlp_norm=True),
-        r"blocks\.0\.mlp\.norm is set",
-    ),
-    "differential attention": (
-        lambda: VisionTransformer(**SMALL, attn_layer="diff"),
-        r"blocks\.0 \(Block\) computes something else",
-    ),
-    "swiglu": (
-        lambda: VisionTransformer(**SMALL, mlp_layer=vision_transformer.SwiGLU),
-        r"blocks\.0 \(Block\) has no attribute 'mlp\.fc1'",
-    ),
-    "packed swiglu": (
-        lambda: VisionTransformer(**SMALL, mlp_layer=vision_transformer.SwiGLUPacked),
-        r"blocks\.0\.mlp\.fc2 reads 64 features and mlp\.fc1 gives 128",
-    ),
-    "rms norm": (
-        lambda: VisionTransformer(**SMALL, norm_layer="rmsnorm"),
-        r"blocks\.0\.norm1 is RmsNorm, expected LayerNorm",
-    ),
-    "activation": (
-        lambda: VisionTransformer(**SMALL, act_layer="hard_swish"),
-        r"blocks\.0\.mlp\.act is Hardswish, expected one of \['gelu'",
-    ),
-    "patched forward": (patched, r"blocks\.1 \(Block\) computes something else.*relative"),
-    "hook": (hooked, r"blocks\.1 \(Block\) computes something else"),
-    "mask": (causal, r"blocks\.0 \(Block\) computes something else"),
-    "adapter": (adapted, r"blocks\.0\.attn\.qkv is Sequential, expected Linear"),
+    "one length": (of_one_length, "nor do the blocks run as they are with prompts"),
     "no blocks": (lambda: VisionTransformer(**{**SMALL, "depth": 0}), r"blocks is empty"),
     "linear layer": (lambda: nn.Linear(2, 2), "Linear has no attribute 'blocks'"),
 }
@@ -511,6 +483,51 @@ def test_unsupported_backbones_name_the_attribute(case):
     family = VPTDeep(2)
     refused(pae.UnsupportedBackbone, message, lambda: pae.PromptedViT(vit, family))
     pae.PromptedViT(backbone("plain"), family)  # the family was not used up
+
+
+# blocks that can run on longer sequences and cannot be folded
+AS_THEY_ARE = {
+    "parallel scaling": (of_blocks("ParallelScalingBlock"), r"blocks\.0.*no attribute 'norm1"),
+    "parallel things": (of_blocks("ParallelThingsBlock"), r"blocks\.0.*no attribute 'norm1"),
+    "gated attention": (
+        lambda: VisionTransformer(**SMALL, attn_layer=Gated),
+        r"blocks\.0\.attn\.gate is set",
+    ),
+    "differential attention": (
+        lambda: VisionTransformer(**SMALL, attn_layer="diff"),
+        r"blocks\.0\.attn\.lambda_q1 is a parameter of Block that no formula here has",
+    ),
+    "simple norm": (
+        lambda: VisionTransformer(**SMALL, norm_layer="simplenorm"),
+        r"blocks\.0\.norm1 is SimpleNorm, expected LayerNorm or RMSNorm",
+    ),
+    "activation": (
+        lambda: VisionTransformer(**SMALL, act_layer="hard_swish"),
+        r"blocks\.0\.mlp\.act is Hardswish, expected one of \['gelu'",
+    ),
+    "patched forward": (patched, r"blocks\.1 \(Block\) computes something else.*relative"),
+    "hook": (hooked, r"blocks\.1 \(Block\) computes something else"),
+    "mask": (causal, r"blocks\.0 \(Block\) computes something else"),
+    "adapter": (adapted, r"blocks\.0\.attn\.qkv is Sequential, expected Linear"),
+}
+
+
+@pytest.mark.parametrize("case", AS_THEY_ARE)
+def test_blocks_that_cannot_be_folded_run_as_they_are(case):
+    """With a warning; the fast engine refuses and says why."""
+    build, message = AS_THEY_ARE[case]
+    vit = build().eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = vit(x)
+    with pytest.warns(UserWarning, match=rf"^\w+ runs as it is.*{message}") as caught:
+        model = pae.PromptedViT(vit, VPTDeep(2))
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    refused(pae.UnsupportedBackbone, f'{message}.*engine="reference"', lambda: model(x, "fast"))
+    assert torch.isfinite(model(x)).all() and error(model(x), expected) > 1e-6
+    without = copy.deepcopy(model.backbone)
+    without.head = copy.deepcopy(model.head)
+    with pytest.warns(UserWarning):
+        assert error(pae.PromptedViT(without, VPTDeep(0))(x), expected) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -526,7 +543,7 @@ def test_small_updates_are_not_mistaken_for_another_block(scale, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_wrong_block_is_found_in_any_dtype(dtype):
     for vit in (hooked(), causal()):
-        with pytest.raises(pae.UnsupportedBackbone, match="computes something else"):
+        with pytest.warns(UserWarning, match="computes something else"):
             pae.PromptedViT(vit.to(dtype), VPTDeep(1))
 
 

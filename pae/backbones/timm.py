@@ -1,0 +1,55 @@
+"""Which reader a timm model has: told by the attributes of its container."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedBackbone
+from .timm_bias import BiasView
+from .timm_eva import EvaView
+from .timm_naflex import NaFlexView
+from .timm_vit import TimmView
+from .view import BackboneView
+
+
+def _kind(module: nn.Module) -> type[TimmView]:
+    if hasattr(module, "rope_mixed"):
+        return EvaView
+    if hasattr(module, "rel_pos_bias") or hasattr(module, "shared_rel_pos"):
+        return BiasView
+    return NaFlexView if hasattr(module, "embeds") else TimmView
+
+
+def read_backbone(module: nn.Module) -> BackboneView:
+    """View of a supported backbone.
+
+    Raises:
+        UnsupportedBackbone: naming the attribute that is missing or that pae cannot express.
+    """
+    name = type(module).__name__
+    vit: Any = module
+    kind = _kind(module)
+    for attribute in kind.needs.split():
+        if not hasattr(module, attribute):
+            raise UnsupportedBackbone(
+                f"{name} has no attribute {attribute!r}, which a plain timm ViT has"
+            )
+    for attribute in () if kind.takes_more else ("rope", "rel_pos_bias", "shared_rel_pos_bias"):
+        if getattr(module, attribute, None) is not None:
+            raise UnsupportedBackbone(
+                f"{name}.{attribute} is set: its blocks or head need more than the rows"
+            )
+    if len(vit.blocks) == 0:
+        raise UnsupportedBackbone(f"{name}.blocks is empty")
+    view = kind(module)
+    view.examine()
+    if view.unproved is not None:
+        warnings.warn(
+            f'{name} runs as it is (engine="reference") and fast_forward refuses it: '
+            f"{view.unproved}",
+            stacklevel=3,
+        )
+    return view

@@ -1,0 +1,262 @@
+"""timm's other containers and blocks: every one in both engines, and against its own forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import RmsNorm
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from timm.models.vitamin import GeGluMlp
+from torch import Tensor, nn
+
+import pae
+from pae import block as frozen
+from pae.backbones.view import Geometry, rotated
+from pae.prompts import E2VPT, VPTDeep, VPTShallow
+from tests.tiny import assert_engines_agree, error, refused
+
+SIZES = {
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 4,
+    "mlp_ratio": 2,
+    "num_classes": 5,
+}
+ROPE = {"use_rot_pos_emb": True}
+DINOV3 = {**ROPE, "rope_type": "dinov3", "rope_rotate_half": True, "rope_temperature": 100.0}
+NAFLEX = {"embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+
+
+def eva(**changes):
+    return lambda: Eva(**{**SIZES, **changes})
+
+
+def of(kind, **changes):
+    return lambda: kind(**SIZES, **changes)
+
+
+KINDS = {
+    "eva": eva(),
+    "eva02-s": eva(**ROPE, swiglu_mlp=True, ref_feat_shape=(3, 5)),
+    "eva02-b": eva(
+        **ROPE, swiglu_mlp=True, scale_mlp=True, qkv_fused=False, scale_attn_inner=True,
+        global_pool="token",
+    ),
+    "dinov3": eva(
+        **DINOV3, init_values=0.1, num_reg_tokens=2, qkv_bias=False, use_abs_pos_emb=False,
+        dynamic_img_size=True, global_pool="token",
+    ),
+    "pe": eva(
+        **ROPE, attn_type="rope", rope_grid_indexing="xy", rope_grid_offset=1.0,
+        use_pre_transformer_norm=True, global_pool="map", attn_pool_num_heads=4,
+        attn_pool_mlp_ratio=2.0,
+    ),
+    "mixed": eva(**ROPE, rope_type="mixed", global_pool="token"),
+    "mixed with norms of heads": eva(**ROPE, rope_type="mixed", attn_type="rope", qk_norm=True),
+    "no prefix": eva(**ROPE, class_token=False),
+    "sapiens2": eva(
+        **DINOV3, attn_type="rope", qkv_fused=False, num_kv_heads=2, qk_norm=True,
+        norm_layer=RmsNorm, swiglu_mlp=True, init_values=0.1, attn_only_layer_scale=True,
+        num_reg_tokens=2,
+    ),
+    "beit": of(Beit, use_rel_pos_bias=True, init_values=0.1, use_abs_pos_emb=False),
+    "beit, one bias": of(
+        Beit, use_shared_rel_pos_bias=True, global_pool="token", swiglu_mlp=True, scale_mlp=True
+    ),
+    "relpos": of(
+        VisionTransformerRelPos, rel_pos_type="mlp", class_token=True, global_pool="token"
+    ),
+    "relpos, one bias": of(VisionTransformerRelPos, shared_rel_pos=True, qk_norm=True),
+    "vitamin": of(VisionTransformer, mlp_layer=GeGluMlp, class_token=False, global_pool="avg"),
+    "distilled": of(VisionTransformerDistilled),
+    "eva02-e": eva(use_post_norm=True, swiglu_mlp=True, global_pool="token"),
+    "post-norm": of(VisionTransformer, block_fn=ResPostBlock, global_pool="avg"),
+    "naflex": lambda: NaFlexVit(
+        NaFlexVitCfg(**NAFLEX, pos_embed_grid_size=(4, 4), reg_tokens=2, global_pool="token",
+                     class_token=True),
+        num_classes=5,
+    ),
+}  # fmt: skip
+
+
+def build(kind: str) -> nn.Module:
+    """Weights of trained size: no path is negligible."""
+    model, generator = KINDS[kind](), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            values = torch.randn(p.shape, generator=generator)
+            if name == "rope.freqs":
+                continue
+            if "norm" in name and name.endswith("weight"):
+                p.copy_(1 + 0.3 * values)
+            elif "gamma" in name:
+                p.copy_(0.5 + 0.2 * values)
+            elif name.endswith("weight"):
+                p.copy_(values * p[0].numel() ** -0.5)
+            else:
+                p.copy_((0.2 if name.endswith("bias") else 0.5) * values)
+    return model.double().eval()
+
+
+def images(backbone: nn.Module) -> Tensor:
+    some = isinstance(backbone, NaFlexVit) or getattr(backbone, "dynamic_img_size", False)
+    size = (8, 20) if some else (16, 16)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 3, *size, generator=generator, dtype=torch.float64)
+
+
+def prompted(kind: str, family=None, **options) -> pae.PromptedViT:
+    options = {"num_classes": 5 if kind == "distilled" else None, **options}
+    family = VPTDeep([2, 0, 1]) if family is None else family
+    model = pae.PromptedViT(build(kind), family, **options).train()
+    with torch.no_grad():
+        for p in model.prompts.parameters():
+            p.copy_(0.7 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_prompts_it_is_the_backbone(kind):
+    backbone = build(kind)
+    x = images(backbone)
+    expected = backbone(x)
+    model = pae.PromptedViT(copy.deepcopy(backbone), VPTDeep(0), num_classes=5)
+    model.head = copy.deepcopy(backbone.head)
+    if kind == "distilled":
+        features = backbone.forward_head(backbone.forward_features(x), pre_logits=True)
+        expected = model.head(features)
+    for engine in ("reference", "fast"):
+        assert error(model(x, engine), expected) < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_engines_agree(kind):
+    for family in (VPTDeep([2, 0, 1]), VPTShallow(3)):
+        model = prompted(kind, family)
+        assert_engines_agree(model, images(model.backbone))
+
+
+@pytest.mark.parametrize("kind", ["eva02-b", "sapiens2", "beit, one bias", "vitamin", "eva02-e"])
+@pytest.mark.parametrize("memory", ["recompute8", "recompute"])
+def test_memory_modes(kind, memory):
+    """A gate's derivative is kept whole, or computed again: both modes are exact."""
+    model = prompted(kind)
+    assert_engines_agree(model, images(model.backbone), memory=memory)
+
+
+@pytest.mark.parametrize("kind", ["eva02-s", "dinov3", "mixed with norms of heads", "beit"])
+def test_learned_keys_and_values(kind):
+    """Keys in head space stand as the backbone's own heads lie, whatever order a plan has."""
+    model = prompted(kind, E2VPT(3, num_kv=2))
+    assert_engines_agree(model, images(model.backbone))
+
+
+@pytest.mark.parametrize("kind", ["eva02-s", "eva02-b", "mixed with norms of heads", "beit"])
+def test_trained_biases(kind):
+    model = prompted(kind, train_backbone="biases")
+    assert any("bias" in name for name in model.trained_backbone)
+    assert_engines_agree(model, images(model.backbone))
+
+
+@pytest.mark.parametrize("kind", ["eva02-s", "pe", "relpos, one bias"])
+def test_the_class_rows_query(kind):
+    model = prompted(kind)
+    rows = model.view.embed(images(model.backbone))
+    folded = model.plan().blocks[1]
+    assert error(frozen.class_query(folded, rows), model.view.class_query(1, rows)) < 1e-12
+
+
+def test_a_rotation_is_a_complex_product():
+    """Both layouts, against numbers a + bi times cos + i sin."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 3, 5, 8, generator=generator, dtype=torch.float64)
+    angles = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    turn = torch.polar(torch.ones_like(angles), angles)
+    rotation = torch.stack([angles.sin(), angles.cos()])
+    pairs = torch.view_as_complex(rows[:, :, 1:].unflatten(-1, (4, 2)).contiguous()) * turn
+    got = rotated(rows, rotation, "pairs")
+    assert error(got[:, :, 1:], torch.view_as_real(pairs).flatten(-2)) < 1e-14
+    half = torch.complex(*rows[:, :, 1:].chunk(2, -1)) * turn
+    got = rotated(rows, rotation, "half")
+    assert error(got[:, :, 1:], torch.cat([half.real, half.imag], -1)) < 1e-14
+    assert torch.equal(got[:, :, :1], rows[:, :, :1])
+
+
+def test_a_bias_is_none_of_the_prompts():
+    bias = torch.arange(9.0).view(1, 3, 3) + 1
+    got = Geometry(bias=bias, at=1).bias_of(5, 2)
+    assert got.shape == (1, 5, 7) and got.sum() == bias.sum()
+    rows, columns = [0, 3, 4], [2, 5, 6]
+    assert torch.equal(got[0][rows][:, columns], bias[0])
+
+
+@pytest.mark.parametrize(
+    "kind, name", [("mixed", "rope.freqs"), ("beit", "blocks.0.attn.relative_position_bias_table")]
+)
+def test_positions_that_require_a_gradient_are_refused(kind, name):
+    model = prompted(kind)
+    model.backbone.get_parameter(name).requires_grad_(True)
+    x = images(model.backbone)
+    refused(pae.UnsupportedBackbone, "requires a gradient", lambda: model(x))
+    refused(pae.UnsupportedBackbone, "requires a gradient", lambda: model(x, "fast"))
+
+
+def test_a_second_head_is_not_forgotten():
+    refused(
+        ValueError,
+        "num_classes must be given: the backbone averages the logits of its head and of head_dist",
+        lambda: pae.PromptedViT(build("distilled"), VPTDeep(2)),
+    )
+
+
+def _shuffled(model: Eva) -> Eva:
+    """Norms in front of the attention, and behind the MLP."""
+    for block in model.blocks:
+        block.forward = lambda x, block=block, rope=None: block.norm2(
+            block.mlp(x + block.attn(block.norm1(x)))
+        )
+    return model
+
+
+def test_blocks_are_told_apart_without_values():
+    """On the meta device: post-norm by the order of its parts, others by what nobody reads."""
+    with torch.device("meta"):
+        sizes = {**SIZES, "depth": 2}
+        post = Eva(**sizes, use_post_norm=True)
+        for accepted in (Eva(**sizes, **ROPE), VisionTransformer(**sizes), post):
+            assert pae.backbones.read_backbone(accepted).unproved is None
+        unproved = {
+            "in another order": _shuffled(Eva(**sizes)),
+            "lambda_q1 is a parameter": VisionTransformer(**sizes, attn_layer="diff"),
+        }
+    for reason, model in unproved.items():
+        with pytest.warns(UserWarning, match=reason):
+            assert reason in pae.backbones.read_backbone(model).unproved
+
+
+def test_names():
+    """By timm's names at a small size, what the fast engine runs."""
+    names = {
+        "vit_small_patch16_dinov3": {"img_size": 32},
+        "eva02_tiny_patch14_224": {"img_size": 28},
+        "vit_pe_core_tiny_patch16_384": {"img_size": 32},
+        "beit_base_patch16_224": {"img_size": 32},
+        "vit_relpos_small_patch16_224": {"img_size": 32},
+        "deit_tiny_distilled_patch16_224": {"img_size": 32},
+    }
+    for name, size in names.items():
+        backbone = timm.create_model(name, **size, depth=2, num_classes=3)
+        model = pae.PromptedViT(backbone, VPTDeep(2), num_classes=3).eval()
+        x = torch.randn(2, 3, *(2 * (size["img_size"],)))
+        with torch.no_grad():
+            assert error(model(x, "fast"), model(x)) < 1e-5, name
