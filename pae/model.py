@@ -448,7 +448,7 @@ def fast_forward(model: nn.Module, images: Tensor, memory: str = "keep") -> Tens
             "keep": 10 S. No extra work.
             "recompute8": 3 S and 8-bit derivatives of the activation (4 S bytes). q, k, v are
             computed again, one eighth more product work; approximate, by as much as the table of
-            docs/numbers.md says.
+            docs/numbers.md says. With a gated MLP, or a norm inside it, as "recompute".
             "recompute": 3 S. q, k, v and the MLP's hidden rows are computed again, a third more
             product work; exact.
 

@@ -221,19 +221,19 @@ def rotate_kernel(
     at = tl.program_id(0) % count
     image = (tl.program_id(0) // count).to(tl.int64)
     row = qkv + (image * tokens + tokens - count + at) * (6 * HEADS * HALF)
-    o_h, o_d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
-    table = rotation + at * HALF + o_d[None, :]
-    size = count * HALF  # of the table of one head
-    known = o_d[None, :] < HALF
+    o_h, o_d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    mask = (o_h < 2 * HEADS) & (o_d < HALF)
+    own, size = o_h * 0, count * HALF  # of the table of one head
     if PER_HEAD:
-        table += (o_h % HEADS)[:, None] * size
-        size *= HEADS
-    sin = tl.load(table, mask=known, other=0.0)
-    cos = tl.load(table + size, mask=known, other=0.0)
+        own, size = o_h % HEADS * size, size * HEADS
+    # once for each head, though it may be the same: another shape would have another layout
+    table = tl.max_contiguous(own + at * HALF + o_d, [1, 4])
+    sin = tl.load(rotation + table, mask=mask, other=0.0)
+    cos = tl.load(rotation + size + table, mask=mask, other=0.0)
     if BACK:
         sin = -sin
-    entries = o_h[:, None] * (2 * HALF) + o_d[None, :]  # heads of queries, then of keys
-    mask = (o_h < 2 * HEADS)[:, None] & known
+    # heads of queries, then of keys
+    entries = tl.max_contiguous(o_h * (2 * HALF) + o_d, [1, 4])
     a = tl.load(row + entries, mask=mask, other=0.0).to(sin.dtype)
     b = tl.load(row + entries + HALF, mask=mask, other=0.0).to(sin.dtype)
     tl.store(row + entries, (a * cos - b * sin).to(qkv.dtype.element_ty), mask=mask)
@@ -451,7 +451,7 @@ def variant_launches(architecture: int) -> list[Launch]:
             RMS=True,
         ),
         _shipped("gated gelu bwd", gated_bwd_kernel, _gated_launch("gelu", 2730)),
-        _shipped("rotate per head", rotate_kernel, _rotate_launch(3, 33, True, False)),
+        _shipped("rotate per head odd", rotate_kernel, _rotate_launch(3, 33, True, False)),
         *(
             _flat(kind, kernel, coded, kind)
             for kind, kernel, coded in (
