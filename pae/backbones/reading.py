@@ -134,6 +134,13 @@ class BlockReader:
         if "fc2" not in found:
             found["fc2"] = self.linear(f"{path}.fc2")
             found["mlp_norm"] = self.optional_norm(f"{path}.norm")
+        given = sum(len(part.weight) for part in fc1.parts) // (2 if found["gated"] else 1)
+        taken = found["fc2"].weight.shape[1]
+        if given != taken:
+            raise UnsupportedBackbone(
+                f"{self._name}.{path}.fc2 reads {taken} features, and {given} come out of the "
+                "activation"
+            )
         return {**found, "fc1": fc1, "activation": self.activation(f"{path}.act")}
 
     def close(self) -> None:

@@ -222,7 +222,7 @@ def test_a_second_head_is_not_forgotten():
 def _shuffled(model: Eva) -> Eva:
     """Norms in front of the attention, and behind the MLP."""
     for block in model.blocks:
-        block.forward = lambda x, block=block, rope=None: block.norm2(
+        block.forward = lambda x, block=block, **_: block.norm2(
             block.mlp(x + block.attn(block.norm1(x)))
         )
     return model
