@@ -113,9 +113,9 @@ def save_factors(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> Non
 
 class _ExactMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
         with exact_products:
             return a @ b
 
-    backward = staticmethod(gradients)  # type: ignore[assignment]
+    backward = staticmethod(gradients)

@@ -398,7 +398,7 @@ def token_mix(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Te
     stats = _stats_launch(width)
     tile = _mix_launch(x.element_size() == 2, prompts, width)
     rows = batch * tokens
-    given = x, mean, rstd, rows, eps
+    given: tuple = x, mean, rstd, rows, eps
     _row_stats(programs(rows, stats["ROWS"]), x.device, given, stats | OPTIONS)
     if count := batch * programs(prompts, tile["BLOCK_P"]) * programs(width, tile["BLOCK_D"]):
         given = x, _padded(weight, x.dtype), mean, rstd, u, tokens, prompts

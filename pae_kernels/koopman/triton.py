@@ -199,7 +199,7 @@ def backward(
         with_code,
     )  # fmt: skip
     tiling = product(tiles.gradient(d_prompts.numel()))
-    given = d_states, lift, d_rows, n.rows, n.k, n.width
+    given: tuple = d_states, lift, d_rows, n.rows, n.k, n.width
     _prompts_backward((_tiles(n.rows, n.width, tiling["BLOCK"]), n.runs), device, given, tiling)
     tiling = {"GAUGE": eps is not None, **product(tiles.gradient(d_lift.numel()))}
     given = d_states, prompts, statistics, d_lift, n.rows, n.k, n.width

@@ -300,7 +300,7 @@ def spectral_norm(L: Tensor, right: Tensor, groups: int, stack: int) -> tuple[Te
     grid = side * side, matrices
     constants = {"BLOCK": 1024, "num_warps": 4, **OPTIONS}
     _scale((32, matrices), L.device, (L, scales, k, groups, stack), constants)
-    given = L, scales, M, sums, settled, k, groups, stack
+    given: tuple = L, scales, M, sums, settled, k, groups, stack
     _split(grid, L.device, given, {"STEPS": STEPS, **tiling})
     tiling |= {"STEPS": STEPS, "TILES": power_of_2(side * side)}
     for q in range(1, STEPS):
