@@ -15,7 +15,8 @@ where the last is that of the multiprocessor with most programs, and a warp of i
 cycle at most. The floor is the larger of the first two without padding: no exact version is faster
 on this card. Expected is the largest of the three, and half of the others, as far as they hide
 behind it (the half is a guess, to be judged by measurements), and 3 us a launch in a graph. Guesses
-are left where nvcc compiles: of `csrc/` the launches count alone.
+are left where nvcc compiles: of `csrc/` the launches count alone. A step without a graph lasts at
+least as long as its host needs (`host.py`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from pae_kernels.koopman import tiles as of_koopman
 from pae_kernels.spectrum import triton as of_spectrum
 
 from . import cost, roofline, shapes, table
+from .host import Host, steps
 from .results import Run, measured
 
 FILE = Path(__file__).parent / "gpu_predictions.json"
@@ -130,6 +132,7 @@ class Pass:
         launches: kernels that follow each other.
         slowdown: of its products, in multiples of bf16's.
         code: of the kernel that takes longest, where it is known.
+        host_us: what the host needs for it at least, where it is no graph.
     """
 
     name: str
@@ -144,6 +147,7 @@ class Pass:
     slowdown: float = 1.0
     code: Code | None = None
     grids: tuple[Grid, ...] = ()
+    host_us: float = 0.0
 
     def floor_us(self, card: Card) -> float:
         """By bytes and by products, whichever takes longer."""
@@ -156,7 +160,8 @@ class Pass:
         issued += sum(grid.seconds(card) for grid in self.grids)
         terms = self._bytes(card), products, issued
         longest = max(terms)
-        return (longest + (sum(terms) - longest) / 2 + self.latency * self.launches) * 1e6
+        device = longest + (sum(terms) - longest) / 2 + self.latency * self.launches
+        return max(device * 1e6, self.host_us)
 
     def _bytes(self, card: Card) -> float:
         return self.mb * 1e6 / (card.copy_gbps * 1e9)
@@ -461,18 +466,37 @@ def adaptive() -> Iterator[Pass]:
 def step() -> Iterator[Pass]:
     """All of a step, passes one after the other: products at 0.75 of the large one's rate."""
     shape = cost.Shape.named(shapes.BASE, num_classes=shapes.CLASSES)
-    at = shape, PROMPTS, BATCH
     issued = {p.name: p.instructions for p in (*attention(), *pointwise())}
     blocks = shape.depth
     once = ("attention forward", "attention backward", "gelu/forward", "gelu/backward")
     names = *once, *2 * ("norm/forward", "norm/backward")
     instructions = blocks * sum(issued[name] for name in names)
-    for row in ("pae keep", "pae graphed"):
-        yield Pass(
-            f"step, {row}", "all", cost.live_step_bytes(*at, 2) / 1e6,
-            cost.live_step_flops(*at) / 1e9, cost.flops(*at).step / 0.75 / 1e9, instructions,
-            launches=30 * blocks, row=(f"step/{shapes.BASE}/P{PROMPTS}/bf16/B{BATCH}", row),
-        )  # fmt: skip
+    for batch in (BATCH, 16):
+        at = shape, PROMPTS, batch
+        for row, host_us in (("pae keep", Host.of("keep").us), ("pae graphed", 0.0)):
+            yield Pass(
+                f"step of {batch}, {row}", "all", cost.live_step_bytes(*at, 2) / 1e6,
+                cost.live_step_flops(*at) / 1e9, cost.flops(*at).step / 0.75 / 1e9,
+                instructions * batch / BATCH, launches=30 * blocks, host_us=host_us,
+                row=(f"step/{shapes.BASE}/P{PROMPTS}/bf16/B{batch}", row),
+            )  # fmt: skip
+
+
+def host_bound() -> dict[str, dict]:
+    """Of every counted step the host's work and time, and below which batch a step waits for it: by
+    the time of "keep" on the card, which grows with the batch. Others take the GPU longer, so that
+    they wait below fewer images.
+    """
+    graphed = next(p for p in step() if p.row[1] == "pae graphed")
+    found = {}
+    for name in steps():
+        host = Host.of(name)
+        found[name] = asdict(host) | {"expected_us": float(f"{host.us:.3g}")}
+        if name != "ranking":  # which is no step
+            for card, seen in CARDS.items():
+                share = host.us / graphed.expected_us(seen)
+                found[name][f"{card} waits below batch"] = round(BATCH * share)
+    return found
 
 
 def passes() -> list[Pass]:
@@ -486,6 +510,7 @@ def predicted() -> dict:
     return {
         "model": "bench/predictions.py",
         "cards": {name: asdict(card) for name, card in CARDS.items()},
+        "host": host_bound(),
         "passes": [
             {"name": p.name, "kernels": p.kernels, "group": p.row[0], "row": p.row[1]}
             | ({"registers": p.code.registers, "resident": p.code.programs} if p.code else {})

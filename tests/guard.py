@@ -163,7 +163,22 @@ def _triton() -> Iterator[tuple[str, int]]:
             yield f"{name}/{way}/kernels in a block", more.total() - kernels.total()
 
 
-PARTS = {"step": _step, "memory": _memory, "family": _families, "triton": _triton}
+def _host() -> Iterator[tuple[str, int]]:
+    """What the host does on a GPU (`host.py`); nothing where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    from tests import host
+
+    yield from host.measure()
+
+
+PARTS = {
+    "step": _step,
+    "memory": _memory,
+    "family": _families,
+    "triton": _triton,
+    "host": _host,
+}
 
 
 def complaint(name: str, was: int | None, now: int | None, torch_version: str) -> str:
@@ -181,7 +196,7 @@ def complaint(name: str, was: int | None, now: int | None, torch_version: str) -
     if now is None:
         return f"{name} is no longer counted (was {was}). Strike it out: {ACCEPT}"
     more = f"{name} is worse: {now}, was {was} ({now / max(was, 1) - 1:+.1%})"
-    by_dispatcher = "operations" in name or "allocated" in name
+    by_dispatcher = any(word in name for word in ("operations", "allocat", "views"))
     if by_dispatcher and torch_version != VERSION:
         more += f" on PyTorch {torch_version}. If it must be, there: {ACCEPT}"
         return "" if now <= was * (1 + ROOM) else more

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -68,8 +69,12 @@ class Launch:
 
 
 @contextlib.contextmanager
-def gpu(architecture: int) -> Iterator[dict[Launch, int]]:
-    """The launches that the code below makes on a GPU of sm_`architecture`, each with how often."""
+def gpu(architecture: int, operations: Counter[Any] | None = None) -> Iterator[dict[Launch, int]]:
+    """The launches that the code below makes on a GPU of sm_`architecture`, each with how often.
+
+    Args:
+        operations: counts what PyTorch is asked for on the way, in our own ops too.
+    """
     launches: dict[Launch, int] = {}
 
     def keep(launch: ahead_of_time.Launch) -> None:
@@ -94,7 +99,7 @@ def gpu(architecture: int) -> Iterator[dict[Launch, int]]:
         stack.enter_context(mock.patch.dict(os.environ, {"PAE_BACKEND": "auto"}))
         stack.enter_context(ahead_of_time.recording(architecture, keep))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_OurOps(memory))
+        stack.enter_context(_OurOps(memory, operations))
         yield launches
 
 
@@ -107,11 +112,13 @@ class _OurOps(TorchDispatchMode):
 
     within = False  # PyTorch's own code
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, operations: Counter[Any] | None) -> None:
         super().__init__()
-        self.memory = memory
+        self.memory, self.operations = memory, operations
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.operations is not None:
+            self.operations[func] += 1
         if func in _YES:
             return True
         if func is torch.ops.aten._local_scalar_dense.default:

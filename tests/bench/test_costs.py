@@ -365,7 +365,8 @@ def test_no_count_is_worse_than_committed(committed):
     """Nor better, nor missing, nor new: one test, as most of its time is one measurement."""
     measured, (version, _) = guard.measure(), guard.read()
     if importlib.util.find_spec("triton") is None:  # which then counts nothing
-        committed = {n: count for n, count in committed.items() if not n.startswith("triton/")}
+        parts = "triton/", "host/"
+        committed = {n: count for n, count in committed.items() if not n.startswith(parts)}
     names = committed.keys() | measured.keys()
     said = [guard.complaint(n, committed.get(n), measured.get(n), version) for n in sorted(names)]
     assert not any(said), "\n".join(filter(None, said))
@@ -443,6 +444,26 @@ def test_one_more_kernel_is_noticed(monkeypatch):
     found = worse("triton")
     assert "triton/step/forward/kernels in a block" in found
     assert not {name for name in found if "backward" in name}
+
+
+def test_the_host_waits_for_no_value(monkeypatch, committed):
+    """In a step on a GPU: it would stand still. One that is read in each block is noticed."""
+    pytest.importorskip("triton")
+    from tests import host
+
+    steps = {n.split("/")[1] for n in committed if n.startswith("host/")} - {"ranking"}
+    assert steps == {*host.STEPS}
+    assert not {n for n in committed if "/waits" in n and n.split("/")[1] in steps}
+    mlp_half = pae.block.mlp_half
+
+    def reads(block, x, out, *rest):
+        assert out.sum().item()
+        return mlp_half(block, x, out, *rest)
+
+    monkeypatch.setattr(pae.block, "mlp_half", reads)
+    seen = host.step("keep", host.DEPTH)["forward"]
+    assert seen["waits"] >= host.DEPTH - 1
+    assert seen["operations"] > committed["host/keep/forward/operations"]
 
 
 def test_complaints_say_what_was_what_is_and_how_to_accept_it():

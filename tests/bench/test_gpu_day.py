@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
-from bench import gpu, lines, merge, predictions, runner, timing
+from bench import gpu, lines, merge, predictions, runner, shapes, timing
 from bench.results import Run
 from tests import processes
 from tests.processes import ROOT
@@ -199,6 +199,19 @@ def test_every_triton_kernel_is_predicted():
     named |= {f"csrc/{file.name}" for file in (ROOT / "csrc").glob("*.cu")} - {"csrc/library.cu"}
     assert len(named) > 25
     assert not {n for n in named if not any(fnmatchcase(n, pattern) for pattern in known)}
+
+
+def test_a_small_batch_waits_for_the_host():
+    """Without a graph; below which batch, the documentation says too."""
+    steps = {p.row: p.expected_us(predictions.CARDS["H100"]) for p in predictions.step()}
+    of = lambda batch, row: steps[f"step/{shapes.BASE}/P50/bf16/B{batch}", row]
+    host = predictions.Host.of("keep")
+    assert of(16, "pae graphed") < of(16, "pae keep") == host.us < of(128, "pae keep")
+    below = predictions.host_bound()["keep"]["H100 waits below batch"]
+    assert 16 < below < 128
+    page = (ROOT / "docs" / "training.md").read_text()
+    assert f"an H100: {below} images" in page
+    assert f"products: {predictions.host_bound()['VAPT']['H100 waits below batch']}." in page
 
 
 def test_no_docstring_of_a_kernel_holds_on_one_card_alone():
