@@ -8,13 +8,15 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import prompts
+from .backbones import head_name
 from .backbones.trained import names, release
 from .choices import POOLS
 from .errors import CheckpointError, UnsupportedBackbone, one_line
@@ -113,14 +115,19 @@ def _former_fingerprint(backbone: nn.Module) -> str:
     return _hash(backbone, lambda name: True)
 
 
+# what the libraries call a table of positions
+_POSITIONS = ["pos_embed", "pos_embedding", "positional_embedding", "position_embeddings"]
+_POSITIONS += ["position_embedding.weight"]
+
+
 def _is_position(name: str) -> bool:
-    return name.rpartition(".")[2] == "pos_embed"
+    return f".{name}".endswith(tuple(f".{position}" for position in _POSITIONS))
 
 
 def _hash(backbone: nn.Module, counts: Callable[[str], bool]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    digest, head = hashlib.blake2b(digest_size=16), f"{head_name(backbone)}."
     for name, tensor in sorted(backbone.state_dict().items()):
-        if name.startswith("head.") or not counts(name):
+        if name.startswith(head) or not counts(name):
             continue
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
@@ -344,14 +351,15 @@ def build(
 @contextlib.contextmanager
 def _untouched_on_failure(backbone: nn.Module) -> Iterator[None]:
     """Undoes, when the body raises, what `PromptedViT` does to a backbone that it takes over."""
-    head = getattr(backbone, "head", None)
+    name = head_name(backbone) or ""
+    head = reduce(lambda part, own: getattr(part, own, None), name.split("."), cast(Any, backbone))
     parameters = [(p, p.data, p.requires_grad) for p in backbone.parameters()]
     modes = [(module, module.training) for module in backbone.modules()]
     try:
         yield
     except BaseException:
         if head is not None:
-            backbone.head = head
+            backbone.set_submodule(name, head)
         for parameter, data, trains in parameters:
             parameter.data = data  # of another dtype, if it was converted
             parameter.requires_grad_(trains)

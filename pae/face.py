@@ -6,6 +6,7 @@ from .checkpoint import read as read_checkpoint
 from .errors import CheckpointError, UnsupportedBackbone
 from .graphs import graphed_step
 from .kld import KLD
+from .methods.adopted import adopt
 from .methods.condensation import condense
 from .methods.nsp2 import NullSpace
 from .methods.official import OfficialParts, load_official
@@ -27,6 +28,7 @@ __all__ = [
     "TaskInfo",
     "UnsupportedBackbone",
     "__version__",
+    "adopt",
     "analysis",
     "condense",
     "fast_forward",

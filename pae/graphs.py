@@ -64,7 +64,7 @@ def graphed_step(
     if of_batch and not on_device and model.kld is not None:
         raise ValueError(
             f"model.kld on {type(model.prompts).__name__} must be captured with the batch that it "
-            f"reads, but has no kernels on {model.device} in {model.kld.K.dtype}"
+            f"reads, but has no kernels on {model.device} in {model.kld.lift.weight.dtype}"
         )
     beside = torch.cuda.Stream(images.device) if on_device and not of_batch else None
 
@@ -136,8 +136,8 @@ def _penalty_on_device(model: PromptedViT) -> bool:
     """Whether `model.penalty()` can be captured, as far as KLD is concerned."""
     if model.kld is None:
         return True
-    dtype = torch.promote_types(model.kld.K.dtype, torch.float32)
-    return runs_on_device(model.kld.K.device, dtype)
+    dtype = torch.promote_types(model.kld.lift.weight.dtype, torch.float32)
+    return runs_on_device(model.kld.lift.weight.device, dtype)
 
 
 def _add_penalty_gradients(model: PromptedViT) -> None:

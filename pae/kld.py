@@ -115,6 +115,10 @@ class KLD(nn.Module):
         self.K = nn.Parameter(identity.clone())
         self.L = nn.Parameter(identity.clone())
 
+    def operators(self) -> tuple[Tensor, Tensor]:
+        """K and L as `terms` reads them: (dim, dim), or one per block that takes part."""
+        return self.K, self.L
+
     def terms(self, prompts: Tensor | Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         """The weighted consistency and Lyapunov terms, two scalars to add to the training loss.
 
@@ -133,8 +137,9 @@ class KLD(nn.Module):
             ValueError: the prompts do not fit, or their number differs between blocks.
         """
         rows = self._blocks_of(prompts)
-        dtype = torch.promote_types(torch.promote_types(rows.dtype, self.K.dtype), torch.float32)
-        rows, lift, K, L = (t.to(dtype) for t in (rows, self.lift.weight, self.K, self.L))
+        K, L = self.operators()
+        dtype = torch.promote_types(torch.promote_types(rows.dtype, K.dtype), torch.float32)
+        rows, lift, K, L = (t.to(dtype) for t in (rows, self.lift.weight, K, L))
         consistency, lyapunov = koopman_losses(
             rows, lift, K, L, self.formulation, self.gauge, self.gauge_eps
         )

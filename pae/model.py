@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +47,8 @@ class PromptedViT(nn.Module):
     blocks, cut off. `pae.fast_forward` equals it in value and in every gradient.
 
     Args:
-        backbone: a timm `VisionTransformer`, or a module with the same attributes.
+        backbone: a vision transformer of timm, or a module with the same attributes; of Hugging
+            Face's transformers, of open_clip, of torchvision, or of VPT's released code.
         prompts: an unused prompt family, e.g. `pae.prompts.VPTDeep(50)`.
         kld: Koopman-Lyapunov regulariser, or None.
         num_classes: a new head of this many classes (VPT's initialisation); None keeps the
@@ -110,22 +110,21 @@ class PromptedViT(nn.Module):
             )
         self.view = read_backbone(backbone)
         self.trained_backbone = trained.named(self.view, train_backbone)
-        own_head = cast(nn.Module, backbone.head)
+        own_head = self.view.head
         if num_classes is None and self.view.other_head is not None:
             raise ValueError(
                 "num_classes must be given: the backbone averages the logits of its head and of "
                 f"{self.view.other_head}, and one head is kept"
             )
         if num_classes is None:
-            if isinstance(own_head, nn.Identity):
+            if own_head is None or isinstance(own_head, nn.Identity):
                 raise ValueError(
                     "num_classes must be given: the backbone has no head (num_classes=0, or "
                     "another PromptedViT took it)"
                 )
             head = own_head
         else:
-            width = getattr(backbone, "head_hidden_size", self.view.shape.width)
-            head = _new_head(width, num_classes)
+            head = _new_head(self.view.feature_width, num_classes)
         like = self.view.like
         if prompts.reads_class_attention and not self.view.shape.has_class_token:
             raise ValueError(
@@ -149,7 +148,7 @@ class PromptedViT(nn.Module):
                 )
             kld.bind(self.view.shape.depth, self.view.shape.width)
             kld.to(like.device, like.dtype)
-        backbone.head = nn.Identity()
+        self.view.take_head()
         self.backbone = backbone.requires_grad_(False).eval()
         self.prompts = prompts.to(like.device, like.dtype)
         self.kld = kld
@@ -173,8 +172,8 @@ class PromptedViT(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Number of logits; 0 when the head is no linear layer."""
-        return getattr(self.head, "out_features", 0)
+        """Number of logits; 0 when the head is neither a linear layer nor ends in `last_layer`."""
+        return getattr(getattr(self.head, "last_layer", self.head), "out_features", 0)
 
     def train(self, mode: bool = True) -> PromptedViT:
         """Training mode for prompts, regulariser and head; the backbone always stays in eval
@@ -299,7 +298,7 @@ class PromptedViT(nn.Module):
         """
         self._refuse_unnamed("the parameter groups")
         head = dict(self.head.named_parameters())
-        bias = [head.pop("bias")] if "bias" in head else []
+        bias = [head.pop(name) for name in ("bias", "last_layer.bias") if name in head]
         parts = {
             "prompts": list(self.prompts.parameters()),
             "kld": [] if self.kld is None else list(self.kld.parameters()),

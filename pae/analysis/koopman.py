@@ -105,7 +105,7 @@ def analyse(
     rank = min(8, kld.dim) if rank is None else rank
     if not 1 <= rank <= kld.dim:
         raise ValueError(f"rank must be in [1, {kld.dim}], got {rank}")
-    K, L = (t.detach().cpu().double() for t in (kld.K, kld.L))
+    K, L = (t.detach().cpu().double() for t in kld.operators())
     K, L = (t[:pairs] if t.dim() == 3 else t[None] for t in (K, L))
     for name, tensor in (("prompts", rows), ("kld.K", K), ("kld.L", L)):
         if not tensor.isfinite().all():

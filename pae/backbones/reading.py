@@ -154,6 +154,11 @@ class BlockReader:
 
     def _other(self, path: str, part: Any, expected: str) -> UnsupportedBackbone:
         kind = type(part).__name__
+        if hasattr(part, "base_layer"):
+            return UnsupportedBackbone(
+                f"{self._name}.{path} is {kind} of peft, an adapter that is not merged: "
+                "merge_and_unload() makes it part of the weights"
+            )
         return UnsupportedBackbone(f"{self._name}.{path} is {kind}, expected {expected}")
 
 

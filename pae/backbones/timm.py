@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import nn
@@ -12,7 +11,7 @@ from .timm_bias import BiasView
 from .timm_eva import EvaView
 from .timm_naflex import NaFlexView
 from .timm_vit import TimmView
-from .view import BackboneView
+from .view import BackboneView, examined
 
 
 def _kind(module: nn.Module) -> type[TimmView]:
@@ -21,6 +20,10 @@ def _kind(module: nn.Module) -> type[TimmView]:
     if hasattr(module, "rel_pos_bias") or hasattr(module, "shared_rel_pos"):
         return BiasView
     return NaFlexView if hasattr(module, "embeds") else TimmView
+
+
+def head_name(module: nn.Module) -> str | None:
+    return "head"
 
 
 def read_backbone(module: nn.Module) -> BackboneView:
@@ -44,12 +47,4 @@ def read_backbone(module: nn.Module) -> BackboneView:
             )
     if len(vit.blocks) == 0:
         raise UnsupportedBackbone(f"{name}.blocks is empty")
-    view = kind(module)
-    view.examine()
-    if view.unproved is not None:
-        warnings.warn(
-            f'{name} runs as it is (engine="reference") and fast_forward refuses it: '
-            f"{view.unproved}",
-            stacklevel=3,
-        )
-    return view
+    return examined(kind(module))

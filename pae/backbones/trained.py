@@ -45,7 +45,8 @@ def named(view: BackboneView, asked: str | Iterable[str]) -> tuple[str, ...]:
     if not several:
         return ()
     own = view.module.named_parameters()
-    parameters = {name: p for name, p in own if not name.startswith("head.")}
+    head = f"{view.head_name}."
+    parameters = {name: p for name, p in own if not name.startswith(head)}
     blocks = [view.read_block(i) for i in range(len(view.blocks))]
     packed = {id(w.qkv.bias) for w in blocks if isinstance(w.qkv, Linear)}
     vectors = {id(t) for w in blocks for t in w.trainable()}
@@ -74,6 +75,11 @@ def named(view: BackboneView, asked: str | Iterable[str]) -> tuple[str, ...]:
                     )
                 if found.setdefault(name, part) != part:
                     raise ValueError(f"train_backbone names {name} twice, with different parts")
+        if not matched and entry in PRESETS:
+            raise ValueError(
+                f"train_backbone {entry!r} names parameters as timm does, and the backbone has "
+                "none of these names: give its own"
+            )
         if not matched:
             raise ValueError(
                 f"train_backbone {entry!r} is neither one of {', '.join(PRESETS)} nor the name of, "

@@ -6,13 +6,14 @@ knows how a source calls its attributes.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -221,6 +222,8 @@ class BackboneView(ABC):
         other_head: name of a second head, with other features than the first's; None without one.
         unproved: why no block formula stands for the blocks, which then run as they are and cannot
             be folded; None when they are proved to be their formulas.
+        head_name: dotted name of the module between readout and logits; None: there is no place
+            for one.
     """
 
     module: nn.Module
@@ -230,6 +233,26 @@ class BackboneView(ABC):
     _known: tuple[Any, list[Geometry]] | None = None
     _examining = False
     unproved: str | None = None
+    head_name: str | None = "head"
+
+    @property
+    def head(self) -> nn.Module | None:
+        """What maps the readout to logits; an identity, or None, where nothing does."""
+        return None if self.head_name is None else self.module.get_submodule(self.head_name)
+
+    def take_head(self) -> None:
+        """Leave an identity in the head's place."""
+        if self.head_name is not None:
+            self.module.set_submodule(self.head_name, nn.Identity())
+
+    @property
+    def feature_width(self) -> int:
+        """Of the readout, F."""
+        return getattr(self.module, "head_hidden_size", self.shape.width)
+
+    def own_output(self, images: Tensor) -> Tensor:
+        """Logits of the backbone's own forward; the features where it has no head."""
+        return self.module(images)
 
     @property
     @abstractmethod
@@ -474,6 +497,21 @@ class BackboneView(ABC):
                 raise ValueError(f"images holds NaN or infinity in {bad} of {len(images)} images")
 
 
+_View = TypeVar("_View", bound=BackboneView)
+
+
+def examined(view: _View) -> _View:
+    """`view`, after `examine`, with a warning when its blocks run as they are."""
+    view.examine()
+    if view.unproved is not None:
+        warnings.warn(
+            f'{type(view.module).__name__} runs as it is (engine="reference") and fast_forward '
+            f"refuses it: {view.unproved}",
+            stacklevel=5,  # who builds the model
+        )
+    return view
+
+
 def apply_block(
     weights: BlockWeights, x: Tensor, geometry: Geometry = NO_GEOMETRY, kv: Tensor | None = None
 ) -> Tensor:
@@ -596,14 +634,15 @@ def _run_as_it_is(view: BackboneView) -> None:
     with evaluating(view.module), _plainly(view.like.device):
         try:
             images = random_rows(1, view.shape.in_chans, *size).to(view.like)
-            expected, x, own = view.module(images), view.embed(images), view.geometry(size)
+            expected, x, own = view.own_output(images), view.embed(images), view.geometry(size)
             for i in range(len(view.blocks)):
                 at = view.num_prefix_tokens
                 longer = torch.cat([x[:, :at], x[:, -prompts:], x[:, at:]], dim=1)
                 if view.run_block(i, longer, own[i]).shape != longer.shape:
                     raise ValueError(f"blocks.{i} gives rows of another shape")
                 x = view.run_block(i, x, own[i])
-            got = view.module.head(view.readout(x))
+            head, got = view.head, view.readout(x)
+            got = got if head is None else head(got)
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise UnsupportedBackbone(

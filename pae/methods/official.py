@@ -128,7 +128,8 @@ def load_official(
         pool = "all" if pools else model.pool
     check_pool(pool, model.view, model.prompts)
     found = _canonical(state_dict)
-    own = {k: v for k, v in model.backbone.state_dict().items() if not k.startswith("head.")}
+    head_of = f"{model.view.head_name}."
+    own = {k: v for k, v in model.backbone.state_dict().items() if not k.startswith(head_of)}
     trained = _trained_values(own, model.trained_backbone)
     given = {name: torch.zeros_like(mask) for name, mask in trained.items()}
     backbone, is_trained, is_given = map(_backbone_targets, (own, trained, given))
@@ -352,7 +353,7 @@ def _backbone_targets(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Views of a backbone's tensors, under timm's names and under those of VPT and its
     descendants.
     """
-    targets = {name.lower(): tensor for name, tensor in own.items()}
+    targets = {_WRAPPERS.sub("", name).lower(): tensor for name, tensor in own.items()}
     for pattern, replacement in _PUBLISHED:
         for name, tensor in own.items():
             if re.fullmatch(pattern, name):

@@ -1,0 +1,287 @@
+"""Backbones of other libraries: what each hands on without prompts, both engines with them, and
+what is refused, by which name.
+"""
+
+import copy
+
+import pytest
+import torch
+
+import pae
+from pae.prompts import METHODS, VPTDeep, VPTShallow
+from tests.libraries import MODELS, TEXT, TOWERS, WIDE, images, model, own_output
+from tests.tiny import assert_engines_agree, backbone, error, refused, small
+from tests.tiny import images as timm_images
+
+pytest.importorskip("transformers", reason="pip install pae[hf]")
+pytest.importorskip("open_clip", reason="pip install pae[clip]")
+
+OTHER = (24, 20)  # another size than that of the models
+
+# one of each reader and readout, where all are too many
+FEW = ("ViT", "DINOv2, registers, classes", "CLIP", "SigLIP", "MAE", "torchvision", "open_clip")
+
+
+def prompted(name, family=None, **more):
+    """A model in training mode with prompts as large as its rows, and a head."""
+    backbone = model(name)
+    classes = None if pae.backbones.head_name(backbone) else 5
+    prompts = VPTDeep(4) if family is None else family
+    made = pae.PromptedViT(backbone, prompts, num_classes=classes, **more).train()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in made.prompts.parameters():
+            p.copy_(0.7 * torch.randn(p.shape, generator=generator))
+    return made
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_prompts_it_is_the_model(name):
+    backbone, x = model(name), images()
+    with torch.no_grad():
+        expected = own_output(backbone, x)
+    classifies = pae.backbones.head_name(backbone) is not None
+    made = pae.PromptedViT(backbone, VPTDeep(0), num_classes=None if classifies else 5)
+    assert made.view.feature_width == made.head.in_features
+    with torch.no_grad():
+        for engine in ("reference", "fast"):
+            got = made(x, engine=engine) if classifies else made.features(x, engine=engine)
+            assert error(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith(("torch", "open"))])
+def test_positions_of_another_size_are_the_models_own(name):
+    backbone, x = model(name), images(2, OTHER)
+    # what the others do by themselves
+    more = {} if name.startswith("DINO") else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        expected = own_output(backbone, x, **more)
+        view = pae.backbones.read_backbone(backbone)
+        rows = view.embed(x)
+        assert rows.shape[1] == view.num_rows(OTHER)
+        assert error(view.own_output(x), expected) < 1e-12 or name == "MAE"
+        placed = view.embed_tokens(view.patch_convolution(OTHER)(x).flatten(2).mT, OTHER)
+        assert error(placed, rows) < 1e-14
+        classifies = view.head is not None
+        made = pae.PromptedViT(backbone, VPTDeep(0), num_classes=None if classifies else 5)
+        got = made(x, engine="fast") if classifies else made.features(x, engine="fast")
+    assert error(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_engines_agree(name):
+    assert_engines_agree(prompted(name), images())
+    assert_engines_agree(prompted(name, VPTShallow(3)), images())
+
+
+# a key's bias has no gradient, which takes long to be sure of
+BIASES = {
+    "ViT": ["*q_proj.bias", "*v_proj.bias", "*layernorm_before.bias", "*fc1.bias"],
+    "DINOv2": ["*v_proj.bias", "*norm2.weight", "embeddings.cls_token"],
+    "torchvision": "biases",
+    "open_clip": "biases",
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_biases_are_trained_in_both_engines(name):
+    """Those of queries and values that are parameters of their own, and packed ones."""
+    made = prompted(name, train_backbone=BIASES[name])
+    assert len(made.trained_backbone) >= 7
+    assert_engines_agree(made, images())
+    with torch.no_grad():  # the next step is of the values that are there then
+        for p in made.parameters():
+            p += 0.1 if p.requires_grad else 0.0
+    assert_engines_agree(made, images())
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_weights_stay_where_they_are(name):
+    backbone = model(name)
+    before = {n: p.data_ptr() for n, p in backbone.named_parameters()}
+    own = {id(p) for p in backbone.parameters()}
+    made = pae.PromptedViT(backbone, VPTDeep(2), num_classes=5)
+    pae.fast_forward(made, images())
+    after = {n: p.data_ptr() for n, p in backbone.named_parameters()}
+    assert after == {n: before[n] for n in after}
+    for i in range(made.view.shape.depth):
+        w = made.view.read_block(i)
+        for product in (w.qkv, w.proj, w.fc1, w.fc2):
+            assert all(id(part.weight) in own for part in product.parts)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_copies_stand_alone(name):
+    made, x = prompted(name).eval(), images()
+    expected = pae.fast_forward(made, x)
+    twin = copy.deepcopy(made)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(1.1)
+    assert error(pae.fast_forward(twin, x), twin(x)) < 1e-12
+    assert error(twin(x), expected) > 1e-3
+    assert torch.equal(pae.fast_forward(made, x), expected)
+
+
+def test_a_hook_on_the_readout_sees_all_rows():
+    made, seen = prompted("ViT"), []
+    assert made.view.reads_class_only
+    made.backbone.layernorm.register_forward_hook(lambda m, a, out: seen.append(out.shape))
+    made(images(), engine="fast")
+    assert not made.view.reads_class_only and seen == [(3, 17, 32)]
+
+
+# ---- the table of combinations: a backbone with a family, KLD, MPA, and in a file
+
+
+def fitting(family, backbone_name):
+    """Raises what a family says to a backbone that it cannot have."""
+    return prompted(backbone_name, small(family))
+
+
+@pytest.mark.parametrize("family", METHODS.values(), ids=list(METHODS))
+def test_every_family(family):
+    assert_engines_agree(fitting(family, "ViT"), images())
+
+
+@pytest.mark.parametrize("name", [name for name in FEW if name != "ViT"])
+def test_keys_in_head_space(name):
+    """Which the formula of a block has, and not the block."""
+    assert_engines_agree(fitting(METHODS["e2vpt"], name), images())
+
+
+def test_a_family_that_needs_a_class_token():
+    message = "reads the class token's attention, and the backbone has no class token"
+    with pytest.raises(ValueError, match=message):
+        fitting(METHODS["ivpt"], "SigLIP")
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_regulariser_initialisation_and_file(name, tmp_path):
+    made, x = prompted(name, kld=pae.KLD(8)), images(4)
+    before = made.prompts.tokens.detach().clone()
+    found = pae.mpa_init(made, x, torch.arange(4), window=4, stride=4)
+    assert torch.isfinite(found.losses).all() and not torch.equal(made.prompts.tokens, before)
+    loss = made(x, engine="fast").square().mean() + made.penalty()
+    loss.backward()
+    assert made.kld.K.grad.abs().sum() > 0 and made.prompts.tokens.grad.abs().sum() > 0
+
+    made.eval().save(tmp_path / "a.safetensors")
+    again = pae.PromptedViT.from_file(tmp_path / "a.safetensors", model(name)).eval()
+    assert torch.equal(again(x), made(x))
+    other = model(name)
+    with torch.no_grad():
+        next(iter(pae.backbones.read_backbone(other).blocks[1].parameters())).add_(0.5)
+    state = {n: p.clone() for n, p in other.state_dict().items()}
+    with pytest.raises(pae.CheckpointError, match="was trained on backbone"):
+        pae.PromptedViT.from_file(tmp_path / "a.safetensors", other)
+    assert all(torch.equal(p, state[n]) for n, p in other.state_dict().items())
+
+
+def test_windows_are_ranked_as_pixels_are(monkeypatch):
+    """Patch tokens that are put together rank windows as embedding their pixels does."""
+    x, labels = images(2), torch.arange(2)
+    quick = pae.mpa_init(prompted("CLIP, classes"), x, labels, window=4, stride=4)
+    view = type(prompted("CLIP, classes").view)
+    monkeypatch.setattr(view, "patch_convolution", lambda self, size: None)
+    slow = pae.mpa_init(prompted("CLIP, classes"), x, labels, window=4, stride=4)
+    assert error(quick.losses, slow.losses) < 1e-12
+
+
+# ---- what is refused
+
+
+def test_models_one_step_away_name_the_step():
+    import open_clip
+    import transformers as T
+
+    clip = T.CLIPModel(T.CLIPConfig(**TOWERS))
+    message = "CLIPModel of transformers is no model that can be read: give its vision_model"
+    refused(pae.UnsupportedBackbone, message, lambda: pae.PromptedViT(clip, VPTDeep(2)))
+    pae.PromptedViT(clip.vision_model, VPTDeep(2), num_classes=3)
+    mae = T.ViTMAEForPreTraining(T.ViTMAEConfig(**WIDE))
+    refused(pae.UnsupportedBackbone, "give its vit", lambda: pae.PromptedViT(mae, VPTDeep(2)))
+    bert = T.BertModel(T.BertConfig(**TEXT))
+    refused(
+        pae.UnsupportedBackbone,
+        "BertModel of transformers is no model that can be read: expected one of ViTModel, ",
+        lambda: pae.PromptedViT(bert, VPTDeep(2)),
+    )
+    tower = model("open_clip")
+    tower.pool_type = "none"
+    message = "VisionTransformer.pool_type is 'none', expected 'tok' or 'avg'"
+    refused(pae.UnsupportedBackbone, message, lambda: pae.PromptedViT(tower, VPTDeep(2)))
+    text = open_clip.transformer.TextTransformer(4, 9, 32, 4, 2)
+    message = "TextTransformer of open_clip is no model that can be read: expected a Vision"
+    refused(pae.UnsupportedBackbone, message, lambda: pae.PromptedViT(text, VPTDeep(2)))
+
+
+def test_a_model_without_a_head_needs_classes():
+    message = "num_classes must be given: the backbone has no head"
+    for name in ("ViT", "SigLIP", "open_clip"):
+        refused(ValueError, message, lambda name=name: pae.PromptedViT(model(name), VPTDeep(2)))
+
+
+def test_models_of_ones_own_that_derive_from_a_library():
+    import transformers as T
+
+    class Mine(T.ViTModel):
+        pass
+
+    mine = Mine(T.ViTConfig(**WIDE))
+    assert pae.PromptedViT(mine, VPTDeep(2), num_classes=3).view.shape.depth == 3
+
+
+def test_outputs_captured_by_hooks_are_named():
+    """What `output_hidden_states` leaves in the model is a hook on every block."""
+    made, x = prompted("ViT"), images()
+    made.backbone(x, output_hidden_states=True)
+    with pytest.raises(pae.UnsupportedBackbone, match=r"blocks\.0 has a forward hook"):
+        made(x, engine="fast")
+    made(x)
+
+
+def test_presets_of_timms_names_are_refused():
+    refused(
+        ValueError,
+        "train_backbone 'da-vpt+' names parameters as timm does, and the backbone has none of",
+        lambda: prompted("ViT", train_backbone="da-vpt+"),
+    )
+
+
+# ---- adapters
+
+
+def test_adapters_are_merged_or_named():
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    vit = backbone("plain")
+    x = timm_images(vit)
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    adapted = peft.get_peft_model(vit, config).eval()
+    expected = adapted(x)
+    message = "PeftModel of peft wraps a backbone: give merge_and_unload() of it, or"
+    refused(pae.UnsupportedBackbone, message, lambda: pae.PromptedViT(adapted, VPTDeep(0)))
+
+    named = r"blocks\.0\.attn\.qkv is Linear of peft, an adapter that is not merged"
+    apart = copy.deepcopy(adapted).get_base_model()
+    with pytest.warns(UserWarning, match=named):
+        model = pae.PromptedViT(apart, VPTDeep(0))
+    assert error(model(x), expected) < 1e-12
+    with pytest.raises(pae.UnsupportedBackbone, match=named):
+        model(x, engine="fast")
+
+    merged = pae.PromptedViT(adapted.merge_and_unload(), VPTDeep(0))
+    assert error(merged(x, engine="fast"), expected) < 1e-9
+
+
+def test_adapters_of_other_libraries_run_as_they_are():
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    vit = peft.get_peft_model(model("ViT"), config).eval().get_base_model()
+    expected = own_output(vit, images())
+    named = r"blocks\.0\.attention\.q_proj is Linear of peft"
+    with pytest.warns(UserWarning, match=named):
+        made = pae.PromptedViT(vit, VPTDeep(0), num_classes=3)
+    assert error(made.features(images()), expected) < 1e-12
+    with pytest.raises(pae.UnsupportedBackbone, match=named):
+        made(images(), engine="fast")

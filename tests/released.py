@@ -1,0 +1,172 @@
+"""A prompted model in the layout of VPT's and PAE's released code, from its description: names
+of its parts, where prompts go, what drops when.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SIZE, PATCH, WIDTH, HEADS, DEPTH = 16, 4, 32, 4, 3
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads, self.attention_head_size = HEADS, WIDTH // HEADS
+        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.attn_dropout, self.proj_dropout = nn.Dropout(0.1), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        def split(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        weights = (q @ k.mT / self.attention_head_size**0.5).softmax(-1)
+        out = (self.attn_dropout(weights) @ v).transpose(1, 2).flatten(2)
+        return self.proj_dropout(self.out(out)), weights
+
+
+class _Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.act_fn = F.gelu
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.dropout(self.act_fn(self.fc1(x)))))
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_norm, self.ffn_norm = (nn.LayerNorm(WIDTH, eps=1e-6) for _ in range(2))
+        self.attn, self.ffn = _Attention(), _Mlp()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out, weights = self.attn(self.attention_norm(x))
+        x = x + out
+        return x + self.ffn(self.ffn_norm(x)), weights
+
+
+class _Embeddings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embeddings = nn.Conv2d(3, WIDTH, PATCH, PATCH)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, (SIZE // PATCH) ** 2 + 1, WIDTH))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embeddings(images).flatten(2).mT
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        return self.dropout(x + self.position_embeddings)
+
+
+class _Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(_Block() for _ in range(DEPTH))
+        self.encoder_norm = nn.LayerNorm(WIDTH, eps=1e-6)
+
+
+class _Transformer(nn.Module):
+    def __init__(self, deep: bool, project: int, koopman: str, per_image: bool, count: int) -> None:
+        super().__init__()
+        self.embeddings, self.encoder = _Embeddings(), _Encoder()
+        inner = project or WIDTH
+        self.prompt_dropout = nn.Dropout(0.1)
+        self.prompt_proj = nn.Linear(project, WIDTH) if project else nn.Identity()
+        self.prompt_embeddings = nn.Parameter(torch.zeros(1, count, inner))
+        if deep:
+            self.deep_prompt_embeddings = nn.Parameter(torch.zeros(DEPTH - 1, count, inner))
+        self.deep, self.per_image, self.count = deep, per_image, count
+        if koopman:
+            self.koopman_in = nn.Linear(WIDTH, 8, bias=False)
+            self.koopman_out = nn.Linear(8, WIDTH, bias=False)
+        for name in "KL":
+            if koopman == "global":
+                setattr(self, f"{name}_global", nn.Parameter(torch.zeros(8, 8)))
+            elif koopman:
+                parts = (nn.Parameter(torch.zeros(8, 8)) for _ in range(DEPTH - 1))
+                setattr(self, f"{name}_layers", nn.ParameterList(parts))
+
+    def train(self, mode: bool = True) -> None:
+        if not mode:
+            for part in self.children():
+                part.train(False)
+            return
+        self.encoder.eval()
+        self.embeddings.eval()
+        self.prompt_proj.train()
+        self.prompt_dropout.train()
+
+    def _prompts(self, rows: Tensor, batch: int) -> Tensor:
+        rows = self.prompt_proj(rows).expand(batch if self.per_image else -1, -1, -1)
+        return self.prompt_dropout(rows).expand(batch, -1, -1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x, n = self.embeddings(images), len(images)
+        x = torch.cat([x[:, :1], self._prompts(self.prompt_embeddings, n), x[:, 1:]], dim=1)
+        for i, block in enumerate(self.encoder.layer):
+            if self.deep and i > 0:
+                rows = self._prompts(self.deep_prompt_embeddings[i - 1 : i], n)
+                x = torch.cat([x[:, :1], rows, x[:, 1 + self.count :]], dim=1)
+            x, _ = block(x)
+        return self.encoder.encoder_norm(x)
+
+
+class _Inner(nn.Module):
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer, self.head = transformer, nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.transformer(images)[:, 0])
+
+
+class _Head(nn.Module):
+    def __init__(self, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.projection = nn.Sequential()
+        for _ in range(hidden):
+            parts = nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.BatchNorm1d(WIDTH), nn.Dropout(0.1)
+            self.projection.extend(parts)
+        self.last_layer = nn.Linear(WIDTH, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(self.projection(x))
+
+
+class Model(nn.Module):
+    """The wrapper with the head. koopman: "" (VPT), "layerwise" or "global" (PAE)."""
+
+    def __init__(
+        self,
+        deep: bool = True,
+        project: int = 0,
+        koopman: str = "",
+        hidden: int = 0,
+        count: int = 4,
+    ) -> None:
+        super().__init__()
+        per_image = not koopman
+        self.enc = _Inner(_Transformer(deep, project, koopman, per_image, count))
+        self.head = _Head(hidden, 5)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                values = torch.randn(p.shape, generator=generator)
+                if "norm" in name and name.endswith("weight"):
+                    p.copy_(1 + 0.3 * values)
+                elif name.endswith("weight") and p.dim() > 1:
+                    p.copy_(values * p[0].numel() ** -0.5)
+                else:
+                    p.copy_(0.5 * values)
+        for name, p in self.enc.named_parameters():
+            p.requires_grad_(any(part in name for part in ("prompt", "koopman", "K_", "L_")))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.enc(images))
