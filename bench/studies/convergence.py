@@ -1,280 +1,311 @@
-"""What PAE's parts do to VPT-deep, on several real tasks, from several seeds.
+"""What PAE's parts do to VPT-deep, on several real tasks, each arm with its own best recipe.
 
-    python -m bench.studies.convergence run --output runs/science [--datasets ...] [--seeds ...]
+    python -m bench.studies.convergence plan   [--output runs/science]
+    python -m bench.studies.convergence run    --output runs/science --minutes 60 [--piece ...]
     python -m bench.studies.convergence report --output runs/science
 
-Arms: VPT-deep; with the Koopman-Lyapunov regulariser; with Modal Pre-Alignment under the fresh
-head, and under a linear probe's head; with regulariser and pre-alignment, which is PAE; and PAE
-whose regulariser sees normalised prompts, as the network does ("gauge"). A control keeps of
-Modal Pre-Alignment nothing but the length of every prompt: deep prompts are seen through a
-LayerNorm, so a longer prompt is one that learns more slowly, whatever its direction. All share data
-cut, order and first head per seed, so differences are taken seed by seed. One recipe for all arms.
+`bench.studies.protocol` says how: grids, then seeds. Arms: VPT-deep; with the Koopman-Lyapunov
+regulariser; with Modal Pre-Alignment; with both, which is PAE; and a control that starts from
+random tokens of the same images (SPT), for what Modal Pre-Alignment writes into prompts are
+averages of patch tokens too.
 
-`report` writes bench/results/science/convergence.json; `python -m bench.report` draws it.
+Speed is the published measure, epochs until validation reaches VPT-deep's own best of the same
+seed, beside the same in passes, with what was spent before the first step. A run that never gets
+there counts as its last epoch, in favour of the arm, and is told.
+
+`report` writes bench/results/science/convergence.json; `python -m bench.report` draws it. An arm
+whose grid or whose seeds are not all there is open: it is shown, and nothing is concluded from it.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 
 from bench import figures as style
 from bench.table import table_of
 
-from . import runs
+from . import protocol, runs
+from .protocol import Arm, Found, Study
 
-DATASETS = ("pneumonia", "elpv-defect", "fashion-mnist")
-SEEDS = 5
-JSON = "convergence.json"
-
-
-@torch.no_grad()
-def random_directions(module: nn.Module) -> None:
-    """Prompts of the same lengths, row by row, that point anywhere."""
-    tokens = module.prompts.tokens
-    noise = torch.randn_like(tokens)
-    tokens.copy_(noise * (tokens.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)))
-
-
-class Arm(NamedTuple):
-    """What pages call it, its colour's role, what it changes in the settings and at the start."""
-
-    title: str
-    colour: str
-    changes: dict[str, Any]
-    on_start: Callable[[nn.Module], None] | None = None
-
-
-# names agree with `bench.studies.families`, so that both studies share their runs
+DATASETS = ("fashion-mnist", "elpv-defect", "pneumonia")
+BASELINE, PAE, MPA, KLD, SPT = "plain", "pae", "mpa", "kld", "spt"
 ARMS = {
-    "vpt-deep-plain": Arm("VPT-deep", "plain", {}),
-    "vpt-deep-kld": Arm("+ KLD", "kld", {"kld": True}),
-    "vpt-deep-mpa": Arm("+ MPA", "mpa", {"mpa": True}),
-    "vpt-deep-pae": Arm("+ PAE (both)", "pae", {"kld": True, "mpa": True}),
-    "vpt-deep-pae-gauge": Arm(
-        "+ PAE, gauge fixed", "pae gauge", {"kld": True, "mpa": True, "kld_gauge": "layernorm"}
-    ),
-    "vpt-deep-mpa-probe": Arm(
-        "+ MPA, probe head", "mpa probe", {"mpa": True, "mpa_head": "linear_probe"}
-    ),
-    "vpt-deep-norms": Arm("+ lengths of MPA alone", "control", {"mpa": True}, random_directions),
+    BASELINE: Arm("VPT-deep", "plain", {}),
+    PAE: Arm("+ PAE (both)", "pae", {"kld": True, "mpa": True}),
+    MPA: Arm("+ MPA", "mpa", {"mpa": True}),
+    KLD: Arm("+ KLD", "kld", {"kld": True}),
+    SPT: Arm("+ random tokens of images", "control", {"spt": "random"}),
 }
-BASELINE, PAE, CONTROL = "vpt-deep-plain", "vpt-deep-pae", "vpt-deep-norms"
+STUDY = Study("convergence.json", DATASETS, ARMS, seeds=5)
 
 
-def cells(
-    datasets: Iterable[str] = DATASETS,
-    seeds: Iterable[int] = range(SEEDS),
-    arms: Iterable[str] = tuple(ARMS),
-) -> Iterator[runs.Cell]:
-    """All runs, seeds outermost: an early stop leaves whole seeds."""
-    for seed in seeds:
-        for dataset in datasets:
-            for name in arms:
-                yield runs.Cell(name, dataset, seed, ARMS[name].changes, ARMS[name].on_start)
+# ---- from records to numbers
 
 
-def run(arguments: argparse.Namespace) -> None:
-    chosen = cells(arguments.datasets, arguments.seeds, arguments.arms)
-    runs.run(chosen, arguments.output, arguments.test_size, **runs.sizes(arguments))
+def results(study: Study, found: Found, dataset: str) -> dict[str, dict[str, Any]]:
+    """By arm of a task what `summary` says."""
+    chosen = {
+        name: protocol.finals(dataset, arm, study.seeds, found) for name, arm in study.arms.items()
+    }
+    done = {name: [found[r.key] for r in own if r.key in found] for name, own in chosen.items()}
+    baseline = next(iter(study.arms))
+    for name, own in chosen.items():
+        for run, record in zip((r for r in own if r.key in found), done[name]):
+            record["seed"] = run.seed
+    return {
+        name: summary(study, dataset, arm, found, done[name], done[baseline])
+        for name, arm in study.arms.items()
+    }
 
 
-# ---- from runs to numbers
+def summary(
+    study: Study, dataset: str, arm: Arm, found: Found, records: list[dict], baseline: list[dict]
+) -> dict[str, Any]:
+    """One arm on one task: the cell that its grid chose, its tests, and how soon it was as good as
+    the baseline's best. "open" says what is missing, None where nothing is.
+    """
+    cells = protocol.grid(dataset, arm)
+    ran = sum(run.key in found for run in cells)
+    if ran < len(cells):
+        return {"open": f"grid: {ran} of {len(cells)}"}
+    chosen = protocol.choice(cells, found)
+    assert chosen is not None
+    diverged = [str(r["seed"]) for r in records if "diverged" in r]
+    records = [r for r in records if "diverged" not in r]
+    targets = {r["seed"]: protocol.best(r)[0] for r in baseline if "diverged" not in r}
+    reached, pairs = 0, []
+    for record in (r for r in records if r["seed"] in targets):
+        target = targets[record["seed"]]
+        own, theirs = (epochs_to(r, target) for r in (record, _of(baseline, record["seed"])))
+        reached += own is not None
+        last = record["val"][-1][0]
+        pairs.append((spent(record, own or last), spent(_of(baseline, record["seed"]), theirs)))
+    left = f"seeds: {len(records)} of {study.seeds}"
+    told = f"diverged: seed {', '.join(diverged)}"
+    return {
+        "open": told if diverged else left if len(records) < study.seeds else None,
+        "lr": chosen.lr,
+        "weight_decay": chosen.weight_decay,
+        "edge": chosen.lr in (min(arm.lrs), max(arm.lrs)),
+        "grid": [protocol.best(found[run.key])[0] for run in cells],
+        "tests": {r["seed"]: r["test"] for r in records},
+        "test": runs.interval([r["test"] for r in records]),
+        "gain": runs.paired(records, baseline),
+        "vals": [r["val"] for r in records],
+        "reached": reached,
+        "epochs": runs.interval([mine[0] for mine, _ in pairs]),
+        "passes": runs.interval([mine[1] for mine, _ in pairs]),
+        "faster": ratio([(mine[0], theirs[0]) for mine, theirs in pairs]),
+        "cheaper": ratio([(mine[1], theirs[1]) for mine, theirs in pairs]),
+        "parameters": records[0]["parameters"] if records else None,
+        **{
+            key: [sum(v) / len(v) for v in zip(*(r[key] for r in records if key in r))]
+            for key in ("swing", "turns")
+        },
+    }
+
+
+def _of(records: list[dict], seed: int) -> dict:
+    return next(r for r in records if r["seed"] == seed)
+
+
+def epochs_to(record: dict, target: float) -> int | None:
+    """The first validated epoch that is at least as good; None if there is none."""
+    return next((epoch for epoch, accuracy, _ in record["val"] if accuracy >= target), None)
+
+
+def spent(record: dict, epoch: int) -> tuple[int, int]:
+    """Until the end of an epoch: epochs; and passes, with those ahead of the first step."""
+    an_epoch = protocol.RECIPE["train_size"] * protocol.PASSES_OF_A_STEP
+    return epoch, record["first_passes"] + epoch * an_epoch
+
+
+def ratio(pairs: list[tuple[float, float]]) -> dict[str, float] | None:
+    """How many times as much the baseline took: ratio of means, seeds resampled in pairs."""
+    if not pairs:
+        return None
+    index = runs.resampled(len(pairs))
+    mine, theirs = (torch.tensor(v, dtype=torch.float64) for v in zip(*pairs))
+    drawn = theirs[index].mean(1) / mine[index].mean(1)
+    low, high = runs.ends(drawn)
+    mean = (theirs.mean() / mine.mean()).item()
+    shown = {"mean": mean, "low": low, "high": high}
+    return {**{k: runs.short(v) for k, v in shown.items()}, "seeds": len(pairs)}
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Write the numbers of all finished runs."""
-    chosen = list(cells(arguments.datasets, arguments.seeds))
-    found = runs.collect(chosen, arguments.output)
-    results: dict[str, dict[str, dict]] = {}
-    for (dataset, name), records in found.items():
-        baseline = found.get((dataset, BASELINE), [])
-        results.setdefault(dataset, {})[name] = summary(records, baseline)
-    numbers = {"facts": runs.facts(chosen, arguments.output), "results": results}
-    runs.write_json(arguments.to / JSON, numbers)
+    """Write the records of all finished runs."""
+    numbers = protocol.store(STUDY, arguments)
     print(blocks(numbers)["convergence table"])
-
-
-def summary(records: list[dict], baseline: list[dict]) -> dict[str, Any]:
-    """One arm on one task: means, intervals, differences from the baseline seed by seed.
-
-    "mean val" is the validation accuracy averaged over epochs: the area under the learning curve,
-    a finer measure of speed than a count of few epochs. "reached" counts epochs to 95 % of the
-    *baseline's* final accuracy, one target for all arms; a run that never gets there counts as all
-    its epochs.
-    """
-    target = {r["seed"]: runs.SHARE * r["val"][-1] for r in baseline}
-    for record in records:
-        record["mean val"] = statistics.mean(record["val"])
-        if record["seed"] in target:
-            record["reached"] = runs.first_at(record["val"], target[record["seed"]])
-    traces = [gradients(r["trace"]) for r in records if r["trace"]["gradient_norm"]]
-    return {
-        **runs.summary(records),
-        **{
-            key: runs.interval([r[key] for r in records if key in r])
-            for key in ("mean val", "converged", "converged_seconds", "reached")
-        },
-        "gain": runs.paired(records, baseline),
-        "gain mean val": runs.paired(records, baseline, "mean val"),
-        "gain reached": runs.paired(records, baseline, "reached"),
-        "val range": [[min(v), max(v)] for v in zip(*(r["val"] for r in records))],
-        "gradient": {
-            key: _mean_over([t[key] for t in traces]) for key in (traces[0] if traces else ())
-        },
-    }
-
-
-def gradients(trace: dict) -> dict[str, list]:
-    """How restless the prompts' gradient is, per block. The regulariser's part is in it.
-
-    norm (steps, depth); swing: standard deviation over mean of the norm, over the steps; flips:
-    share of steps whose gradient points against the step before (negative cosine).
-    """
-    norm = torch.tensor(trace["gradient_norm"])
-    cosine = torch.tensor(trace["cosine_with_last"])
-    return {
-        "norm": norm.tolist(),
-        "swing": (norm.std(0) / norm.mean(0)).tolist(),
-        "flips": (cosine < 0).double().mean(0).tolist(),
-    }
-
-
-def _mean_over(values: list) -> list:
-    mean = torch.tensor(values).double().mean(0)
-    mean.apply_(runs.short)
-    return mean.tolist()
 
 
 # ---- from numbers to text
 
 
 def blocks(numbers: dict) -> dict[str, str]:
+    tasks = {d: results(STUDY, numbers["runs"], d) for d in DATASETS}
     return {
-        "convergence setting": _setting(numbers["facts"]),
-        "convergence table": _table(numbers["results"]),
-        "convergence verdicts": _verdicts(numbers["results"]),
-        "convergence gradients": _gradient_table(numbers["results"]),
+        "convergence setting": setting(numbers),
+        "convergence progress": progress(STUDY, numbers["runs"]),
+        "convergence grid": grid_table(tasks),
+        "convergence table": _table(tasks),
+        "convergence verdicts": _verdicts(tasks),
+        "convergence gradients": _gradient_table(tasks),
     }
 
 
-def _setting(facts: dict) -> str:
-    sizes = "; ".join(
-        f"{name}: {t['classes']} classes, {t['train']} / {t['val']} / {t['test']} images"
-        for name, t in facts["tasks"].items()
-    )
+def setting(numbers: dict) -> str:
+    r, made = numbers["recipe"], [run["code"] for run in numbers["runs"].values()]
+    by = {f"pae {c['pae']} at {c['commit']}, torch {c['torch']}" for c in made}
     return (
-        f"Backbone {facts['model']} at {facts['img_size']} px, {facts['num_tokens']} prompts per "
-        f"block, {facts['epochs']} epochs of batch {facts['batch_size']}, {facts['optimizer']} at "
-        f"{facts['lr']:g}, cosine. Train / validation / test: {sizes}. pae "
-        f"{facts['versions']['pae']}, torch {facts['versions']['torch']}, CPU."
+        f"The first {r['depth']} blocks of dinov2-s14-derived at {r['img_size']} px, "
+        f"{r['num_tokens']} prompts per block; {r['train_size']} / {r['val_size']} / "
+        f"{r['test_size']} images for training, validation and test; {r['epochs']} epochs of batch "
+        f"{r['batch_size']}, validated every {r['validate']} epochs; {r['optimizer']}, "
+        f"{r['warmup_epochs']} epochs of warm-up and a cosine per epoch, prompt "
+        f"dropout {r['dropout']:g}; MPA on {r['mpa_images']} images. Runs by "
+        f"{'; '.join(sorted(by)) or 'nobody yet'}."
     )
 
 
-def _arms(results: dict) -> Iterator[tuple[str, str, dict]]:
-    for dataset, arms in results.items():
-        yield from ((dataset, name, found) for name, found in arms.items())
+def progress(study: Study, found: Found) -> str:
+    """How much of the study there is."""
+    lines: dict[str, dict[str, str]] = {}
+    for piece in protocol.pieces(study, found):
+        dataset, kind = piece.name.rsplit(" ", 1)
+        done = sum(run.key in found for run in piece.runs)
+        words = f"{done} of {piece.count}" if done < piece.count else f"all {piece.count}"
+        lines.setdefault(dataset, {"task": dataset})[f"runs of the {kind}"] = words
+    return table_of(list(lines.values()))
 
 
-def _table(results: dict) -> str:
-    return table_of(
-        [
+def shown_arms(
+    tasks: dict[str, dict], arms: dict[str, Arm] = ARMS
+) -> Iterator[tuple[str, str, dict]]:
+    """(task, arm's title, numbers) of the tasks of which something has been run."""
+    for dataset, own in tasks.items():
+        if any("test" in s or not s["open"].startswith("grid: 0") for s in own.values()):
+            yield from ((dataset, arms[name].title, s) for name, s in own.items())
+
+
+def grid_table(tasks: dict[str, dict], arms: dict[str, Arm] = ARMS) -> str:
+    """What every arm chose, and the validation accuracy of every cell."""
+    rows = []
+    for dataset, title, s in shown_arms(tasks, arms):
+        done = "lr" in s
+        rows.append(
             {
                 "task": dataset,
-                "arm": ARMS[name].title,
-                "seeds": str(len(s["seeds"])),
-                "test accuracy": runs.shown(s["test"], ".3f"),
-                "difference, seed by seed": runs.shown(s["gain"], "+.3f")
-                if name != BASELINE
-                else "",
-                "mean val accuracy": runs.shown(s["mean val"], ".3f"),
-                "epochs to 95 % of own end": runs.shown(s["converged"], ".1f"),
-                "to 95 % of VPT-deep's end": runs.shown(s["reached"], ".1f"),
-                "CPU seconds to 95 %": f"{s['converged_seconds']['mean']:.0f}",
+                "arm": title,
+                "chosen learning rate": f"{s['lr']:g}" + ", an end" * s["edge"] if done else "open",
+                "weight decay": f"{s['weight_decay']:g}" if done else s["open"],
+                "validation of every cell": " ".join(f"{v:.2f}" for v in s.get("grid", ())),
             }
-            for dataset, name, s in _arms(results)
-        ]
-    )
+        )
+    return table_of(rows)
 
 
-ENOUGH = 4  # seeds; of three, all fall on one side by chance in one case of four
-# claim -> (arm, quantity of the summary, sign that confirms it)
+def _table(tasks: dict[str, dict]) -> str:
+    rows = []
+    for dataset, title, s in shown_arms(tasks):
+        other = title != ARMS[BASELINE].title
+        done = "test" in s
+        rows.append(
+            {
+                "task": dataset,
+                "arm": title,
+                "state": f"open, {s['open']}" if s["open"] else "complete",
+                "test accuracy": runs.shown(s.get("test"), ".3f"),
+                "difference, seed by seed": runs.shown(s.get("gain"), "+.3f") if other else "",
+                "reached VPT-deep's best": f"{s['reached']} of {len(s['tests'])}" if done else "",
+                "epochs until then": runs.shown(s.get("epochs"), ".1f"),
+                "times as fast in epochs": runs.shown(s.get("faster"), ".2f") if other else "",
+                "in passes, start included": runs.shown(s.get("cheaper"), ".2f") if other else "",
+            }
+        )
+    return table_of(rows)
+
+
+# claim -> (arm, quantity of the summary, from where on it holds)
 CLAIMS = {
-    "The regulariser raises accuracy": ("vpt-deep-kld", "gain", 1),
-    "Modal Pre-Alignment raises accuracy": ("vpt-deep-mpa", "gain", 1),
-    "The lengths of MPA's prompts alone, in random directions, raise it": (CONTROL, "gain", 1),
-    "PAE raises accuracy": (PAE, "gain", 1),
-    "PAE learns faster (validation accuracy averaged over epochs)": (PAE, "gain mean val", 1),
-    "The lengths alone do the same": (CONTROL, "gain mean val", 1),
-    "PAE needs fewer epochs to 95 % of VPT-deep's accuracy": (PAE, "gain reached", -1),
+    "The regulariser raises accuracy": (KLD, "gain", 0.0),
+    "Modal Pre-Alignment raises accuracy": (MPA, "gain", 0.0),
+    "Random tokens of images raise accuracy": (SPT, "gain", 0.0),
+    "PAE raises accuracy": (PAE, "gain", 0.0),
+    "PAE needs fewer epochs to VPT-deep's best": (PAE, "faster", 1.0),
+    "PAE needs fewer passes, MPA included": (PAE, "cheaper", 1.0),
+    "Random tokens of images need fewer passes": (SPT, "cheaper", 1.0),
 }
 
 
-def verdict(gain: dict, sign: int) -> str:
-    """In words: few seeds decide nothing, nor does an interval that contains 0."""
-    if gain["seeds"] < ENOUGH:
-        return "too few seeds"
-    if gain["low"] <= 0 <= gain["high"]:
-        return "undecided"
-    return "yes" if gain["mean"] * sign > 0 else "**no, the opposite**"
+def verdict(arm: dict, baseline: dict, key: str, bar: float) -> str:
+    """In words; nothing is concluded before both arms are complete."""
+    if arm["open"] or baseline["open"]:
+        return "open"
+    value = arm[key]
+    form = "+.3f" if key == "gain" else ".2f"
+    if value["low"] <= bar <= value["high"]:
+        said = "undecided"
+    else:
+        said = "yes" if value["mean"] > bar else "**no, the opposite**"
+    return f"{said} ({value['mean']:{form}})"
 
 
-def _verdicts(results: dict) -> str:
-    lines = []
-    for claim, (arm, key, sign) in CLAIMS.items():
-        gains = {dataset: arms.get(arm, {}).get(key) for dataset, arms in results.items()}
-        form = "+.1f" if key == "gain reached" else "+.3f"
-        said = {
-            d: f"{verdict(g, sign)} ({g['mean']:{form}})" if g else "" for d, g in gains.items()
-        }
-        lines.append({"claim": claim, **said})
-    return table_of(lines)
-
-
-def _gradient_table(results: dict) -> str:
+def _verdicts(tasks: dict[str, dict]) -> str:
     return table_of(
         [
             {
-                "task": dataset,
-                "arm": ARMS[name].title,
-                "swing of the norm: first third of blocks, middle, last": _thirds(
-                    s["gradient"]["swing"], ".2f"
-                ),
-                "gradient turns against the step before: first, middle, last": _thirds(
-                    s["gradient"]["flips"], ".0%"
-                ),
+                "claim": claim,
+                **{d: verdict(arms[name], arms[BASELINE], key, bar) for d, arms in tasks.items()},
             }
-            for dataset, name, s in _arms(results)
-            if s["gradient"]
+            for claim, (name, key, bar) in CLAIMS.items()
+            if name in STUDY.arms
         ]
     )
 
 
-def _thirds(values: list[float], form: str) -> str:
-    third = len(values) // 3
-    parts = values[:third], values[third:-third], values[-third:]
-    return ", ".join(f"{statistics.mean(part):{form}}" for part in parts)
+def _gradient_table(tasks: dict[str, dict]) -> str:
+    def listed(values: Iterable[float], form: str) -> str:
+        return ", ".join(f"{v:{form}}" for v in values)
+
+    return table_of(
+        [
+            {
+                "task": dataset,
+                "arm": title,
+                "swing of the norm: first third of blocks, middle, last": listed(s["swing"], ".2f"),
+                "gradient turns against the step before: first, middle, last": listed(
+                    s["turns"], ".0%"
+                ),
+            }
+            for dataset, title, s in shown_arms(tasks)
+            if s.get("swing")
+        ]
+    )
 
 
 # ---- from numbers to figures
 
 
 def figures(numbers: dict) -> dict[str, Callable[[], Figure]]:
-    results = numbers["results"]
-    drawn: dict[str, Callable[[], Figure]] = {
-        f"convergence_gradients_{dataset}": partial(draw_gradients, dataset, arms)
-        for dataset, arms in results.items()
+    """Of the tasks that have a complete arm; none before."""
+    tasks = {}
+    for dataset in DATASETS:
+        arms = results(STUDY, numbers["runs"], dataset)
+        if whole := {name: s for name, s in arms.items() if not s["open"]}:
+            tasks[dataset] = whole
+    if not tasks:
+        return {}
+    return {
+        "convergence_curves": partial(draw_curves, tasks),
+        "convergence_gains": partial(draw_gains, tasks),
     }
-    drawn["convergence_curves"] = partial(draw_curves, results)
-    drawn["convergence_gains"] = partial(draw_gains, results)
-    return drawn
 
 
 def _look(name: str) -> dict[str, str]:
@@ -282,43 +313,45 @@ def _look(name: str) -> dict[str, str]:
     return {"color": style.COLOURS[ARMS[name].colour], "label": ARMS[name].title}
 
 
-def _panels(results: dict, width: float, height: float) -> tuple[Figure, list[tuple[Any, dict]]]:
+def _panels(tasks: dict, width: float, height: float) -> tuple[Figure, list[tuple[Any, dict]]]:
     """A panel for each task, side by side: (axes, arms)."""
-    count = len(results)
-    figure, grid = style.figure(width * count, height, 1, count, squeeze=False)
-    for panel, dataset in zip(grid[0], results):
+    figure, grid = style.figure(max(5.0, width * len(tasks)), height, 1, len(tasks), squeeze=False)
+    for panel, dataset in zip(grid[0], tasks):
         panel.set_title(dataset)
-    return figure, list(zip(grid[0], results.values()))
+    return figure, list(zip(grid[0], tasks.values()))
 
 
-def draw_curves(results: dict) -> Figure:
-    """Validation accuracy by epoch: mean over seeds; the span of the seeds for VPT-deep and PAE."""
-    figure, panels = _panels(results, 3.4, 3.0)
+def draw_curves(tasks: dict) -> Figure:
+    """Validation accuracy by epoch: mean over seeds; their span for VPT-deep and PAE."""
+    figure, panels = _panels(tasks, 3.6, 3.2)
     for panel, arms in panels:
         for name, s in arms.items():
-            epochs = range(1, len(s["val"]) + 1)
-            panel.plot(epochs, s["val"], ".-", lw=1.5, **_look(name))
+            epochs = [row[0] for row in s["vals"][0]]
+            seeds = list(zip(*([row[1] for row in rows] for rows in s["vals"])))
+            means = [sum(v) / len(v) for v in seeds]
+            panel.plot(epochs, means, ".-", lw=1.5, **_look(name))
             if name in (BASELINE, PAE):
-                low, high = zip(*s["val range"])
+                low, high = [min(v) for v in seeds], [max(v) for v in seeds]
                 panel.fill_between(epochs, low, high, color=_look(name)["color"], alpha=0.12, lw=0)
         panel.set_xlabel("epoch")
     first = panels[0][0]
     first.set_ylabel("validation accuracy")
-    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=len(ARMS))
+    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 
-def draw_gains(results: dict) -> Figure:
+def draw_gains(tasks: dict) -> Figure:
     """Difference in test accuracy from VPT-deep, seed by seed, with bootstrap intervals."""
     names = [name for name in reversed(ARMS) if name != BASELINE]
-    figure, panels = _panels(results, 3.0, 2.6)
+    figure, panels = _panels(tasks, 3.0, 2.4)
     for panel, arms in panels:
         panel.axvline(0, color="black", lw=0.8)
         for place, name in enumerate(names):
-            gain, colour = arms.get(name, {}).get("gain"), _look(name)["color"]
-            if not gain:
+            if name not in arms or BASELINE not in arms:
                 continue
-            dots = runs.differences(arms[name], arms[BASELINE])
+            gain, colour = arms[name]["gain"], _look(name)["color"]
+            base = arms[BASELINE]["tests"]
+            dots = [test - base[seed] for seed, test in arms[name]["tests"].items()]
             panel.plot(dots, [place] * len(dots), "o", ms=3, alpha=0.5, color=colour)
             panel.plot([gain["low"], gain["high"]], [place] * 2, color=colour, lw=2)
             panel.plot(gain["mean"], place, "D", ms=6, color=colour)
@@ -329,38 +362,5 @@ def draw_gains(results: dict) -> Figure:
     return figure
 
 
-def draw_gradients(dataset: str, arms: dict) -> Figure:
-    """Norm of the prompts' gradient, block by block over the steps, and how often it turns."""
-    shown = [name for name in (BASELINE, "vpt-deep-kld", PAE) if name in arms]
-    logs = {n: torch.tensor(arms[n]["gradient"]["norm"]).clamp_min(1e-12).log10() for n in shown}
-    low = min(v.quantile(0.02).item() for v in logs.values())
-    high = max(v.quantile(0.98).item() for v in logs.values())
-    figure, panels = style.figure(11, 2.4, 1, len(logs) + 1)
-    *maps, turns = panels
-    for panel, (name, values) in zip(maps, logs.items()):
-        # one pixel a step and block, not smoothed
-        how = {"aspect": "auto", "origin": "lower", "interpolation": "none"}
-        image = panel.imshow(values.T.numpy(), vmin=low, vmax=high, **how)
-        panel.grid(False)
-        panel.set_title(f"{dataset}, {ARMS[name].title}")
-        panel.set_xlabel("step")
-    maps[0].set_ylabel("block")
-    figure.colorbar(image, ax=maps, label="log10 |gradient|", pad=0.01)
-    for name, s in arms.items():
-        flips = [100 * v for v in s["gradient"]["flips"]]
-        turns.plot(range(len(flips)), flips, **_look(name))
-    turns.set_title("steps that turn back")
-    turns.set_xlabel("block")
-    turns.set_ylabel("%")
-    figure.legend(loc="outside upper center", ncols=len(ARMS))
-    return figure
-
-
-def options(name: str, command: argparse.ArgumentParser) -> None:
-    command.add_argument("--datasets", nargs="+", default=list(DATASETS))
-    if name == "run":
-        command.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-
-
 if __name__ == "__main__":
-    runs.main("convergence", {"run": run, "report": report}, options, SEEDS)
+    protocol.main(STUDY, {"report": report})

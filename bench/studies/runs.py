@@ -236,11 +236,19 @@ def bootstrap(values: list[float], draws: int = 10000) -> tuple[float, float]:
 
     With n seeds it is the spread of n numbers: honest about them, not about the seeds not run.
     """
-    generator = torch.Generator().manual_seed(0)
     drawn = torch.tensor(values, dtype=torch.float64)
-    index = torch.randint(len(drawn), (draws, len(drawn)), generator=generator)
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = torch.quantile(drawn[index].mean(dim=1), ends).tolist()
+    return ends(drawn[resampled(len(drawn), draws)].mean(dim=1))
+
+
+def resampled(seeds: int, draws: int = 10000) -> Tensor:
+    """(draws, seeds) indices, with replacement, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(seeds, (draws, seeds), generator=generator)
+
+
+def ends(drawn: Tensor) -> tuple[float, float]:
+    """The 95 % percentile interval of what was drawn."""
+    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
     return low, high
 
 
@@ -248,8 +256,8 @@ def interval(values: list[float]) -> dict[str, float] | None:
     """Mean and bootstrap interval to four digits, and of how many; None of none."""
     if not values:
         return None
-    ends = {"mean": statistics.mean(values), **dict(zip(("low", "high"), bootstrap(values)))}
-    return {**{name: short(value) for name, value in ends.items()}, "seeds": len(values)}
+    found = {"mean": statistics.mean(values), **dict(zip(("low", "high"), bootstrap(values)))}
+    return {**{name: short(value) for name, value in found.items()}, "seeds": len(values)}
 
 
 def short(value: float) -> float:

@@ -17,11 +17,19 @@ from tests.train.helpers import BACKBONE, save_shades
 
 ROOT = Path(__file__).parents[2]
 
-from bench.studies import convergence, families, first_command, mpa_bf16, runs  # noqa: E402
+from bench.studies import (  # noqa: E402
+    convergence,
+    families,
+    first_command,
+    mpa_bf16,
+    protocol,
+    runs,
+)
 from pae import MPAResult  # noqa: E402
 from pae.mpa import NearTies  # noqa: E402
-from pae.train import loop  # noqa: E402
+from pae.train import loop, methods  # noqa: E402
 from pae.train.data import read_folder  # noqa: E402
+from pae.train.options import Options  # noqa: E402
 
 SMALL = {
     **BACKBONE,
@@ -34,7 +42,6 @@ SMALL = {
     "device": "cpu",
     "amp": "no",
 }
-STUDIES = {"convergence": convergence, "families": families}
 
 
 @pytest.fixture
@@ -45,32 +52,170 @@ def shades(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_study_from_runs_to_figures(shades, capsys):
-    output, arms = shades / "runs", ("vpt-deep-plain", "vpt-deep-norms")
-    cells = list(convergence.cells(["mnist"], [0, 1], arms))
-    runs.run(cells, output, 6, **SMALL)
-    assert capsys.readouterr().out.count(": test ") == len(cells) == 4
-    runs.run(cells, output, 6, **SMALL)  # nothing is left to do
-    assert capsys.readouterr().out == ""
+TINY = {
+    "method": "vpt-deep",
+    "model": "test_vit",
+    "pretrained": False,
+    "num_tokens": 2,
+    "dropout": 0.1,
+    "optimizer": "sgd",
+    "scheduler": "vpt",
+    "epochs": 4,
+    "warmup_epochs": 1,
+    "batch_size": 6,
+    "kld_dim": 8,
+    "mpa_images": 4,
+    "img_size": 32,
+    "train_size": 29,
+    "val_size": 7,
+}
+ARMS = {name: convergence.ARMS[name]._replace(lrs=(0.1, 0.5)) for name in ("plain", "mpa", "spt")}
+STUDY = protocol.Study("convergence.json", ("mnist",), ARMS, seeds=2)
 
-    found = runs.collect(cells, output)
-    assert [r["seed"] for r in found["mnist", "vpt-deep-norms"]] == [0, 1]
-    trace = found["mnist", "vpt-deep-norms"][0]["trace"]
-    steps = 2 * -(-30 // 6)  # 36 training images, 7 of them validate
-    assert len(trace["process_seconds"]) == len(trace["gradient_norm"]) == steps
-    assert len(trace["cosine_with_last"]) == steps - 1
-    assert trace["process_seconds"] == sorted(trace["process_seconds"])
-    facts = runs.facts(cells, output)
-    assert facts["tasks"]["mnist"]["test"] == 6 and facts["num_tokens"] == 2
 
-    baseline = found["mnist", "vpt-deep-plain"]
-    results = {"mnist": {n: convergence.summary(found["mnist", n], baseline) for n in arms}}
-    numbers = json.loads(json.dumps({"facts": facts, "results": results}))
-    row = convergence.blocks(numbers)["convergence table"].splitlines()[2]
-    mean = statistics.mean(r["test"] for r in baseline)
-    assert row.startswith(f"| mnist | VPT-deep | 2 | {mean:.3f} (")
+@pytest.fixture
+def tiny(shades, monkeypatch):
+    """The protocol with 12 + 3 runs of a second; its command line."""
+    monkeypatch.setattr(protocol, "RECIPE", TINY)
+    monkeypatch.setattr(protocol, "TEST_SIZE", 6)
+    protocol._task.cache_clear()
+
+    def command(*words, output=shades / "runs"):
+        own = ["--output", str(output), "--to", str(shades / "numbers")]
+        report = lambda given: protocol.store(STUDY, given)
+        protocol.main(STUDY, {"report": report}, [*words, *own])
+
+    return command
+
+
+def test_the_protocol_from_runs_to_the_page(tiny, shades, capsys, monkeypatch):
+    """Killed, gone on with elsewhere, shared: every run is done once, and what is open says so."""
+    monkeypatch.setattr(convergence, "STUDY", STUDY)
+    monkeypatch.setattr(convergence, "DATASETS", STUDY.datasets)
+    tiny("plan")
+    assert "mnist grid                  12     0" in capsys.readouterr().out
+    tiny("run", "--minutes", "0")
+    assert capsys.readouterr().out == "12 runs of these pieces are left\n"
+
+    pixels_seen, build = [], loop.methods.build_method
+
+    def watched(*given, **more):
+        module = build(*given, **more)
+        module.register_forward_pre_hook(lambda _, inputs: pixels_seen.append(len(inputs[0])))
+        return module
+
+    monkeypatch.setattr(loop.methods, "build_method", watched)
+    cells = protocol.grid("mnist", ARMS["mpa"])
+    first = protocol.train(cells[0], shades / "runs")
+    backward = TINY["epochs"] * TINY["train_size"]
+    assert cells[0].passes() == sum(pixels_seen) + backward + first["first_passes"]
+    assert first["first_passes"] == 9 * TINY["mpa_images"]  # windows of 16 every 8 in 32 pixels
+    assert [row[0] for row in first["val"]] == [2, 4] and len(first["turns"]) == 3
+    assert protocol.train(cells[0], shades / "runs") is None  # it is there
+
+    with protocol.RunFolder(shades / "runs" / "work" / cells[1].key).held():
+        assert protocol.train(cells[1], shades / "runs") is None  # another process is at it
+    tiny("report")
+    numbers = json.loads((shades / "numbers" / "convergence.json").read_text())
+    assert numbers["runs"] == {cells[0].key: json.loads(json.dumps(first))}
+    blocks = convergence.blocks(numbers)
+    assert blocks["convergence table"].count("open, grid") == 3
+    assert blocks["convergence verdicts"].count("| open |") == 4  # of MPA and SPT
+    assert not convergence.figures(numbers)
+    (shades / "runs" / f"{cells[0].key}.json").unlink()  # another day, another folder
+    tiny("run", "--piece", "mnist grid")
+    out = capsys.readouterr().out
+    assert out.count(": val ") == 11 and out.endswith("nothing is left to do\n")
+    tiny("run")
+    assert capsys.readouterr().out.count(": val ") == 3
+    tiny("plan")
+    assert "0.0 core hours left" in capsys.readouterr().out
+
+    tiny("report")
+    numbers = json.loads((shades / "numbers" / "convergence.json").read_text())
+    assert len(numbers["runs"]) == 15
+    assert len((shades / "numbers" / "convergence.json").read_text().splitlines()) < 60
+    blocks = convergence.blocks(numbers)
+    assert blocks["convergence table"].count("| complete |") == 3
+    assert "open" not in blocks["convergence progress"] + blocks["convergence table"]
+    chosen = protocol.finals("mnist", ARMS["plain"], 2, numbers["runs"])
+    tests = [numbers["runs"][run.key]["test"] for run in chosen]
+    assert f"| mnist | VPT-deep | complete | {sum(tests) / 2:.3f} (" in blocks["convergence table"]
     for draw in convergence.figures(numbers).values():
         draw().canvas.draw()
+
+
+def test_an_unknown_piece_names_those_there_are(tiny):
+    with pytest.raises(SystemExit, match="'mnist grid', 'mnist seeds'"):
+        tiny("plan", "--piece", "mnist gird")
+
+
+def test_a_run_that_diverges_is_a_record(tiny, shades):
+    run = protocol.Run("mnist", {}, 1e30, 0.0)
+    record = protocol.train(run, shades / "runs")
+    assert (
+        "not finite" in record["diverged"]
+        or "inf" in record["diverged"]
+        or "nan" in record["diverged"]
+    )
+    assert protocol.best(record) < (0.0, -1e9)
+
+
+def recorded(*val, first=0, test=0.5):
+    known = {"first_passes": first, "test": test, "parameters": 1}
+    return {"val": [list(row) for row in val], **known}
+
+
+def test_choice_is_by_validation_alone():
+    cells = protocol.grid("mnist", ARMS["plain"])
+    rows = [
+        recorded((2, 0.7, 0.9), (4, 0.6, 0.1), test=1.0),
+        recorded((2, 0.5, 0.5), (4, 0.7, 0.8)),  # as good, with the lower loss
+        recorded((2, 0.7, 0.8)),  # the same: the first of equals
+        {"val": [], "diverged": "at once"},
+    ]
+    found = {run.key: row for run, row in zip(cells, rows)}
+    assert protocol.choice(cells, found) == cells[1]
+    seeds = protocol.finals("mnist", ARMS["plain"], 3, found)
+    assert [run.seed for run in seeds] == [0, 1, 2] and seeds[0].key == cells[1].key
+    del found[cells[3].key]
+    assert protocol.choice(cells, found) is None
+    assert protocol.finals("mnist", ARMS["plain"], 3, found) == []
+
+
+def test_a_key_is_of_what_decides_a_run(monkeypatch):
+    run = protocol.Run("mnist", {"kld": True, "mpa": True}, 0.25, 1e-3)
+    assert run.key == protocol.Run("mnist", {"mpa": True, "kld": True}, 0.25, 0.001).key
+    others = [protocol.replace(run, seed=1), protocol.replace(run, lr=1.0)]
+    monkeypatch.setattr(protocol, "VALIDATE", 3)
+    assert len({run.key, *(other.key for other in others)}) == 3
+    before = run.key
+    monkeypatch.setattr(protocol, "RECIPE", {**protocol.RECIPE, "epochs": 31})
+    assert run.key != before
+
+
+def test_speed_counts_what_comes_before_the_first_step(monkeypatch):
+    """VPT-deep is at its best in epoch 8; the arm there after 4, for 2 epochs' worth of MPA."""
+    monkeypatch.setattr(protocol, "RECIPE", {**protocol.RECIPE, "train_size": 100})
+    base = {s: recorded((4, 0.5, 1), (8, 0.8, 1), (12, 0.8, 1), test=0.5 + s) for s in (0, 1)}
+    arm = {
+        s: recorded((4, 0.8, 1), (8, 0.7, 1), (12, 0.7, 1), first=400, test=0.6 + s) for s in base
+    }
+    arm[1]["val"][0][1] = 0.7  # seed 1 never gets there: as if with the last epoch
+    names = ARMS["plain"], ARMS["mpa"]
+    found = {}
+    for own, rows in zip(names, (base, arm)):
+        for run in protocol.grid("mnist", own):
+            found[run.key] = recorded((4, 0.1, 1))
+        first = protocol.grid("mnist", own)[0]
+        found |= {protocol.replace(first, seed=s).key: row for s, row in rows.items()}
+    results = convergence.results(STUDY._replace(arms=dict(zip("pm", names))), found, "mnist")
+    assert results["p"]["epochs"]["mean"] == 8 and results["p"]["passes"]["mean"] == 1600
+    row = results["m"]
+    assert row["open"] is None and row["reached"] == 1
+    assert row["epochs"]["mean"] == 8 and row["passes"]["mean"] == 1600 + 400
+    assert row["faster"]["mean"] == 1.0 and row["cheaper"]["mean"] == 0.8
+    assert row["gain"]["mean"] == pytest.approx(0.1)
 
 
 def test_an_interrupted_run_is_left_to_its_owner(shades, capsys):
@@ -90,23 +235,14 @@ def test_trace_sees_a_turn():
         trace(module, 0)
     assert trace.norms == [[5, 1], [10, 2]]
     assert trace.cosines == [pytest.approx([-1, 0])]
-    counted = convergence.gradients(
-        {"gradient_norm": trace.norms, "cosine_with_last": trace.cosines}
-    )
-    assert counted["flips"] == [1, 0]
 
 
-def test_control_keeps_lengths_alone():
-    module = torch.nn.Module()
-    module.prompts = torch.nn.Module()
-    module.prompts.tokens = torch.nn.Parameter(
-        torch.randn(3, 4, 64) * torch.arange(1.0, 5)[:, None]
-    )
-    before = module.prompts.tokens.detach().clone()
-    convergence.random_directions(module)
-    after = module.prompts.tokens.detach()
-    torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1))
-    assert torch.cosine_similarity(after, before, dim=-1).abs().max() < 0.6
+def test_turning_is_told_by_thirds():
+    trace = runs.Trace()
+    trace.norms = [[1.0, 2.0, 3.0], [3.0, 2.0, 3.0]]
+    trace.cosines = [[-0.5, 0.5, -0.1]]
+    found = protocol.turning(trace)
+    assert found == {"swing": [runs.short(0.5**0.5), 0, 0], "turns": [1, 0, 1]}
 
 
 def test_first_epoch_at_an_accuracy():
@@ -133,18 +269,20 @@ def test_differences_are_taken_seed_by_seed():
 
 
 @pytest.mark.parametrize(
-    "low, high, seeds, sign, said",
+    "low, high, key, bar, left, said",
     [
-        (0.01, 0.02, 5, 1, "yes"),
-        (-0.02, -0.01, 5, 1, "opposite"),
-        (-0.02, -0.01, 5, -1, "yes"),
-        (-0.01, 0.01, 5, 1, "undecided"),
-        (0.01, 0.02, 2, 1, "too few"),
+        (0.01, 0.02, "gain", 0, None, "yes"),
+        (-0.02, -0.01, "gain", 0, None, "opposite"),
+        (-0.01, 0.01, "gain", 0, None, "undecided"),
+        (0.01, 0.02, "gain", 0, "seeds: 4 of 5", "open"),
+        (1.2, 1.5, "faster", 1, None, "yes"),
+        (0.8, 0.9, "faster", 1, None, "opposite"),
     ],
 )
-def test_verdicts_are_cautious(low, high, seeds, sign, said):
-    gain = {"mean": (low + high) / 2, "low": low, "high": high, "seeds": seeds}
-    assert said in convergence.verdict(gain, sign)
+def test_verdicts_are_cautious(low, high, key, bar, left, said):
+    arm = {"open": left, key: {"mean": (low + high) / 2, "low": low, "high": high}}
+    assert said in convergence.verdict(arm, {"open": None}, key, bar)
+    assert convergence.verdict(arm, {"open": "grid: 5 of 6"}, key, bar) == "open"
 
 
 def test_first_command_from_runs_to_tables(shades, capsys, monkeypatch):
@@ -201,30 +339,27 @@ def test_precision_of_mpa_is_compared_by_selections():
     assert (found["checked_misses"], found["same_order"]) == (1, False)
 
 
-def test_cells_of_both_studies_agree():
-    """Runs are shared by name: the same name must be the same run."""
-    shared = {c.name: c for c in families.cells("pneumonia", ["vpt-deep"], [0])}
-    for cell in convergence.cells(["pneumonia"], [0]):
-        if cell.name in shared:
-            ours = {"method": "vpt-deep", "method_args": {}, **cell.changes}
-            assert shared[cell.name].changes == ours
+def test_both_studies_share_runs_of_vpt_deep():
+    for variant, name in (("plain", convergence.BASELINE), ("pae", convergence.PAE)):
+        ours = protocol.grid("pneumonia", families.STUDY.arms[f"vpt-deep {variant}"])
+        theirs = protocol.grid("pneumonia", convergence.ARMS[name])
+        assert [run.key for run in ours] == [run.key for run in theirs]
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_committed_numbers_draw(name):
-    study = STUDIES[name]
-    numbers = json.loads((ROOT / "bench" / "results" / "science" / study.JSON).read_text())
+@pytest.mark.parametrize("name", families.STUDY.arms)
+def test_every_row_of_families_can_be_run(name):
+    """Options, classes and grid windows fit: what would refuse, refuses here."""
+    run = protocol.grid("fashion-mnist", families.STUDY.arms[name])[0]
+    weights = {"model": "vit_small_patch14_dinov2", "pretrained": False}
+    methods.rehearse(Options(**weights, **run.settings(), device="cpu").resolved())
+
+
+@pytest.mark.parametrize("study", [convergence, families])
+def test_committed_numbers_draw(study):
+    numbers = json.loads((ROOT / "bench" / "results" / "science" / study.STUDY.store).read_text())
+    known = [r.key for p in protocol.pieces(study.STUDY, numbers["runs"]) for r in p.runs]
+    assert set(numbers["runs"]) <= set(known)
     for text in study.blocks(numbers).values():
-        assert text and "nan" not in text
+        assert "nan" not in text
     for draw in study.figures(numbers).values():
         draw().canvas.draw()
-    if name == "families":
-        assert set(numbers["rows"]) == set(families.FAMILIES) - set(families.WITHDRAWN)
-        for family, variants in numbers["rows"].items():
-            assert set(variants) == (
-                {"plain", "pae"} if families.FAMILIES[family][1] else {"plain"}
-            )
-    else:
-        assert len(numbers["results"]) >= 3
-        for arms in numbers["results"].values():
-            assert set(arms) == set(convergence.ARMS)
