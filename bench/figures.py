@@ -29,8 +29,6 @@ COLOURS = {
     "plain": "#8A8A8A",
     "kld": "#E69F00",
     "mpa": "#009E73",
-    "mpa probe": "#56B4E9",
-    "pae gauge": "#CC79A7",
     "control": "#D55E00",
     # beside a measurement
     "model": "#333333",

@@ -20,6 +20,7 @@ whose grid or whose seeds are not all there is open: it is shown, and nothing is
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -31,7 +32,7 @@ from bench import figures as style
 from bench.table import table_of
 
 from . import protocol, runs
-from .protocol import Arm, Found, Study
+from .protocol import Arm, Found, Run, Study
 
 DATASETS = ("fashion-mnist", "elpv-defect", "pneumonia")
 BASELINE, PAE, MPA, KLD, SPT = "plain", "pae", "mpa", "kld", "spt"
@@ -43,6 +44,7 @@ ARMS = {
     SPT: Arm("+ random tokens of images", "control", {"spt": "random"}),
 }
 STUDY = Study("convergence.json", DATASETS, ARMS, seeds=5)
+CURVES = "![Validation accuracy by epoch, per task and arm](figures/convergence_curves.svg)"
 
 
 # ---- from records to numbers
@@ -50,49 +52,49 @@ STUDY = Study("convergence.json", DATASETS, ARMS, seeds=5)
 
 def results(study: Study, found: Found, dataset: str) -> dict[str, dict[str, Any]]:
     """By arm of a task what `summary` says."""
-    chosen = {
-        name: protocol.finals(dataset, arm, study.seeds, found) for name, arm in study.arms.items()
+    done = {
+        name: [
+            {**found[run.key], "seed": run.seed}
+            for run in protocol.finals(dataset, arm, study.seeds, found)
+            if run.key in found
+        ]
+        for name, arm in study.arms.items()
     }
-    done = {name: [found[r.key] for r in own if r.key in found] for name, own in chosen.items()}
-    baseline = next(iter(study.arms))
-    for name, own in chosen.items():
-        for run, record in zip((r for r in own if r.key in found), done[name]):
-            record["seed"] = run.seed
+    baseline = [r for r in done[next(iter(study.arms))] if "diverged" not in r]
     return {
-        name: summary(study, dataset, arm, found, done[name], done[baseline])
+        name: summary(study, protocol.grid(dataset, arm), found, done[name], baseline)
         for name, arm in study.arms.items()
     }
 
 
 def summary(
-    study: Study, dataset: str, arm: Arm, found: Found, records: list[dict], baseline: list[dict]
+    study: Study, cells: list[Run], found: Found, records: list[dict], baseline: list[dict]
 ) -> dict[str, Any]:
     """One arm on one task: the cell that its grid chose, its tests, and how soon it was as good as
     the baseline's best. "open" says what is missing, None where nothing is.
     """
-    cells = protocol.grid(dataset, arm)
     ran = sum(run.key in found for run in cells)
     if ran < len(cells):
         return {"open": f"grid: {ran} of {len(cells)}"}
     chosen = protocol.choice(cells, found)
     assert chosen is not None
-    diverged = [str(r["seed"]) for r in records if "diverged" in r]
+    left = None if len(records) == study.seeds else f"seeds: {len(records)} of {study.seeds}"
+    if diverged := [str(r["seed"]) for r in records if "diverged" in r]:
+        left = f"diverged: seed {', '.join(diverged)}"
     records = [r for r in records if "diverged" not in r]
-    targets = {r["seed"]: protocol.best(r)[0] for r in baseline if "diverged" not in r}
     reached, pairs = 0, []
-    for record in (r for r in records if r["seed"] in targets):
-        target = targets[record["seed"]]
-        own, theirs = (epochs_to(r, target) for r in (record, _of(baseline, record["seed"])))
-        reached += own is not None
-        last = record["val"][-1][0]
-        pairs.append((spent(record, own or last), spent(_of(baseline, record["seed"]), theirs)))
-    left = f"seeds: {len(records)} of {study.seeds}"
-    told = f"diverged: seed {', '.join(diverged)}"
+    for theirs in baseline:
+        for mine in (r for r in records if r["seed"] == theirs["seed"]):
+            target = protocol.best(theirs)[0]
+            epoch, last = epochs_to(mine, target), mine["val"][-1][0]
+            reached += epoch is not None
+            pairs.append((spent(mine, epoch or last), spent(theirs, epochs_to(theirs, target))))
+    rates = {run.lr for run in cells}
     return {
-        "open": told if diverged else left if len(records) < study.seeds else None,
+        "open": left,
         "lr": chosen.lr,
         "weight_decay": chosen.weight_decay,
-        "edge": chosen.lr in (min(arm.lrs), max(arm.lrs)),
+        "edge": chosen.lr in (min(rates), max(rates)),
         "grid": [protocol.best(found[run.key])[0] for run in cells],
         "tests": {r["seed"]: r["test"] for r in records},
         "test": runs.interval([r["test"] for r in records]),
@@ -105,14 +107,10 @@ def summary(
         "cheaper": ratio([(mine[1], theirs[1]) for mine, theirs in pairs]),
         "parameters": records[0]["parameters"] if records else None,
         **{
-            key: [sum(v) / len(v) for v in zip(*(r[key] for r in records if key in r))]
+            key: [statistics.mean(v) for v in zip(*(r[key] for r in records if key in r))]
             for key in ("swing", "turns")
         },
     }
-
-
-def _of(records: list[dict], seed: int) -> dict:
-    return next(r for r in records if r["seed"] == seed)
 
 
 def epochs_to(record: dict, target: float) -> int | None:
@@ -157,6 +155,7 @@ def blocks(numbers: dict) -> dict[str, str]:
         "convergence table": _table(tasks),
         "convergence verdicts": _verdicts(tasks),
         "convergence gradients": _gradient_table(tasks),
+        "convergence figure": CURVES if complete(numbers["runs"]) else "",
     }
 
 
@@ -290,75 +289,39 @@ def _gradient_table(tasks: dict[str, dict]) -> str:
     )
 
 
-# ---- from numbers to figures
+# ---- from numbers to a figure
 
 
 def figures(numbers: dict) -> dict[str, Callable[[], Figure]]:
-    """Of the tasks that have a complete arm; none before."""
-    tasks = {}
-    for dataset in DATASETS:
-        arms = results(STUDY, numbers["runs"], dataset)
-        if whole := {name: s for name, s in arms.items() if not s["open"]}:
-            tasks[dataset] = whole
-    if not tasks:
-        return {}
-    return {
-        "convergence_curves": partial(draw_curves, tasks),
-        "convergence_gains": partial(draw_gains, tasks),
-    }
+    """Curves of the arms that are complete; none before there is one."""
+    tasks = complete(numbers["runs"])
+    return {"convergence_curves": partial(draw_curves, tasks)} if tasks else {}
 
 
-def _look(name: str) -> dict[str, str]:
-    """Colour and label of an arm's line."""
-    return {"color": style.COLOURS[ARMS[name].colour], "label": ARMS[name].title}
-
-
-def _panels(tasks: dict, width: float, height: float) -> tuple[Figure, list[tuple[Any, dict]]]:
-    """A panel for each task, side by side: (axes, arms)."""
-    figure, grid = style.figure(max(5.0, width * len(tasks)), height, 1, len(tasks), squeeze=False)
-    for panel, dataset in zip(grid[0], tasks):
-        panel.set_title(dataset)
-    return figure, list(zip(grid[0], tasks.values()))
+def complete(found: Found) -> dict[str, dict]:
+    """The complete arms by task, where there are any."""
+    tasks = {d: results(STUDY, found, d) for d in DATASETS}
+    whole = {d: {n: s for n, s in arms.items() if not s["open"]} for d, arms in tasks.items()}
+    return {dataset: arms for dataset, arms in whole.items() if arms}
 
 
 def draw_curves(tasks: dict) -> Figure:
     """Validation accuracy by epoch: mean over seeds; their span for VPT-deep and PAE."""
-    figure, panels = _panels(tasks, 3.6, 3.2)
-    for panel, arms in panels:
+    count = len(tasks)
+    figure, grid = style.figure(max(5.0, 3.6 * count), 3.2, 1, count, squeeze=False)
+    for panel, (dataset, arms) in zip(grid[0], tasks.items()):
         for name, s in arms.items():
             epochs = [row[0] for row in s["vals"][0]]
+            look = {"color": style.COLOURS[ARMS[name].colour], "label": ARMS[name].title}
             seeds = list(zip(*([row[1] for row in rows] for rows in s["vals"])))
-            means = [sum(v) / len(v) for v in seeds]
-            panel.plot(epochs, means, ".-", lw=1.5, **_look(name))
+            panel.plot(epochs, [statistics.mean(v) for v in seeds], ".-", lw=1.5, **look)
             if name in (BASELINE, PAE):
-                low, high = [min(v) for v in seeds], [max(v) for v in seeds]
-                panel.fill_between(epochs, low, high, color=_look(name)["color"], alpha=0.12, lw=0)
+                low, high = zip(*((min(v), max(v)) for v in seeds))
+                panel.fill_between(epochs, low, high, color=look["color"], alpha=0.12, lw=0)
+        panel.set_title(dataset)
         panel.set_xlabel("epoch")
-    first = panels[0][0]
-    first.set_ylabel("validation accuracy")
-    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return figure
-
-
-def draw_gains(tasks: dict) -> Figure:
-    """Difference in test accuracy from VPT-deep, seed by seed, with bootstrap intervals."""
-    names = [name for name in reversed(ARMS) if name != BASELINE]
-    figure, panels = _panels(tasks, 3.0, 2.4)
-    for panel, arms in panels:
-        panel.axvline(0, color="black", lw=0.8)
-        for place, name in enumerate(names):
-            if name not in arms or BASELINE not in arms:
-                continue
-            gain, colour = arms[name]["gain"], _look(name)["color"]
-            base = arms[BASELINE]["tests"]
-            dots = [test - base[seed] for seed, test in arms[name]["tests"].items()]
-            panel.plot(dots, [place] * len(dots), "o", ms=3, alpha=0.5, color=colour)
-            panel.plot([gain["low"], gain["high"]], [place] * 2, color=colour, lw=2)
-            panel.plot(gain["mean"], place, "D", ms=6, color=colour)
-        panel.set_yticks(range(len(names)), [ARMS[name].title for name in names])
-        panel.set_xlabel("test accuracy minus VPT-deep's")
-    for panel, _ in panels[1:]:
-        panel.tick_params(labelleft=False)
+    grid[0][0].set_ylabel("validation accuracy")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 

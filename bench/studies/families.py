@@ -18,15 +18,12 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 import pae
-from bench import figures as style
 from bench.shapes import random_batch
 from bench.table import table_of
 from bench.timing import interleave
@@ -208,30 +205,9 @@ def verdict(rows: dict[str, dict[str, dict]]) -> str:
     )
 
 
-def figures(numbers: dict) -> dict[str, Callable[[], Figure]]:
-    """None before the first family is complete."""
-    rows = results(numbers)
-    if all(s["open"] for variants in rows.values() for s in variants.values()):
-        return {}
-    return {"families_accuracy": partial(draw_accuracy, rows)}
-
-
-def draw_accuracy(rows: dict) -> Figure:
-    """Test accuracy by family: a dot per seed, a bar at the mean; only what is complete."""
-    figure, axes = style.figure(8, 3.4)
-    for offset, (variant, label) in zip((-0.13, 0.13), VARIANTS.items()):
-        colour = style.COLOURS[variant]
-        for place, variants in enumerate(rows.values()):
-            row, x = variants.get(variant), place + offset
-            if row is not None and not row["open"]:
-                tests = list(row["tests"].values())
-                axes.plot([x] * len(tests), tests, "o", ms=4, alpha=0.6, color=colour)
-                axes.plot([x - 0.1, x + 0.1], [row["test"]["mean"]] * 2, lw=2, color=colour)
-        axes.plot([], [], "o", color=colour, label=label)
-    axes.set_xticks(range(len(rows)), list(rows), rotation=30, ha="right")
-    axes.set_ylabel("test accuracy")
-    figure.legend(loc="outside upper center", ncols=2)
-    return figure
+def figures(numbers: dict) -> dict:
+    """None: the table has every seed."""
+    return {}
 
 
 if __name__ == "__main__":

@@ -63,9 +63,14 @@ RECIPE: dict[str, Any] = {
     "val_size": 100,
 }
 DEPTH, TEST_SIZE, VALIDATE = 6, 400, 2  # blocks of the backbone; images; every so many epochs
-LRS, DECAYS = (3e-3, 1e-2, 3e-2), (1e-4, 1e-1)  # 1e-2 and 1e-4 are the defaults of `pae train`
+LRS, DECAYS = (1e-2, 3e-2, 1e-1), (1e-4, 1e-1)  # 1e-2 and 1e-4 are the defaults of `pae train`
 PASSES_OF_A_STEP = 2
 SECONDS_PER_PASS = 0.005  # until a run has been measured
+
+
+def scale() -> dict[str, int]:
+    """What of the recipe is not an option of `pae train`."""
+    return {"depth": DEPTH, "test_size": TEST_SIZE, "validate": VALIDATE}
 
 
 class Arm(NamedTuple):
@@ -105,8 +110,7 @@ class Run:
     @property
     def key(self) -> str:
         """A hash of all settings, in whatever order they were written."""
-        scale = {"depth": DEPTH, "test_size": TEST_SIZE, "validate": VALIDATE}
-        text = json.dumps([self.settings(), scale], sort_keys=True)
+        text = json.dumps([self.settings(), scale()], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
     def passes(self) -> int:
@@ -208,7 +212,8 @@ def _file(output: Path, run: Run) -> Path:
 def _record(run: Run, folder: RunFolder, output: Path) -> dict[str, Any]:
     began, settings = time.process_time(), {"model": backbone(output), **run.settings()}
     options = Options(**settings, device="cpu", amp="no", workers=0).resolved()
-    trace, task = runs.Trace(), task_of(run.dataset, run.seed, options)
+    sizes = options.train_size, options.val_size, options.img_size
+    trace, task = runs.Trace(), _task(run.dataset, run.seed, *sizes)
     own = {k: v for k, v in run.settings().items() if RECIPE.get(k, ...) != v}
     record: dict[str, Any] = {"settings": own, "code": code(), "val": []}
     place = folder, loop.make_accelerator(options), _Silent(quiet=True)
@@ -289,10 +294,6 @@ def _task(dataset: str, seed: int, train_size: int, val_size: int, size: int) ->
     return replace(task, train=small(task.train), val=small(task.val), test=small(task.test))
 
 
-def task_of(dataset: str, seed: int, options: Options) -> Task:
-    return _task(dataset, seed, options.train_size, options.val_size, options.img_size)
-
-
 @functools.lru_cache
 def code() -> dict[str, str]:
     """Which code a run was made by."""
@@ -328,7 +329,12 @@ def run(study: Study, arguments: argparse.Namespace) -> None:
             if began + longest > deadline:
                 print(f"{len(left)} runs of these pieces are left", flush=True)
                 return
-            if (record := train(chosen, output)) is not None:
+            try:
+                record = train(chosen, output)
+            except loop.Interrupted:
+                print("stopped; what was under way begins again", flush=True)
+                return
+            if record is not None:
                 break
         if record is None:
             if not left:
@@ -355,19 +361,15 @@ def plan(study: Study, arguments: argparse.Namespace) -> None:
     """Prints the pieces: runs, finished ones, and the core time that the others should take."""
     found = records(arguments.output, arguments.to)
     rate = pace(study, found)
-    total = 0.0
+    cells = [r for arm in study.arms.values() for r in grid(study.datasets[0], arm)]
+    each, total = statistics.mean(r.passes() for r in cells) * rate / 60, 0.0
     print(f"{'piece':24} {'runs':>5} {'done':>5} {'core minutes left':>18}")
     for piece in wanted(study, found, arguments):
         done = sum(run.key in found for run in piece.runs)
-        passes = statistics.mean(r.passes() for d in study.datasets[:1] for r in _all(study, d))
-        minutes = (piece.count - done) * passes * rate / 60
+        minutes = (piece.count - done) * each
         total += minutes
         print(f"{piece.name:24} {piece.count:5} {done:5} {minutes:18.0f}")
     print(f"{rate * 1000:.2f} ms a pass; {total / 60:.1f} core hours left")
-
-
-def _all(study: Study, dataset: str) -> list[Run]:
-    return [run for arm in study.arms.values() for run in grid(dataset, arm)]
 
 
 def pace(study: Study, found: Found) -> float:
@@ -387,8 +389,7 @@ def store(study: Study, arguments: argparse.Namespace, **more: Any) -> dict[str,
     mine = {r.key: found[r.key] for p in pieces(study, found) for r in p.runs if r.key in found}
     if foreign := len(found) - len(mine):
         print(f"{foreign} records belong to another study or to other settings")
-    scale = {"depth": DEPTH, "test_size": TEST_SIZE, "validate": VALIDATE}
-    numbers = {"recipe": {**RECIPE, **scale}, **more, "runs": mine}
+    numbers = {"recipe": {**RECIPE, **scale()}, **more, "runs": mine}
     marks = {f"@{key}@": json.dumps(record) for key, record in mine.items()}
     text = json.dumps({**numbers, "runs": {key: f"@{key}@" for key in mine}}, indent=1)
     for mark, line in marks.items():

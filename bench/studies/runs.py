@@ -270,12 +270,6 @@ def paired(records: list[dict], baseline: list[dict], key: str = "test") -> dict
     return interval([r[key] - before[r["seed"]] for r in records if r["seed"] in before])
 
 
-def differences(arm: dict, baseline: dict) -> list[float]:
-    """Test accuracies of one `summary` minus another's, over the seeds that both have."""
-    before = dict(zip(baseline["seeds"], baseline["tests"]))
-    return [t - before[seed] for seed, t in zip(arm["seeds"], arm["tests"]) if seed in before]
-
-
 # ---- from numbers to files and text
 
 

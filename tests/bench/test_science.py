@@ -9,6 +9,7 @@ import json
 import statistics
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -120,9 +121,13 @@ def test_the_protocol_from_runs_to_the_page(tiny, shades, capsys, monkeypatch):
     assert numbers["runs"] == {cells[0].key: json.loads(json.dumps(first))}
     blocks = convergence.blocks(numbers)
     assert blocks["convergence table"].count("open, grid") == 3
-    assert blocks["convergence verdicts"].count("| open |") == 4  # of MPA and SPT
+    assert blocks["convergence verdicts"].count("| open |") == 3  # of MPA and SPT
     assert not convergence.figures(numbers)
     (shades / "runs" / f"{cells[0].key}.json").unlink()  # another day, another folder
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_look", mock.Mock(side_effect=[None] * 8 + [loop._Asked]))
+        tiny("run")
+    assert capsys.readouterr().out == "stopped; what was under way begins again\n"
     tiny("run", "--piece", "mnist grid")
     out = capsys.readouterr().out
     assert out.count(": val ") == 11 and out.endswith("nothing is left to do\n")
@@ -346,10 +351,11 @@ def test_both_studies_share_runs_of_vpt_deep():
         assert [run.key for run in ours] == [run.key for run in theirs]
 
 
-@pytest.mark.parametrize("name", families.STUDY.arms)
-def test_every_row_of_families_can_be_run(name):
-    """Options, classes and grid windows fit: what would refuse, refuses here."""
-    run = protocol.grid("fashion-mnist", families.STUDY.arms[name])[0]
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_family_can_be_run(name):
+    """With all of PAE that it has; what would refuse options, refuses here."""
+    arm = families.STUDY.arms.get(f"{name} pae") or families.STUDY.arms[f"{name} plain"]
+    run = protocol.grid("fashion-mnist", arm)[0]
     weights = {"model": "vit_small_patch14_dinov2", "pretrained": False}
     methods.rehearse(Options(**weights, **run.settings(), device="cpu").resolved())
 
