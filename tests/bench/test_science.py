@@ -70,13 +70,14 @@ TINY = {
     "train_size": 29,
     "val_size": 7,
 }
-ARMS = {name: convergence.ARMS[name]._replace(lrs=(0.1, 0.5)) for name in ("plain", "mpa", "spt")}
+OWN = {"lrs": (0.1, 0.5), "decays": (0.0,)}
+ARMS = {name: convergence.ARMS[name]._replace(**OWN) for name in ("plain", "mpa", "spt")}
 STUDY = protocol.Study("convergence.json", ("mnist",), ARMS, seeds=2)
 
 
 @pytest.fixture
 def tiny(shades, monkeypatch):
-    """The protocol with 12 + 3 runs of a second; its command line."""
+    """The protocol with 6 + 3 runs of a second; its command line."""
     monkeypatch.setattr(protocol, "RECIPE", TINY)
     monkeypatch.setattr(protocol, "TEST_SIZE", 6)
     protocol._task.cache_clear()
@@ -94,9 +95,9 @@ def test_the_protocol_from_runs_to_the_page(tiny, shades, capsys, monkeypatch):
     monkeypatch.setattr(convergence, "STUDY", STUDY)
     monkeypatch.setattr(convergence, "DATASETS", STUDY.datasets)
     tiny("plan")
-    assert "mnist grid                  12     0" in capsys.readouterr().out
+    assert "mnist grid                   6     0" in capsys.readouterr().out
     tiny("run", "--minutes", "0")
-    assert capsys.readouterr().out == "12 runs of these pieces are left\n"
+    assert capsys.readouterr().out == "6 runs of these pieces are left\n"
 
     pixels_seen, build = [], loop.methods.build_method
 
@@ -130,7 +131,7 @@ def test_the_protocol_from_runs_to_the_page(tiny, shades, capsys, monkeypatch):
     assert capsys.readouterr().out == "stopped; what was under way begins again\n"
     tiny("run", "--piece", "mnist grid")
     out = capsys.readouterr().out
-    assert out.count(": val ") == 11 and out.endswith("nothing is left to do\n")
+    assert out.count(": val ") == 5 and out.endswith("nothing is left to do\n")
     tiny("run")
     assert capsys.readouterr().out.count(": val ") == 3
     tiny("plan")
@@ -138,7 +139,7 @@ def test_the_protocol_from_runs_to_the_page(tiny, shades, capsys, monkeypatch):
 
     tiny("report")
     numbers = json.loads((shades / "numbers" / "convergence.json").read_text())
-    assert len(numbers["runs"]) == 15
+    assert len(numbers["runs"]) == 9
     assert len((shades / "numbers" / "convergence.json").read_text().splitlines()) < 60
     blocks = convergence.blocks(numbers)
     assert blocks["convergence table"].count("| complete |") == 3
@@ -172,7 +173,8 @@ def recorded(*val, first=0, test=0.5):
 
 
 def test_choice_is_by_validation_alone():
-    cells = protocol.grid("mnist", ARMS["plain"])
+    arm = ARMS["plain"]._replace(decays=(0.0, 0.1))
+    cells = protocol.grid("mnist", arm)
     rows = [
         recorded((2, 0.7, 0.9), (4, 0.6, 0.1), test=1.0),
         recorded((2, 0.5, 0.5), (4, 0.7, 0.8)),  # as good, with the lower loss
@@ -181,11 +183,11 @@ def test_choice_is_by_validation_alone():
     ]
     found = {run.key: row for run, row in zip(cells, rows)}
     assert protocol.choice(cells, found) == cells[1]
-    seeds = protocol.finals("mnist", ARMS["plain"], 3, found)
+    seeds = protocol.finals("mnist", arm, 3, found)
     assert [run.seed for run in seeds] == [0, 1, 2] and seeds[0].key == cells[1].key
     del found[cells[3].key]
     assert protocol.choice(cells, found) is None
-    assert protocol.finals("mnist", ARMS["plain"], 3, found) == []
+    assert protocol.finals("mnist", arm, 3, found) == []
 
 
 def test_a_key_is_of_what_decides_a_run(monkeypatch):
