@@ -213,13 +213,13 @@ def grid_table(tasks: dict[str, dict], arms: dict[str, Arm] = ARMS) -> str:
 def _table(tasks: dict[str, dict]) -> str:
     rows = []
     for dataset, title, s in shown_arms(tasks):
-        other = title != ARMS[BASELINE].title
-        done = "test" in s
+        other, done = title != ARMS[BASELINE].title, not s["open"]
+        state, s = "complete" if done else f"open, {s['open']}", s if done else {}
         rows.append(
             {
                 "task": dataset,
                 "arm": title,
-                "state": f"open, {s['open']}" if s["open"] else "complete",
+                "state": state,
                 "test accuracy": runs.shown(s.get("test"), ".3f"),
                 "difference, seed by seed": runs.shown(s.get("gain"), "+.3f") if other else "",
                 "reached VPT-deep's best": f"{s['reached']} of {len(s['tests'])}" if done else "",
@@ -284,7 +284,7 @@ def _gradient_table(tasks: dict[str, dict]) -> str:
                 ),
             }
             for dataset, title, s in shown_arms(tasks)
-            if s.get("swing")
+            if not s["open"] and s["swing"]
         ]
     )
 

@@ -161,11 +161,12 @@ def _table(rows: dict[str, dict[str, dict]], ratios: dict[str, float]) -> str:
     lines = []
     for family, variants in rows.items():
         for variant, s in variants.items():
-            plain, done = variant == "plain", "test" in s
+            plain, done = variant == "plain", not s["open"]
+            state, s = "complete" if done else f"open, {s['open']}", s if done else {}
             lines.append(
                 {
                     "family": STUDY.arms[f"{family} {variant}"].title,
-                    "state": f"open, {s['open']}" if s["open"] else "complete",
+                    "state": state,
                     "chosen": f"{s['lr']:g}, {s['weight_decay']:g}" if done else "",
                     "test accuracy": runs.shown(s.get("test"), ".3f"),
                     "every seed": ", ".join(f"{t:.3f}" for t in s.get("tests", {}).values()),
