@@ -18,6 +18,8 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import torch
+
 from . import backends, gpus, machine_code
 from .machine_code import Resources
 
@@ -177,6 +179,11 @@ def recorded(label: str, architecture: int, call: Callable[[], object], **about:
         call()
     (launch,) = found
     return replace(launch, label=label, **about)
+
+
+def meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """What such a call is given: sizes, and no memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class _Driver:

@@ -35,7 +35,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import gpus
-from ..ahead_of_time import OPTIONS, Launch, recorded
+from ..ahead_of_time import OPTIONS, Launch, meta, recorded
 from ..launching import Launcher, programs
 from ..pointwise.triton import CODE_SCALE, CODE_ZERO, _act, _code
 
@@ -322,7 +322,7 @@ def _forward_launch(
     inner: int = 768,
 ) -> Launch:
     """fc1 of ViT-B at 128 images; of 16-byte rows unless `inner` is something else."""
-    x, weight, bias = _meta(dtype, 25216, inner), _meta(dtype, 3072, inner), _meta(dtype, 3072)
+    x, weight, bias = meta(dtype, 25216, inner), meta(dtype, 3072, inner), meta(dtype, 3072)
     label = f"fc1 + {kind}, {keep}"
     call = partial(product_activation, x, weight, bias, kind, keep)
     return _recorded(label, architecture, call, dtype, inner)
@@ -333,15 +333,11 @@ def _backward_launch(
 ) -> Launch:
     """fc2's backward there."""
     dtype = torch.bfloat16
-    d, weight = _meta(dtype, 25216, inner), _meta(dtype, inner, 3072)
-    kept = _meta(torch.uint8 if coded else dtype, 25216, 3072)
+    d, weight = meta(dtype, 25216, inner), meta(dtype, inner, 3072)
+    kept = meta(torch.uint8 if coded else dtype, 25216, 3072)
     label = f"fc2 bwd + {kind}{' coded' * coded}"
     call = partial(product_activation_backward, d, weight, kept, kind)
     return _recorded(label, architecture, call, dtype, inner)
-
-
-def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _recorded(
