@@ -27,7 +27,16 @@ from typing import TYPE_CHECKING, Any
 from pae.checkpoint import write_atomically
 
 from . import figures, pages
-from .studies import convergence, end_to_end, families, first_command, int8, mpa_bf16
+from .studies import (
+    continual,
+    convergence,
+    end_to_end,
+    families,
+    family_steps,
+    first_command,
+    int8,
+    mpa_bf16,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +57,8 @@ Sources = tuple[tuple[Any, str], ...]
 SOURCES: Sources = (
     (pages, "*.json"),
     (families, "science/families.json"),
+    (family_steps, "science/family_steps.json"),
+    (continual, "science/continual.json"),
     (convergence, "science/convergence.json"),
     (end_to_end, "science/end_to_end.json"),
     (int8, "science/int8.json"),

@@ -87,8 +87,10 @@ def _groups() -> dict[str, dict[str, Arm]]:
 GROUPS = _groups()
 
 
-def step(arm: Arm, backbone: nn.Module, num_tokens: int, batch: int) -> Callable[[], None]:
-    """A training step of the arm, after what a loop does before its first epoch."""
+def step(
+    arm: Arm, backbone: nn.Module, num_tokens: int, batch: int
+) -> tuple[pae.PromptedViT, Callable[[], None]]:
+    """The arm's model and a training step of it, after what a loop does before its first epoch."""
     device = next(backbone.parameters()).device
     chosen = Options(method=arm.method, num_tokens=num_tokens, **arm.options).resolved()
     torch.manual_seed(0)
@@ -110,8 +112,7 @@ def step(arm: Arm, backbone: nn.Module, num_tokens: int, batch: int) -> Callable
         family.end_of_step()
         model.zero_grad(set_to_none=True)
 
-    work()  # folds, and warms up
-    return work
+    return model, work
 
 
 def measure(group: str, names: list[str] | None, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -121,14 +122,19 @@ def measure(group: str, names: list[str] | None, arguments: argparse.Namespace) 
     chosen = {name: arms[name] for name in (base, *(names or arms)) if name in arms}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     changes = {"global_pool": "avg"} if group == "pool" else {}
-    steps = {}
+    steps, plans = {}, None
     shared = shapes.random_backbone(arguments.model, device, **changes)
     for name, arm in chosen.items():
-        backbone = shared
-        if "train_backbone" in arm.model:  # which changes it
-            own = changes | {"drop_path_rate": arm.options.get("drop_path", 0.0)}
-            backbone = shapes.random_backbone(arguments.model, device, **own)
-        steps[name] = step(arm, backbone, arguments.num_tokens, arguments.batch)
+        backbone, own = shared, "train_backbone" in arm.model  # which changes it
+        if own:
+            more = {"drop_path_rate": arm.options.get("drop_path", 0.0)}
+            backbone = shapes.random_backbone(arguments.model, device, **changes, **more)
+        model, steps[name] = step(arm, backbone, arguments.num_tokens, arguments.batch)
+        if not own:  # folded once for all
+            model._plans = plans
+        steps[name]()  # folds, and warms up
+        if not own:
+            plans = model._plans
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names, ends = list(steps), time.monotonic() + arguments.seconds
     for r in range(arguments.rounds):
@@ -150,18 +156,18 @@ def measure(group: str, names: list[str] | None, arguments: argparse.Namespace) 
 
 def run(arguments: argparse.Namespace) -> None:
     path = arguments.to / JSON
-    numbers = json.loads(path.read_text()) if path.is_file() else {}
     keep = ("model", "num_tokens", "batch", "clock")
     setting = {name: getattr(arguments, name) for name in keep}
     setting |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     for group in arguments.groups or GROUPS:
         found = measure(group, arguments.arms, arguments)
+        numbers = json.loads(path.read_text()) if path.is_file() else {}  # others may have written
         for name, record in found.items():
             record["setting"] = setting
             numbers.setdefault(group, {})[name] = record
             low, high = min(record["ratios"]), max(record["ratios"])
             print(f"{group} {name}: {ratio(record):.3f} ({low:.3f} to {high:.3f})", flush=True)
-    runs.write_json(path, numbers)
+        runs.write_json(path, numbers)
 
 
 def ratio(record: dict[str, Any]) -> float:

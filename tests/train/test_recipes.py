@@ -273,6 +273,7 @@ def test_a_run_trains_with_what_the_backbone_drops(shades, tmp_path, monkeypatch
 # ---- together
 
 EVERYTHING = {
+    "epochs": 2,  # of 5 steps
     "scheduler": "vpt",
     "warmup_epochs": 1,
     "head_weight_decay": 0.5,
@@ -311,7 +312,7 @@ def test_all_of_them_together_go_on_bit_for_bit(shades, tmp_path, monkeypatch, w
 
 def test_two_processes_with_all_of_them_go_on_bit_for_bit(shades, tmp_path):
     flags = ["train", "--data", str(shades), *BACKBONE_FLAGS, *CPU_FLAGS, "--method", "vpt-deep"]
-    flags += ["--epochs", "2", "--num-tokens", "2", "--lr", "0.01", "--quiet"]
+    flags += ["--num-tokens", "2", "--lr", "0.01", "--quiet"]
     for name, value in EVERYTHING.items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
     with socket.socket() as free:
