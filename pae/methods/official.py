@@ -38,6 +38,8 @@ _ALONE = {"shallow_prompt": "prompt_embeddings", "deep_prompt": "deep_prompt_emb
 # a map of PAE back to the width of the prompts, which enters no loss and no logit
 _UNUSED = re.compile(r"^koopman_out\.")
 _KLD = re.compile(r"^(koopman_in\.weight|[kl]_(global|layers(\.\d+)?))$")
+# what a backbone of the published layout itself has beside its weights
+_INSIDE = re.compile(r"^((deep_)?prompt_|koopman_|[kl]_(global|layers))")
 _MOST = 12  # names in a message
 # how far a weight may be from the model's and still be the same one, rounded
 _SAME = 1e-2
@@ -129,7 +131,11 @@ def load_official(
     check_pool(pool, model.view, model.prompts)
     found = _canonical(state_dict)
     head_of = f"{model.view.head_name}."
-    own = {k: v for k, v in model.backbone.state_dict().items() if not k.startswith(head_of)}
+    own = {
+        name: tensor
+        for name, tensor in model.backbone.state_dict().items()
+        if not name.startswith(head_of) and not _INSIDE.match(_WRAPPERS.sub("", name).lower())
+    }
     trained = _trained_values(own, model.trained_backbone)
     given = {name: torch.zeros_like(mask) for name, mask in trained.items()}
     backbone, is_trained, is_given = map(_backbone_targets, (own, trained, given))
