@@ -28,6 +28,7 @@ from pae.checkpoint import write_atomically
 
 from . import figures, pages
 from .studies import (
+    continual,
     convergence,
     end_to_end,
     families,
@@ -57,6 +58,7 @@ SOURCES: Sources = (
     (pages, "*.json"),
     (families, "science/families.json"),
     (family_steps, "science/family_steps.json"),
+    (continual, "science/continual.json"),
     (convergence, "science/convergence.json"),
     (end_to_end, "science/end_to_end.json"),
     (int8, "science/int8.json"),
