@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import pae
 from pae import block as frozen
 from pae.backbones.view import Geometry, rotated
+from pae.methods.nsp2 import NullSpace
+from pae.mpa.forward import ZeroPromptForward
 from pae.prompts import E2VPT, VPTDeep, VPTShallow
 from tests.tiny import assert_engines_agree, error, refused
 
@@ -174,6 +176,23 @@ def test_trained_biases(kind):
     model = prompted(kind, train_backbone="biases")
     assert any("bias" in name for name in model.trained_backbone)
     assert_engines_agree(model, images(model.backbone))
+
+
+@pytest.mark.parametrize("kind", ["eva02-b", "dinov3", "beit", "post-norm"])
+def test_zero_prompts(kind):
+    """MPA's forward, which knows what a zero prompt is: its key is a bias."""
+    for family in (VPTDeep(3), VPTShallow(3)):
+        model = prompted(kind, family)
+        with torch.no_grad():
+            model.prompts.tokens.zero_()
+            x = images(model.backbone)
+            forward = ZeroPromptForward(model, 3, torch.float64, tuple(x.shape[-2:]))
+            assert error(forward(model.view.embed(x)), model(x)) < 1e-10
+
+
+def test_methods_that_need_linear_logits_say_so():
+    model = prompted("eva02-s", VPTDeep(2))
+    refused(ValueError, "model rotates queries", lambda: NullSpace(model, official=True))
 
 
 @pytest.mark.parametrize("kind", ["eva02-s", "pe", "relpos, one bias"])
