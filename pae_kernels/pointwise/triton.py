@@ -191,9 +191,9 @@ def _of_row(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gated_fwd_kernel(u, y, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def gated_fwd_kernel(u, y, rows, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row, at = _of_row(WIDTH, BLOCK)
-    mask = at < WIDTH
+    mask = (at < WIDTH) & (row < rows)
     gate = tl.load(u + row * (2 * WIDTH) + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(u + row * (2 * WIDTH) + WIDTH + at, mask=mask, other=0.0).to(tl.float32)
     value, _ = _act(gate, KIND)
@@ -201,9 +201,9 @@ def gated_fwd_kernel(u, y, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def gated_bwd_kernel(d, u, du, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def gated_bwd_kernel(d, u, du, rows, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row, at = _of_row(WIDTH, BLOCK)
-    mask = at < WIDTH
+    mask = (at < WIDTH) & (row < rows)
     g = tl.load(d + row * WIDTH + at, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(u + row * (2 * WIDTH) + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(u + row * (2 * WIDTH) + WIDTH + at, mask=mask, other=0.0).to(tl.float32)
@@ -355,8 +355,9 @@ def gated(u: Tensor, kind: str) -> Tensor:
     width = u.shape[-1] // 2
     y = u.new_empty((*u.shape[:-1], width))
     if y.numel():
-        count = y.numel() // width * programs(width, _GATED_BLOCK)
-        _gate_forward(count, u.device, (u, y), _gated_launch(kind, width))
+        rows = y.numel() // width
+        count = rows * programs(width, _GATED_BLOCK)
+        _gate_forward(count, u.device, (u, y, rows), _gated_launch(kind, width))
     return y
 
 
@@ -365,8 +366,9 @@ def gated_backward(d: Tensor, u: Tensor, kind: str) -> Tensor:
     du = torch.empty_like(u)
     if d.numel():
         width = d.shape[-1]
-        count = d.numel() // width * programs(width, _GATED_BLOCK)
-        _gate_backward(count, d.device, (d, u, du), _gated_launch(kind, width))
+        rows = d.numel() // width
+        count = rows * programs(width, _GATED_BLOCK)
+        _gate_backward(count, d.device, (d, u, du, rows), _gated_launch(kind, width))
     return du
 
 
