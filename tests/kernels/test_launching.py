@@ -116,6 +116,19 @@ def test_attention_is_given_the_same(quick):
     assert names == ["prompt_attention_fwd_kernel", "prompt_attention_bwd_kernel"]
 
 
+def test_gates_and_rotations_are_given_the_same(quick):
+    u, d = torch.zeros(6, 64, dtype=BF16), torch.zeros(6, 32, dtype=BF16)
+    qkv, angles = torch.zeros(2, 5, 3, 2, 8, dtype=BF16), torch.zeros(2, 4, 4)
+
+    def step():
+        pointwise.gated(u, "silu")
+        pointwise.gated_backward(d, u, "silu")
+        pointwise.rotate_(qkv, angles, False)
+
+    names = [launch[0] for launch in both_ways(quick, step)]
+    assert names == ["gated_fwd_kernel", "gated_bwd_kernel", "rotate_kernel"]
+
+
 def test_regulariser_is_given_the_same(quick):
     """Grids of two axes, numbers that are constants of another launch, code by their divisibility:
     one operator for all pairs and one for each, with and without a gauge.
