@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.modules.module as torch_modules
@@ -40,6 +40,8 @@ from .backbones.view import (
     added_to,
 )
 from .errors import UnsupportedBackbone
+
+Made = TypeVar("Made")
 
 
 class PlainNorm(NamedTuple):
@@ -323,7 +325,7 @@ def _trained_vectors(block: int, w: BlockWeights, fixed: BlockWeights) -> list[T
     after = ones(3 * w.proj.weight.shape[1])
     if w.q_norm is None:
         after[: len(after) // 3] = w.scale
-    scale("gain1", w.norm1 and w.norm1.weight)
+    scale("gain1", None if w.norm1 is None else w.norm1.weight)
     product("b_qkv", w.qkv, w.norm1, _fold_qkv(fixed)[1], after, _order_of_qkv(w))
     for name, norm, by in (("q_norm", w.q_norm, w.scale), ("k_norm", w.k_norm, 1.0)):
         if norm is not None:
@@ -337,7 +339,7 @@ def _trained_vectors(block: int, w: BlockWeights, fixed: BlockWeights) -> list[T
         product(f"b_{name}", linear, norm, _fold_second(fixed, name)[1], after)
     before, of_fixed = w.mlp_pre or w.norm2, fixed.mlp_pre or fixed.norm2
     if w.mlp_pre is None:
-        scale("gain2", w.norm2 and w.norm2.weight)
+        scale("gain2", None if w.norm2 is None else w.norm2.weight)
     base = _behind_norm(of_fixed, fixed.fc1)[1]
     product("b_fc1", w.fc1, before, base, ones(len(base)))
     return found
@@ -388,31 +390,38 @@ def _fold_block(w: BlockWeights, w_qkv: Tensor, b_qkv: Tensor, dtype: torch.dtyp
     w_fc1, b_fc1 = rounded(_behind_norm(w.mlp_pre or w.norm2, w.fc1))
     w_fc2, b_fc2 = rounded(_fold_second(w, "fc2"))
     heads = b_qkv.view(3 * w.num_heads, -1)
+    affine2: HeadNorm | None = None
+    if w.norm2 is not None and w.mlp_pre is not None:
+        affine2 = _unfolded(w.norm2, _plain(w.mlp_pre), w_fc1)
     return BlockPlan(
         num_heads=w.num_heads,
         head_width=heads.shape[1],
         scale=w.scale,
-        norm1=w.norm1 and _plain(w.norm1),
+        norm1=_known(w.norm1, _plain),
         w_qkv=w_qkv,
         b_qkv=b_qkv,
-        q_norm=w.q_norm and _unfolded(w.q_norm, _plain(w.q_norm), heads, w.scale, _order(w)),
-        k_norm=w.k_norm and _unfolded(w.k_norm, _plain(w.k_norm), heads, 1.0, _order(w)),
+        q_norm=_known(w.q_norm, lambda n: _unfolded(n, _plain(n), heads, w.scale, _order(w))),
+        k_norm=_known(w.k_norm, lambda n: _unfolded(n, _plain(n), heads, 1.0, _order(w))),
         w_proj=w_proj,
         b_proj=b_proj,
-        norm2=w.norm2 and _plain(w.norm2),
+        norm2=_known(w.norm2 or w.mlp_pre, _plain),
         w_fc1=w_fc1,
         b_fc1=b_fc1,
         activation=w.activation,
         w_fc2=w_fc2,
         b_fc2=b_fc2,
         gated=w.gated,
-        norm_out=w.attn_norm and _plain(w.attn_norm),
-        norm_hidden=w.mlp_norm and _plain(w.mlp_norm),
-        affine2=w.norm2 and w.mlp_pre and _unfolded(w.norm2, _plain(w.mlp_pre), w_fc1),
-        post1=w.post1 and _unfolded(w.post1, _plain(w.post1), w_fc1),
-        post2=w.post2 and _unfolded(w.post2, _plain(w.post2), w_fc1),
+        norm_out=_known(w.attn_norm, _plain),
+        norm_hidden=_known(w.mlp_norm, _plain),
+        affine2=affine2,
+        post1=_known(w.post1, lambda n: _unfolded(n, _plain(n), w_fc1)),
+        post2=_known(w.post2, lambda n: _unfolded(n, _plain(n), w_fc1)),
         order=_order(w),
     )
+
+
+def _known(norm: Norm | None, make: Callable[[Norm], Made]) -> Made | None:
+    return None if norm is None else make(norm)
 
 
 def _plain(norm: Norm) -> PlainNorm:

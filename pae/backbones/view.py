@@ -58,9 +58,9 @@ class Linear:
 
     def exchanged(self) -> Stacked:
         """The second half of its rows before the first."""
-        halves = self.weight.chunk(2), (None, None) if self.bias is None else self.bias.chunk(2)
-        first, second = (Linear(*half) for half in zip(*halves))
-        return Stacked((second, first))
+        weights = self.weight.chunk(2)
+        biases = (None, None) if self.bias is None else self.bias.chunk(2)
+        return Stacked((Linear(weights[1], biases[1]), Linear(weights[0], biases[0])))
 
     def __call__(self, rows: Tensor) -> Tensor:
         return F.linear(rows, self.weight, self.bias)
