@@ -393,7 +393,7 @@ class _Kept(NamedTuple):
 
     def second(self) -> MLPKept:
         """What `mlp_half` left."""
-        return MLPKept(*self[-len(MLPKept._fields) :])
+        return MLPKept(*cast(Any, self[-len(MLPKept._fields) :]))
 
 
 class FrozenBlock(torch.autograd.Function):
@@ -449,7 +449,7 @@ class FrozenBlock(torch.autograd.Function):
                 *(head_norms if need_qkv and not again else HeadNorms()),
                 out,
                 first.lse,
-                *second,
+                *cast(Any, second),
             )
         )
         ctx.block, ctx.class_only, ctx.need_qkv = block, class_only, need_qkv
@@ -516,7 +516,7 @@ class _ClassKept(NamedTuple):
 
     def second(self) -> MLPKept:
         """What `mlp_half` left."""
-        return MLPKept(*self[-len(MLPKept._fields) :])
+        return MLPKept(*cast(Any, self[-len(MLPKept._fields) :]))
 
 
 class ClassBlock(torch.autograd.Function):

@@ -20,7 +20,7 @@ from ..choices import POOL_NORMS
 from ..errors import UnsupportedBackbone
 from ..prompts.base import BackboneShape, check_choice
 from .reading import BlockReader
-from .view import BackboneView, BlockWeights, Norm, added_to, evaluating, random_rows
+from .view import BackboneView, BlockWeights, added_to, evaluating, random_rows
 
 
 class TimmView(BackboneView):
@@ -233,10 +233,10 @@ def average_pooled(backbone: nn.Module, norm: str = "fresh") -> nn.Module:
     return backbone
 
 
-def norms(read: BlockReader, post: bool) -> dict[str, Norm | None]:
+def norms(read: BlockReader, post: bool) -> dict[str, Any]:
     """The fields of a block's two norms."""
     names = ("post1", "post2") if post else ("norm1", "norm2")
-    none = dict.fromkeys(("norm1", "norm2", "post1", "post2"))
+    none: dict[str, Any] = dict.fromkeys(("norm1", "norm2", "post1", "post2"))
     return {**none, names[0]: read.norm("norm1"), names[1]: read.norm("norm2")}
 
 
