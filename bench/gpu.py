@@ -77,16 +77,16 @@ def steps() -> Iterator[Step]:
     with_lines = (*PYTEST, "-p", "bench.lines")
     yield Step("a", "ceilings", 40, (sys.executable, "-m", "bench.gpu", "--ceilings"))
     yield _build()
-    suites, compiled = _suites()
+    by_name, compiled = suites()
     for name in ("attention", "pointwise"):
-        yield _tests("a", name, 75, *with_lines, suites.pop(name), "-k", "gpu-triton")
+        yield _tests("a", name, 75, *with_lines, by_name.pop(name), "-k", "gpu-triton")
     for part in ENGINE:
         name, engine = f"engine {part}", (*with_lines, "tests/pae/test_gpu.py")
         yield _tests("a", name, 75, *engine, env=(("PAE_PART", part),))
     yield _benchmark("a", "attention", 45, "--quick", "-k", "not ompiled")
     yield _benchmark("a", "step", 60, "--quick", "-k", "B128 and not ompiled")
 
-    for name, place in suites.items():
+    for name, place in by_name.items():
         yield _tests("b", name, 150, *with_lines, place, "-k", "gpu")
     yield _tests("b", "native", 150, *with_lines, "tests/kernels/test_native.py", "-k", "gpu")
     yield _tests("b", "graphs", 150, *with_lines, *GRAPHS, "-k", CAPTURED)
@@ -116,17 +116,17 @@ def _build() -> Step:
     return Step("a", LIBRARY, 150, command, beside=True, env=env)
 
 
-def _suites() -> tuple[dict[str, str], list[str]]:
+def suites() -> tuple[dict[str, str], list[str]]:
     """Suites of kernels by name, a file or a folder of them; those with cases for sanitizers."""
-    suites, compiled = {}, []
+    by_name, compiled = {}, []
     for place in sorted((ROOT / "tests" / "kernels").iterdir()):
         files = place.glob("test_*.py") if place.is_dir() else [place]
         text = "".join(f.read_text() for f in files if f.name.startswith("test_"))
         if re.search(r"^@each\(", text, re.M):
-            suites[place.stem.removeprefix("test_")] = str(place.relative_to(ROOT))
+            by_name[place.stem.removeprefix("test_")] = str(place.relative_to(ROOT))
         if re.search(r"mark\.sanitize|sanitized\(", text):
             compiled.append(str(place.relative_to(ROOT)))
-    return suites, compiled
+    return by_name, compiled
 
 
 def _tests(

@@ -14,18 +14,13 @@ from tests.processes import run
 
 # what needs a second GPU, or a compiler's code
 NOT_HERE = "not another_gpu and not compiles_without"
+# in few processes, since each has all to import
+KERNELS = gpu.suites()[0]
+BESIDE = ("koopman", "spectrum")
 PARTS = {
-    "engine": ("gpu", "tests/pae/test_gpu.py"),
-    "graphs": (gpu.CAPTURED, *gpu.GRAPHS),
-    "attention": ("gpu", "tests/kernels/attention", "tests/kernels/test_steps.py"),
-    "pointwise": (
-        "gpu",
-        "tests/kernels/test_pointwise.py",
-        "tests/kernels/test_adaptive.py",
-        "tests/kernels/test_product.py",
-    ),
-    "koopman": ("gpu", "tests/kernels/koopman"),
-    "spectrum": ("gpu", "tests/kernels/spectrum"),
+    "models": (gpu.CAPTURED, "tests/pae/test_gpu.py", *gpu.GRAPHS),
+    "kernels of a block": ("gpu", *(p for name, p in KERNELS.items() if name not in BESIDE)),
+    "kernels beside it": ("gpu", *(KERNELS[name] for name in BESIDE)),
 }
 
 

@@ -24,12 +24,18 @@ def test_every_op_takes_part():
     assert {"adaptive", "attention", "koopman", "pointwise", "spectrum", "steps"} <= SUITES.keys()
 
 
-@pytest.mark.parametrize("suite", SUITES)
-def test_in_the_interpreter(suite):
-    """In a process of its own, since kernels are interpreted or compiled as they were imported."""
+LONG = ("attention", "koopman", "spectrum")
+RUNS = {name: [name] for name in LONG} | {"others": [name for name in SUITES if name not in LONG]}
+
+
+@pytest.mark.parametrize("run_", RUNS)
+def test_in_the_interpreter(run_):
+    """In processes of their own, since kernels are interpreted or compiled as they were imported;
+    in few, since each has all to import.
+    """
     pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = run(
-        [*pytest_command, "-k", "interpreter", SUITES[suite]],
+        [*pytest_command, "-k", "interpreter", *(SUITES[name] for name in RUNS[run_])],
         env={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         timeout=1800,
     )
