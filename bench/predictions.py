@@ -260,6 +260,18 @@ def pointwise() -> Iterator[Pass]:
         )  # fmt: skip
 
 
+def of_other_blocks() -> Iterator[Pass]:
+    """Gates of as many units, which issue what GELU does; turned queries and keys. Bytes an entry
+    of what comes out: of a gate 6 and 10, turned in place 4.
+    """
+    of_gelu = {p.name: p.instructions for p in pointwise()}
+    units = BATCH * ROWS * 4 * WIDTH / 1e6
+    for name, short, moved in (("forward", "fwd", 6), ("backward", "bwd", 10)):
+        issued = of_gelu[f"gelu/{name}"]
+        yield Pass(f"gate {name}", f"gated_{short}_kernel", units * moved, instructions=issued)
+    yield Pass("rotation", "rotate_kernel", BATCH * (ROWS - 1) * 2 * WIDTH * 4 / 1e6)
+
+
 def products() -> Iterator[Pass]:
     """fc1 and fc2's backward with the activation in their epilogues: products at 0.75 of the large
     one's rate, and per entry what the code of a tile is, its products' loop but once.
@@ -501,7 +513,7 @@ def host_bound() -> dict[str, dict]:
 
 def passes() -> list[Pass]:
     """Of every kernel, at ViT-B/16, 224 pixels, B = 128, P = 50, bf16."""
-    groups = attention, pointwise, products, koopman, spectrum, adaptive, step
+    groups = attention, pointwise, of_other_blocks, products, koopman, spectrum, adaptive, step
     return [p for group in groups for p in group()]
 
 

@@ -5,6 +5,7 @@
     python -m tests.gate --update          write them down as they are now, for this Triton
     python -m tests.gate --tests           what tests launch on a GPU; it has rules, no budgets
     python -m tests.gate --room koopman    one package of kernels alone, with or without --tests
+    python -m tests.gate --steps           without what benchmarks alone launch
 
 No GPU is needed: `launches.py` says what a step or a benchmark launches, with its true types,
 alignments and constants, Triton compiles it, and `pae_kernels/machine_code.py` reads the binary.
@@ -238,13 +239,16 @@ def faults(name: str, now: Figures, architecture: int) -> Iterator[str]:
 # ---- the command
 
 
-def guarded(architecture: int) -> dict[str, Launch]:
-    """Name -> launch, of all that have a budget: on sm_90 what steps and benchmarks launch, on the
-    others attention, pointwise passes and products with epilogues of a step in bf16.
+def guarded(architecture: int, steps: bool = False) -> dict[str, Launch]:
+    """Name -> launch, of all that have a budget: on sm_90 what steps and benchmarks launch, or
+    `steps` alone, on the others attention, pointwise passes and products with epilogues of a step
+    in bf16.
     """
     found = launches.of_steps(architecture)
     if architecture == 90:
-        return named({**found, **launches.of_benchmarks(architecture)})
+        # names of all, since a tile is in a name where another launch differs in nothing else
+        everything = named({**found, **launches.of_benchmarks(architecture)})
+        return {n: launch for n, launch in everything.items() if launch in found or not steps}
     return {name: launch for name, launch in named(found).items() if is_main(name, launch)}
 
 
@@ -284,6 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--update", action="store_true", help="accept the figures as they are")
     parser.add_argument("--tests", action="store_true", help="launches of tests instead")
+    parser.add_argument("--steps", action="store_true", help="without benchmarks")
     parser.add_argument("--room", choices=ROOMS, help="of one package of kernels")
     given = parser.parse_args(arguments)
     budgets, said, count = read(), [], 0
@@ -293,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.tests:
             found = named(launches.of_tests(architecture, given.room or ""))
         else:
-            found = guarded(architecture)
+            found = guarded(architecture, given.steps)
         chosen = {
             name: launch
             for name, launch in found.items()
@@ -308,10 +313,11 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             said += complaints(name, figures, budgets.get(name, {}), architecture)
             if given.update:
+                budgets = read()  # others may write meanwhile
                 budgets.setdefault(name, {})[where] = figures
                 write(budgets)  # whoever stops here keeps what there is
         count += len(chosen)
-        if given.tests:
+        if given.tests or given.steps:
             continue
         for name in [n for n, rows in budgets.items() if where in rows and n not in found]:
             said.append(f"{name}, sm_{architecture} is no longer launched. Strike it out: {ACCEPT}")

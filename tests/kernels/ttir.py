@@ -29,6 +29,7 @@ from pae_kernels.product import triton as by_triton
 from pae_kernels.spectrum import reference as spectrum
 from pae_kernels.spectrum import shortcut_pool
 from tests.kernels import test_adaptive as adaptive
+from tests.kernels import test_pointwise as rows
 from tests.kernels import test_product as products
 from tests.kernels.attention import cases as attention
 from tests.kernels.executions import BF16, FP32, Execution
@@ -155,6 +156,19 @@ def test_activations(kind):
     theirs = pointwise.activation_backward(d, code, kind)
     exact = pointwise.activation_backward(d.double(), code, kind)
     TTIR.assert_as_exact(module.activation_backward(d, code, kind), theirs, exact)
+
+
+def test_rms_norm():
+    rows.test_rms_norm(TTIR, 33, FP32, BF16)
+
+
+def test_gates():
+    rows.test_gates(TTIR, 41, BF16)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_rotations(per_head):
+    rows.test_rotations(TTIR, 3, 5, BF16, per_head)
 
 
 # ---- products with a pointwise pass behind them
