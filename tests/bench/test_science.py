@@ -194,9 +194,10 @@ def test_a_key_is_of_what_decides_a_run(monkeypatch):
     run = protocol.Run("mnist", {"kld": True, "mpa": True}, 0.25, 1e-3)
     assert run.key == protocol.Run("mnist", {"mpa": True, "kld": True}, 0.25, 0.001).key
     others = [protocol.replace(run, seed=1), protocol.replace(run, lr=1.0)]
+    keys = {run.key, *(other.key for other in others)}
     monkeypatch.setattr(protocol, "VALIDATE", 3)
-    assert len({run.key, *(other.key for other in others)}) == 3
     before = run.key
+    assert len({*keys, before}) == 4
     monkeypatch.setattr(protocol, "RECIPE", {**protocol.RECIPE, "epochs": 31})
     assert run.key != before
 
@@ -223,6 +224,8 @@ def test_speed_counts_what_comes_before_the_first_step(monkeypatch):
     assert row["epochs"]["mean"] == 8 and row["passes"]["mean"] == 1600 + 400
     assert row["faster"]["mean"] == 1.0 and row["cheaper"]["mean"] == 0.8
     assert row["gain"]["mean"] == pytest.approx(0.1)
+    same = convergence.ratio([(4, 8), (2, 4)])
+    assert same == {"mean": 2, "low": 2, "high": 2, "seeds": 2}
 
 
 def test_an_interrupted_run_is_left_to_its_owner(shades, capsys):
