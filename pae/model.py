@@ -48,7 +48,8 @@ class PromptedViT(nn.Module):
 
     Args:
         backbone: a vision transformer of timm, or a module with the same attributes; of Hugging
-            Face's transformers, of open_clip, of torchvision, or of VPT's released code.
+            Face's transformers, of open_clip, of torchvision, or of VPT's released code; see
+            `pae models`.
         prompts: an unused prompt family, e.g. `pae.prompts.VPTDeep(50)`.
         kld: Koopman-Lyapunov regulariser, or None.
         num_classes: a new head of this many classes (VPT's initialisation); None keeps the

@@ -1,4 +1,4 @@
-"""The command line: ``pae train``, ``pae analyse``, also ``python -m pae`` (launchers need it)."""
+"""The command line: ``pae train``, ``pae analyse``, ``pae models``; also ``python -m pae``."""
 
 from __future__ import annotations
 
@@ -120,6 +120,14 @@ def _parser() -> argparse.ArgumentParser:
     analyse.set_defaults(run=_analyse, debug=False)
     analyse.add_argument("checkpoint", help="a .safetensors file of a run with --kld")
     analyse.add_argument("--output", help="folder (default: CHECKPOINT-analysis)", metavar="FOLDER")
+    models = commands.add_parser(
+        "models",
+        help="which models are accepted, by which engine, and why not",
+        description="Asks timm's models, built without weights, and lists what else is read.",
+    )
+    models.set_defaults(run=_models, debug=False)
+    models.add_argument("pattern", nargs="?", default="*", help="part of a name, or with * and ?")
+    models.add_argument("--pretrained", action="store_true", help="timm's pretrained tags by name")
     return parser
 
 
@@ -144,6 +152,19 @@ def _analyse(arguments: argparse.Namespace) -> int:
 
     for path in write_report(arguments.checkpoint, arguments.output):
         print(path)
+    return 0
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from pae.train.models import summary, survey
+
+    rows = []
+    for row in survey(arguments.pattern, arguments.pretrained):
+        print(f"{row.name:45} {row.engine:9} {row.why}".rstrip(), flush=True)
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"no model's name matches {arguments.pattern!r}")
+    print(summary(rows))
     return 0
 
 
