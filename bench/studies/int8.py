@@ -237,7 +237,11 @@ def quantised(plan: pae.plan.FrozenPlan, **options: bool) -> pae.plan.FrozenPlan
     """`plan` with a `Weight` in place of every weight, but for a last block of one row."""
 
     def of(block: pae.plan.BlockPlan) -> pae.plan.BlockPlan:
-        assert block.q_norm is None and block.k_norm is None, "no per-head norms in this study"
+        others = (block.q_norm, block.k_norm, block.norm_out, block.norm_hidden, block.affine2)
+        assert not any((*others, block.post1, block.post2, block.gated)), "plain blocks alone"
+        assert block.rotation is None and block.bias is None, "no rotations or biases here"
+        for one in (block.norm1, block.norm2):
+            assert one is not None and not one.rms, "blocks with two LayerNorms alone"
         names = "qkv", "proj", "fc1", "fc2"
         return replace(block, **{f"w_{n}": Weight(*block.product(n), **options) for n in names})
 

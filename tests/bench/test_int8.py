@@ -10,6 +10,7 @@ import torch
 from bench.bench_step import Case
 from bench.studies import int8, runs
 from pae import block as frozen
+from pae.plan import PlainNorm
 from pae.train import loop
 from pae.train.data import read_folder
 from tests.errors import error
@@ -103,9 +104,9 @@ def test_the_fused_norm_is_the_plain_one_and_its_codes(stream, dtype, width, add
     w = weight(40, width, getattr(torch, dtype))
     x = 3 * torch.randn(2, 9, width).to(getattr(torch, stream)) + 1
     pending = torch.randn(2, 9, width).to(w.dtype) if adds else None
-    plain = int8.norm(x, pending, 1e-6, w)  # finds the scale
+    plain = int8.norm(x, pending, PlainNorm(1e-6), w)  # finds the scale
     assert w.known
-    fused = int8.norm(x, pending, 1e-6, w)
+    fused = int8.norm(x, pending, PlainNorm(1e-6), w)
     for name, ours, theirs in zip(("y", "xhat", "rstd"), fused, plain):
         assert error(ours, theirs) < 2 * torch.finfo(theirs.dtype).eps, name
     hat = torch.nn.functional.layer_norm(fused[0].double(), (width,), eps=1e-6)
