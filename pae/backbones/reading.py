@@ -51,7 +51,7 @@ class BlockReader:
             return None
         found = self.get(path)
         if not isinstance(found, Tensor):
-            raise self._other(path, found, "a tensor")
+            raise self._other(path, found, "expected a tensor")
         self._read.add(id(found))
         return found
 
@@ -67,7 +67,7 @@ class BlockReader:
         """nn.Linear and nothing derived from it."""
         part = self.get(path)
         if type(part) is not nn.Linear:
-            raise self._other(path, part, "Linear")
+            raise self._other(path, part, "expected Linear")
         self._read |= {id(part.weight), id(part.bias)}
         return Linear(part.weight, part.bias)
 
@@ -79,13 +79,13 @@ class BlockReader:
         if isinstance(part, nn.RMSNorm) and eps is None:  # it takes that of its rows' dtype
             eps = torch.finfo(torch.float32 if weight is None else weight.dtype).eps
         if not isinstance(part, nn.Module) or not isinstance(eps, float):
-            raise self._other(path, part, "LayerNorm or RMSNorm")
+            raise self._other(path, part, "expected LayerNorm or RMSNorm")
         asked = type(part).forward, eps
         if part not in _NORMS or _NORMS[part][0] != asked:
             _NORMS[part] = asked, _norm_kind(part, weight, bias, eps)
         kind = _NORMS[part][1]
         if kind is None:
-            raise self._other(path, part, "LayerNorm or RMSNorm")
+            raise self._other(path, part, "expected LayerNorm or RMSNorm")
         self._read |= {id(weight), id(bias)}
         return Norm(weight, bias, float(eps), kind)
 
@@ -101,7 +101,7 @@ class BlockReader:
         for attribute in ("gamma", "lambda1"):
             if isinstance(getattr(self.get(path), attribute, None), Tensor):
                 return self.tensor(f"{path}.{attribute}")
-        raise self._other(path, self.get(path), "LayerScale")
+        raise self._other(path, self.get(path), "expected LayerScale")
 
     def activation(self, path: str) -> str:
         """Key of the activation that a module, or a function, computes, told by its values."""
@@ -112,7 +112,7 @@ class BlockReader:
         for kind, function in ACTIVATIONS.items():
             if torch.allclose(y, function(u), rtol=1e-6, atol=1e-6):
                 return kind
-        raise self._other(path, part, f"one of {sorted(ACTIVATIONS)}")
+        raise self._other(path, part, f"expected one of {sorted(ACTIVATIONS)}")
 
     def mlp(self, path: str) -> dict[str, Any]:
         """The fields of `BlockWeights` that an MLP of timm has: plain, or gated in one of the three
@@ -159,7 +159,7 @@ class BlockReader:
                 f"{self._name}.{path} is {kind} of peft, an adapter that is not merged: "
                 "merge_and_unload() makes it part of the weights"
             )
-        return UnsupportedBackbone(f"{self._name}.{path} is {kind}, expected {expected}")
+        return UnsupportedBackbone(f"{self._name}.{path} is {kind}, {expected}")
 
 
 # modules that were asked what they compute: it takes longer than to read a block

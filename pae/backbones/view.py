@@ -625,7 +625,8 @@ def _plainly(device: torch.device) -> Iterator[None]:
 
 
 def _run_as_it_is(view: BackboneView) -> None:
-    """Raise unless stem, blocks and readout are the backbone, and prompts can stand in its blocks.
+    """Raise unless stem, blocks and readout are the backbone, and prompts can stand in its blocks,
+    which run every image of a batch by itself.
 
     Raises:
         UnsupportedBackbone: with what `view.unproved` says first.
@@ -633,13 +634,16 @@ def _run_as_it_is(view: BackboneView) -> None:
     size, prompts = view.default_size, 3
     with evaluating(view.module), _plainly(view.like.device):
         try:
-            images = random_rows(1, view.shape.in_chans, *size).to(view.like)
+            images = random_rows(2, view.shape.in_chans, *size).to(view.like)
             expected, x, own = view.own_output(images), view.embed(images), view.geometry(size)
             for i in range(len(view.blocks)):
                 at = view.num_prefix_tokens
                 longer = torch.cat([x[:, :at], x[:, -prompts:], x[:, at:]], dim=1)
-                if view.run_block(i, longer, own[i]).shape != longer.shape:
+                both, alone = (view.run_block(i, rows, own[i]) for rows in (longer, longer[:1]))
+                if both.shape != longer.shape:
                     raise ValueError(f"blocks.{i} gives rows of another shape")
+                if not _near(both[:1], alone):
+                    raise ValueError(f"blocks.{i} mixes the images of a batch")
                 x = view.run_block(i, x, own[i])
             head, got = view.head, view.readout(x)
             got = got if head is None else head(got)
@@ -648,11 +652,16 @@ def _run_as_it_is(view: BackboneView) -> None:
             raise UnsupportedBackbone(
                 f"{view.unproved}; nor do the blocks run as they are with prompts: {reason}"
             ) from error
-    near = 64 * torch.finfo(expected.dtype).eps
-    if expected.device.type != "meta" and not (got - expected).norm() <= near * expected.norm():
+    if not _near(got, expected):
         raise UnsupportedBackbone(
             f"{view.unproved}; and the backbone is more than a stem, blocks and a readout"
         )
+
+
+def _near(got: Tensor, expected: Tensor) -> bool:
+    """Whether they differ by no more than rounding; of shapes alone nothing can be said."""
+    near = 64 * torch.finfo(expected.dtype).eps
+    return expected.device.type == "meta" or bool((got - expected).norm() <= near * expected.norm())
 
 
 def _prove(

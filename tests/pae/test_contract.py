@@ -669,7 +669,7 @@ def test_a_block_that_mixes_images_is_refused_at_once():
     mixing = {"forward": lambda self, x: kind.forward(self, x) if len(x) < 2 else x.flip(0)}
     vit.blocks[1].__class__ = type("Mixing", (kind,), mixing)
     modes = [m.training for m in vit.modules()]
-    with pytest.raises(pae.UnsupportedBackbone, match=r"blocks\.1 \(Mixing\) computes something"):
+    with pytest.raises(pae.UnsupportedBackbone, match=r"blocks\.1 mixes the images of a batch"):
         pae.PromptedViT(vit, pae.prompts.VPTDeep(2))
     assert [m.training for m in vit.modules()] == modes
 

@@ -337,7 +337,9 @@ def test_random_models(method):
 def no_layer_scale(monkeypatch):
     """The fold forgets LayerScale."""
     before = pae.plan._before_scale
-    monkeypatch.setattr(pae.plan, "_before_scale", lambda linear, _: before(linear, None))
+    monkeypatch.setattr(
+        pae.plan, "_before_scale", lambda weight, bias, _: before(weight, bias, None)
+    )
 
 
 def wrong_turn(monkeypatch):

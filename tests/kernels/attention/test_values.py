@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pae_kernels import pointwise, prompt_attention
 from pae_kernels.attention import tiles
+from pae_kernels.attention.reference import Sizes
 from tests.errors import error
 from tests.kernels.attention.cases import (
     BWD,
@@ -403,6 +404,11 @@ def test_shared_gradient_is_summed_in_fp32():
 # ---- what is particular to the Triton kernels
 
 
+def vec(qkv, kv):
+    """Entries that every load takes."""
+    return kernels._common(Sizes.of(qkv, kv, False), qkv, kv, None, None).constants["VEC"]
+
+
 @along(itertools.product([1, 4], [FP32, FP16]), "shift, dtype")
 def test_unaligned_inputs(execution, path, shift, dtype):
     """Wide loads are promised only where every row starts at a multiple of 16 bytes."""
@@ -414,15 +420,15 @@ def test_unaligned_inputs(execution, path, shift, dtype):
     for by, kv_by in ((0, shift), (shift, 0), (shift, shift)):
         a, b = moved(qkv, by), moved(kv, kv_by)
         aligned = all(t.data_ptr() % 16 == 0 for t in (a, b))
-        assert kernels._common(a, b, None, None).constants["VEC"] == (
-            16 // dtype.itemsize if aligned else 1
-        )
+        assert vec(a, b) == (16 // dtype.itemsize if aligned else 1)
         check(execution, a, b)
 
 
 @each(OP, "dtype, most", interpreter=[(FP32, 4), (FP16, 8)])
 def test_promised_width_of_loads(execution, dtype, most):
-    vec = lambda qkv, kv: kernels._common(qkv, kv, None, None).constants["VEC"]
+    vec = lambda qkv, kv: kernels._common(Sizes.of(qkv, kv, False), qkv, kv, None, None).constants[
+        "VEC"
+    ]
     qkv, kv = inputs(2, 17, 5, 2, 16, dtype=dtype)
     assert vec(qkv, kv) == most
     assert vec(LAYOUTS["heads_first"](qkv), kv) == most
