@@ -1,4 +1,4 @@
-"""Which models are accepted, by which engine, and why not: `pae models`.
+"""Which models are accepted, by which engine, and why not: `pae models`, and a table in the docs.
 
 Models of timm are built without weights, two blocks deep where they can be, and asked. Of the other
 libraries the readers say what they read; nothing of those is imported.

@@ -1,7 +1,10 @@
-"""`pae models`: what it says of models that are taken, taken by one engine, or not."""
+"""`pae models`: what it says of models that are taken, taken by one engine, or not; its table."""
 
 import re
 
+import pytest
+
+from docs import models as page
 from pae.train.cli import main
 from pae.train.models import Row, asked, summary, survey
 
@@ -35,3 +38,15 @@ def test_command(capsys):
     assert main(["models", "no_such_model"]) == 2
     assert "no model's name matches 'no_such_model'" in capsys.readouterr().err
     assert summary([Row("a", "none"), Row("b", "reference")]).startswith("2 models: 0 in both")
+
+
+@pytest.mark.parametrize("file", ["vision_transformer_sam", "naflexvit"])
+def test_the_table_is_what_the_command_says(file):
+    own = [asked(name) for name in page.names()[file]]
+    line = next(r for r in page.table({file: own}).splitlines() if r.startswith(f"| {file} |"))
+    assert line in page.PAGE.read_text(encoding="utf-8")
+
+
+def test_the_table_has_every_file():
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert all(f"| {file} |" in text for file in page.FILES if page.names()[file])
