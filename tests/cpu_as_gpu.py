@@ -539,8 +539,10 @@ SMALLER = {"RUNS": 3, "WIDTH": 64}  # constants of a test module
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list) -> None:
-    """With PAE_THIN one case of every test, for each version that a GPU runs; of PAE_FEW tests."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
+    """With PAE_THIN one case of every test, for each version that a GPU runs; with PAE_FEW of so
+    many tests, whose names hold the word that -k gives.
+    """
     seen: dict[tuple[str, str], Any] = {}
     for item in items:
         for name in SMALLER.keys() & vars(item.module).keys():
@@ -550,7 +552,9 @@ def pytest_collection_modifyitems(items: list) -> None:
         if name not in seen or ("gpu" in item.nodeid and "gpu" not in seen[name].nodeid):
             seen[name] = item
     if os.environ.get("PAE_THIN") and not any("replay" in i.fixturenames for i in items):
-        items[:] = list(seen.values())[: int(os.environ.get("PAE_FEW", len(seen)))]
+        items[:] = seen.values()
+        if few := os.environ.get("PAE_FEW"):  # -k chooses later
+            items[:] = [i for i in items if config.option.keyword in i.nodeid][: int(few)]
 
 
 def small_ceilings() -> None:
