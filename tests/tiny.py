@@ -74,21 +74,23 @@ FEATURES = {
 }
 
 
+SIZES = {
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 4,
+    "mlp_ratio": 2,
+    "num_classes": 5,
+}
+
+
 def backbone(
     feature: str = "plain", dtype: torch.dtype = torch.float64, **changes
 ) -> VisionTransformer:
     """A ViT of that feature with random weights of trained size: no path is negligible."""
-    config = {
-        "img_size": 16,
-        "patch_size": 4,
-        "embed_dim": 32,
-        "depth": 3,
-        "num_heads": 4,
-        "mlp_ratio": 2,
-        "num_classes": 5,
-        "weight_init": "skip",
-    }
-    vit = VisionTransformer(**{**config, **FEATURES[feature], **changes})
+    config = {**SIZES, "weight_init": "skip", **FEATURES[feature], **changes}
+    vit = VisionTransformer(**config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in vit.named_parameters():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedBackbone
 from .reading import BlockReader
-from .timm_vit import TimmView, norms, scale
+from .timm_vit import TimmView, attention, norms
 from .view import BlockWeights, Geometry, Linear, Stacked
 
 
@@ -93,17 +93,10 @@ def read_block(block: nn.Module, name: str, rotation: str, post: bool) -> BlockW
     """
     read = BlockReader(block, name)
     read.tensor("attn.relative_position_bias_table")  # which is given beside the rows
-    if read.has("attn.gate"):
-        raise UnsupportedBackbone(f"{name}.attn.gate is set: gated attention is not folded")
     weights = BlockWeights(
         **norms(read, post),
         qkv=_queries_keys_values(read),
-        q_norm=read.optional_norm("attn.q_norm"),
-        k_norm=read.optional_norm("attn.k_norm"),
-        num_heads=read.get("attn.num_heads"),
-        scale=scale(read.get("attn")),
-        attn_norm=read.optional_norm("attn.norm"),
-        proj=read.linear("attn.proj"),
+        **attention(read, name),
         scale1=read.tensor("gamma_1"),
         scale2=read.tensor("gamma_2"),
         rotation=rotation,

@@ -233,6 +233,24 @@ def average_pooled(backbone: nn.Module, norm: str = "fresh") -> nn.Module:
     return backbone
 
 
+def attention(read: BlockReader, name: str) -> dict[str, Any]:
+    """What stands beside queries, keys and values in timm's attentions, as `BlockWeights` has it.
+
+    Raises:
+        UnsupportedBackbone: its output is gated.
+    """
+    if read.has("attn.gate"):
+        raise UnsupportedBackbone(f"{name}.attn.gate is set: gated attention is not folded")
+    return {
+        "q_norm": read.optional_norm("attn.q_norm"),
+        "k_norm": read.optional_norm("attn.k_norm"),
+        "num_heads": read.get("attn.num_heads"),
+        "scale": scale(read.get("attn")),
+        "attn_norm": read.optional_norm("attn.norm"),
+        "proj": read.linear("attn.proj"),
+    }
+
+
 def norms(read: BlockReader, post: bool) -> dict[str, Any]:
     """The fields of a block's two norms."""
     names = ("post1", "post2") if post else ("norm1", "norm2")
@@ -244,17 +262,10 @@ def read_block(block: nn.Module, name: str, post: bool = False) -> BlockWeights:
     """Neutral weights of a timm `Block`; raises UnsupportedBackbone naming what does not fit."""
     read = BlockReader(block, name)
     read.whole("attn.rel_pos")  # whose bias is given beside the rows
-    if read.has("attn.gate"):
-        raise UnsupportedBackbone(f"{name}.attn.gate is set: gated attention is not folded")
     weights = BlockWeights(
         **norms(read, post),
         qkv=read.linear("attn.qkv"),
-        q_norm=read.optional_norm("attn.q_norm"),
-        k_norm=read.optional_norm("attn.k_norm"),
-        num_heads=read.get("attn.num_heads"),
-        scale=scale(read.get("attn")),
-        attn_norm=read.optional_norm("attn.norm"),
-        proj=read.linear("attn.proj"),
+        **attention(read, name),
         scale1=None if post else read.layer_scale("ls1"),
         scale2=None if post else read.layer_scale("ls2"),
         **read.mlp("mlp"),

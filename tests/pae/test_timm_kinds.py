@@ -23,17 +23,8 @@ from pae.backbones.view import Geometry, rotated
 from pae.methods.nsp2 import NullSpace
 from pae.mpa.forward import ZeroPromptForward
 from pae.prompts import E2VPT, VPTDeep, VPTShallow
-from tests.tiny import assert_engines_agree, error, refused
+from tests.tiny import SIZES, assert_engines_agree, error, refused
 
-SIZES = {
-    "img_size": 16,
-    "patch_size": 4,
-    "embed_dim": 32,
-    "depth": 3,
-    "num_heads": 4,
-    "mlp_ratio": 2,
-    "num_classes": 5,
-}
 ROPE = {"use_rot_pos_emb": True}
 DINOV3 = {**ROPE, "rope_type": "dinov3", "rope_rotate_half": True, "rope_temperature": 100.0}
 NAFLEX = {"embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
