@@ -47,6 +47,30 @@ def _open_clip(**more: Any) -> Callable[[], nn.Module]:
     return build
 
 
+def _tower(name: str, **more: Any) -> Callable[[], nn.Module]:
+    """open_clip's adapter of a model of timm, of `SIZE` pixels."""
+
+    def build() -> nn.Module:
+        from open_clip.timm_model import TimmModel
+        from timm.models.eva import Eva
+        from timm.models.vision_transformer import VisionTransformer
+
+        tower = TimmModel("test_vit", 24, SIZE, **more)
+        kind = {"vit": VisionTransformer, "eva": Eva}[name]
+        pool = tower.trunk.global_pool
+        tower.trunk = kind(
+            *(SIZE, 4, 3), num_classes=0, embed_dim=64, depth=3, num_heads=4, global_pool=pool
+        )
+        return tower
+
+    return build
+
+
+VIDEO = {**WIDE, "num_frames": 4, "tubelet_size": 2}
+CLIPS = ("VideoMAE", "ViViT")  # how the names of models begin that read them
+VIVIT = {**WIDE, "num_frames": 4, "tubelet_size": [2, 4, 4]}
+BIAS, SHARED = "use_relative_position_bias", "use_shared_relative_position_bias"
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "ViT": _hf("ViTModel", WIDE),
     "ViT, no pooler": _hf("ViTModel", WIDE, add_pooling_layer=False),
@@ -71,6 +95,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "SigLIP, no head": _hf("SiglipVisionModel", {**WIDE, "vision_use_head": False}),
     "SigLIP, classes": _hf("SiglipForImageClassification", {**TOWERS, "num_labels": 5}),
     "MAE": _hf("ViTMAEModel", {**WIDE, "mask_ratio": 0.0}),
+    "BEiT": _hf("BeitModel", {**WIDE, BIAS: True}),
+    "BEiT, shared bias": _hf("BeitModel", {**WIDE, SHARED: True, "layer_scale_init_value": 0.0}),
+    "BEiT, row 0": _hf("BeitModel", {**WIDE, BIAS: True, SHARED: True, "use_mean_pooling": False}),
+    "BEiT, positions": _hf("BeitModel", {**WIDE, "use_absolute_position_embeddings": True}),
+    "BEiT, classes": _hf("BeitForImageClassification", {**WIDE, BIAS: True, "num_labels": 5}),
+    "VideoMAE": _hf("VideoMAEModel", VIDEO),
+    "VideoMAE, norm": _hf("VideoMAEModel", {**VIDEO, "use_mean_pooling": False}),
+    "VideoMAE, classes": _hf("VideoMAEForVideoClassification", {**VIDEO, "num_labels": 5}),
+    "VideoMAE, first tube": _hf(
+        "VideoMAEForVideoClassification", {**VIDEO, "num_labels": 5, "use_mean_pooling": False}
+    ),
+    "ViViT": _hf("VivitModel", VIVIT),
+    "ViViT, classes": _hf("VivitForVideoClassification", {**VIVIT, "num_labels": 5}),
     "torchvision": _torchvision(),
     "torchvision, pre-logits": _torchvision(representation_size=24),
     "open_clip": _open_clip(),
@@ -79,6 +116,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "open_clip, attention pool": _open_clip(
         attentional_pool=True, attn_pooler_queries=4, attn_pooler_heads=2
     ),
+    "open_clip, timm": _tower("vit", pool="token"),
+    "open_clip, timm, no projection": _tower("vit", pool="avg", proj="none"),
+    "open_clip, timm's EVA": _tower("eva", pool="avg", proj="mlp"),
 }
 
 
@@ -99,8 +139,11 @@ def model(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     return module.to(dtype).eval()
 
 
-def images(batch: int = 3, size: tuple[int, int] = (SIZE, SIZE)) -> Tensor:
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(2)).double()
+def images(batch: int = 3, size: tuple[int, int] = (SIZE, SIZE), name: str = "") -> Tensor:
+    """A batch; of clips for those of `MODELS` that read them."""
+    frames = (VIDEO["num_frames"],) if name.startswith(CLIPS) else ()
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(batch, *frames, 3, *size, generator=generator).double()
 
 
 def own_output(module: nn.Module, x: Tensor, **more: Any) -> Tensor:
@@ -114,4 +157,5 @@ def own_output(module: nn.Module, x: Tensor, **more: Any) -> Tensor:
         if (found := getattr(out, name, None)) is not None:
             return found
     rows = out.last_hidden_state
-    return rows.mean(1) if "Siglip" in type(module).__name__ else rows[:, 0]
+    pooled = type(module).__name__.startswith(("Siglip", "VideoMAE"))
+    return rows.mean(1) if pooled else rows[:, 0]

@@ -1,5 +1,6 @@
-"""open_clip's `VisionTransformer`, the image tower `model.visual`. The features are the embedding
-that its own forward gives: projected, unless `visual.proj` is None.
+"""open_clip's image towers `model.visual`: its `VisionTransformer`, and `TimmModel` around a timm
+model. The features are the embedding that its own forward gives: projected, unless the tower has no
+projection (`visual.proj` is None; `proj` of a `TimmModel` is "none").
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedBackbone
+from . import timm
 from .plain import PlainView
 from .reading import BlockReader
+from .timm_bias import BiasView
+from .timm_eva import EvaView
+from .timm_naflex import NaFlexView
+from .timm_vit import TimmView
 from .torchvision import packed_attention
-from .view import BlockWeights, examined
+from .view import BackboneView, BlockWeights, examined, random_rows
 
 LIBRARY = "open_clip"
-KINDS = ("VisionTransformer",)
-STEPS = {"CLIP": "give its visual", "CoCa": "give its visual", "TimmModel": "give its trunk"}
-STEPS |= {"CustomTextCLIP": "give its visual"}
+KINDS = ("VisionTransformer", "TimmModel")
+STEPS = dict.fromkeys(("CLIP", "CoCa", "CustomTextCLIP"), "give its visual")
 
 
 def head_name(module: nn.Module) -> str | None:
@@ -97,5 +102,69 @@ class View(PlainView):
         return pooled if self._tower.proj is None else pooled @ self._tower.proj
 
 
-def read_backbone(module: nn.Module) -> View:
+class _Trunk(TimmView):
+    """The face of a `TimmModel`: that of its `trunk`, with a projection behind the readout."""
+
+    def __init__(self, module: nn.Module, trunk: TimmView) -> None:
+        vars(self).update(vars(trunk))
+        self.module, self.head_name = module, None
+
+    @property
+    def _vit(self) -> Any:
+        tower: Any = self.module
+        return tower.trunk
+
+    @property
+    def feature_width(self) -> int:
+        rows = random_rows(2, self.num_prefix_tokens + 1, self.shape.width).to(self.like)
+        with torch.no_grad():
+            return self.readout(rows).shape[-1]
+
+    @property
+    def readout_parts(self) -> list[Any]:
+        tower: Any = self.module
+        return [*super().readout_parts, *tower.head, self._vit.head]
+
+    def readout(self, x: Tensor) -> Tensor:
+        tower: Any = self.module
+        return tower.head(self._vit.head(super().readout(x)))
+
+
+class _EvaTrunk(_Trunk, EvaView):
+    """Around a timm `Eva`."""
+
+
+class _BiasTrunk(_Trunk, BiasView):
+    """Around a timm `Beit` or `VisionTransformerRelPos`."""
+
+
+class _NaFlexTrunk(_Trunk, NaFlexView):
+    """Around a timm `NaFlexVit`."""
+
+
+_TRUNKS: dict[type, type[_Trunk]] = {
+    TimmView: _Trunk,
+    EvaView: _EvaTrunk,
+    BiasView: _BiasTrunk,
+    NaFlexView: _NaFlexTrunk,
+}
+
+
+def _around_timm(tower: Any) -> BackboneView:
+    """View of a `TimmModel`, whose trunk has been read and proved."""
+    if hasattr(tower.head, "pool") or getattr(tower.trunk, "global_pool", "") == "":
+        raise UnsupportedBackbone(
+            f"TimmModel of {LIBRARY} pools the rows of its trunk by itself: give its trunk"
+        )
+    trunk = timm.read_backbone(tower.trunk)
+    if not isinstance(trunk, TimmView) or type(trunk) not in _TRUNKS:
+        raise UnsupportedBackbone(
+            f"TimmModel of {LIBRARY} around {type(tower.trunk).__name__}: give its trunk"
+        )
+    return _TRUNKS[type(trunk)](tower, trunk)
+
+
+def read_backbone(module: nn.Module) -> BackboneView:
+    if hasattr(module, "trunk"):
+        return _around_timm(module)
     return examined(View(module))

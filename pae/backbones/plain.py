@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, cast
 
@@ -26,21 +27,34 @@ class PlainView(BackboneView):
     pools: str
     resizes = False
 
-    def _measure(self, patch: Any, size: Any, prefix: int, heads: int, width: int) -> None:
-        """Set `shape`; patch and image are one number or two."""
-        stem = next(part for part in self.stem.modules() if isinstance(part, nn.Conv2d))
-        self._patch, self._size = _pair(patch), _pair(size)
-        rows, columns = (s // p for s, p in zip(self._size, self._patch))
+    def _measure(
+        self,
+        patch: Any,
+        size: Any,
+        prefix: int,
+        heads: int,
+        width: int,
+        frames: int | None = None,
+    ) -> None:
+        """Set `shape`; patch and image are one number or two, a tube three, of `frames`."""
+        convolutions = (nn.Conv2d, nn.Conv3d)
+        stem = next(part for part in self.stem.modules() if isinstance(part, convolutions))
+        self._size, self.frames = _pair(size), frames
+        self._patch = _pair(patch if frames is None else patch[1:])
+        grid = tuple(s // p for s, p in zip(self._size, self._patch))
+        if frames is not None:
+            grid = (frames // patch[0], *grid)
+        self._depth = 1 if frames is None else grid[0]  # of tubes
         self.num_prefix_tokens = prefix
         self.shape = BackboneShape(
             depth=len(self.blocks),
             width=width,
             num_heads=heads,
-            patch_size=self._patch,
+            patch_size=self._patch if frames is None else tuple(patch),
             in_chans=stem.in_channels,
-            num_tokens=prefix + rows * columns,
+            num_tokens=prefix + math.prod(grid),
             num_prefix_tokens=prefix,
-            grid=(rows, columns),
+            grid=grid,
             head_width=width // heads,
             has_class_token=prefix > 0,
         )
@@ -60,7 +74,7 @@ class PlainView(BackboneView):
     @property
     @abstractmethod
     def stem(self) -> nn.Module:
-        """What makes patch tokens of images, (B, D, h, w)."""
+        """What makes patch tokens of images, (B, D, h, w); of clips (B, C, T, H, W)."""
 
     @abstractmethod
     def place(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
@@ -76,7 +90,7 @@ class PlainView(BackboneView):
 
     def num_rows(self, size: tuple[int, int]) -> int:
         rows, columns = (s // p for s, p in zip(size, self._patch))
-        return self.num_prefix_tokens + rows * columns
+        return self.num_prefix_tokens + self._depth * rows * columns
 
     def embed(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]

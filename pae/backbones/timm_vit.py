@@ -121,7 +121,7 @@ class TimmView(BackboneView):
 
     @property
     def image_size(self) -> tuple[int, int] | None:
-        if getattr(self.module, "dynamic_img_size", False):
+        if getattr(self._vit, "dynamic_img_size", False):
             return None
         height, width = self._vit.patch_embed.img_size
         return height, width

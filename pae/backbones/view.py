@@ -224,8 +224,11 @@ class BackboneView(ABC):
             be folded; None when they are proved to be their formulas.
         head_name: dotted name of the module between readout and logits; None: there is no place
             for one.
+        frames: T of a backbone that reads clips (B, T, C, H, W) of as many frames, where others
+            read images (B, C, H, W); None there.
     """
 
+    frames: int | None = None
     module: nn.Module
     shape: BackboneShape
     num_prefix_tokens: int
@@ -288,7 +291,7 @@ class BackboneView(ABC):
     @property
     def default_size(self) -> tuple[int, int]:
         """The size of images that the stem is built for."""
-        rows, columns = (n * p for n, p in zip(self.shape.grid, self.shape.patch_size))
+        rows, columns = (n * p for n, p in zip(self.shape.grid[-2:], self.shape.patch_size[-2:]))
         return self.image_size or (rows, columns)
 
     @property
@@ -458,21 +461,35 @@ class BackboneView(ABC):
         When `reads_class_only`, (B, 1, D) with the class row alone gives the same.
         """
 
+    def random_images(self, batch: int, size: tuple[int, int]) -> Tensor:
+        """A batch as the stem takes it, of normal numbers."""
+        frames = () if self.frames is None else (self.frames,)
+        return random_rows(batch, *frames, self.shape.in_chans, *size).to(self.like)
+
     def check_images(self, images: Tensor) -> None:
-        """Raise unless `images` is a finite float (B, C, H, W) batch of a size this backbone takes.
+        """Raise unless `images` is a finite float (B, C, H, W) batch of a size this backbone takes,
+        or (B, T, C, H, W) where it takes clips.
 
         On a GPU the values are not looked at: asking for them would stall the stream.
         """
-        if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+        frames = self.frames
+        rank, layout = (4, "(B, C, H, W)") if frames is None else (5, "(B, T, C, H, W)")
+        if not isinstance(images, Tensor) or images.dim() != rank or not images.is_floating_point():
             what = (
                 f"{tuple(images.shape)} {images.dtype}"
                 if isinstance(images, Tensor)
                 else type(images)
             )
-            raise ValueError(f"images must be a float tensor (B, C, H, W), got {what}")
-        if images.shape[1] != self.shape.in_chans:
+            raise ValueError(f"images must be a float tensor {layout}, got {what}")
+        if images.shape[-3] != self.shape.in_chans:
+            of = "" if frames is None else f" in clips {layout}"
             raise ValueError(
-                f"images must have {self.shape.in_chans} channels, got {images.shape[1]}"
+                f"images must have {self.shape.in_chans} channels{of}, got {images.shape[-3]}"
+            )
+        if frames is not None and images.shape[1] != frames:
+            raise ValueError(
+                f"images must be clips of {frames} frames, got {images.shape[1]} (take as many, or "
+                "build the backbone with num_frames=... for another number)"
             )
         size, only, like = tuple(images.shape[-2:]), self.image_size, self.like
         if images.device != like.device:
@@ -634,7 +651,7 @@ def _run_as_it_is(view: BackboneView) -> None:
     size, prompts = view.default_size, 3
     with evaluating(view.module), _plainly(view.like.device):
         try:
-            images = random_rows(2, view.shape.in_chans, *size).to(view.like)
+            images = view.random_images(2, size)
             expected, x, own = view.own_output(images), view.embed(images), view.geometry(size)
             for i in range(len(view.blocks)):
                 at = view.num_prefix_tokens

@@ -37,6 +37,15 @@ def prompt_count(model: PromptedViT) -> int:
     return counts[0]
 
 
+def refuse_clips(model: PromptedViT) -> None:
+    """Raise for a model whose inputs have no spectrum of an image."""
+    if model.view.frames is not None:
+        raise ValueError(
+            f"model takes clips of {model.view.frames} frames, and Modal Pre-Alignment (mpa) "
+            "filters the spectrum of images: use pae.spt_init, or the family's own first values"
+        )
+
+
 def check_positive(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
@@ -64,6 +73,7 @@ def checked_batch(
     model: PromptedViT, images: Tensor, labels: Tensor, head: str
 ) -> tuple[Tensor, Tensor]:
     """The batch on the model's device, images in at least float32, or an error that names it."""
+    refuse_clips(model)
     like = model.view.like
     floating = isinstance(images, Tensor) and images.is_floating_point()
     model.view.check_images(images.to(like) if floating else images)

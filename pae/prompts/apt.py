@@ -21,8 +21,8 @@ class APT(PromptFamily):
     They pass neither norm nor projection, and all heads share them: 2 T d numbers and 2 T scales
     per block. No prompt has a query, so no work is thrown away even by the reference.
 
-    The family was published for VideoMAE (1568 tokens of 8 x 14 x 14 tubes, mean pooling). Here it
-    works on any backbone of `PromptedViT`, which takes images: 5-D clips are refused.
+    The family was published for VideoMAE (1568 tokens of 8 x 14 x 14 tubes, mean pooling). It works
+    on any backbone of `PromptedViT`, of images or of clips.
 
     Args:
         num_tokens: T, at least 1.
@@ -66,8 +66,7 @@ class APT(PromptFamily):
             )
         self._blocks = range(self.start, last + 1)
         size = len(self._blocks), self.num_tokens, shape.head_width
-        fan = shape.in_chans * shape.patch_size[0] * shape.patch_size[1] + shape.head_width
-        bound = (6.0 / fan) ** 0.5
+        bound = (6.0 / (shape.patch_values + shape.head_width)) ** 0.5
         self.keys = nn.Parameter(torch.empty(size).uniform_(-bound, bound))
         self.values = nn.Parameter(torch.empty(size).uniform_(-bound, bound))
         self.scales = nn.Parameter(torch.ones(len(self._blocks), 2, self.num_tokens))

@@ -26,11 +26,12 @@ class BackboneShape:
         depth: number of transformer blocks.
         width: embedding width D.
         num_heads: attention heads per block.
-        patch_size: (height, width) of a patch in pixels.
+        patch_size: (height, width) of a patch in pixels; of a tube (frames, height, width).
         in_chans: image channels.
-        num_tokens: tokens of an image of the default size, prefix tokens included.
+        num_tokens: tokens of an image of the default size, or of a clip, prefix tokens included.
         num_prefix_tokens: class and register tokens, which stand before the patches.
-        grid: (rows, columns) of patches of an image of the default size.
+        grid: (rows, columns) of patches of an image of the default size; of a clip (tubes one
+            behind the other, rows, columns).
         head_width: width d of one attention head.
         has_class_token: whether row 0 is a class token.
     """
@@ -38,13 +39,18 @@ class BackboneShape:
     depth: int
     width: int
     num_heads: int
-    patch_size: tuple[int, int]
+    patch_size: tuple[int, ...]
     in_chans: int
     num_tokens: int
     num_prefix_tokens: int
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     head_width: int
     has_class_token: bool
+
+    @property
+    def patch_values(self) -> int:
+        """C ph pw: numbers in a patch, of a tube in one of its frames."""
+        return self.in_chans * self.patch_size[-2] * self.patch_size[-1]
 
 
 class PerThread(threading.local):
@@ -434,7 +440,6 @@ def uniform_init_(tokens: Tensor, shape: BackboneShape) -> None:
     """Fill with U(-v, v), v = sqrt(6 / (C ph pw + D)): the initialisation of VPT (Jia et al.
     2022).
     """
-    fan = shape.in_chans * shape.patch_size[0] * shape.patch_size[1] + shape.width
-    bound = (6.0 / fan) ** 0.5
+    bound = (6.0 / (shape.patch_values + shape.width)) ** 0.5
     with torch.no_grad():
         tokens.uniform_(-bound, bound)

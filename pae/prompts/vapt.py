@@ -118,6 +118,12 @@ class VAPT(_VPT):
                 f"static_blocks must be at most the backbone's {shape.depth} blocks, "
                 f"got {self.static_blocks}"
             )
+        if len(shape.grid) != 2:
+            grid = " x ".join(map(str, shape.grid))
+            raise ValueError(
+                f"prompts (VAPT) convolves a grid of patches, and the backbone's are {grid} tubes "
+                "of a clip: use APT or VPTDeep"
+            )
         largest = min(shape.grid) + 2 * self.padding
         if self.kernel > largest:
             raise ValueError(

@@ -24,7 +24,7 @@ from pae.backbones import trained
 from pae.backbones.weights import has_norm_of_a_mean
 from pae.files import to_json
 from pae.foreign import first_line
-from pae.mpa.incoming import prompt_count
+from pae.mpa.incoming import prompt_count, refuse_clips
 from pae.tensorfile import fitted, read_tensors, require_digest, write_tensors
 from pae.train import embedded
 from pae.train.declared import Given, declared, fits, name_of, near
@@ -357,6 +357,10 @@ def _check_windows(
     options: Options, called: Callable[[str], str], module: pae.PromptedViT, count: int
 ) -> None:
     """Raise unless the images have as many windows as there are prompts."""
+    try:
+        refuse_clips(module)
+    except ValueError as error:
+        raise ValueError(f"{called('mpa')}: {error}") from error
     shape = module.view.shape
     side = min(cells * patch for cells, patch in zip(shape.grid, shape.patch_size, strict=True))
     window, stride = options.mpa_window, options.mpa_stride

@@ -3,13 +3,14 @@ what is refused, by which name.
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 import pae
 from pae.prompts import METHODS, VPTDeep, VPTShallow
-from tests.libraries import MODELS, TEXT, TOWERS, WIDE, images, model, own_output
+from tests.libraries import CLIPS, MODELS, TEXT, TOWERS, VIDEO, WIDE, images, model, own_output
 from tests.tiny import assert_engines_agree, backbone, error, refused, small
 from tests.tiny import images as timm_images
 
@@ -19,7 +20,8 @@ pytest.importorskip("open_clip", reason="pip install pae[clip]")
 OTHER = (24, 20)  # another size than that of the models
 
 # one of each reader and readout, where all are too many
-FEW = ("ViT", "DINOv2, registers, classes", "CLIP", "SigLIP", "MAE", "torchvision", "open_clip")
+FEW = ("ViT", "DINOv2, registers, classes", "CLIP", "SigLIP", "MAE", "BEiT", "VideoMAE, classes")
+FEW += ("ViViT", "torchvision", "open_clip", "open_clip, timm's EVA")
 
 
 def prompted(name, family=None, **more):
@@ -37,7 +39,7 @@ def prompted(name, family=None, **more):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_without_prompts_it_is_the_model(name):
-    backbone, x = model(name), images()
+    backbone, x = model(name), images(name=name)
     with torch.no_grad():
         expected = own_output(backbone, x)
     classifies = pae.backbones.head_name(backbone) is not None
@@ -49,11 +51,11 @@ def test_without_prompts_it_is_the_model(name):
             assert error(got, expected) < 1e-12
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith(("torch", "open"))])
+@pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith(("torch", "open", *CLIPS))])
 def test_positions_of_another_size_are_the_models_own(name):
     backbone, x = model(name), images(2, OTHER)
     # what the others do by themselves
-    more = {} if name.startswith("DINO") else {"interpolate_pos_encoding": True}
+    more = {} if name.startswith(("DINO", "BEiT")) else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         expected = own_output(backbone, x, **more)
         view = pae.backbones.read_backbone(backbone)
@@ -70,8 +72,8 @@ def test_positions_of_another_size_are_the_models_own(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_engines_agree(name):
-    assert_engines_agree(prompted(name), images())
-    assert_engines_agree(prompted(name, VPTShallow(3)), images())
+    assert_engines_agree(prompted(name), images(name=name))
+    assert_engines_agree(prompted(name, VPTShallow(3)), images(name=name))
 
 
 # a key's bias has no gradient, which takes long to be sure of
@@ -99,20 +101,20 @@ def test_biases_are_trained_in_both_engines(name):
 def test_weights_stay_where_they_are(name):
     backbone = model(name)
     before = {n: p.data_ptr() for n, p in backbone.named_parameters()}
-    own = {id(p) for p in backbone.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
     made = pae.PromptedViT(backbone, VPTDeep(2), num_classes=5)
-    pae.fast_forward(made, images())
+    pae.fast_forward(made, images(name=name))
     after = {n: p.data_ptr() for n, p in backbone.named_parameters()}
     assert after == {n: before[n] for n in after}
     for i in range(made.view.shape.depth):
         w = made.view.read_block(i)
         for product in (w.qkv, w.proj, w.fc1, w.fc2):
-            assert all(id(part.weight) in own for part in product.parts)
+            assert all(p.weight.untyped_storage().data_ptr() in own for p in product.parts)
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_copies_stand_alone(name):
-    made, x = prompted(name).eval(), images()
+    made, x = prompted(name).eval(), images(name=name)
     expected = pae.fast_forward(made, x)
     twin = copy.deepcopy(made)
     with torch.no_grad():
@@ -147,7 +149,7 @@ def test_every_family(family):
 @pytest.mark.parametrize("name", [name for name in FEW if name != "ViT"])
 def test_keys_in_head_space(name):
     """Which the formula of a block has, and not the block."""
-    assert_engines_agree(fitting(METHODS["e2vpt"], name), images())
+    assert_engines_agree(fitting(METHODS["e2vpt"], name), images(name=name))
 
 
 def test_a_family_that_needs_a_class_token():
@@ -158,10 +160,18 @@ def test_a_family_that_needs_a_class_token():
 
 @pytest.mark.parametrize("name", FEW)
 def test_regulariser_initialisation_and_file(name, tmp_path):
-    made, x = prompted(name, kld=pae.KLD(8)), images(4)
+    made, x = prompted(name, kld=pae.KLD(8)), images(4, name=name)
     before = made.prompts.tokens.detach().clone()
-    found = pae.mpa_init(made, x, torch.arange(4), window=4, stride=4)
-    assert torch.isfinite(found.losses).all() and not torch.equal(made.prompts.tokens, before)
+    align = partial(pae.mpa_init, made, x, torch.arange(4), window=4, stride=4)
+    if name.startswith(CLIPS):
+        message = (
+            "model takes clips of 4 frames, and Modal Pre-Alignment (mpa) filters the spectrum"
+        )
+        refused(ValueError, message, align)
+        pae.spt_init(made, x, method="mean_pooling")
+    else:
+        assert torch.isfinite(align().losses).all()
+    assert not torch.equal(made.prompts.tokens, before)
     loss = made(x, engine="fast").square().mean() + made.penalty()
     loss.backward()
     assert made.kld.K.grad.abs().sum() > 0 and made.prompts.tokens.grad.abs().sum() > 0
@@ -188,6 +198,77 @@ def test_windows_are_ranked_as_pixels_are(monkeypatch):
     assert error(quick.losses, slow.losses) < 1e-12
 
 
+# ---- clips
+
+
+@pytest.mark.parametrize("family", METHODS.values(), ids=list(METHODS))
+@pytest.mark.parametrize("name", ["VideoMAE, classes", "ViViT"])
+def test_families_on_clips(name, family):
+    """All but one that lays its tokens on the grid of an image, or reads a class token's attention
+    where there is none.
+    """
+    if family is METHODS["vapt"]:
+        message = (
+            "prompts (VAPT) convolves a grid of patches, and the backbone's are 2 x 4 x 4 tubes"
+        )
+        refused(ValueError, message, lambda: fitting(family, name))
+    elif name.startswith("VideoMAE") and family in (METHODS["ivpt"], METHODS["da-vpt"]):
+        with pytest.raises(ValueError, match=r"reads the class token.*and the backbone has no"):
+            fitting(family, name)
+    else:
+        assert_engines_agree(fitting(family, name), images(2, name=name))
+
+
+@pytest.mark.parametrize("pool", ["all", "prompts"])
+def test_prompts_among_the_rows_of_a_mean(pool):
+    for name in ("VideoMAE, classes", "VideoMAE", "BEiT, classes"):
+        assert_engines_agree(prompted(name, pool=pool), images(2, name=name))
+    message = "pool must be 'image' for a backbone whose readout reads"
+    for name in ("VideoMAE, first tube", "ViViT", "BEiT, row 0"):
+        refused(ValueError, message, lambda name=name: prompted(name, pool=pool))
+
+
+def test_sizes_of_a_clip():
+    """Those of VideoMAE's tubes; prompts are drawn as for one frame's patch."""
+    import transformers as T
+
+    with torch.device("meta"):
+        narrow = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+        vit = T.VideoMAEModel(T.VideoMAEConfig(**narrow))
+        shape = pae.PromptedViT(vit, METHODS["apt"](4), num_classes=2).view.shape
+    assert shape.patch_size == (2, 16, 16) and shape.grid == (8, 14, 14)
+    assert shape.num_tokens == 1568 and shape.patch_values == 768
+    made = prompted("VideoMAE", METHODS["apt"](400))
+    assert made.prompts.keys.shape == (3, 400, 8)
+    torch.manual_seed(0)
+    drawn = METHODS["apt"](400)
+    drawn.bind(made.view.shape)
+    bound = (6 / (3 * 4 * 4 + 8)) ** 0.5
+    assert 0.99 * bound < drawn.keys.abs().max() <= bound
+
+
+def test_clips_of_another_form_are_named():
+    made = prompted("VideoMAE, classes")
+    x = images(name="VideoMAE")
+    for engine in ("reference", "fast"):
+        run = partial(made, engine=engine)
+        message = "images must be a float tensor (B, T, C, H, W), got (3, 3, 16, 16) torch.float64"
+        refused(ValueError, message, lambda run=run: run(images()))
+        message = "images must have 3 channels in clips (B, T, C, H, W), got 4"
+        refused(ValueError, message, lambda run=run: run(x.transpose(1, 2)))
+        message = "images must be clips of 4 frames, got 2 (take as many, or build the backbone"
+        refused(ValueError, message, lambda run=run: run(x[:, :2]))
+    message = "images must be a float tensor (B, C, H, W), got (3, 4, 3, 16, 16) torch.float64"
+    refused(ValueError, message, lambda: prompted("ViT")(x))
+
+
+def test_the_norm_behind_a_mean_is_trained_beside_the_prompts():
+    """As the published recipe of APT does."""
+    made = prompted("VideoMAE, classes", METHODS["apt"](3), train_backbone="fc_norm.*")
+    assert made.trained_backbone == ("fc_norm.weight", "fc_norm.bias")
+    assert_engines_agree(made, images(2, name="VideoMAE"))
+
+
 # ---- what is refused
 
 
@@ -201,6 +282,17 @@ def test_models_one_step_away_name_the_step():
     pae.PromptedViT(clip.vision_model, VPTDeep(2), num_classes=3)
     mae = T.ViTMAEForPreTraining(T.ViTMAEConfig(**WIDE))
     refused(pae.UnsupportedBackbone, "give its vit", lambda: pae.PromptedViT(mae, VPTDeep(2)))
+    for kind, part in (
+        (T.VideoMAEForPreTraining(T.VideoMAEConfig(**VIDEO)), "videomae"),
+        (T.BeitForMaskedImageModeling(T.BeitConfig(**WIDE, use_mask_token=True)), "beit"),
+    ):
+        message = f"{type(kind).__name__} of transformers is no model that can be read: give its "
+        refuse = partial(pae.PromptedViT, kind, VPTDeep(2))
+        refused(pae.UnsupportedBackbone, message + part, refuse)
+        pae.PromptedViT(getattr(kind, part), VPTDeep(2), num_classes=3)
+    divided = T.TimesformerModel(T.TimesformerConfig(**WIDE, num_frames=2))
+    message = "its attention is divided into time and space; use VideoMAE or ViViT"
+    refused(pae.UnsupportedBackbone, message, lambda: pae.PromptedViT(divided, VPTDeep(2)))
     bert = T.BertModel(T.BertConfig(**TEXT))
     refused(
         pae.UnsupportedBackbone,
