@@ -1,4 +1,4 @@
-"""The command line: ``pae train``, ``pae analyse``, ``pae models``; also ``python -m pae``."""
+"""The command line: ``pae train``, ``table``, ``analyse``, ``models``; also ``python -m pae``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pae.tables import command as tables
 from pae.train.declared import Given, add_arguments, declared, from_arguments
 from pae.train.embedded import DATASETS, WEIGHTS, WEIGHTS_NAME, FetchError
 from pae.train.options import Launch, Options, combine, find_config, read_config
@@ -128,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     models.set_defaults(run=_models, debug=False)
     models.add_argument("pattern", nargs="?", default="*", help="part of a name, or with * and ?")
     models.add_argument("--pretrained", action="store_true", help="timm's pretrained tags by name")
+    tables.add(commands)
     return parser
 
 

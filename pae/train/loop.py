@@ -26,6 +26,7 @@ from pae.train import embedded, methods, pixels, record
 from pae.train.average import Average
 from pae.train.data import Images, Task, read_folder
 from pae.train.images import Ranges
+from pae.train.memory import Peak
 from pae.train.options import Options
 from pae.train.report import Advance, Reporter
 from pae.train.runfolder import Rows, RunFolder
@@ -103,7 +104,9 @@ def train(
     Returns:
         dict with "name", "trained_parameters", "val_accuracy", "best_epoch", "test_accuracy" (None
         without a test split), "seconds", and what that was spent on: "passes" of an image through
-        the backbone (forward, or backward), "mpa_passes" and "mpa_seconds" among them.
+        the backbone (forward, or backward), "mpa_passes" and "mpa_seconds" among them; "memory_mb",
+        the most that it took (`memory.Peak`), and "head_parameters", of the trained ones those of
+        the head.
     Raises:
         Interrupted: one of `SIGNALS` arrived; the state is saved.
         ArithmeticError: a loss is not finite.
@@ -138,6 +141,7 @@ class _Run:
         from timm.optim import create_optimizer_v2
 
         self.began = time.perf_counter()
+        self.peak = Peak(accelerator.device)
         self.options, self.folder, self.reporter = options, folder, reporter
         self.accelerator, self.on_backward = accelerator, on_backward
         self.name = name or options.method
@@ -593,12 +597,14 @@ class _Run:
             "name": self.name,
             "method": self.options.method,
             "trained_parameters": methods.trained_parameters(self.module),
+            "head_parameters": methods.head_parameters(self.module),
             "val_accuracy": accuracy,
             "best_epoch": epoch,
             "test_accuracy": test,
             "seconds": round(self._elapsed(), 3),
             "passes": self._passes() + self.aligned["mpa_passes"],
             **self.aligned,
+            "memory_mb": self.peak.mb(),
         }
         if self.main:
             self.reporter.curves(self.folder.curves, {self.name: self.rows})

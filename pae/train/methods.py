@@ -521,3 +521,9 @@ def trained_parameters(module: Method) -> int:
         counted = trained.count(module.backbone, module.trained_backbone)
         groups = [group for group in groups if group["name"] != "backbone"]
     return counted + sum(p.numel() for group in groups for p in group["params"])
+
+
+def head_parameters(module: Method) -> int:
+    """Number of those of the classifier alone."""
+    head = module.backbone.get_classifier() if isinstance(module, FullFineTuning) else module.head
+    return sum(p.numel() for p in head.parameters())

@@ -33,10 +33,10 @@ def save_shades(root, train=12, test=5, size=(36, 40)):
 
 
 def numbers(folder):
-    """All measured numbers of a run, times apart, and the tensors it left behind."""
+    """All measured numbers of a run, times and memory apart, and the tensors it left behind."""
     metrics = json.loads((folder / "metrics.json").read_text())
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in metrics["epochs"]]
-    result = {k: v for k, v in metrics["result"].items() if "seconds" not in k}
+    result = {k: v for k, v in metrics["result"].items() if "seconds" not in k and k != "memory_mb"}
     tensors = {
         f"{file}/{name}": tensor
         for file in ("best", "last")
