@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pae_kernels import pointwise, product
-from pae_kernels.attention import class_attention, reference
+from pae_kernels.attention import class_attention
 from pae_kernels.attention.reference import sum_groups, take_groups
 from pae_kernels.precision import exact_matmul
 
@@ -127,11 +127,13 @@ class Steps:
         return rows, kept if code is None else code
 
     def attention(
-        self, xhat: Tensor, qkv: Tensor, keys: Keys, class_only: bool
+        self, xhat: Tensor, qkv: Tensor, keys: Keys, class_only: bool, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(B, N or 1, H d) and log-sum-exp (B, H, N or 1) of attention over prompts and rows."""
+        """(B, N or 1, H d) and log-sum-exp (B, H, N or 1) of attention over prompts and rows, with
+        `bias` (H or 1, N, N) added to the logits of rows.
+        """
         return torch.ops.pae.prompt_attention_fwd(
-            qkv, keys.kv, keys.group, 1.0, class_only, keys.log_multiplicity
+            qkv, keys.kv, keys.group, 1.0, class_only, keys.log_multiplicity, bias, None
         )
 
 
@@ -187,11 +189,7 @@ def attention_half(
     """
     x, xhat, rstd = _sum_and_norm(stream.rows, stream.pending, block.norm1, block.w_qkv.dtype)
     qkv, head_norms = project(block, xhat, steps)
-    if block.bias is None:
-        out, lse = steps.attention(xhat, qkv, keys, class_only)
-    else:
-        given = qkv, keys.kv, keys.group, 1.0, class_only, keys.log_multiplicity
-        out, lse = reference.forward(*given, _placed(block, qkv, keys.kv))
+    out, lse = steps.attention(xhat, qkv, keys, class_only, _placed(block, x))
     kept = AttentionKept(xhat, rstd, qkv, lse, head_norms)
     return x[:, :1] if class_only else x, out, kept
 
@@ -260,10 +258,9 @@ def normalise(rows: Tensor, norm: PlainNorm | None, dtype: torch.dtype) -> Tenso
     return function(wide, wide.shape[-1:], eps=norm.eps).to(dtype)
 
 
-def _placed(block: BlockPlan, rows: Tensor, kv: Tensor) -> Tensor | None:
-    """(H or 1, N, P + N), what places of rows (B, N, ...) add to the logits."""
-    bias = block.bias
-    return None if bias is None else bias.bias_of(rows.shape[1], kv.shape[1])
+def _placed(block: BlockPlan, rows: Tensor) -> Tensor | None:
+    """(H or 1, N, N), what places of rows (B, N, ...) add to the logits."""
+    return None if block.bias is None else block.bias.bias_of(rows.shape[1])
 
 
 def _of_heads(rows: Tensor, norm: HeadNorm) -> Tensor:
@@ -423,13 +420,8 @@ class FrozenBlock(torch.autograd.Function):
         xhat, rstd, qkv, head_norms = first.xhat, first.rstd, first.qkv, first.head_norms
         attention = None
         if wants_attention:
-            if block.bias is None:
-                attention = class_attention(
-                    qkv, kv, first.lse, group, scale=1.0, log_multiplicity=log_multiplicity
-                )
-            else:
-                given = qkv, kv, first.lse, group, 1.0, log_multiplicity
-                attention = reference.class_attention(*given, _placed(block, qkv, kv))
+            options = {"log_multiplicity": log_multiplicity, "bias": _placed(block, qkv)}
+            attention = class_attention(qkv, kv, first.lse, group, scale=1.0, **options)
             attention = attention[..., kv.shape[1] :]
             ctx.mark_non_differentiable(attention)
         y, rows, second = mlp_half(block, x, out, memory)
@@ -465,14 +457,10 @@ class FrozenBlock(torch.autograd.Function):
             dy, d_out = _mlp_half_backward(block, dy, d_rows, kept.out, kept.second(), sums)
             if qkv is None:
                 qkv, head_norms = project(block, cast(Tensor, kept.xhat1))
-            given = (
+            d_qkv, d_kv = torch.ops.pae.prompt_attention_bwd(
                 *(d_out, qkv, kept.kv, kept.group, 1.0, ctx.class_only, kept.log_multiplicity),
-                *(kept.out, kept.lse, ctx.need_qkv),
+                *(_placed(block, qkv), None, kept.out, kept.lse, ctx.need_qkv),
             )
-            if block.bias is None:
-                d_qkv, d_kv = torch.ops.pae.prompt_attention_bwd(*given)
-            else:
-                d_qkv, d_kv = reference.backward(*given, _placed(block, qkv, kept.kv))
             dx = d_pending = None
             if ctx.need_qkv:
                 if block.rotation is not None:

@@ -78,6 +78,8 @@ def _attention_backward(
     scale: float,
     class_only: bool,
     log_multiplicity: Shape | None,
+    bias: Shape | None,
+    mask: Shape | None,
     out: Shape,
     lse: Shape,
     need_qkv: bool,

@@ -163,7 +163,7 @@ class Geometry:
     bias: Tensor | None = None
     at: int = 0
 
-    def bias_of(self, rows: int, keys: int) -> Tensor | None:
+    def bias_of(self, rows: int, keys: int = 0) -> Tensor | None:
         """(H or 1, rows, keys + rows): of so many rows, with so many keys in front."""
         bias = self.bias
         if bias is None:
@@ -172,7 +172,7 @@ class Geometry:
         if more:
             bias = torch.cat([bias[:, :at], F.pad(bias[:, at:], (0, 0, more, 0))], dim=1)
             bias = torch.cat([bias[..., :at], F.pad(bias[..., at:], (more, 0))], dim=2)
-        return F.pad(bias, (keys, 0))
+        return F.pad(bias, (keys, 0)) if keys else bias
 
 
 NO_GEOMETRY = Geometry()

@@ -157,12 +157,15 @@ class _Steps(frozen.Steps):
         return pointwise.activation_(hidden, kind), None
 
     def attention(
-        self, xhat: Tensor, qkv: Tensor, keys: frozen.Keys, class_only: bool
+        self, xhat: Tensor, qkv: Tensor, keys: frozen.Keys, class_only: bool, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if not _has_flash_with_lse(xhat):
-            return super().attention(xhat, qkv, keys, class_only)
+            return super().attention(xhat, qkv, keys, class_only, bias)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=1.0)
+        added = None if bias is None else bias[None].to(q.dtype)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, attn_mask=added, scale=1.0
+        )
         out = out.transpose(1, 2)  # (B, N, H, d), as it lies in memory
         if self._has_key:
             with exact_products:

@@ -44,12 +44,16 @@ def forward(
     scale: float,
     class_only: bool,
     log_multiplicity: Tensor | None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's."""
     # with AMX PyTorch's fused attention multiplies bf16 by tiles, several times as fast as fp32
     tiles = qkv.dtype == torch.bfloat16 and not class_only and _multiplies_tiles()
-    if tiles or not qkv.numel():
-        return reference.forward(qkv, kv_prompt, group, scale, class_only, log_multiplicity)
+    if tiles or not qkv.numel() or bias is not None or mask is not None:
+        return reference.forward(
+            qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask
+        )
     n = reference.Sizes.of(qkv, kv_prompt, class_only)
     out = torch.empty(n.batch, n.rows, n.heads * n.width, dtype=qkv.dtype)
     lse = torch.empty(n.batch, n.heads, n.rows, dtype=torch.float32)
@@ -65,15 +69,17 @@ def backward(
     scale: float,
     class_only: bool,
     log_multiplicity: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
     need_qkv: bool,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's. The same bits at any number of threads."""
-    if not qkv.numel():
+    if not qkv.numel() or bias is not None or mask is not None:
         return reference.backward(
-            *(d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, out, lse),
-            need_qkv,
+            *(d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask),
+            *(out, lse, need_qkv),
         )
     n = reference.Sizes.of(qkv, kv_prompt, class_only)
     d_qkv = torch.empty(qkv.shape if need_qkv else 0, dtype=qkv.dtype)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +31,11 @@ def prompt_attention(
     scale: float | None = None,
     queries: str = "all",
     log_multiplicity: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale q [k_p; k]^T + [log m; 0]) [v_p; v]: image queries over prompt and image keys.
+    """softmax(scale q [k_p; k]^T + [log m; bias + mask]) [v_p; v]: image queries over prompt and
+    image keys.
 
     Prompt keys may come from prompt tokens (LayerNorm and the frozen projection, as in VPT) or be
     learned in head space (E2VPT, APT): the op does not care. Their order does not matter either.
@@ -45,22 +49,30 @@ def prompt_attention(
         queries: "all" rows, or "class": only row 0 asks (last block, class attention).
         log_multiplicity: (G, P) float, added to the prompt logits: log m stands for m equal
             prompts, -inf masks a prompt (prompt sets of different sizes in one batch).
+        bias: (H or 1, N, N) float, added to the logits of image keys: a constant of the backbone
+            (relative positions of BEiT or Swin).
+        mask: (W, N, N) float, added as well, row by row of the batch in turn: sample b has entry
+            b mod W (B is a multiple of W; the W windows of an image stand together). -inf masks a
+            key; no row may be masked whole.
 
     Returns:
         out (B, N, H d), or (B, 1, H d) for "class", in the dtype of qkv; and the log-sum-exp of
         each row's logits (B, H, N) or (B, H, 1) in fp32 or wider, not differentiable.
 
     Gradients: qkv and kv_prompt; further ones are those of `reference`. The latter is summed over
-    the batch in fp32 in a fixed order (deterministic). None of log_multiplicity.
+    the batch in fp32 in a fixed order (deterministic). None of log_multiplicity, and bias and mask
+    may not ask for one.
     Numerics: softmax in fp32 or wider; products of fp32 inputs are exact fp32 in the kernels.
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what was expected.
     """
-    _check(qkv, kv_prompt, group, queries, log_multiplicity)
+    _check(qkv, kv_prompt, group, queries, log_multiplicity, bias, mask)
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     group = None if group is None else group.long()
-    return _prompt_attention(qkv, kv_prompt, group, scale, queries == "class", log_multiplicity)
+    return _prompt_attention(
+        qkv, kv_prompt, group, scale, queries == "class", log_multiplicity, bias, mask
+    )
 
 
 @torch.no_grad()
@@ -72,13 +84,17 @@ def class_attention(
     *,
     scale: float | None = None,
     log_multiplicity: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """exp(scale q_0 [k_p; k]^T + [log m; 0] - lse_0): how much the class row looks at every key.
+    """exp(scale q_0 [k_p; k]^T + [log m; bias_0 + mask_0] - lse_0): how much the class row looks
+    at every key.
 
     For rankings of image rows (iVPT) and for pictures: no map of all rows is ever formed.
 
     Args:
-        qkv, kv_prompt, group, scale, log_multiplicity: as `prompt_attention` was given them.
+        qkv, kv_prompt, group, scale, log_multiplicity, bias, mask: as `prompt_attention` was given
+            them.
         lse: (B, H, N) or (B, H, 1), as it returned it.
 
     Returns:
@@ -90,7 +106,7 @@ def class_attention(
     Raises:
         ValueError, TypeError: naming the argument, what it was and what was expected.
     """
-    _check(qkv, kv_prompt, group, "class", log_multiplicity)
+    _check(qkv, kv_prompt, group, "class", log_multiplicity, bias, mask)
     batch, tokens, _, heads, width = qkv.shape
     if tuple(lse.shape) not in ((batch, heads, tokens), (batch, heads, 1)):
         raise ValueError(
@@ -99,7 +115,9 @@ def class_attention(
         )
     scale = width**-0.5 if scale is None else float(scale)
     with torch.autocast(qkv.device.type, enabled=False):
-        return reference.class_attention(qkv, kv_prompt, lse, group, scale, log_multiplicity)
+        return reference.class_attention(
+            qkv, kv_prompt, lse, group, scale, log_multiplicity, bias, mask
+        )
 
 
 def _check(
@@ -108,6 +126,8 @@ def _check(
     group: Tensor | None,
     queries: str,
     log_multiplicity: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
 ) -> None:
     if qkv.dim() != 5 or qkv.shape[2] != 3 or not qkv.is_floating_point():
         raise ValueError(f"qkv must be a float tensor (B, N, 3, H, d), got {describe(qkv)}")
@@ -141,6 +161,31 @@ def _check(
             f"log_multiplicity must be float ({sets}, {prompts}) on {qkv.device}, "
             f"got {describe(log_multiplicity)}"
         )
+    batch, heads = len(qkv), qkv.shape[3]
+    if bias is not None:
+        _check_places("bias", bias, qkv, f"{heads} or 1", lambda count: count in (1, heads))
+    if mask is not None:
+        divides = lambda count: count > 0 and batch % count == 0
+        _check_places("mask", mask, qkv, f"a divisor of {batch}", divides)
+
+
+def _check_places(
+    name: str, t: Tensor, qkv: Tensor, wanted: str, right: Callable[[int], bool]
+) -> None:
+    """Raise unless `t` is what is added to the logits of all places of an image."""
+    rows = qkv.shape[1]
+    if (
+        t.dim() != 3
+        or tuple(t.shape[1:]) != (rows, rows)
+        or not right(len(t))
+        or not t.is_floating_point()
+        or t.device != qkv.device
+    ):
+        raise ValueError(
+            f"{name} must be float ({wanted}, {rows}, {rows}) on {qkv.device}, got {describe(t)}"
+        )
+    if t.requires_grad:
+        raise ValueError(f"{name} requires a gradient, and this op has none for it: detach it")
 
 
 def _outputs(
@@ -150,6 +195,8 @@ def _outputs(
     scale: float,
     class_only: bool,
     log_multiplicity: Any,
+    bias: Any,
+    mask: Any,
 ) -> tuple[Tensor, Tensor]:
     n = reference.Sizes.of(qkv, kv_prompt, class_only)
     wide = torch.promote_types(qkv.dtype, torch.float32)
@@ -167,9 +214,9 @@ def _definition(*given: Any) -> tuple[Tensor, Tensor]:
 _prompt_attention = registration.differentiable(
     "prompt_attention",
     "(Tensor qkv, Tensor kv_prompt, Tensor? group, float scale, bool class_only, "
-    "Tensor? log_multiplicity) -> (Tensor out, Tensor lse)",
+    "Tensor? log_multiplicity, Tensor? bias, Tensor? mask) -> (Tensor out, Tensor lse)",
     "(Tensor d_out, Tensor qkv, Tensor kv_prompt, Tensor? group, float scale, bool class_only, "
-    "Tensor? log_multiplicity, Tensor out, Tensor lse, bool need_qkv) "
+    "Tensor? log_multiplicity, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, bool need_qkv) "
     "-> (Tensor d_qkv, Tensor d_kv_prompt)",
     run=("forward", "backward"),
     fake=_outputs,

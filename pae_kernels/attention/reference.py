@@ -9,10 +9,12 @@ where it applies.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import exact_matmul
@@ -50,7 +52,7 @@ def sum_groups(grad: Tensor, group: Tensor | None, groups: int) -> Tensor:
     wide = torch.promote_types(grad.dtype, torch.float32)
     if group is not None:
         # a product with the one-hot matrix: deterministic on every device, unlike index_add
-        hot = torch.nn.functional.one_hot(group, groups).to(wide)
+        hot = F.one_hot(group, groups).to(wide)
         return exact_matmul(hot.t(), grad.to(wide).flatten(1)).view(groups, *grad.shape[1:])
     if groups == 1:
         return grad.sum(0, keepdim=True, dtype=wide)
@@ -64,17 +66,21 @@ def prompt_attention(
     scale: float,
     class_only: bool,
     log_multiplicity: Tensor | None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition: softmax(scale q [k_p; k]^T + [log m; 0]) [v_p; v] for image queries, and its
-    log-sum-exp.
+    """The definition: softmax(scale q [k_p; k]^T + [log m; bias + mask]) [v_p; v] for image
+    queries, and its log-sum-exp.
     """
-    batch, tokens = qkv.shape[:2]
+    batch = len(qkv)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     k_p, v_p = take_groups(kv_prompt, group, batch).permute(2, 0, 3, 1, 4)
     q = q[:, :, :1] if class_only else q
     scores = scale * q @ torch.cat([k_p, k], dim=2).transpose(-1, -2)
-    if log_multiplicity is not None:
-        scores = scores + _key_bias(log_multiplicity, group, batch, tokens).to(scores.dtype)
+    n = Sizes.of(qkv, kv_prompt, class_only)
+    added = _added(n, group, log_multiplicity, bias, mask)
+    if added is not None:
+        scores = scores + added.to(scores.dtype)
     out = scores.softmax(dim=-1) @ torch.cat([v_p, v], dim=2)
     lse = scores.logsumexp(dim=-1)
     return out.transpose(1, 2).flatten(2), lse
@@ -87,47 +93,44 @@ def class_attention(
     group: Tensor | None,
     scale: float,
     log_multiplicity: Tensor | None,
-    placed: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Row 0 of the softmax that `prompt_attention` took, (B, H, P + N), from its log-sum-exp.
 
     In at least fp32: rounded logits would tie, and the ranking of the rows is what is asked for.
     """
     wide = torch.promote_types(qkv.dtype, torch.float32)
-    batch, tokens = qkv.shape[:2]
     q = scale * qkv[:, 0, 0, :, None].to(wide)  # (B, H, 1, d)
     k = qkv[:, :, 1].transpose(1, 2).to(wide)
-    k_p = take_groups(kv_prompt[:, :, 0].to(wide), group, batch).transpose(1, 2)
+    k_p = take_groups(kv_prompt[:, :, 0].to(wide), group, len(qkv)).transpose(1, 2)
     scores = torch.cat([exact_matmul(q, keys.transpose(-1, -2)) for keys in (k_p, k)], dim=-1)
-    if log_multiplicity is not None:
-        scores = scores + _key_bias(log_multiplicity, group, batch, tokens).to(wide)
-    if placed is not None:
-        scores = scores + placed[:, :1].to(wide)
+    added = _added(Sizes.of(qkv, kv_prompt, True), group, log_multiplicity, bias, mask)
+    if added is not None:
+        scores = scores + added.to(wide)
     return (scores - lse[:, :, :1, None].to(wide)).exp().squeeze(2)
 
 
-def _key_bias(log_multiplicity: Tensor, group: Tensor | None, batch: int, tokens: int) -> Tensor:
-    """Additive logit per key, (B, 1, 1, P + N): log multiplicity for prompts, 0 for image rows."""
-    bias = take_groups(log_multiplicity, group, batch)
-    return torch.nn.functional.pad(bias, (0, tokens))[:, None, None]
-
-
-def _bias(
-    log_multiplicity: Tensor | None,
+def _added(
+    n: Sizes,
     group: Tensor | None,
-    batch: int,
-    tokens: int,
-    placed: Tensor | None,
-    class_only: bool,
+    log_multiplicity: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor | None:
-    """All that is added to the logits, (B or 1, H or 1, N or 1, P + N)."""
-    of_keys = None
+    """All that is added to the logits, (B or 1, H or 1, N or 1, P + N), or None: log multiplicity
+    for prompts, bias and mask for image rows.
+    """
+    parts = []
+    if bias is not None:
+        parts.append(F.pad(bias[None, :, : n.rows], (n.prompts, 0)))
+    if mask is not None:
+        each = mask[torch.arange(n.batch, device=mask.device) % len(mask), None, : n.rows]
+        parts.append(F.pad(each, (n.prompts, 0)))
     if log_multiplicity is not None:
-        of_keys = _key_bias(log_multiplicity, group, batch, tokens)
-    if placed is None:
-        return of_keys
-    placed = (placed[:, :1] if class_only else placed)[None]
-    return placed if of_keys is None else placed + of_keys
+        per_key = take_groups(log_multiplicity, group, n.batch)
+        parts.append(F.pad(per_key, (0, n.tokens))[:, None, None])
+    return functools.reduce(torch.add, parts) if parts else None
 
 
 def _split(
@@ -153,31 +156,29 @@ def forward(
     scale: float,
     class_only: bool,
     log_multiplicity: Tensor | None,
-    placed: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, N, H d) and log-sum-exp (B, H, N), fp32 or wider.
-
-    `placed`, (H or 1, N, P + N), is added to the logits; the registered op has none.
-    """
+    """Output (B, N, H d) and log-sum-exp (B, H, N), fp32 or wider."""
     n = Sizes.of(qkv, kv_prompt, class_only)
     q, k, v = _split(qkv, kv_prompt, group, class_only)
-    bias = _bias(log_multiplicity, group, n.batch, n.tokens, placed, class_only)
+    added = _added(n, group, log_multiplicity, bias, mask)
     if _fused_on_cpu(qkv, class_only):
-        mask = None if bias is None else bias.to(q.dtype)
+        added = None if added is None else added.to(q.dtype)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=mask, scale=scale
+            q, k, v, attn_mask=added, scale=scale
         )
         return out.transpose(1, 2).reshape(n.batch, n.tokens, -1), lse.contiguous()
-    scores = _scores(q, k, scale, bias)
+    scores = _scores(q, k, scale, added)
     lse = scores.logsumexp(dim=-1)
     out = scores.sub_(lse[..., None]).exp_() @ v.to(scores.dtype)
     return out.to(v.dtype).transpose(1, 2).flatten(2), lse
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float, added: Tensor | None) -> Tensor:
     """Logits in at least fp32."""
     scores = _inner_products(q, k).mul_(scale)
-    return scores if bias is None else scores + bias.to(scores.dtype)
+    return scores if added is None else scores + added.to(scores.dtype)
 
 
 def _inner_products(a: Tensor, b: Tensor) -> Tensor:
@@ -198,10 +199,11 @@ def backward(
     scale: float,
     class_only: bool,
     log_multiplicity: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
     need_qkv: bool,
-    placed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv (empty unless `need_qkv`) and of kv_prompt (summed over each group's samples
     in fp32).
@@ -209,21 +211,21 @@ def backward(
     n = Sizes.of(qkv, kv_prompt, class_only)
     d_out = d_out.reshape(n.batch, n.rows, n.heads, n.width).transpose(1, 2)
     out = out.view(n.batch, n.rows, n.heads, n.width).transpose(1, 2)
-    bias = _bias(log_multiplicity, group, n.batch, n.tokens, placed, class_only)
-
     if not need_qkv:
-        d_kv = _prompt_columns(d_out, qkv, kv_prompt, group, scale, class_only, bias, out, lse)
+        weighted = _added(n, group, log_multiplicity, None, None)
+        d_kv = _prompt_columns(d_out, qkv, kv_prompt, group, scale, class_only, weighted, out, lse)
         return qkv.new_empty(0), sum_groups(d_kv, group, n.sets).to(kv_prompt.dtype)
 
+    added = _added(n, group, log_multiplicity, bias, mask)
     q, k, v = _split(qkv, kv_prompt, group, class_only)
     d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if class_only:
         d_qkv[:, 1:, 0] = 0
     d_kv = qkv.new_empty(n.batch, n.prompts, 2, n.heads, n.width)
     if _fused_on_cpu(qkv, class_only) and qkv.dtype in (torch.float32, torch.float64):
-        mask = None if bias is None else bias.to(q.dtype)
+        added = None if added is None else added.to(q.dtype)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
+            d_out, q, k, v, out, lse, 0.0, False, attn_mask=added, scale=scale
         )
         _pack(grads, d_qkv, d_kv, n.prompts)
     else:
@@ -232,14 +234,14 @@ def backward(
         step = 1 if qkv.device.type == "cpu" else max(n.batch, 1)
         for i in range(0, n.batch, step):
             s = slice(i, i + step)
-            mine = bias if bias is None or len(bias) == 1 else bias[s]
+            mine = added if added is None or len(added) == 1 else added[s]
             grads = _explicit(d_out[s], q[s], k[s], v[s], scale, mine, lse[s])
             _pack(grads, d_qkv[s], d_kv[s], n.prompts)
     return d_qkv, sum_groups(d_kv, group, n.sets).to(kv_prompt.dtype)
 
 
 def _explicit(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, lse: Tensor
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, added: Tensor | None, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from recomputed probabilities; softmax and its gradient in fp32, products with
     them in the input dtype.
@@ -247,7 +249,7 @@ def _explicit(
     The whole rows of the softmax are at hand, so its gradient is taken of them and not of `out`,
     whose rounding to 16 bits would be most of the error.
     """
-    probs = _scores(q, k, scale, bias).sub_(lse[..., None]).exp_()
+    probs = _scores(q, k, scale, added).sub_(lse[..., None]).exp_()
     d_v = probs.to(v.dtype).transpose(-1, -2) @ d_out
     d_scores = torch._softmax_backward_data(_inner_products(d_out, v), probs, -1, probs.dtype)
     d_scores = d_scores.mul_(scale).to(q.dtype)
@@ -269,7 +271,7 @@ def _prompt_columns(
     group: Tensor | None,
     scale: float,
     class_only: bool,
-    bias: Tensor | None,
+    weighted: Tensor | None,
     out: Tensor,
     lse: Tensor,
 ) -> Tensor:
@@ -279,9 +281,9 @@ def _prompt_columns(
     q = qkv[:, :, 0].transpose(1, 2)
     q = q[:, :, :1] if class_only else q
     k_p, v_p = take_groups(kv_prompt, group, qkv.shape[0]).permute(2, 0, 3, 1, 4)
-    bias = None if bias is None else bias[..., : kv_prompt.shape[1]]
+    weighted = None if weighted is None else weighted[..., : kv_prompt.shape[1]]
     wide = lse.dtype
-    probs = _scores(q, k_p, scale, bias).sub_(lse[..., None]).exp_()
+    probs = _scores(q, k_p, scale, weighted).sub_(lse[..., None]).exp_()
     d_v = probs.to(d_out.dtype).transpose(-1, -2) @ d_out
     delta = (d_out * out).sum(-1, keepdim=True, dtype=wide)
     d_scores = _inner_products(d_out, v_p).sub_(delta).mul_(probs).mul_(scale)

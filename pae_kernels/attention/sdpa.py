@@ -18,6 +18,8 @@ Flash attention, or the memory-efficient one, and not cuDNN: PyTorch refuses cuD
 bits are asked for twice ("cuDNN SDPA is not deterministic"), as `backward` does, and cuDNN 9.25 and
 9.26 are reported to return NaN in dK and dV for one query, the class row, of strongly negative lse.
 
+With `bias` or `mask`, which flash attention does not take, the reference runs.
+
 HBM traffic: the logits of prompts, B H N P in fp32, twice; out and dQ once more than the kernels.
 On a GPU PyTorch's backward adds to dQ in any order; `backward` has it keep to one.
 """
@@ -29,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
 from .reference import sum_groups, take_groups
 
 _ATEN = torch.ops.aten
@@ -41,8 +44,14 @@ def forward(
     scale: float,
     class_only: bool,
     log_multiplicity: Tensor | None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's `forward`."""
+    if bias is not None or mask is not None:
+        return reference.forward(
+            qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask
+        )
     q, k, v = (_rows(qkv, slot) for slot in range(3))
     q = q[:, :, :1] if class_only else q
     if qkv.numel() == 0:
@@ -80,11 +89,18 @@ def gradients(
     scale: float,
     class_only: bool,
     log_multiplicity: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
     need_qkv: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `backward`, in whatever order PyTorch's kernels add."""
+    if bias is not None or mask is not None:
+        return reference.backward(
+            *(d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask),
+            *(out, lse, need_qkv),
+        )
     q = _rows(qkv, 0)[:, :, :1] if class_only else _rows(qkv, 0)
     rows_first = lambda t: t.reshape(*t.shape[:2], *qkv.shape[3:]).transpose(1, 2)
     d_out, out = rows_first(d_out), rows_first(out)

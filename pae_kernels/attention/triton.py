@@ -46,7 +46,7 @@ from torch import Tensor
 
 from ..ahead_of_time import Launch
 from ..launching import Launcher, power_of_2, programs
-from . import tiles
+from . import reference, tiles
 from .reference import Sizes, sum_groups
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -459,23 +459,29 @@ def forward(
     scale: float,
     class_only: bool,
     log_multiplicity: Tensor | None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's `forward`."""
+    if bias is not None or mask is not None:
+        return reference.forward(
+            qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask
+        )
     qkv, kv_prompt = _readable(qkv), _readable(kv_prompt)
     n = Sizes.of(qkv, kv_prompt, class_only)
     out = qkv.new_empty(n.batch, n.rows, n.heads * n.width)
     lse = torch.empty(n.batch, n.heads, n.rows, dtype=torch.float32, device=qkv.device)
     if out.numel() == 0:
         return out, lse
-    bias = None if log_multiplicity is None else log_multiplicity.contiguous()
+    log_m = None if log_multiplicity is None else log_multiplicity.contiguous()
     group = None if group is None else group.contiguous()
     tile = tiles.forward(qkv, n.rows)
-    common = _common(n, qkv, kv_prompt, group, bias)
-    folded = {"FOLDED": bias is None and scale > 0}
+    common = _common(n, qkv, kv_prompt, group, log_m)
+    folded = {"FOLDED": log_m is None and scale > 0}
     _forward(
         programs(n.rows, tile.block_m) * n.batch * n.heads,
         qkv.device,
-        (qkv, qkv if group is None else group, qkv if bias is None else bias, out, lse,
+        (qkv, qkv if group is None else group, qkv if log_m is None else log_m, out, lse,
          common.distance, n.rows, n.tokens, n.prompts, scale, *common.strides),
         folded | common.constants | tile.launch(),
     )  # fmt: skip
@@ -490,23 +496,30 @@ def backward(
     scale: float,
     class_only: bool,
     log_multiplicity: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
     need_qkv: bool,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's `backward`."""
+    if bias is not None or mask is not None:
+        return reference.backward(
+            *(d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask),
+            *(out, lse, need_qkv),
+        )
     qkv, kv_prompt, d_out = _readable(qkv), _readable(kv_prompt), d_out.contiguous()
     n = Sizes.of(qkv, kv_prompt, class_only)
     fresh = torch.zeros if class_only else torch.empty  # queries that were not asked have none
     d_qkv = fresh(qkv.shape if need_qkv else 0, dtype=qkv.dtype, device=qkv.device)
     if n.batch == 0 or (n.prompts == 0 and not need_qkv):
         return d_qkv, torch.zeros_like(kv_prompt, memory_format=torch.contiguous_format)
-    bias = None if log_multiplicity is None else log_multiplicity.contiguous()
+    log_m = None if log_multiplicity is None else log_multiplicity.contiguous()
     group = None if group is None else group.contiguous()
-    common = _common(n, qkv, kv_prompt, group, bias)
+    common = _common(n, qkv, kv_prompt, group, log_m)
     sizes = (n.rows, n.tokens, n.prompts, scale, *common.strides)
     constants = {"NEED_QKV": need_qkv} | common.constants
-    read = (d_out, qkv, qkv if group is None else group, qkv if bias is None else bias)
+    read = (d_out, qkv, qkv if group is None else group, qkv if log_m is None else log_m)
 
     def slots(count: int) -> Tensor:
         shape = count, n.prompts, 2, n.heads, n.width

@@ -256,7 +256,7 @@ def formula(op: str, *args) -> int:
 def test_attention_formulas(class_only, sets):
     """Those of the reference's products: none is hidden, none is counted twice."""
     qkv, kv = torch.randn(2, 7, 3, 4, 8), torch.randn(sets, 5, 2, 4, 8)
-    args = qkv, kv, None, 0.3, class_only, None
+    args = qkv, kv, None, 0.3, class_only, None, None, None
     assert formula("prompt_attention_fwd", *args) == counted(attention.forward, *args)
     out, lse = attention.forward(*args)
     for need_qkv in (True, False):

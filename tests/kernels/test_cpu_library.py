@@ -220,7 +220,7 @@ def test_attention_on_every_instruction_set(isa, dtype, width):
         bias[:, 1::4] = -torch.inf
         d_out = d_out.to(dtype)
         out, lse = attention.forward(qkv, kv, None, 0.3, False, bias)
-        given = d_out, qkv, kv, None, 0.3, False, bias, out, lse
+        given = d_out, qkv, kv, None, 0.3, False, bias, None, None, out, lse
         leaves = qkv.double().requires_grad_(), kv.double().requires_grad_()
         exact, exact_lse = attention_reference.prompt_attention(*leaves, None, 0.3, False, bias)
         exact_grads = torch.autograd.grad(exact, leaves, d_out.double())
@@ -244,7 +244,7 @@ def test_attention_where_rows_are_not_finite(isa):
     exact = attention_reference.prompt_attention(*leaves, None, 0.3, False, None)
     exact_grads = torch.autograd.grad(exact[0], leaves, d_out.double())
     out, lse = attention.forward(qkv, kv, None, 0.3, False, None)
-    grads = attention.backward(d_out, qkv, kv, None, 0.3, False, None, out, lse, True)
+    grads = attention.backward(d_out, qkv, kv, None, 0.3, False, None, None, None, out, lse, True)
     for got, expected in zip((out, lse, *grads), (*exact, *exact_grads), strict=True):
         same = torch.isfinite(got) == torch.isfinite(expected)
         assert same.all(), (~same).nonzero()
@@ -350,7 +350,7 @@ def test_attention_is_the_same_bits_at_any_number_of_threads(library):
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
                 out, lse = attention.forward(qkv, kv, None, 0.3, False, None)
-                given = d_out, qkv, kv, None, 0.3, False, None, out, lse
+                given = d_out, qkv, kv, None, 0.3, False, None, None, None, out, lse
                 found.append((out, lse, *attention.backward(*given, True)))
     finally:
         torch.set_num_threads(before)

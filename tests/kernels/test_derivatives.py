@@ -66,7 +66,9 @@ def test_second_derivatives(case):
 def test_second_derivatives_of_the_registered_op():
     """As torch.compile and torch.export call it."""
     given = [t.clone().requires_grad_() for t in ATTENTION]
-    loss = lambda *t: scalar(torch.ops.pae.prompt_attention_fwd(*t, None, 0.5, False, None)[:1])
+    loss = lambda *t: scalar(
+        torch.ops.pae.prompt_attention_fwd(*t, None, 0.5, False, None, None, None)[:1]
+    )
     assert torch.autograd.gradgradcheck(loss, given, fast_mode=True)
 
 

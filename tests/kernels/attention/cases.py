@@ -22,10 +22,28 @@ def inputs(batch=3, tokens=7, prompts=4, heads=2, width=8, sets=1, dtype=torch.f
     return qkv.to(dtype), kv.to(dtype)
 
 
-def by_definition(qkv, kv, group=None, scale=None, queries="all", log_multiplicity=None):
+def places(tokens, heads=None, windows=None, dtype=FP32, seed=0):
+    """What stands at which place: a bias of so many heads, and masks of so many windows, of which
+    the first hides nothing and the others a part of the keys, by -100 or for good.
+    """
+    generator = torch.Generator().manual_seed(seed + 5)
+    found = {}
+    if heads is not None:
+        found["bias"] = 2 * torch.randn(heads, tokens, tokens, generator=generator).to(dtype)
+    if windows is not None:
+        parts = torch.randint(2, (windows, tokens), generator=generator)
+        parts[0] = 0
+        apart = parts[:, :, None] != parts[:, None]
+        hides = torch.tensor([-100.0, -torch.inf])[torch.arange(windows) % 2]
+        found["mask"] = torch.where(apart, hides[:, None, None], 0.0).to(dtype)
+    return found
+
+
+def by_definition(qkv, kv, group=None, scale=None, queries="all", log_multiplicity=None, **places):
     """The formula with every softmax written out, differentiable."""
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    return reference.prompt_attention(qkv, kv, group, scale, queries == "class", log_multiplicity)
+    given = qkv, kv, group, scale, queries == "class", log_multiplicity
+    return reference.prompt_attention(*given, **places)
 
 
 def results(function, qkv, kv, d_out=None, **options):
@@ -92,18 +110,19 @@ def along(interpreter=(), names="", **cases):
     return each(OP, f"path, {names}", through=["path"], interpreter=both, **cases)
 
 
-def sdpa(qkv, kv, group=None, scale=None, queries="all", log_multiplicity=None):
+def sdpa(
+    qkv, kv, group=None, scale=None, queries="all", log_multiplicity=None, bias=None, mask=None
+):
     """PyTorch's attention over concatenated keys, and nothing for the log-sum-exp."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     q = q[:, :, :1] if queries == "class" else q
     k_p, v_p = reference.take_groups(kv, group, len(qkv)).permute(2, 0, 3, 1, 4)
-    mask = None
-    if log_multiplicity is not None:
-        mask = reference.take_groups(log_multiplicity, group, len(qkv))
-        mask = F.pad(mask, (0, k.shape[2]))[:, None, None].to(q.dtype)
-        mask = mask.expand(-1, q.shape[1], q.shape[2], -1)
+    n = reference.Sizes.of(qkv, kv, queries == "class")
+    added = reference._added(n, group, log_multiplicity, bias, mask)
+    if added is not None:
+        added = added.to(q.dtype).expand(*q.shape[:3], -1)
     out = F.scaled_dot_product_attention(
-        q, torch.cat([k_p, k], dim=2), torch.cat([v_p, v], dim=2), attn_mask=mask, scale=scale
+        q, torch.cat([k_p, k], dim=2), torch.cat([v_p, v], dim=2), attn_mask=added, scale=scale
     )
     return out.transpose(1, 2).flatten(2), out[..., 0]
 
@@ -113,7 +132,7 @@ def check(execution, qkv, kv, d_out=None, **options):
     if execution.kind == "reference":
         return assert_as_defined(qkv, kv, d_out=d_out, **options)
     qkv, kv, d_out = (t if t is None else t.to(execution.device) for t in (qkv, kv, d_out))
-    for name in ("group", "log_multiplicity"):
+    for name in ("group", "log_multiplicity", "bias", "mask"):
         if options.get(name) is not None:
             options[name] = options[name].to(execution.device)
     plain = execution.pick(interpreter=by_definition, other=sdpa)

@@ -11,7 +11,16 @@ from torch.library import opcheck
 from pae_kernels import backends, cpu, prompt_attention
 from pae_kernels.attention import reference
 from tests.errors import error
-from tests.kernels.attention.cases import BWD, FWD, LAYOUTS, OP, each_path, inputs, results
+from tests.kernels.attention.cases import (
+    BWD,
+    FWD,
+    LAYOUTS,
+    OP,
+    each_path,
+    inputs,
+    places,
+    results,
+)
 from tests.kernels.executions import BF16, FP16, FP32, FP64, each
 
 # ---- autograd and registration
@@ -30,6 +39,18 @@ def test_gradcheck(sets, group, queries, weighted):
     assert torch.autograd.gradcheck(function, (qkv.requires_grad_(), kv.requires_grad_()))
 
 
+@pytest.mark.parametrize("queries", ["all", "class"])
+@pytest.mark.parametrize(
+    "heads, windows, weighted", [(2, None, False), (None, 2, True), (1, 4, False)]
+)
+def test_gradcheck_of_places(heads, windows, weighted, queries):
+    qkv, kv = inputs(4, 3, 2, 2, 3)
+    options = places(3, heads, windows)
+    options["log_multiplicity"] = torch.rand(1, 2) if weighted else None
+    function = lambda qkv, kv: prompt_attention(qkv, kv, queries=queries, **options)[0]
+    assert torch.autograd.gradcheck(function, (qkv.requires_grad_(), kv.requires_grad_()))
+
+
 @pytest.mark.parametrize("wanted", ["qkv", "kv"])
 def test_gradient_of_one_input_alone(wanted):
     """Image keys and values are not read for the prompts' gradient, and none is made for them."""
@@ -39,10 +60,10 @@ def test_gradient_of_one_input_alone(wanted):
     out, _ = prompt_attention(qkv, kv)
     (alone,) = torch.autograd.grad(out.sum(), x)
     assert error(alone, both[2 if wanted == "qkv" else 3]) < 1e-13
-    out, lse = FWD(qkv, kv, None, 1.0, False, None)
+    out, lse = FWD(qkv, kv, None, 1.0, False, None, None, None)
     queries_alone = torch.full_like(qkv, torch.nan)
     queries_alone[:, :, 0] = qkv.detach()[:, :, 0]
-    d_qkv, d_kv = BWD(out, queries_alone, kv, None, 1.0, False, None, out, lse, False)
+    d_qkv, d_kv = BWD(out, queries_alone, kv, None, 1.0, False, None, None, None, out, lse, False)
     assert d_qkv.numel() == 0
     assert torch.isfinite(d_kv).all()
 
@@ -57,7 +78,7 @@ def test_registered_autograd_equals_the_eager_one():
     """Under torch.compile the op is called itself; its registered gradient is the same pair."""
     qkv, kv = inputs()
     eager = results(prompt_attention, qkv, kv)
-    registered = results(lambda q, k: FWD(q, k, None, 8**-0.5, False, None), qkv, kv)
+    registered = results(lambda q, k: FWD(q, k, None, 8**-0.5, False, None, None, None), qkv, kv)
     for a, b in zip(registered, eager, strict=True):
         assert torch.equal(a, b)
 
@@ -94,20 +115,30 @@ def test_opcheck(execution, layout, sets, class_only, dtype):
     qkv = LAYOUTS[layout](qkv)
     group = torch.tensor([1, 0, 1]) if sets == 2 else None
     weight = torch.rand(sets, 4, dtype=dtype) if execution.kind == "reference" else None
-    out, lse = FWD(qkv, kv, group, 1.0, class_only, weight)
+    out, lse = FWD(qkv, kv, group, 1.0, class_only, weight, None, None)
     quick = ("test_schema", "test_faketensor")
     for need_qkv in (True, False):
-        args = (out, qkv, kv, group, 1.0, class_only, weight, out, lse, need_qkv)
+        args = (out, qkv, kv, group, 1.0, class_only, weight, None, None, out, lse, need_qkv)
         opcheck(BWD, args, test_utils=quick)
     if execution.kind == "reference":
         qkv, kv = qkv.requires_grad_(), kv.requires_grad_()
         quick = (*quick, "test_autograd_registration")
-    opcheck(FWD, (qkv, kv, group, 1.0, class_only, weight), test_utils=quick)
+    opcheck(FWD, (qkv, kv, group, 1.0, class_only, weight, None, None), test_utils=quick)
+
+
+@each(OP, "dtype", other=[FP16], reference=[FP64], cpu=[BF16], sdpa=[BF16])
+def test_opcheck_of_places(execution, dtype):
+    qkv, kv = inputs(4, 3, dtype=dtype)
+    given = None, 1.0, False, None, *places(3, 2, 2).values()
+    out, lse = FWD(qkv, kv, *given)
+    quick = ("test_schema", "test_faketensor")
+    opcheck(BWD, (out, qkv, kv, *given, out, lse, True), test_utils=quick)
+    opcheck(FWD, (qkv, kv, *given), test_utils=quick)
 
 
 def test_opcheck_with_dynamic_shapes():
     qkv, kv = inputs(dtype=torch.float32)
-    opcheck(FWD, (qkv.requires_grad_(), kv.requires_grad_(), None, 1.0, False, None))
+    opcheck(FWD, (qkv.requires_grad_(), kv.requires_grad_(), None, 1.0, False, None, None, None))
 
 
 # ---- arguments and choice of version
@@ -143,6 +174,29 @@ BAD = {
     "weights are elsewhere": (
         lambda q, k: {"log_multiplicity": torch.zeros(1, 4, device="meta")},
         "log_multiplicity must be float.* on cpu, got .* on meta",
+    ),
+    "bias of other heads": (
+        lambda q, k: {"bias": torch.zeros(3, 7, 7)},
+        r"bias must be float \(2 or 1, 7, 7\) on cpu, got \(3, 7, 7\)",
+    ),
+    "bias of other rows": (
+        lambda q, k: {"bias": torch.zeros(2, 7, 11)},
+        r"bias must be float \(2 or 1, 7, 7\)",
+    ),
+    "bias of integers": (lambda q, k: {"bias": torch.zeros(1, 7, 7).int()}, "bias must .*int32"),
+    "bias is trained": (
+        lambda q, k: {"bias": torch.zeros(1, 7, 7).requires_grad_()},
+        "bias requires a gradient, and this op has none for it: detach it",
+    ),
+    "mask of more windows": (
+        lambda q, k: {"mask": torch.zeros(2, 7, 7)},
+        r"mask must be float \(a divisor of 3, 7, 7\) on cpu, got \(2, 7, 7\)",
+    ),
+    "mask of no window": (lambda q, k: {"mask": torch.zeros(0, 7, 7)}, "mask must be float"),
+    "mask is flat": (lambda q, k: {"mask": torch.zeros(7, 7)}, "mask must be float"),
+    "mask is elsewhere": (
+        lambda q, k: {"mask": torch.zeros(1, 7, 7, device="meta")},
+        "mask must be float .* on cpu, got .* on meta",
     ),
     "group is elsewhere": (
         lambda q, k: {"group": torch.zeros(3, device="meta").long()},

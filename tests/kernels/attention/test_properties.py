@@ -17,6 +17,7 @@ from tests.kernels.attention.cases import (
     check,
     each_path,
     inputs,
+    places,
     results,
     sdpa,
 )
@@ -148,13 +149,18 @@ def test_class_query_is_the_first_row():
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("sets, group", [(1, None), (3, None), (2, (1, 0, 1))])
 @pytest.mark.parametrize("queries", ["all", "class"])
-def test_class_attention_is_the_first_row_of_the_softmax(queries, sets, group, weighted, dtype):
+@pytest.mark.parametrize("placed", [False, True])
+def test_class_attention_is_the_first_row_of_the_softmax(
+    placed, queries, sets, group, weighted, dtype
+):
     """Shown by values that name their key: the output is then the row itself."""
     qkv, kv = inputs(3, 5, 3, 2, 8, sets, dtype)  # 3 + 5 keys of width 8
     qkv[:, :, 2], kv[:, :, 1] = torch.eye(8)[3:, None], torch.eye(8)[:3, None]
     options = {"scale": 0.7, "group": None if group is None else torch.tensor(group)}
     if weighted:
         options["log_multiplicity"] = torch.tensor([[0.5, -torch.inf, 2.0]]).expand(sets, 3)
+    if placed:
+        options |= places(5, 2, 3)
     out, lse = prompt_attention(qkv, kv, queries=queries, **options)
     weights = class_attention(qkv, kv, lse, **options)
     assert weights.shape == (3, 2, 8) and weights.dtype == lse.dtype

@@ -25,6 +25,7 @@ from tests.kernels.attention.cases import (
     each_path,
     force,
     inputs,
+    places,
     results,
     sdpa,
 )
@@ -60,13 +61,29 @@ def test_the_definition_itself():
     sets=st.sampled_from(["shared", "per_sample", "grouped"]),
     queries=st.sampled_from(["all", "class"]),
     weighted=st.booleans(),
+    heads_placed=st.sampled_from([None, 1, "all"]),
+    windows=st.sampled_from([None, 1, "all"]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
     scale=st.sampled_from([None, 1.0, 0.3]),
     seed=st.integers(0, 99),
 )
-@example(1, 3, 3, 2, 17, "shared", "class", False, torch.float32, 1.0, 77)  # d_qkv cancels
+@example(
+    1, 3, 3, 2, 17, "shared", "class", False, None, None, torch.float32, 1.0, 77
+)  # d_qkv cancels
 def test_equals_the_definition(
-    batch, tokens, prompts, heads, width, sets, queries, weighted, dtype, scale, seed
+    batch,
+    tokens,
+    prompts,
+    heads,
+    width,
+    sets,
+    queries,
+    weighted,
+    heads_placed,
+    windows,
+    dtype,
+    scale,
+    seed,
 ):
     count = {"shared": 1, "per_sample": batch, "grouped": 3}[sets]
     qkv, kv = inputs(batch, tokens, prompts, heads, width, count, dtype, seed)
@@ -76,6 +93,8 @@ def test_equals_the_definition(
         options["group"] = torch.randint(3, (batch,), generator=generator)
     if weighted:
         options["log_multiplicity"] = torch.rand(count, prompts, generator=generator)
+    heads_placed = heads if heads_placed == "all" else heads_placed
+    options |= places(tokens, heads_placed, max(batch, 1) if windows == "all" else windows)
     out, lse, d_qkv, d_kv = assert_as_defined(qkv, kv, **options)
     assert out.dtype == d_qkv.dtype == d_kv.dtype == dtype
     assert lse.dtype == dtype
@@ -210,6 +229,8 @@ def test_any_shape(execution):
         sets=st.sampled_from(["shared", "per_image", "grouped"]),
         queries=st.sampled_from(["all", "class"]),
         weighted=st.booleans(),
+        heads_placed=st.sampled_from([None, 1, 0]),
+        windows=st.sampled_from([None, 1, 0]),
         scale=st.sampled_from([None, 1.0, -0.3]),
         dtype=st.sampled_from(execution.dtypes),
         path=st.sampled_from(["whole", "split"]),
@@ -224,6 +245,8 @@ def test_any_shape(execution):
         width,
         sets,
         weighted,
+        heads_placed,
+        windows,
         dtype,
         path,
         block_n,
@@ -237,6 +260,8 @@ def test_any_shape(execution):
         if weighted:
             weight = torch.linspace(-1, 2, count * prompts).view(count, prompts)
             options["log_multiplicity"] = weight
+        windows = batch if windows == 0 else windows
+        options |= places(tokens, heads if heads_placed == 0 else heads_placed, windows)
         with pytest.MonkeyPatch.context() as patch:
             force(patch, path, block_n, images)
             if execution.kind in (
@@ -352,11 +377,13 @@ def test_prompt_gradient_alone(execution, path, prompts, sets, class_only):
         size = tokens, prompts, *execution.pick(gpu=(12, 64), other=(1, 16))
         qkv, kv = execution.moved(*inputs(2, *size, sets, dtype))
         group = torch.tensor([2, 0], device=execution.device) if sets == 3 else None
-        out, lse = FWD(qkv, kv, group, 0.3, class_only, None)
+        out, lse = FWD(qkv, kv, group, 0.3, class_only, None, None, None)
         d_out = torch.randn(out.shape).to(out)
-        _, expected = BWD(d_out, qkv, kv, group, 0.3, class_only, None, out, lse, True)
+        _, expected = BWD(d_out, qkv, kv, group, 0.3, class_only, None, None, None, out, lse, True)
         for given_qkv in (qkv, qkv[:, :, :1].contiguous()):
-            d_qkv, d_kv = BWD(d_out, given_qkv, kv, group, 0.3, class_only, None, out, lse, False)
+            d_qkv, d_kv = BWD(
+                d_out, given_qkv, kv, group, 0.3, class_only, None, None, None, out, lse, False
+            )
             assert d_qkv.numel() == 0
             if execution.kind == "interpreter":
                 assert torch.equal(d_kv, expected)
@@ -389,6 +416,54 @@ def test_log_multiplicity(execution, path, sets, queries, dtype):
     wide = weight.double().t().contiguous().t()  # another dtype, and in pieces of memory
     again = check(execution, qkv, kv, log_multiplicity=wide, **options)[3]
     assert torch.equal(again, d_kv) or execution.kind == "reference"
+
+
+# ---- what places add
+
+PLACED = [  # heads of the bias, windows, prompt sets, queries
+    (2, None, 1, "all"),
+    (None, 2, 4, "all"),
+    (1, 4, 2, "class"),
+    (2, 2, 2, "all"),
+]
+
+
+@along(
+    [(*case, FP32) for case in PLACED],
+    "heads, windows, sets, queries, dtype",
+    reference=[(*case, dtype) for case in PLACED for dtype in (FP64, FP32)],
+    cpu=[(*case, FP32) for case in PLACED],
+    sdpa=[(*case, FP32) for case in PLACED],
+    gpu=[(*case, dtype) for case in PLACED for dtype in (BF16, FP32)],
+)
+def test_bias_and_mask(execution, path, heads, windows, sets, queries, dtype):
+    """A bias of each head or of all, masks by window, and keys that are hidden for good; also given
+    in another dtype, and in pieces of memory.
+    """
+    tokens, prompts, width = execution.pick(gpu=(197, 50, 64), other=(21, 5, 16))
+    qkv, kv = execution.moved(*inputs(4, tokens, prompts, 2, width, sets, dtype))
+    options = {"queries": queries, "group": torch.tensor([1, 0, 0, 1]) if sets == 2 else None}
+    found = places(tokens, heads, windows)
+    got = check(execution, qkv, kv, **options, **found)
+    assert len(got) == 4
+    apart = {name: t.double().mT.contiguous().mT for name, t in found.items()}
+    again = check(execution, qkv, kv, **options, **apart)
+    assert execution.kind == "reference" or torch.equal(again[2], got[2])
+
+
+@each(OP, "dtype", reference=[FP64], interpreter=[FP16], cpu=[FP32], sdpa=[FP32])
+def test_places_are_those_of_the_window(execution, dtype):
+    """Each sample as if it were alone with its own mask."""
+    qkv, kv = execution.moved(*inputs(6, 9, 3, 2, 16, 1, dtype))
+    found = places(9, 2, 3)
+    out = prompt_attention(qkv, kv, **found)[0]
+    for i in range(6):
+        own = {"bias": found["bias"], "mask": found["mask"][i % 3, None]}
+        alone = prompt_attention(qkv[i : i + 1], kv, **own)[0]
+        torch.testing.assert_close(out[i : i + 1], alone)
+        if i % 3:
+            own["mask"] = torch.zeros(1, 9, 9)
+            assert error(prompt_attention(qkv[i : i + 1], kv, **own)[0], alone) > 0.1
 
 
 def test_shared_gradient_is_summed_in_fp32():
@@ -459,8 +534,8 @@ def test_grids_of_large_batches(execution, monkeypatch):
         monkeypatch.setattr(kernels, name, keep)
     for dtype in (FP16, FP32):  # the whole backward, the split one
         qkv, kv = inputs(70_000, 1, 1, 2, 2, 70_000, dtype)
-        out, lse = FWD(qkv, kv, None, 1.0, False, None)
-        BWD(out, qkv, kv, None, 1.0, False, None, out, lse, True)
+        out, lse = FWD(qkv, kv, None, 1.0, False, None, None, None)
+        BWD(out, qkv, kv, None, 1.0, False, None, None, None, out, lse, True)
     assert len(grids) == 5  # forward and whole backward; forward and split backward
     assert all(140_000 <= count < 2**31 for count in grids)
 
