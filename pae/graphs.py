@@ -54,6 +54,7 @@ def graphed_step(
         raise ValueError(
             f"images and model must be on one GPU, got {images.device} and {model.device}"
         )
+    model.view.require_one_width("graphed_step")
     kind = images.device.type
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     static_images, static_labels = images.clone(), labels.clone()

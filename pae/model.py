@@ -137,6 +137,11 @@ class PromptedViT(nn.Module):
                 "kld pairs prompt j of a block with prompt j of the next, and prompts "
                 f"({type(prompts).__name__}) moves prompts between blocks"
             )
+        if kld is not None and self.view.shape.widths:
+            raise ValueError(
+                "kld lifts the prompts of all blocks by one map, and the stages of "
+                f"{type(backbone).__name__} have several widths: leave kld out (None)"
+            )
         prompts.bind(self.view.shape)
         check_pool(pool, self.view, prompts)
         if kld is not None:
@@ -223,7 +228,11 @@ class PromptedViT(nn.Module):
         family.start_forward()
         x, entered, attention = view.embed(images), 0, None
         height, width = images.shape[-2:]
-        for i, geometry in enumerate(view.geometry((height, width))):
+        geometries = view.geometry((height, width))
+        if family.mixes_windows:
+            geometries = [geometry.mixed() for geometry in geometries]
+        for i, geometry in enumerate(geometries):
+            x = view.enter(i, x, geometries)
             if touches_rows(family, i):
                 query = partial(view.class_query, i)
                 x = between_blocks(family, i, x, at, entered, attention, query)

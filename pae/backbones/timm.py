@@ -10,6 +10,7 @@ from ..errors import UnsupportedBackbone
 from .timm_bias import BiasView
 from .timm_eva import EvaView
 from .timm_naflex import NaFlexView
+from .timm_swin import SwinView
 from .timm_vit import TimmView
 from .view import BackboneView, examined
 
@@ -22,8 +23,12 @@ def _kind(module: nn.Module) -> type[TimmView]:
     return NaFlexView if hasattr(module, "embeds") else TimmView
 
 
+def _has_stages(module: nn.Module) -> bool:
+    return hasattr(module, "layers") and not hasattr(module, "blocks")
+
+
 def head_name(module: nn.Module) -> str | None:
-    return "head"
+    return SwinView.head_name if _has_stages(module) else "head"
 
 
 def read_backbone(module: nn.Module) -> BackboneView:
@@ -32,6 +37,8 @@ def read_backbone(module: nn.Module) -> BackboneView:
     Raises:
         UnsupportedBackbone: naming the attribute that is missing or that pae cannot express.
     """
+    if _has_stages(module):
+        return examined(SwinView(module))
     name = type(module).__name__
     vit: Any = module
     kind = _kind(module)

@@ -148,6 +148,22 @@ class BlockWeights:
 
 
 @dataclass(frozen=True)
+class Merging:
+    """What stands between two stages: norm and reduction of 2 x 2 rows, end to end column by
+    column. A grid of odd sides is padded with 0.
+    """
+
+    norm: Norm
+    reduction: Linear
+
+    def __call__(self, rows: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, N, C) of an image's grid to (B, N / 4, out)."""
+        rows = F.pad(rows.unflatten(1, grid), (0, 0, 0, grid[1] % 2, 0, grid[0] % 2))
+        fours = rows.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
+        return self.reduction(self.norm(fours.flatten(3))).flatten(1, 2)
+
+
+@dataclass(frozen=True)
 class Geometry:
     """What a block is given beside its rows: constants of an image size.
 
@@ -162,6 +178,10 @@ class Geometry:
     rotation: Tensor | None = None
     bias: Tensor | None = None
     at: int = 0
+
+    def mixed(self) -> Geometry:
+        """With prompts that meet other images' windows, where there are windows."""
+        return self
 
     def bias_of(self, rows: int, keys: int = 0) -> Tensor | None:
         """(H or 1, rows, keys + rows): of so many rows, with so many keys in front."""
@@ -243,6 +263,14 @@ class BackboneView(ABC):
         """What maps the readout to logits; an identity, or None, where nothing does."""
         return None if self.head_name is None else self.module.get_submodule(self.head_name)
 
+    def require_one_width(self, what: str) -> None:
+        """Raise UnsupportedBackbone where stages of several widths leave `what` undefined."""
+        if self.shape.widths:
+            raise UnsupportedBackbone(
+                f"{what} needs blocks of one width, and {type(self.module).__name__} has stages of "
+                "several: it is not defined there"
+            )
+
     def take_head(self) -> None:
         """Leave an identity in the head's place."""
         if self.head_name is not None:
@@ -282,6 +310,15 @@ class BackboneView(ABC):
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks, in order."""
+
+    @property
+    def mergings(self) -> dict[int, nn.Module]:
+        """What stands between two stages, by the block behind it."""
+        return {}
+
+    def read_merging(self, index: int) -> Merging:
+        """Neutral weights of the merging before block `index`; raises as `read_block`."""
+        raise KeyError(index)
 
     @property
     @abstractmethod
@@ -373,11 +410,12 @@ class BackboneView(ABC):
 
     def _remembered(
         self,
-        size: tuple[int, int],
+        size: Any,
         tensors: Iterable[tuple[str, Tensor]],
-        make: Callable[[tuple[int, int]], list[Geometry]],
+        make: Callable[[Any], list[Geometry]],
     ) -> list[Geometry]:
-        """What `make` gives of these named tensors, the same list while they are the same.
+        """What `make` gives of a size and these named tensors, the same list while they are the
+        same.
 
         Raises:
             UnsupportedBackbone: one of them requires a gradient, which would not reach it.
@@ -411,6 +449,20 @@ class BackboneView(ABC):
         angles = random_rows(rows - self.num_prefix_tokens, width // 2)
         return rows, Geometry(torch.stack([angles.sin(), angles.cos()]))
 
+    def as_given(self, rows: Tensor, geometry: Geometry) -> Tensor:
+        """Rows (B, N, D) as a block's own forward takes them."""
+        return rows
+
+    def formula(self, weights: BlockWeights, x: Tensor, geometry: Geometry) -> Tensor:
+        """A block in plain PyTorch, unfolded."""
+        return apply_block(weights, x, geometry)
+
+    def enter(self, index: int, x: Tensor, geometry: Sequence[Geometry]) -> Tensor:
+        """Rows (B, P + N, D) that leave block `index` - 1, as they enter block `index`: merged
+        where a stage begins.
+        """
+        return x
+
     def run_block(
         self, index: int, x: Tensor, geometry: Geometry = NO_GEOMETRY, kv: Tensor | None = None
     ) -> Tensor:
@@ -425,15 +477,19 @@ class BackboneView(ABC):
         block = self.blocks[index]
         if kv is None and (geometry.bias is None or geometry.bias.shape[-1] == x.shape[1]):
             return _output(block(x, **self.block_arguments(geometry, x.shape[1])))
-        for name, part in block.named_modules():
+        self._refuse_added(index)
+        if self.unproved is not None:
+            raise UnsupportedBackbone(f"prompts need the block's formula here: {self.unproved}")
+        return apply_block(self.read_block(index), x, geometry, kv)
+
+    def _refuse_added(self, index: int) -> None:
+        """Raise where a part of a block does more than its formula."""
+        for name, part in self.blocks[index].named_modules():
             if added := added_to(part):
                 raise UnsupportedBackbone(
                     f"blocks.{index}.{name}".rstrip(".") + f" has {added}, which cannot be run "
                     "where the block's formula stands for it; remove it"
                 )
-        if self.unproved is not None:
-            raise UnsupportedBackbone(f"prompts need the block's formula here: {self.unproved}")
-        return apply_block(self.read_block(index), x, geometry, kv)
 
     @torch.no_grad()
     def class_attention(
@@ -441,7 +497,7 @@ class BackboneView(ABC):
     ) -> Tensor:
         """(B, H, N): attention of row 0 on every row in that forward, in at least fp32."""
         weights = self.read_block(index)
-        q, k, _ = _heads(weights, x, geometry, kv)
+        q, k, _ = heads_of(weights, x, geometry, kv)
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(k.dtype, torch.float32)
             scores = exact_matmul(weights.scale * q[:, :, :1].to(wide), k.to(wide).mT)
@@ -534,15 +590,19 @@ def apply_block(
 ) -> Tensor:
     """The formula of `BlockWeights`, unfolded, in plain PyTorch; `kv` as in `run_block`."""
     w = weights
+    q, k, v = heads_of(w, x, geometry, kv)
+    bias = geometry.bias_of(q.shape[2], k.shape[2] - q.shape[2])
+    bias = None if bias is None else bias[None].to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=w.scale)
+    return behind_attention(w, x, out.transpose(1, 2).flatten(2))
+
+
+def behind_attention(w: BlockWeights, x: Tensor, out: Tensor) -> Tensor:
+    """That formula from attention's output (B, N, H d) on."""
 
     def scaled(gamma: Tensor | None, rows: Tensor) -> Tensor:
         return rows if gamma is None else rows * gamma
 
-    q, k, v = _heads(w, x, geometry, kv)
-    bias = geometry.bias_of(q.shape[2], k.shape[2] - q.shape[2])
-    bias = None if bias is None else bias[None].to(q.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=w.scale)
-    out = out.transpose(1, 2).flatten(2)
     x = x + _maybe(w.post1, scaled(w.scale1, w.proj(_maybe(w.attn_norm, out))))
     hidden = w.fc1(_maybe(w.mlp_pre, _maybe(w.norm2, x)))
     act = ACTIVATIONS[w.activation]
@@ -558,8 +618,8 @@ def _maybe(norm: Norm | None, rows: Tensor) -> Tensor:
     return rows if norm is None else norm(rows)
 
 
-def _heads(
-    w: BlockWeights, x: Tensor, geometry: Geometry, kv: Tensor | None
+def heads_of(
+    w: BlockWeights, x: Tensor, geometry: Geometry = NO_GEOMETRY, kv: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B, H, N, d), keys and values (B, H, P + N, d) of rows x (B, N, D), unscaled."""
     qkv = w.qkv(_maybe(w.norm1, x)).view(*x.shape[:2], 3, w.num_heads, -1)
@@ -631,7 +691,7 @@ def _check_order(
 
 
 @contextmanager
-def _plainly(device: torch.device) -> Iterator[None]:
+def plainly(device: torch.device) -> Iterator[None]:
     """Without a gradient and without autocast, fp32 products exact."""
     with torch.no_grad(), exact_products:
         if device.type == "meta":
@@ -649,7 +709,7 @@ def _run_as_it_is(view: BackboneView) -> None:
         UnsupportedBackbone: with what `view.unproved` says first.
     """
     size, prompts = view.default_size, 3
-    with evaluating(view.module), _plainly(view.like.device):
+    with evaluating(view.module), plainly(view.like.device):
         try:
             images = view.random_images(2, size)
             expected, x, own = view.own_output(images), view.embed(images), view.geometry(size)
@@ -699,19 +759,18 @@ def _prove(
     dtype = torch.promote_types(like.dtype, torch.float32) if dtype is None else dtype
     tensors = chain(block.named_parameters(), block.named_buffers())
     own = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors}
-    rows = random_rows(batch, count, view.shape.width).to(like.device, dtype)
+    rows = random_rows(batch, count, view.shape.block_widths[index]).to(like.device, dtype)
     geometry = _moved(geometry, like.device, dtype)
     try:
-        with _plainly(like.device):
-            got = apply_block(_moved(weights, like.device, dtype), rows, geometry)
-            call = partial(
-                functional_call, block, own, (rows,), view.block_arguments(geometry, count)
-            )
-            expected = _output(call())
+        with plainly(like.device):
+            got = view.formula(_moved(weights, like.device, dtype), rows, geometry)
+            given = (view.as_given(rows, geometry),), view.block_arguments(geometry, count)
+            call = partial(functional_call, block, own, *given)
+            expected = _output(call()).reshape(rows.shape)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedBackbone(f"{name} cannot be run on {count} rows alone: {error}") from error
     if like.device.type == "meta":
-        with _plainly(like.device):
+        with plainly(like.device):
             _check_order(block, weights, name, call)
         return
     difference = (got - expected).norm() / (expected - rows).norm().clamp_min(1e-20)

@@ -69,6 +69,7 @@ def condense(
             "model must be a PromptedViT with VPTDeep prompts, got "
             f"{type(model if family is None else family).__name__}"
         )
+    model.view.require_one_width("condense")
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
         raise ValueError(f"keep must be a number in (0, 1], got {keep!r}")
     if score not in SCORES:

@@ -89,6 +89,7 @@ class NullSpace(nn.Module):
         super().__init__()
         if not isinstance(model, PromptedViT):
             raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
+        model.view.require_one_width("NullSpace")
         family = model.prompts
         counts = family.prompt_counts if type(family) is VPTDeep else []
         if len({count for count in counts if count}) != 1:

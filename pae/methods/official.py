@@ -125,6 +125,7 @@ def load_official(
     """
     if not isinstance(model, PromptedViT):
         raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
+    model.view.require_one_width("load_official")
     if pool is None:
         pools = model.pool == "image" and model.view.pools_not is None
         pool = "all" if pools else model.pool

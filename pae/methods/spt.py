@@ -194,6 +194,7 @@ def _counts(model: PromptedViT) -> list[int]:
         raise TypeError(
             f"model must be a PromptedViT, not a wrapper around one, got {type(model).__name__}"
         )
+    model.view.require_one_width("spt_init")
     family = model.prompts
     if family.depends_on_input or type(family).set_prompts is PromptFamily.set_prompts:
         name = type(family).__name__

@@ -20,6 +20,7 @@ def prompt_count(model: PromptedViT) -> int:
         raise TypeError(
             f"model must be a PromptedViT, not a wrapper around one, got {type(model).__name__}"
         )
+    model.view.require_one_width("Modal Pre-Alignment")
     if model.num_classes == 0:
         raise ValueError("model.head must be linear to rank windows: give PromptedViT num_classes")
     family = model.prompts

@@ -34,6 +34,9 @@ class BackboneShape:
             behind the other, rows, columns).
         head_width: width d of one attention head.
         has_class_token: whether row 0 is a class token.
+        widths: embedding width of each block where a backbone has stages (Swin), whose first is
+            `width`; empty where all blocks are alike. `num_heads`, `num_tokens` and `grid` are
+            those of the first stage then.
     """
 
     depth: int
@@ -46,6 +49,12 @@ class BackboneShape:
     grid: tuple[int, ...]
     head_width: int
     has_class_token: bool
+    widths: tuple[int, ...] = ()
+
+    @property
+    def block_widths(self) -> tuple[int, ...]:
+        """Embedding width of each block."""
+        return self.widths or (self.width,) * self.depth
 
     @property
     def patch_values(self) -> int:
@@ -81,7 +90,7 @@ class PromptFamily(nn.Module):
             overridden (iVPT); otherwise no class attention is computed. rewrites_rows: `next_rows`
             is overridden (LSPT).
 
-    Three are facts that no method shows. A class says them:
+    Some are facts that no method shows. A class says them:
 
     Attributes:
         enters_sequence: prompt rows given at block 0 stay in the sequence through all blocks
@@ -91,6 +100,10 @@ class PromptFamily(nn.Module):
             `x` (not only its batch size).
         moves_prompts: prompts change their block in training (PRO-VPT), so `prompt_counts` change
             and prompts of the same number in two blocks have nothing to do with each other.
+        takes_stages: it is defined on a backbone whose blocks differ in width (Swin). Not
+            inherited: each class says it of itself.
+        mixes_windows: on windows (Swin), exchange those of a batch as the released code does: see
+            `VPTShallow`.
 
     Raises:
         TypeError: when a class is made whose parts contradict each other, or in which something
@@ -106,6 +119,8 @@ class PromptFamily(nn.Module):
     enters_sequence: bool = False
     depends_on_input: bool = False
     moves_prompts: bool = False
+    takes_stages: bool = False
+    mixes_windows: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -362,6 +377,11 @@ def _bound_once(bind: Callable[[Any, BackboneShape], None]) -> Callable[..., Non
             raise RuntimeError(
                 f"this {type(self).__name__} already belongs to a model; build a new one"
             )
+        if shape.widths and not vars(type(self)).get("takes_stages", False):
+            raise ValueError(
+                f"prompts ({type(self).__name__}) are not defined on a backbone with stages of "
+                "several widths (Swin): use VPTDeep or VPTShallow"
+            )
         self._shape, self._binding = shape, True
         try:
             bind(self, shape)
@@ -394,15 +414,19 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def check_prompts(
-    name: str, prompts: Sequence[Tensor | None], counts: list[int], width: int
+    name: str,
+    prompts: Sequence[Tensor | None],
+    counts: list[int],
+    width: int | Sequence[int],
 ) -> None:
-    """Raise unless `prompts` holds one (counts[i], width) tensor per block."""
+    """Raise unless `prompts` holds one (counts[i], width, or width[i]) tensor per block."""
+    widths = [width] * len(counts) if isinstance(width, int) else width
     if len(prompts) != len(counts):
         raise ValueError(f"{name} must hold one entry per block, {len(counts)}, got {len(prompts)}")
-    for i, (prompt, count) in enumerate(zip(prompts, counts)):
+    for i, (prompt, size) in enumerate(zip(prompts, zip(counts, widths))):
         got = None if prompt is None else tuple(prompt.shape)
-        if got != (count, width) and not (prompt is None and count == 0):
-            raise ValueError(f"{name}[{i}] must have shape {(count, width)}, got {got}")
+        if got != size and not (prompt is None and size[0] == 0):
+            raise ValueError(f"{name}[{i}] must have shape {size}, got {got}")
 
 
 def check_probability(name: str, value: float) -> float:

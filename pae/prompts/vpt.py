@@ -16,6 +16,7 @@ from .base import (
     PromptFamily,
     check_choice,
     check_count,
+    check_flag,
     check_probability,
     check_prompts,
     uniform_init_,
@@ -66,14 +67,19 @@ class VPTDeep(_VPT):
             image (the original VPT code).
 
     Attributes:
-        tokens: (depth, P, D), or (sum of counts, D) block after block when the counts differ.
+        tokens: (depth, P, D), or (sum of counts, D) block after block when the counts differ. On a
+            backbone with stages (Swin) all entries in one row, block after block, prompt after
+            prompt.
 
     Raises:
         ValueError, TypeError: on a negative or non-integer count, a dropout outside [0, 1), an
         unknown scope.
 
-    Source: Jia et al. 2022, eq. 4-5.
+    Source: Jia et al. 2022, eq. 4-5; on stages the released code, in which the initial range of
+    the first width is that of all.
     """
+
+    takes_stages = True
 
     def __init__(
         self,
@@ -102,7 +108,11 @@ class VPTDeep(_VPT):
 
     def bind(self, shape: BackboneShape) -> None:
         counts = self._counts_of(shape.depth)
-        if len(set(counts)) == 1:
+        if shape.widths:
+            size = sum(p * d for p, d in zip(counts, shape.widths))
+            self.tokens = nn.Parameter(torch.empty(size))
+            uniform_init_(self.tokens, shape)
+        elif len(set(counts)) == 1:
             self._allocate(shape, shape.depth, counts[0])
         else:
             self._allocate(shape, sum(counts))
@@ -125,18 +135,24 @@ class VPTDeep(_VPT):
         """Rows of every block before dropout."""
         if self.tokens.dim() == 3:
             return self.tokens.unbind(0)
+        if self.tokens.dim() == 1:
+            sizes = list(zip(self._counts, self.shape.widths))
+            parts = self.tokens.split([p * d for p, d in sizes])
+            return [part.view(size) for part, size in zip(parts, sizes)]
         return self.tokens.split(self._counts)
 
     def _block(self, index: int) -> Tensor:
         """`_blocks()[index]`, alone."""
         if self.tokens.dim() == 3:
             return self.tokens[index]
+        if self.tokens.dim() == 1:
+            return self._blocks()[index]
         start = sum(self._counts[:index])
         return self.tokens[start : start + self._counts[index]]
 
     def set_prompts(self, prompts: Sequence[Tensor | None]) -> None:
-        check_prompts("prompts", prompts, self._counts, self.tokens.shape[-1])
-        rows = [p for p in prompts if p is not None]
+        check_prompts("prompts", prompts, self._counts, self.shape.block_widths)
+        rows = [p.flatten() for p in prompts if p is not None]
         if rows:
             with torch.no_grad():
                 self.tokens.copy_(torch.cat(rows).view_as(self.tokens))
@@ -149,24 +165,38 @@ class VPTShallow(_VPT):
     Args:
         num_tokens: number of prompts P.
         dropout, dropout_scope: as in `VPTDeep`.
+        faithful: on windows (Swin): as the released code has it, which lays prompts out window by
+            window and the windows themselves image by image, so that from block 1 on the windows of
+            an image meet the prompts of other images of its batch. False gives every window its own
+            image's.
 
     Attributes:
         tokens: (P, D).
 
     Raises:
         ValueError, TypeError: on a negative or non-integer count, a dropout outside [0, 1), an
-        unknown scope.
+        unknown scope; `faithful` on a backbone without windows.
 
     Source: Jia et al. 2022, eq. 2-3.
     """
 
     enters_sequence = True
+    takes_stages = True
 
-    def __init__(self, num_tokens: int, dropout: float = 0.0, dropout_scope: str = "batch") -> None:
+    def __init__(
+        self,
+        num_tokens: int,
+        dropout: float = 0.0,
+        dropout_scope: str = "batch",
+        faithful: bool = False,
+    ) -> None:
         super().__init__(dropout, dropout_scope)
         self.num_tokens = check_count("num_tokens", num_tokens)
+        self.mixes_windows = self.faithful = check_flag("faithful", faithful)
 
     def bind(self, shape: BackboneShape) -> None:
+        if self.faithful and not shape.widths:
+            raise ValueError("faithful must be False on a backbone without windows, got True")
         self._allocate(shape, self.num_tokens)
 
     @property
