@@ -196,9 +196,9 @@ class SwinView(BackboneView):
     @torch.no_grad()
     def geometry(self, size: tuple[int, int]) -> list[Geometry]:
         """The same list, while neither a table nor a window changes."""
-        named = self.module.named_parameters()
+        named, blocks = self.module.named_parameters(), list[Any](self.blocks)
         tensors = [(n, t) for n, t in named if n.endswith("relative_position_bias_table")]
-        cuts = tuple((*b.window_size, *b.shift_size) for b in self.blocks)
+        cuts = tuple((*b.window_size, *b.shift_size) for b in blocks)
         return self._remembered((size, cuts), tensors, lambda _: self._windows(size))
 
     def _windows(self, size: tuple[int, int]) -> list[Geometry]:
