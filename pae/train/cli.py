@@ -1,4 +1,6 @@
-"""The command line: ``pae train``, ``table``, ``analyse``, ``models``; also ``python -m pae``."""
+"""The command line: ``pae train``, ``sweep``, ``table``, ``analyse``, ``models``; also ``python
+-m pae``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pae.sweep import cli as sweep
 from pae.tables import command as tables
 from pae.train.declared import Given, add_arguments, declared, from_arguments
 from pae.train.embedded import DATASETS, WEIGHTS, WEIGHTS_NAME, FetchError
@@ -113,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train, debug=False)
     add_arguments(train, Options, Launch)
+    sweep.add_parser(commands)
     analyse = commands.add_parser(
         "analyse",
         help="spectra, modes and Lyapunov energies of a checkpoint with KLD",
@@ -224,11 +228,7 @@ def _same_run(folder: RunFolder, options: Options, given: Mapping[str, Any]) -> 
 
     stored = folder.read_config()
     was, now = dataclasses.asdict(stored), dataclasses.asdict(options)
-    for name in (
-        "amp",
-        "mpa_images",
-        "mpa_precision",
-    ):  # which depend on the machine where nobody gives them
+    for name in record.CHOSEN:
         if given.get(name) in (None, "auto"):
             now[name] = was[name]
     if found := list(record.changed_settings(was, now)):

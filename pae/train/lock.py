@@ -87,7 +87,7 @@ class Hold:
                 if holder["pid"] is None and time.monotonic() < named:
                     time.sleep(0.02)  # it has just come, and writes its name
                     continue
-                if _is_dead(holder) and time.monotonic() < deadline:
+                if is_dead(holder) and time.monotonic() < deadline:
                     time.sleep(0.2)  # its children hold the lock until they notice
                     continue
                 raise _in_use(self.path.parent, holder) from None
@@ -158,7 +158,15 @@ def _read(path: Path) -> dict[str, Any]:
         return nobody
 
 
-def _is_dead(holder: dict[str, Any]) -> bool:
+def holder(folder: Path) -> dict[str, Any]:
+    """Who works in `folder`, or died there: "host" and "pid", None where nobody is named."""
+    for name in FILES:
+        if (found := _read(folder / name))["pid"] is not None:
+            break
+    return found
+
+
+def is_dead(holder: dict[str, Any]) -> bool:
     """Whether the process is known to be gone; of another machine, nothing is known."""
     pid = holder["pid"]
     if holder["host"] != socket.gethostname() or not isinstance(pid, int) or os.name == "nt":

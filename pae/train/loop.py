@@ -80,6 +80,7 @@ def train(
     name: str | None = None,
     resume: str | None = None,
     sibling: record.Record | None = None,
+    test: bool = True,
     on_start: OnStart | None = None,
     on_backward: OnBackward | None = None,
 ) -> dict[str, Any]:
@@ -97,16 +98,18 @@ def train(
             the last one, or the one before it where the last is damaged.
         sibling: the record of a run that this one is compared with; both must have the same images
             and the same backbone.
+        test: whether test images are looked at. A run that finished without is tested when it goes
+            on with them.
         on_start: called as `on_start(module)` in a new run, once the prompts have their first
             values and before anything is made of them.
         on_backward: called as `on_backward(module, update)` after every backward pass, before
             gradients are clipped and used; updates count from 0.
     Returns:
         dict with "name", "trained_parameters", "val_accuracy", "best_epoch", "test_accuracy" (None
-        without a test split), "seconds", and what that was spent on: "passes" of an image through
-        the backbone (forward, or backward), "mpa_passes" and "mpa_seconds" among them; "memory_mb",
-        the most that it took (`memory.Peak`), and "head_parameters", of the trained ones those of
-        the head.
+        where nothing was tested), "seconds", and what that was spent on: "passes" of an image
+        through the backbone (forward, or backward), "mpa_passes" and "mpa_seconds" among them;
+        "memory_mb", the most that it took (`memory.Peak`), and "head_parameters", of the trained
+        ones those of the head.
     Raises:
         Interrupted: one of `SIGNALS` arrived; the state is saved.
         ArithmeticError: a loss is not finite.
@@ -115,10 +118,11 @@ def train(
     """
     with folder.held() if accelerator.is_main_process else contextlib.nullcontext():
         finished = None if resume is None else folder.result()
-        if finished is not None:
+        untested = finished is not None and finished["test_accuracy"] is None
+        if finished is not None and not (untested and test and task.test):
             return finished
         place = options, task, folder, accelerator, reporter
-        return _Run(*place, name, resume, on_start, on_backward, sibling).train()
+        return _Run(*place, name, resume, on_start, on_backward, sibling, test).train()
 
 
 class _Run:
@@ -136,6 +140,7 @@ class _Run:
         on_start: OnStart | None,
         on_backward: OnBackward | None,
         sibling: record.Record | None = None,
+        test: bool = True,
     ) -> None:
         from accelerate.utils import set_seed
         from timm.optim import create_optimizer_v2
@@ -149,7 +154,7 @@ class _Run:
 
         self.alignment: pae.MPAResult | None = None  # where this process made the first prompts
         self.aligned = {"mpa_passes": 0, "mpa_seconds": 0.0}  # what that took
-        self.resume = resume
+        self.resume, self.test = resume, test
         saved = None if resume is None else self._read_state(resume)
         set_seed(options.seed)
         module = methods.build_method(options, len(task.classes), say=reporter.say)
@@ -280,7 +285,7 @@ class _Run:
             # features are computed once, so a probe sees the images as evaluation shows them
             pipeline(task.train, training=not linear),
             pipeline(task.val, training=False),
-            pipeline(task.test, training=False) if task.test else None,
+            pipeline(task.test, training=False) if task.test and self.test else None,
         ]
         return [self._features(split) if linear and split else split for split in splits]
 

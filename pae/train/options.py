@@ -516,7 +516,16 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: settings: expected a table of options")
         if facts.get("comparison") is True:  # formerly beside the settings
             record = {**record, "method": COMPARE}
-    return read_table(path, record, Options, _FORMER_NAMES, _FORMER_WORDS)
+    return read_options(path, record)
+
+
+def read_options(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The checked options of a table, which messages say is in `path`.
+
+    Raises:
+        ValueError: an unknown name, or a value that an option does not take.
+    """
+    return read_table(path, table, Options, _FORMER_NAMES, _FORMER_WORDS)
 
 
 def combine(

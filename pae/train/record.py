@@ -29,6 +29,8 @@ Record = dict[str, Any]
 
 # options that may differ when a run goes on: where things lie, and how fast they are worked on
 CHANGEABLE = ("data", "weights", "device", "workers", "save_every_steps")
+# options that the machine chooses where nobody gives them, so that a run that goes on keeps its own
+CHOSEN = ("amp", "mpa_images", "mpa_precision")
 
 
 def describe(options: Options, task: Task, backbone: nn.Module, image_size: int) -> Record:
