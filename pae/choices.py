@@ -22,3 +22,5 @@ SPT_METHODS = ("random", "mean_pooling", "max_pooling", "kmeans")
 # pixels of a training run
 AUGMENTS = ("none", "crop", "timm")
 NORMS = ("model", "imagenet", "inception", "none")
+LEGACY = "tf1-bilinear"  # `pae.train.resize`
+INTERPOLATIONS = ("model", "bilinear", "bicubic", LEGACY)

@@ -20,7 +20,8 @@ class TaskInfo:
         classes: names of the classes, in the order of the logits.
         input_size: (channels, height, width) of the images that enter the model.
         mean, std: per channel, on the 0..1 scale.
-        interpolation: of the resize, by PIL's name, e.g. "bicubic".
+        interpolation: of the resize, by PIL's name, e.g. "bicubic"; or "tf1-bilinear", which timm
+            does not have (`pae.train.pixels.make_transform` has it).
         crop_pct: share of the resized image's side that is kept.
         crop_mode: "squash" (resized to the size whatever its shape), "center" (short side resized,
             centre kept) or "border" (long side resized, border filled).

@@ -240,6 +240,7 @@ SMALL = Protocol(
     (),
 )
 
+NAMES = ("vtab1k", "fgvc", "few-shot")  # that papers have
 PROTOCOLS: Mapping[str, Protocol] = {p.name: p for p in (VTAB, FGVC, FEW_SHOT, SMALL)}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pae.train.images import Ranges, survey
-from pae.train.layouts import read_classes, read_layout
+from pae.train.layouts import TRAINVAL, Layout, read_classes, read_layout
 from pae.train.listing import shown, some
 
 
@@ -41,17 +41,31 @@ class Images:
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task: class names and three splits; `test` is None when there is none.
+    """A classification task: class names and three splits; `val` is None where its images are
+    trained on, `test` where there is none.
 
-    `ranges` is what `surveyed` finds, None before.
+    `ranges` is what `surveyed` finds, None before. `trainval` are the images of train and val as a
+    list of their own has them, None without one. `pixels` is what became of the images on their way
+    (`pae.train.recompressed`), None where nobody looked.
     """
 
     name: str
     classes: tuple[str, ...]
     train: Images
-    val: Images
+    val: Images | None
     test: Images | None
     ranges: Ranges | None = None
+    trainval: Images | None = None
+    pixels: str | None = None
+
+    def joined(self) -> Task:
+        """The task without validation images: they are trained on too, behind the others."""
+        if self.val is None:
+            return self
+        both = self.trainval or Images(
+            [*self.train.items, *self.val.items], [*self.train.labels, *self.val.labels]
+        )
+        return replace(self, train=both, val=None)
 
     def surveyed(self, workers: int) -> Task:
         """The task with the ranges of all its images, found by `images.survey` unless known.
@@ -69,7 +83,7 @@ class Task:
         """Number of images per split."""
         return {
             "train": len(self.train),
-            "val": len(self.val),
+            "val": len(self.val) if self.val else 0,
             "test": len(self.test) if self.test else 0,
         }
 
@@ -228,11 +242,28 @@ def read_folder(
         raise ValueError(f"--data {shown(given)}: a file; unpack it and give its folder")
     if not os.path.isdir(root):
         raise ValueError(f"--data {shown(given)}: no such folder")
-    classes, splits = read_layout(root)
-    images = {split: Images(found.paths, found.labels) for split, found in splits.items()}
-    return make_task(
-        root.resolve().name,
-        classes,
+    return from_layout(
+        root.resolve().name, read_layout(root), train_size=train_size, val_size=val_size, seed=seed
+    )
+
+
+def from_layout(
+    name: str,
+    layout: Layout,
+    *,
+    train_size: int | None = None,
+    val_size: int | None = None,
+    seed: int = 0,
+) -> Task:
+    """The task of a folder that was read; arguments as for `read_folder`.
+
+    Raises:
+        ValueError: as `make_task`.
+    """
+    images = {split: Images(found.paths, found.labels) for split, found in layout.splits.items()}
+    task = make_task(
+        name,
+        layout.classes,
         images["train"],
         images.get("val"),
         images.get("test"),
@@ -240,6 +271,8 @@ def read_folder(
         val_size=val_size,
         seed=seed,
     )
+    whole = train_size is None and "val" in images
+    return replace(task, trainval=images.get(TRAINVAL) if whole else None, pixels=layout.pixels)
 
 
 def read_image_folder_split(folder: Path, classes: Sequence[str]) -> Images:

@@ -2,7 +2,8 @@
 
 * ImageFolder: ``train/<class>/**``, optional ``val/`` and ``test/`` (or class folders alone, which
   count as ``train``);
-* VTAB-1k as NOAH wrote it: ``train800.txt``, ``val200.txt``, ``test.txt``, lines ``path label``;
+* VTAB-1k as NOAH wrote it: ``train800.txt``, ``val200.txt``, ``test.txt``, lines ``path label``,
+  and ``train800val200.txt``, the first two in one;
 * FGVC as VPT reads it: ``train.json``, ``val.json``, ``test.json``, each ``{path: class id}``.
 
 Names of splits count in any case, with their synonyms; hidden parts of a path are left out. What is
@@ -20,7 +21,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from pae.train.images import opened
+from pae.protocols.tasks import VTAB
+from pae.train import recompressed
 from pae.train.listing import (
     Found,
     Key,
@@ -43,7 +45,9 @@ _NAMES = {
     "test": ("test", "testing"),
 }
 _SPLIT_OF = {name: split for split, names in _NAMES.items() for name in names}
+TRAINVAL = "trainval"  # not one of three, but two of them once more
 _VTAB_SPLIT_OF = {"train800": "train", "val200": "val", "test": "test"}
+_VTAB_LISTS = {**_VTAB_SPLIT_OF, "train800val200": TRAINVAL}
 _LIKE_A_SPLIT = re.compile(
     r"((images?|imgs?|data|dataset|set|seg)[-_ ]?)?"
     r"(train|training|val|valid|validation|test|testing|dev|eval)"
@@ -71,10 +75,27 @@ class Listed(NamedTuple):
     labels: list[int]
     keys: list[Key]
 
+    def subset(self, indices: Sequence[int]) -> Listed:
+        """Those at `indices`, in that order."""
+        return Listed(
+            [self.paths[i] for i in indices],
+            [self.labels[i] for i in indices],
+            [self.keys[i] for i in indices],
+        )
+
 
 _Label = TypeVar("_Label", int, str)
 _Table = tuple[list[str], list[_Label]]  # names and labels
-Layout = tuple[list[str], dict[str, Listed]]  # class names; splits
+
+
+class Layout(NamedTuple):
+    """Class names, splits (of lists also `TRAINVAL`), and what became of the pixels where that was
+    looked at.
+    """
+
+    classes: list[str]
+    splits: dict[str, Listed]
+    pixels: str | None = None
 
 
 def read_layout(root: Path) -> Layout:
@@ -88,22 +109,22 @@ def read_layout(root: Path) -> Layout:
     folders: list[str] = []
     for entry in entries(root):
         (folders if is_folder(entry) else files).append(entry.name)
-    lists = _one_per_split(root, files, ".txt", _VTAB_SPLIT_OF)
+    lists = _one_per_split(root, files, ".txt", _VTAB_LISTS)
     tables = _one_per_split(root, files, ".json", _SPLIT_OF)
     splits = _one_per_split(root, folders, "", _SPLIT_OF)
     has_images = any(name.lower() in _NO_CLASSES for name in folders)
     if "train" in lists or (lists and has_images and not splits and "train" not in tables):
-        classes, found = _read_vtab(root, lists)
+        layout = _read_vtab(root, lists)
     elif "train" in tables and ("test" in tables or "train" not in splits):
-        classes, found = _read_fgvc(root, tables)
+        layout = _read_fgvc(root, tables)
     else:
-        classes, found = _read_image_folder(root, folders, splits)
+        layout = _read_image_folder(root, folders, splits)
         if splits:
             _warn_about_loose(root, sum(map(is_image, files)))
         if unread := [*lists.values(), *tables.values()]:
-            _say(f"{shown(root)}: {some(unread)} ignored: the folders say what is in which split")
-    _warn_about_doubles(root, found)
-    return classes, found
+            say(f"{shown(root)}: {some(unread)} ignored: the folders say what is in which split")
+    _warn_about_doubles(root, layout.splits)
+    return layout
 
 
 def _one_per_split(
@@ -125,7 +146,8 @@ def _one_per_split(
     return found
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A warning of one line."""
     warnings.warn(text, stacklevel=2)
 
 
@@ -142,21 +164,21 @@ def _read_image_folder(root: Path, folders: list[str], splits: dict[str, str]) -
     if ignored := [name for name in folders if name not in splits.values()]:
         like = [name for name in ignored if _LIKE_A_SPLIT.fullmatch(name)]
         hint = f"; a split is called train, val or test, not {like[0]}" if like else ""
-        _say(f"{shown(root)}: folders beside the splits ignored: {some(ignored)}{hint}")
-    classes, found = _read_training(root / splits["train"])
+        say(f"{shown(root)}: folders beside the splits ignored: {some(ignored)}{hint}")
+    classes, found, _ = _read_training(root / splits["train"])
     for split in ("val", "test"):
         if split in splits:
             images = _read_held(root / splits[split], split, classes)
             if images is not None:
                 found[split] = images
-    return classes, found
+    return Layout(classes, found)
 
 
 def _read_training(folder: Path) -> Layout:
     classes, loose = _class_folders(folder)
     _check_classes(folder, classes, loose)
     _warn_about_loose(folder, loose)
-    return classes, {"train": read_classes(folder, classes)}
+    return Layout(classes, {"train": read_classes(folder, classes)})
 
 
 def _read_held(folder: Path, split: str, classes: Sequence[str]) -> Listed | None:
@@ -172,7 +194,7 @@ def _read_held(folder: Path, split: str, classes: Sequence[str]) -> Listed | Non
                 f"{shown(folder)}: {loose} images without class folders; expected "
                 f"{folder.name}/<class>/, or no such folder: val is then cut from train"
             )
-        _say(f"{shown(folder)}: {loose} images without class folders; going on without a test")
+        say(f"{shown(folder)}: {loose} images without class folders; going on without a test")
         return None
     _warn_about_loose(folder, loose)
     return read_classes(folder, classes, every=False)
@@ -216,9 +238,9 @@ def read_classes(folder: Path, classes: Sequence[str], *, every: bool = True) ->
         raise ValueError(f"{shown(folder)}: no images{hint}; fill the folder or remove it")
     if others:
         count = sum(others.values())
-        _say(f"{shown(folder)}: {count} files with other suffixes ignored ({_counted(others)})")
+        say(f"{shown(folder)}: {count} files with other suffixes ignored ({_counted(others)})")
     if repeats:
-        _say(f"{shown(folder)}: {repeats} links to folders that were read already ignored")
+        say(f"{shown(folder)}: {repeats} links to folders that were read already ignored")
     return all_of
 
 
@@ -244,7 +266,7 @@ def _but(suffixes: Counter[str]) -> str:
 
 def _warn_about_loose(folder: Path, loose: int) -> None:
     if loose:
-        _say(f"{shown(folder)}: {loose} images outside the class folders ignored")
+        say(f"{shown(folder)}: {loose} images outside the class folders ignored")
 
 
 def _check_classes(folder: Path, classes: list[str], loose: int) -> None:
@@ -272,7 +294,7 @@ def _check_classes(folder: Path, classes: list[str], loose: int) -> None:
         raise ValueError(f"{shown(folder)}: not a dataset folder; {_EXPECTED}")
     cases = Counter(name.casefold() for name in classes)
     if alike := [name for name in classes if cases[name.casefold()] > 1]:
-        _say(f"{shown(folder)}: classes that differ in case alone: {some(alike)}")
+        say(f"{shown(folder)}: classes that differ in case alone: {some(alike)}")
 
 
 def _check_inside(folder: Path, found: Found) -> None:
@@ -325,6 +347,9 @@ def _read_vtab(root: Path, files: dict[str, str]) -> Layout:
         if split not in files:
             raise ValueError(f"{shown(root)}: missing split {name}.txt")
         tables[split] = _visible(root, files[split], *read_list(root / files[split]))
+    if TRAINVAL in files:
+        tables[TRAINVAL] = _visible(root, files[TRAINVAL], *read_list(root / files[TRAINVAL]))
+        _check_joined(root / files[TRAINVAL], *(tables[s][1] for s in (TRAINVAL, "train", "val")))
     seen = {label for _, labels in tables.values() for label in labels}
     highest = max(seen)
     if highest >= max(_FEW_CLASSES, _GAPS * len(seen)):
@@ -334,33 +359,52 @@ def _read_vtab(root: Path, files: dict[str, str]) -> Layout:
             "number the classes from 0 without large gaps"
         )
     splits = {
-        split: _find(root / files[split], root, names, labels)
+        split: find_images(root / files[split], root, names, labels)
         for split, (names, labels) in tables.items()
     }
     for split, expected in (("train", 800), ("val", 200)):
         if len(splits[split].paths) != expected:
-            _say(
+            say(
                 f"{shown(root / files[split])}: {len(splits[split].paths)} images, VTAB-1k has "
                 f"{expected}"
             )
-    _warn_about_recompression(root, splits["train"].paths[0])
-    return [str(number) for number in range(highest + 1)], splits
-
-
-def _warn_about_recompression(root: Path, path: Path) -> None:
-    """The circulating VTAB-1k archives re-encoded tiny images as JPEG, which costs accuracy."""
-    if path.suffix.lower() not in (".jpg", ".jpeg"):
-        return
-    try:
-        with opened(path) as image:
-            size = image.size
-    except ValueError:
-        return  # whoever decodes it says so
-    if max(size) <= 64:
-        _say(
-            f"{shown(root)}: {size[0]} x {size[1]} images stored as JPEG; results will be below "
-            "those on the original pixels"
+    known = VTAB.lookup(root.resolve().name)
+    count = highest + 1
+    if known is not None and count <= known.classes:
+        count = known.classes  # a list that lacks the last class has a head for it all the same
+    elif known is not None:
+        say(
+            f"{shown(root)}: label {highest}, and {known.name} of VTAB-1k has {known.classes} "
+            "classes: read as another task"
         )
+    pixels = look_at_pixels(root, splits, known.lossless if known else None)
+    return Layout([str(number) for number in range(count)], splits, pixels)
+
+
+def _check_joined(file: Path, both: list[int], train: list[int], val: list[int]) -> None:
+    """The list of training and validation images is the two lists, in this order."""
+    if both == [*train, *val]:
+        return
+    if len(both) != len(train) + len(val):
+        found = f"{len(both)} images where the two lists have {len(train)} and {len(val)}"
+    else:
+        line = next(i for i, pair in enumerate(zip(both, [*train, *val])) if pair[0] != pair[1])
+        found = f"line {line + 1} has label {both[line]}, expected {[*train, *val][line]}"
+    raise ValueError(
+        f"{shown(file)}: {found}; expected train800.txt and then val200.txt: are the lists of one "
+        "source?"
+    )
+
+
+def look_at_pixels(root: Path, splits: dict[str, Listed], lossless: bool | None) -> str | None:
+    """What became of the images on their way, said where it matters; see `recompressed`."""
+    try:
+        found = recompressed.verdict([images.paths for images in splits.values()], lossless)
+    except ValueError:
+        return None  # whoever decodes it says so
+    if (text := recompressed.warning(found, lossless)) is not None:
+        say(f"{shown(root)}: {text}")
+    return found
 
 
 def _read_fgvc(root: Path, files: dict[str, str]) -> Layout:
@@ -384,13 +428,13 @@ def _read_fgvc(root: Path, files: dict[str, str]) -> Layout:
     bases = [root, *(root / e.name for e in entries(root) if e.name.lower() == "images")]
     base = next((b for b in bases if locate(b, names[0])), root)
     splits = {
-        split: _find(root / files[split], base, names, [number[i] for i in ids])
+        split: find_images(root / files[split], base, names, [number[i] for i in ids])
         for split, (names, ids) in tables.items()
     }
-    return classes, splits
+    return Layout(classes, splits)
 
 
-def _find(file: Path, base: Path, names: list[str], labels: list[int]) -> Listed:
+def find_images(file: Path, base: Path, names: list[str], labels: list[int]) -> Listed:
     """The images that `file` lists, relative to `base`."""
     found = Listed([], labels, [])
     for name in names:
@@ -411,7 +455,7 @@ def _visible(root: Path, file: str, names: list[str], labels: list[_Label]) -> _
     if not kept:
         raise ValueError(f"{shown(root / file)}: lists no images that are not hidden")
     if hidden := len(names) - len(kept):
-        _say(f"{shown(root / file)}: {hidden} hidden files left out")
+        say(f"{shown(root / file)}: {hidden} hidden files left out")
     return [names[i] for i in kept], [labels[i] for i in kept]
 
 
@@ -428,12 +472,14 @@ def _warn_about_doubles(root: Path, splits: dict[str, Listed]) -> None:
     """Says which files are there more than once, under any of their names."""
     label_of: dict[str, dict[Key, int]] = {}
     for split, images in splits.items():
+        if split == TRAINVAL:  # published once more on purpose
+            continue
         own = label_of[split] = dict(zip(images.keys, images.labels))
         if twice := len(images.keys) - len(own):
-            _say(f"{shown(root)}: split {split} has {twice} images twice")
+            say(f"{shown(root)}: split {split} has {twice} images twice")
         differing = [i for i, key in enumerate(images.keys) if images.labels[i] != own[key]]
         if differing:
-            _say(
+            say(
                 f"{shown(root)}: split {split} has {len(differing)} images with two labels, e.g. "
                 f"{shown(images.paths[differing[0]])}"
             )
@@ -441,4 +487,4 @@ def _warn_about_doubles(root: Path, splits: dict[str, Listed]) -> None:
         if split in label_of and other in label_of:
             both = len(label_of[split].keys() & label_of[other].keys())
             if both:
-                _say(f"{shown(root)}: {both} images of split {other} are in split {split} too")
+                say(f"{shown(root)}: {both} images of split {other} are in split {split} too")

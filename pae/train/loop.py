@@ -28,7 +28,8 @@ from pae.train.data import Images, Task, read_folder
 from pae.train.images import Ranges
 from pae.train.memory import Peak
 from pae.train.options import Options
-from pae.train.report import Advance, Reporter
+from pae.train.protocols import read_task
+from pae.train.report import Advance, Reporter, shown
 from pae.train.runfolder import Rows, RunFolder
 
 if TYPE_CHECKING:
@@ -54,13 +55,18 @@ def load_task(options: Options) -> Task:
     """The `Task` that the options name: an embedded set or a folder.
 
     Raises:
-        ValueError, FetchError: as `read_folder` and `embedded.load_task`.
+        ValueError, FetchError: as `read_folder`, `protocols.read_task` and `embedded.load_task`.
     """
     sizes = {"train_size": options.train_size, "val_size": options.val_size}
-    if options.data is not None:
-        return read_folder(options.data, **sizes, seed=options.seed)
-    assert options.dataset is not None  # resolved options have one of the two
-    return embedded.load_task(options.dataset, **sizes, seed=options.seed)
+    seed = options.seed if options.split_seed is None else options.split_seed
+    if options.protocol is not None:
+        task = read_task(options, sizes, seed)
+    elif options.data is not None:
+        task = read_folder(options.data, **sizes, seed=seed)
+    else:
+        assert options.dataset is not None  # resolved options have one of the two
+        task = embedded.load_task(options.dataset, **sizes, seed=seed)
+    return task.joined() if options.train_on == "trainval" else task
 
 
 def make_accelerator(options: Options) -> Accelerator:
@@ -84,7 +90,7 @@ def train(
     on_start: OnStart | None = None,
     on_backward: OnBackward | None = None,
 ) -> dict[str, Any]:
-    """Trains one method and tests the checkpoint with the best validation accuracy.
+    """Trains one method and tests the checkpoint that `options.keep` names.
 
     Args:
         options: resolved `Options`.
@@ -105,11 +111,12 @@ def train(
         on_backward: called as `on_backward(module, update)` after every backward pass, before
             gradients are clipped and used; updates count from 0.
     Returns:
-        dict with "name", "trained_parameters", "val_accuracy", "best_epoch", "test_accuracy" (None
-        where nothing was tested), "seconds", and what that was spent on: "passes" of an image
-        through the backbone (forward, or backward), "mpa_passes" and "mpa_seconds" among them;
-        "memory_mb", the most that it took (`memory.Peak`), and "head_parameters", of the trained
-        ones those of the head.
+        dict with "name", "trained_parameters", "val_accuracy" (None where all images are trained
+        on), "best_epoch" (the tested one), "tested" (in words), "test_accuracy" (None where nothing
+        was tested), "seconds", and what that was spent on: "passes" of an image through the
+        backbone (forward, or backward), "mpa_passes" and "mpa_seconds" among them; "memory_mb", the
+        most that it took (`memory.Peak`), and "head_parameters", of the trained ones those of the
+        head.
     Raises:
         Interrupted: one of `SIGNALS` arrived; the state is saved.
         ArithmeticError: a loss is not finite.
@@ -201,7 +208,8 @@ class _Run:
 
         self.epoch = self.step = self.updates = 0  # all counted in finished units
         self.rows: Rows = []
-        self.best: tuple[float, float, int] | None = None  # (accuracy, -loss, epoch)
+        # (accuracy, -loss, epoch) of what best.safetensors holds
+        self.best: tuple[float | None, float | None, int] | None = None
         self.seconds = 0.0  # spent before this process took over
         self.sums = self._no_sums()
         self.losses: list[tuple[Tensor, Tensor]] = []  # of the steps that were not looked at yet
@@ -236,13 +244,13 @@ class _Run:
                         self._write_last()
                     raise Interrupted from None
                 row = self.rows[-1]
-                advance(0, f"{self.name}: val {row['val_accuracy']:.3f}")
+                advance(0, f"{self.name}: val {shown(row['val_accuracy'])}")
                 if self.epoch % max(1, options.epochs // 10) and self.epoch < options.epochs:
                     continue  # some ten lines say how it goes; metrics.csv has them all
                 reporter.say(
                     f"{self.name}  epoch {row['epoch']}/{options.epochs}"
                     f"  loss {row['train_loss']:.4f}  train {row['train_accuracy']:.3f}"
-                    f"  val {row['val_accuracy']:.3f}  {row['seconds']:.1f} s"
+                    f"  val {shown(row['val_accuracy'])}  {row['seconds']:.1f} s"
                 )
         try:
             return self._finish()
@@ -260,7 +268,7 @@ class _Run:
             input_size=(len(mean), *size),
             mean=tuple(mean),
             std=tuple(std),
-            interpolation=config["interpolation"],
+            interpolation=self.interpolation,
             **pixels.evaluation_crop(options.augment, config),
             integer_white=ranges.integer,
             real_white=ranges.real,
@@ -271,7 +279,7 @@ class _Run:
                 options.augment,
                 training,
                 size[0],
-                config["interpolation"],
+                self.interpolation,
                 config,
                 options.rand_augment,
             )
@@ -284,10 +292,16 @@ class _Run:
         splits = [
             # features are computed once, so a probe sees the images as evaluation shows them
             pipeline(task.train, training=not linear),
-            pipeline(task.val, training=False),
+            pipeline(task.val, training=False) if task.val else None,
             pipeline(task.test, training=False) if task.test and self.test else None,
         ]
         return [self._features(split) if linear and split else split for split in splits]
+
+    @property
+    def interpolation(self) -> str:
+        """Of the resize: what the options say, else the backbone's own."""
+        asked = self.options.interpolation
+        return self.data_config["interpolation"] if asked == "model" else asked
 
     def _data_config(self) -> dict[str, Any]:
         """timm's: normalisation, interpolation, and the (height, width) of the images."""
@@ -552,9 +566,11 @@ class _Run:
     def _finish_epoch(self) -> None:
         """Validates, keeps the best, writes metrics and state."""
         loss, accuracy = self._means(self.sums, self.drawn)
-        with self._averaged():
-            val_loss, val_accuracy = self._evaluate(self.val_data)
-        if not math.isfinite(val_loss):
+        val_loss = val_accuracy = None
+        if self.val_data:
+            with self._averaged():
+                val_loss, val_accuracy = self._evaluate(self.val_data)
+        if val_loss is not None and not math.isfinite(val_loss):
             raise self._stopped(f"the validation loss of epoch {self.epoch + 1} is {val_loss}")
         self.settled = False
         self.epoch += 1
@@ -569,9 +585,8 @@ class _Run:
                 "seconds": round(self._elapsed(), 3),
             }
         )
-        candidate = (val_accuracy, -val_loss, self.epoch)
-        if self.best is None or candidate[:2] > self.best[:2]:
-            self.best = candidate
+        if self._is_kept(val_accuracy, val_loss):
+            self.best = (val_accuracy, val_loss and -val_loss, self.epoch)
             if self.main:
                 with self._averaged():
                     self.module.save(self.folder.best)
@@ -586,8 +601,14 @@ class _Run:
             except OSError as error:  # the state, which was saved, has the rows too
                 self.reporter.warn(f"{self.folder.metrics_json} was not written: {error}")
 
+    def _is_kept(self, accuracy: float | None, loss: float | None) -> bool:
+        """Whether best.safetensors takes this epoch."""
+        if self.options.keep == "last" or accuracy is None or loss is None:
+            return self.epoch == self.options.epochs
+        return self.best is None or (accuracy, -loss) > cast(Any, self.best[:2])
+
     def _finish(self) -> dict[str, Any]:
-        """Tests the best checkpoint and writes the result, which marks the run as finished."""
+        """Tests the checkpoint that is kept; writes the result, which marks the run as finished."""
         self._write_last()
         self.accelerator.wait_for_everyone()
         self.module.load(self.folder.best)
@@ -605,6 +626,7 @@ class _Run:
             "head_parameters": methods.head_parameters(self.module),
             "val_accuracy": accuracy,
             "best_epoch": epoch,
+            "tested": "last epoch" if self.options.keep == "last" else "epoch of best validation",
             "test_accuracy": test,
             "seconds": round(self._elapsed(), 3),
             "passes": self._passes() + self.aligned["mpa_passes"],
@@ -638,7 +660,8 @@ class _Run:
 
         What a family asks of the images besides (SPT, PRO-VPT, DA-VPT) is not counted.
         """
-        train, val = len(self.train_data), len(self.val_data)
+        train = len(self.train_data)
+        val = len(self.val_data) if self.val_data else 0
         test = len(self.test_data) if self.test_data else 0
         if self.options.method == "linear":  # the features, once
             return train + val + test
@@ -668,6 +691,7 @@ class _Run:
             name=self.name,
             task={"name": task.name, "classes": list(task.classes), **task.sizes()},
             trained_parameters=methods.trained_parameters(self.module),
+            pixels=task.pixels,
             processes=self.accelerator.num_processes,
             device=_device_name(self.accelerator.device),
             **{

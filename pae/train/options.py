@@ -15,9 +15,12 @@ from typing import Any
 
 from pae import choices
 from pae.files import check_signature
+from pae.protocols.tasks import NAMES as PROTOCOLS
 from pae.train.declared import Given, check, declared, near, option, parsed, read_table
 from pae.train.embedded import DATASETS, WEIGHTS_IMAGE_SIZE, WEIGHTS_NAME
 
+TRAIN_ON = ("train", "trainval")
+KEEPS = ("best", "last")
 SCHEDULERS = ("cosine", "step", "poly", "vpt", "none")
 AMPS = ("auto", "bf16", "fp16", "no")
 DEVICES = ("auto", "cpu", "cuda")
@@ -73,6 +76,31 @@ class Options:
         " (FGVC)",
         metavar="FOLDER",
     )
+    protocol: str | None = _images(
+        None,
+        "the folder is a task of it, or holds its tasks: classes, splits and pixels are those of "
+        "the protocol, or it is said",
+        choices=PROTOCOLS,
+    )
+    task: str | None = _images(
+        None,
+        "task of the protocol, by any of its names",
+        metavar="NAME",
+        unset="what the folder is called",
+    )
+    shots: int | None = _images(
+        None,
+        "protocol few-shot: training images of each class (1, 2, 4, 8, 16)",
+        low=1,
+        high=1024,
+    )
+    draw: int = _images(0, "protocol few-shot: which of the drawn lists", low=0, high=2**32 - 1)
+    train_on: str = _images(
+        "train",
+        "trainval: train on the validation images too (VTAB-1k: train800val200), the last step of "
+        "a protocol; nothing is validated then, and the last epoch is tested",
+        choices=TRAIN_ON,
+    )
     train_size: int | None = _images(
         None, "training images, a stratified choice", low=1, high=_MAX, unset="all; embedded: 800"
     )
@@ -82,6 +110,13 @@ class Options:
         low=1,
         high=_MAX,
         unset="a fifth; embedded: 200",
+    )
+    split_seed: int | None = _images(
+        None,
+        "of the choice of training and validation images",
+        low=0,
+        high=2**32 - 1,
+        unset="the seed",
     )
     augment: str = _images(
         "none",
@@ -95,6 +130,12 @@ class Options:
         "rand-m9-mstd0.5-inc1; with augment timm instead of its jitter",
         metavar="TEXT",
         unset="none",
+    )
+    interpolation: str = _images(
+        "model",
+        "of the resize: the backbone's own (model), bilinear and bicubic as PIL does them, or the "
+        "former bilinear rule of TensorFlow (VTAB and VPT read their images by it; augment none)",
+        choices=choices.INTERPOLATIONS,
     )
     norm: str = _images(
         "model",
@@ -269,7 +310,7 @@ class Options:
     warmup_epochs: float = _recipe(
         None, "of linear warm-up", low=0, metavar="N", unset=f"{_ITS_OWN}, at most a quarter"
     )
-    seed: int = _recipe(0, "of cut, initialisation, order, dropout", low=0, high=2**32 - 1)
+    seed: int = _recipe(0, "of initialisation, order, dropout", low=0, high=2**32 - 1)
 
     device: str = _machine("auto", "auto: the GPU if there is one", choices=DEVICES)
     amp: str = _machine("auto", "mixed precision; auto: bf16 where it is faster here", choices=AMPS)
@@ -277,6 +318,13 @@ class Options:
         None, "decoding threads or processes", low=0, high=1024, unset="the CPUs, up to 8"
     )
 
+    keep: str = _folder(
+        None,
+        "the epoch that best.safetensors keeps and that is tested: of the best validation "
+        "accuracy, or the last (as the papers' protocols say)",
+        choices=KEEPS,
+        unset="best; with train_on trainval last",
+    )
     save_every_steps: int = _folder(
         0, "also save the state every N steps, not only after every epoch", low=0, high=_MAX
     )
@@ -333,6 +381,8 @@ class Options:
             values["mpa_images"] = 64 if device == "cuda" else 8
         if self.workers is None:
             values["workers"] = _default_workers()
+        if self.keep is None:
+            values["keep"] = "best" if self.train_on == "train" else "last"
         for name in ("data", "weights"):  # a resumed run may start elsewhere
             if values[name] is not None:
                 values[name] = os.path.abspath(os.path.expanduser(values[name]))
@@ -355,6 +405,25 @@ class Options:
         both("data", "dataset")
         both("mpa", "spt")
         both("clip_norm", "clip_value")
+        if self.protocol is not None and self.data is None:
+            raise ValueError(f"{called('protocol')} needs --data, a folder of its tasks")
+        for name in ("task", "shots", "draw"):
+            needs = "few-shot" if name != "task" else self.protocol or PROTOCOLS[0]
+            if getattr(self, name) and self.protocol != needs:
+                raise ValueError(f"{called(name)} needs --protocol {needs}")
+        if self.protocol == "few-shot" and self.shots is None:
+            raise ValueError(f"{called('protocol')} needs --shots, images of each class")
+        if self.train_on == "trainval" and self.keep == "best":
+            raise ValueError(
+                f"{called('keep')} and {called('train_on')}: no images are left to find the best "
+                "epoch by; the last one is tested"
+            )
+        for name in ("augment", "rand_augment"):
+            if self.interpolation == choices.LEGACY and getattr(self, name) not in ("none", None):
+                raise ValueError(
+                    f"{called('interpolation')} and {called(name)}: the former rule of TensorFlow "
+                    "is for images squashed to a square and otherwise as they are"
+                )
         for name in ("kld", "mpa", "spt", "method_args", "train_backbone"):
             if getattr(self, name) and self.is_comparison:
                 includes = "; the comparison includes it" if name in ("kld", "mpa") else ""

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pae.choices import AUGMENTS, NORMS
+from pae.choices import AUGMENTS, LEGACY, NORMS
 from pae.train.data import Images
 from pae.train.images import Ranges, decode, map_images, survey
+from pae.train.resize import LegacyBilinear
 
 CACHE_BYTES = 2 << 30
 Transform = Callable[[Any], Tensor]  # of a PIL image
@@ -77,7 +78,8 @@ def make_transform(
     model_config: Mapping[str, Any] | None = None,
     rand_augment: str | None = None,
 ) -> tuple[Transform, bool]:
-    """A transform PIL -> uint8 tensor (3, S, S), and whether it is random.
+    """A transform PIL -> tensor (3, S, S) on the scale 0 .. 255, and whether it is random; uint8,
+    but for "tf1-bilinear", which does not round.
 
     Args:
         augment: "none" squashes the image to S x S (the VTAB protocol, training and evaluation
@@ -86,18 +88,23 @@ def make_transform(
             resized crop, flip and colour jitter in training, its crop for the model in evaluation.
         training: training or evaluation.
         image_size: S.
-        interpolation: PIL interpolation by name, e.g. "bicubic".
+        interpolation: PIL interpolation by name, e.g. "bicubic"; or "tf1-bilinear"
+            (`pae.train.resize`), with "none".
         model_config: timm's resolved data configuration of the backbone; for "timm" in evaluation
             its "crop_pct" and "crop_mode", without it 0.875 and "center".
         rand_augment: RandAugment in timm's words, for training; after crop and flip, and with
             "timm" in place of the jitter.
     Raises:
-        ValueError: unknown `augment`.
+        ValueError: unknown `augment`, or one that does not go with the interpolation.
     """
     from timm.data import create_transform
     from timm.data.transforms import MaybePILToTensor, str_to_interp_mode
     from torchvision import transforms
 
+    if interpolation == LEGACY:
+        if augment != "none" or rand_augment is not None:
+            raise ValueError(f"interpolation {LEGACY} needs augment none, got {augment}")
+        return LegacyBilinear((image_size, image_size)), False
     # use_prefetcher leaves the result in uint8: it is normalised on the device, per batch
     common: dict[str, Any] = {
         "input_size": image_size,
@@ -143,7 +150,7 @@ class PixelSplit(Dataset):
 
     Args:
         images: a `pae.train.data.Images`.
-        transform: PIL -> uint8 tensor.
+        transform: PIL -> tensor on the scale 0 .. 255; the cache keeps its dtype.
         is_random: whether `transform` draws random numbers.
         seed: seed of those numbers.
         workers: threads that fill the cache.
@@ -177,9 +184,9 @@ class PixelSplit(Dataset):
         self.ranges = survey(images.items, workers) if ranges is None else ranges
         if is_random:
             return
-        shape = transform(Image.new("RGB", (8, 8))).shape
-        if len(images) * shape.numel() <= (CACHE_BYTES if cache_bytes is None else cache_bytes):
-            self.pixels = torch.empty((len(images), *shape), dtype=torch.uint8)
+        sample = transform(Image.new("RGB", (8, 8)))
+        if len(images) * sample.nbytes <= (CACHE_BYTES if cache_bytes is None else cache_bytes):
+            self.pixels = torch.empty((len(images), *sample.shape), dtype=sample.dtype)
             decoded = map_images(self._decode, range(len(images)), workers)
             for i, pixels in enumerate(decoded):
                 self.pixels[i] = pixels

@@ -80,7 +80,7 @@ class Reporter:
 
         Args:
             title: above the table.
-            results: dicts with "name", "trained_parameters", "val_accuracy", "test_accuracy" (or
+            results: dicts with "name", "trained_parameters", "val_accuracy" and "test_accuracy" (or
                 None), "seconds", and "passes", "mpa_passes", "mpa_seconds" (an older pae wrote
                 none).
         """
@@ -98,8 +98,8 @@ class Reporter:
             test, passes = result["test_accuracy"], result.get("passes")
             table.add_row(
                 result["name"],
-                f"{result['val_accuracy']:.3f}",
-                "-" if test is None else f"{test:.3f}",
+                shown(result["val_accuracy"]),
+                shown(test),
                 f"{result['trained_parameters']:,}",
                 "-" if passes is None else f"{passes:,}",
                 f"{result['seconds']:.1f}",
@@ -113,6 +113,11 @@ _COSTS = (
     "backward (thrice where weights learn). seconds: on this machine, loading, validation, test "
     "and MPA included"
 )
+
+
+def shown(accuracy: float | None) -> str:
+    """For people; a dash where there were no images to measure it by."""
+    return "-" if accuracy is None else f"{accuracy:.3f}"
 
 
 class _Stream:

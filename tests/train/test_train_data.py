@@ -144,11 +144,11 @@ def test_vtab_layout_names_what_is_wrong(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*VTAB-1k has")
-def test_tiny_jpegs_in_vtab_layout_are_warned_about(tmp_path):
+def test_exported_jpegs_in_vtab_layout_are_warned_about(tmp_path):
     save_pictures(tmp_path / "images", 2, suffix=".jpg")
     lines = ["images/000.jpg 0", "images/001.jpg 1"]
     vtab(tmp_path, {"train800.txt": lines, "val200.txt": lines, "test.txt": lines})
-    with pytest.warns(UserWarning, match=r"10 x 12 images stored as JPEG"):
+    with pytest.warns(UserWarning, match="encoded as JPEG of quality 75"):
         read_folder(tmp_path)
 
 
