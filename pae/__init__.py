@@ -9,6 +9,7 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from .face import *  # noqa: F403 (it lists its names)
     from .face import __all__ as __all__
+    from .train.using import load as load  # of `face._LATER`, for those who read without running
 
 
 def __getattr__(name: str) -> Any:

@@ -151,6 +151,14 @@ def backbone_name(backbone: nn.Module) -> str:
     return f"{name}.{get('tag', None)}" if get("tag", None) else name
 
 
+def _source(backbone: nn.Module) -> str | None:
+    """hf:NAME of a model of transformers that came from the hub; the others say it by name."""
+    name = getattr(getattr(backbone, "config", None), "_name_or_path", "")
+    is_theirs = any(c.__module__.startswith("transformers.") for c in type(backbone).__mro__)
+    # a folder of this machine says nothing elsewhere
+    return f"hf:{name}" if is_theirs and name and not Path(name).exists() else None
+
+
 def _image_size(backbone: nn.Module) -> tuple[int, int] | None:
     """(height, width) that the stem was built for."""
     size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
@@ -202,6 +210,8 @@ def save(
     }
     if model.trained_backbone:
         description["train_backbone"] = list(model.trained_backbone)
+    if (source := _source(model.backbone)) is not None:
+        description["source"] = source
     write_tensors(path, state, {**(extra or {}), _TEXT: to_json(description)})
 
 

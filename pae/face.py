@@ -1,5 +1,8 @@
 """What `import pae` gives, imported when it is first asked for; see `pae.__getattr__`."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import analysis, prompts
 from .checkpoint import Checkpoint
 from .checkpoint import read as read_checkpoint
@@ -17,6 +20,19 @@ from .mpa import MPAResult, mpa_init
 from .task import TaskInfo
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .train.using import load
+
+# names whose modules bring the command line's libraries along, so they wait until they are asked
+_LATER = {"load": "pae.train.using"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'pae.face' has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)
+
+
 __all__ = [
     "KLD",
     "Checkpoint",
@@ -33,6 +49,7 @@ __all__ = [
     "condense",
     "fast_forward",
     "graphed_step",
+    "load",
     "load_official",
     "mpa_init",
     "prompts",

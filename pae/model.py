@@ -5,9 +5,10 @@ definition.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,8 @@ class PromptedViT(nn.Module):
         task: a `pae.TaskInfo` or None: what it is trained for. `save` keeps it, `load` gives it
             back.
         pool: as given; may be set, and is checked then.
+        transform: set by `pae.load`: an image of PIL, a path or a uint8 array to the tensor
+            (C, H, W) that enters the model; None before.
 
     Raises:
         UnsupportedBackbone: naming the attribute that pae cannot express.
@@ -89,6 +92,7 @@ class PromptedViT(nn.Module):
     view: BackboneView
     trained_backbone: tuple[str, ...] = ()
     task: TaskInfo | None = None
+    transform: Callable[[Any], Tensor] | None = None
     _pool: str = "image"
 
     def __init__(
@@ -180,6 +184,11 @@ class PromptedViT(nn.Module):
     def num_classes(self) -> int:
         """Number of logits; 0 when the head is neither a linear layer nor ends in `last_layer`."""
         return getattr(getattr(self.head, "last_layer", self.head), "out_features", 0)
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes in the order of the logits, where `task` has them."""
+        return None if self.task is None else self.task.classes
 
     def train(self, mode: bool = True) -> PromptedViT:
         """Training mode for prompts, regulariser and head; the backbone always stays in eval

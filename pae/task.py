@@ -27,6 +27,10 @@ class TaskInfo:
             centre kept) or "border" (long side resized, border filled).
         integer_white, real_white: the values that were white in grey images of more than 8 bits,
             integers and reals, for `pae.train.images.Ranges`; None where there were none.
+        backbone: how the backbone is built again: options of `pae train` by name, of which "model"
+            is needed, e.g. {"model": "vit_base_patch16_224.augreg_in21k", "img_size": 224}; it may
+            be "hf:NAME" (with "class": of transformers) or "open_clip:ARCHITECTURE/TAG" too.
+            Files are there by their names, without the folders that they lay in.
 
     Raises:
         ValueError: a field of another type, or without sense.
@@ -41,6 +45,7 @@ class TaskInfo:
     crop_mode: str | None = None
     integer_white: int | None = None
     real_white: float | None = None
+    backbone: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("classes", "input_size", "mean", "std"):  # lists, as JSON has them, too
@@ -60,6 +65,7 @@ class TaskInfo:
             "crop_mode": (lambda v: v in _CROP_MODES, f"one of {', '.join(_CROP_MODES)}"),
             "integer_white": (lambda v: _all((v,), int) and v > 0, "a positive integer"),
             "real_white": (lambda v: _all((v,), float) and v > 0, "a positive number"),
+            "backbone": (_is_recipe, "a table of names and values with a model"),
         }
         for name, (check, expected) in checks.items():
             value = getattr(self, name)
@@ -77,7 +83,7 @@ class TaskInfo:
         """Keyword arguments for `timm.data.create_transform`: the known of `input_size`, `mean`,
         `std`, `interpolation`, `crop_pct`, `crop_mode`.
         """
-        others = ("classes", "integer_white", "real_white")
+        others = ("classes", "integer_white", "real_white", "backbone")
         return {k: v for k, v in asdict(self).items() if k not in others and v is not None}
 
     def record(self) -> dict[str, Any]:
@@ -96,6 +102,15 @@ class TaskInfo:
         if not isinstance(record, Mapping):
             raise ValueError(f"task must be a table, got {record!r}")
         return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
+
+
+def _is_recipe(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("model"), str)
+        and all(isinstance(name, str) for name in value)
+        and all(v is None or type(v) in (str, int, bool) for v in value.values())
+    )
 
 
 _CROP_MODES = ("squash", "center", "border")

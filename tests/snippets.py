@@ -27,6 +27,7 @@ from unittest import mock
 
 import timm
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import pae
@@ -74,19 +75,17 @@ def snippets(page: Path) -> list[Snippet]:
 def small_model(name: str, pretrained: bool = False, **options) -> VisionTransformer:
     """What `timm.create_model` gives on the pages: few pixels, few thin blocks."""
     torch.manual_seed(0)
-    return VisionTransformer(
-        img_size=112,
-        patch_size=28,
-        embed_dim=32,
-        depth=3,
-        num_heads=4,
-        num_classes=options.get("num_classes", 1000),
+    made = VisionTransformer(
+        img_size=112, patch_size=28, embed_dim=32, depth=3, num_heads=4, num_classes=1000
     )
+    if options.get("num_classes", 1000) != 1000:  # the blocks are the same with any head
+        made.reset_classifier(options["num_classes"])
+    return made
 
 
 def given(folder: Path) -> dict:
     """What a reader has before the first line: a batch, a loader, a model; in `folder`, prompts of
-    that size that the published code of VPT has trained.
+    that size that the published code of VPT has trained, a checkpoint of ours, and a photograph.
     """
     torch.manual_seed(0)
     images, labels = torch.randn(2, 3, 112, 112), torch.tensor([3, 1])
@@ -98,6 +97,19 @@ def given(folder: Path) -> dict:
         "head.last_layer.bias": torch.randn(5),
     }
     torch.save(published, folder / "vpt.pth")
+    trained = pae.PromptedViT(small_model("any"), pae.prompts.VPTDeep(4), num_classes=5)
+    trained.task = pae.TaskInfo(
+        classes=("ant", "bee", "cat", "dog", "elk"),
+        input_size=(3, 112, 112),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        interpolation="bicubic",
+        crop_pct=1.0,
+        crop_mode="squash",
+        backbone={"model": "vit_base_patch16_224.augreg_in21k"},
+    )
+    trained.save(folder / "best.safetensors")
+    Image.new("RGB", (60, 40)).save(folder / "photo.png")
     return {
         "__name__": "page",
         "torch": torch,

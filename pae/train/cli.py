@@ -1,6 +1,4 @@
-"""The command line: ``pae train``, ``sweep``, ``table``, ``analyse``, ``models``; also ``python
--m pae``.
-"""
+"""The command line, ``pae COMMAND``; also ``python -m pae``."""
 
 from __future__ import annotations
 
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pae.sweep import cli as sweep
 from pae.tables import command as tables
+from pae.train import commands as after
 from pae.train.declared import Given, add_arguments, declared, from_arguments
 from pae.train.embedded import DATASETS, WEIGHTS, WEIGHTS_NAME, FetchError
 from pae.train.options import Launch, Options, combine, find_config, read_config
@@ -117,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train, debug=False)
     add_arguments(train, Options, Launch)
     sweep.add_parser(commands)
+    after.add(commands)
     analyse = commands.add_parser(
         "analyse",
         help="spectra, modes and Lyapunov energies of a checkpoint with KLD",

@@ -169,7 +169,7 @@ def decode(item: Any, ranges: Ranges) -> Image.Image:
     the profile of the file where they are printing inks (CMYK), otherwise taken as sRGB.
 
     Args:
-        item: a path, or a uint8 array (H, W) or (H, W, 3).
+        item: a path, a uint8 array (H, W) or (H, W, 3), or an image that PIL has opened.
         ranges: what `survey` found in the dataset that the image belongs to.
     Raises:
         ValueError: the file is unreadable, or its values have no known meaning.
@@ -179,20 +179,30 @@ def decode(item: Any, ranges: Ranges) -> Image.Image:
     if isinstance(item, np.ndarray):
         _check_array(item)
         return Image.fromarray(item).convert("RGB")
+    if isinstance(item, Image.Image):
+        _check(item)
+        return _decoded(item, ranges)
     with opened(item) as image:
-        raw_mode, box = _raw_mode(image), (0, 0, *image.size)
-        if raw_mode in ("L;2", "L;4") and "transparency" in image.info:
-            # PIL scales the values of such a PNG, and leaves the transparent one as it is
-            image.info["transparency"] *= {"L;2": 85, "L;4": 17}[raw_mode]
-        if image.format == "GIF":  # a first frame may be smaller than the image
-            box = cast(Any, image).tile[0][1]
-        image.load()
-        turn = _turn(image)
-        image = _to_rgb(image, ranges)
-        if box != (0, 0, *image.size):
-            part, image = image.crop(box), Image.new("RGB", image.size, "white")
-            image.paste(part, box)
-        return image if turn is None else image.transpose(Image.Transpose[turn])
+        return _decoded(image, ranges)
+
+
+def _decoded(image: Image.Image, ranges: Ranges) -> Image.Image:
+    from PIL import Image
+
+    raw_mode, box = _raw_mode(image), (0, 0, *image.size)
+    if raw_mode in ("L;2", "L;4") and "transparency" in image.info:
+        # PIL scales the values of such a PNG, and leaves the transparent one as it is
+        image.info["transparency"] *= {"L;2": 85, "L;4": 17}[raw_mode]
+    tile = cast(Any, image).tile if image.format == "GIF" else None
+    if tile:  # a first frame may be smaller than the image
+        box = tile[0][1]
+    image.load()
+    turn = _turn(image)
+    image = _to_rgb(image, ranges)
+    if box != (0, 0, *image.size):
+        part, image = image.crop(box), Image.new("RGB", image.size, "white")
+        image.paste(part, box)
+    return image if turn is None else image.transpose(Image.Transpose[turn])
 
 
 def _check_array(array: np.ndarray) -> None:
@@ -246,8 +256,9 @@ def _tag(image: Image.Image, number: int) -> Any:
 
 
 def _raw_mode(image: Any) -> str:
-    """How the file stores a pixel, by PIL's name; known before `load`."""
-    arguments = image.tile[0][3] if image.tile else ""
+    """How the file stores a pixel, by PIL's name; known before `load`, and of files alone."""
+    tile = getattr(image, "tile", None)
+    arguments = tile[0][3] if tile else ""
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 

@@ -272,6 +272,7 @@ class _Run:
             **pixels.evaluation_crop(options.augment, config),
             integer_white=ranges.integer,
             real_white=ranges.real,
+            backbone=methods.portable(methods.recipe(options)),
         )
 
         def pipeline(images: Images, training: bool) -> pixels.Pipeline:
@@ -305,18 +306,13 @@ class _Run:
 
     def _data_config(self) -> dict[str, Any]:
         """timm's: normalisation, interpolation, and the (height, width) of the images."""
-        from timm.data import resolve_data_config
-
-        backbone = self._backbone()
-        config = resolve_data_config({}, model=backbone)
-        # a vision transformer knows the size it was built for; its configuration the original one
-        size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
-        size = tuple(size or config["input_size"][1:])
+        config = methods.data_config(self._backbone())
+        size = config["input_size"]
         if size[0] != size[1]:
             raise ValueError(
                 f"--model {self.options.model}: takes {size} images, expected square ones"
             )
-        return {**config, "input_size": size}
+        return config
 
     def _read_state(self, which: str) -> dict[str, Any] | None:
         if which != "auto":

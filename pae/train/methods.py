@@ -80,6 +80,41 @@ def build_backbone(
 _MEANS = ("avg", "avgmax", "max")  # of timm's readouts, those that pool rows
 
 
+def recipe(options: Options) -> dict[str, Any]:
+    """What of the options builds the backbone again; random weights by the seed that drew them."""
+    found: dict[str, Any] = {"model": options.model}
+    if options.weights is not None:
+        found["weights"] = options.weights
+    if not options.pretrained:
+        found |= {"pretrained": False, "seed": options.seed}
+    for name in ("img_size", "pool"):
+        value = getattr(options, name)
+        if value != declared(Options)[name].default:
+            found[name] = value
+    return found
+
+
+def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as a checkpoint has it, which travels: files without the folders they lay in."""
+    found = dict(recipe)
+    source, _, place = found["model"].partition(":")
+    if source == "local-dir":
+        found["model"] = f"{source}:{Path(place).name}"
+    if found.get("weights") is not None:
+        found["weights"] = Path(found["weights"]).name
+    return found
+
+
+def data_config(backbone: nn.Module) -> dict[str, Any]:
+    """timm's: normalisation, interpolation, crop, and the (height, width) of the images."""
+    from timm.data import resolve_data_config
+
+    config = resolve_data_config({}, model=backbone)
+    # a vision transformer knows the size it was built for; its configuration the original one
+    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    return {**config, "input_size": tuple(size or config["input_size"][1:])}
+
+
 def _load(
     model: nn.Module,
     options: Options,
@@ -436,7 +471,8 @@ class LinearProbe(nn.Module):
         self.task = self.frozen.task
 
 
-_WHOLE = "timm-state-dict-2"  # the format of a whole model's file; version 0.1: without the 2
+WHOLE = "timm-state-dict-2"  # the format of a whole model's file
+WHOLE_FORMATS = "timm-state-dict"  # how it begins; version 0.1 wrote no number behind
 
 
 class FullFineTuning(nn.Module):
@@ -444,10 +480,21 @@ class FullFineTuning(nn.Module):
 
     backbone: Any
     task: pae.TaskInfo | None = None
+    transform: Callable[[Any], Tensor] | None = None  # as `PromptedViT.transform`
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(True)
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Their names, in the order of the logits, where they are known."""
+        return None if self.task is None else self.task.classes
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits."""
+        return int(self.backbone.num_classes)
 
     def forward(self, images: Tensor, engine: str = "fast") -> Tensor:
         """Logits (B, classes); both engines are timm's own forward, for no weight is frozen."""
@@ -474,7 +521,7 @@ class FullFineTuning(nn.Module):
     def save(self, path: str | Path) -> None:
         """Writes the timm state dict as safetensors, atomically, with a digest."""
         description = {
-            "format": _WHOLE,
+            "format": WHOLE,
             "backbone": pae.checkpoint.backbone_name(self.backbone),
             "task": None if self.task is None else self.task.record(),
         }
@@ -487,7 +534,7 @@ class FullFineTuning(nn.Module):
             CheckpointError: unreadable or damaged file, or weights of another model.
         """
         state, texts, vouched = read_tensors(path)
-        require_digest(path, vouched, former=_WHOLE not in texts.get("pae", ""))
+        require_digest(path, vouched, former=WHOLE not in texts.get("pae", ""))
         self.backbone.load_state_dict(fitted(path, state, self.backbone.state_dict()))
 
 

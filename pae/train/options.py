@@ -372,7 +372,7 @@ class Options:
             raise ValueError(
                 f"{called('per_class')}: expected a divisor of the batch size, which is {batch}"
             )
-        device = values["device"] = _resolve_device(self.device, called)
+        device = values["device"] = resolve_device(self.device, called)
         amp = values["amp"] = _resolve_amp(self.amp, device, called)
         if self.mpa_precision == "auto":
             fast = amp == "bf16" and device == "cpu" and bf16_gain() > _MPA_GAIN
@@ -635,13 +635,19 @@ def combine(
 # ---- the machine
 
 
-def _resolve_device(device: str, called: Callable[[str], str]) -> str:
+def resolve_device(device: str, called: Callable[[str], str] | None = None) -> str:
+    """ "cuda" or "cpu" of what --device says; `called` as of `Options.called`.
+
+    Raises:
+        ValueError: a GPU is asked for, and none is usable.
+    """
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{called('device')}: no usable GPU here")
+        asked = "--device cuda" if called is None else called("device")
+        raise ValueError(f"{asked}: no usable GPU here")
     return device
 
 

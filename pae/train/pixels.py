@@ -323,6 +323,12 @@ def share(batch: Tensor, rank: int, world: int) -> tuple[Tensor, float]:
     return mine, len(mine) * world / len(batch)
 
 
+def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """(x / 255 - mean) / std as one multiply-add: two tensors (1, C, 1, 1)."""
+    scale, shift = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (std, mean))
+    return 1 / (255 * scale), -shift / scale
+
+
 class Pipeline:
     """Batches of normalised images on the device.
 
@@ -344,12 +350,7 @@ class Pipeline:
         self.split = split
         self.device = torch.device(device)
         self.workers = 0 if split.pixels is not None else workers
-        # (x / 255 - mean) / std as one multiply-add
-        scale, shift = (
-            torch.tensor(values, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)
-            for values in (std, mean)
-        )
-        self.scale, self.shift = 1 / (255 * scale), -shift / scale
+        self.scale, self.shift = (part.to(self.device) for part in scale_and_shift(mean, std))
 
     def __len__(self) -> int:
         return len(self.split)

@@ -228,10 +228,12 @@ class RunFolder:
         self._write(path, (to_json(value, indent=2) + "\n").encode())
 
     def _write(self, path: Path, data: bytes) -> None:
-        def write(file: Path) -> None:
-            file.write_bytes(data)
+        write_bytes(path, data)
 
-        write_atomically(path, write)
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """A file in one step."""
+    write_atomically(path, lambda file: file.write_bytes(data))
 
 
 def _rows_of(value: Any) -> Rows:

@@ -228,7 +228,7 @@ def test_module_and_import_cost():
     )
     processes.run([sys.executable, "-c", script])
     # nor does the command line wait for torch to show its help or to refuse an argument
-    for line in (["--help"], ["analyse", "--help"], ["train", "--lr", "x"], ["train", "--lt", "1"]):
+    for line in (["--help"], ["predict", "--help"], ["train", "--lr", "x"], ["train", "--lt", "1"]):
         script = (
             "import sys; from pae.train.cli import main\n"
             f"try: status = main({line})\n"

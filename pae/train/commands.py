@@ -1,0 +1,270 @@
+"""The commands after training: ``pae predict``, ``evaluate``, ``export`` and ``info``.
+
+Options are declared here without torch, so that --help and a typing error cost nothing; what works
+is in `using`, `evaluation` and `export`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pae import choices
+from pae.train.declared import add_arguments, from_arguments, option
+from pae.train.options import DEVICES
+
+if TYPE_CHECKING:
+    from pae.train.report import Reporter
+    from pae.train.using import Loaded, Place
+
+UNREAD = 1  # exit status: done, but some images could not be read
+FORMATS = ("onnx", "torch-export")
+WHICH = ("best", "last")
+
+_model = partial(option, "model (what an older file does not say itself)")
+_work = partial(option, "machine")
+_images = partial(option, "images")
+_out = partial(option, "result")
+
+
+@dataclass(frozen=True)
+class Use:
+    """What every command takes that runs a model."""
+
+    checkpoint: str = _model("best", "which file of a run's folder", choices=WHICH)
+    model: str | None = _model(
+        None,
+        "the backbone: a timm name, hf-hub:NAME, local-dir:FOLDER, hf:NAME, open_clip:NAME/TAG",
+        metavar="NAME",
+        unset="as the file says",
+    )
+    weights: str | None = _model(
+        None, "its file of weights, if it had one", metavar="FILE", unset="as the file says"
+    )
+    img_size: int | None = _model(
+        None, "side of its images", low=1, high=16_384, unset="as the file says"
+    )
+    norm: str | None = _model(
+        None, "normalisation", choices=choices.NORMS, unset="as the file says"
+    )
+    augment: str | None = _model(
+        None, "the crop of its evaluation", choices=choices.AUGMENTS, unset="as the file says"
+    )
+    classes: str | None = _model(
+        None,
+        "a file with the name of a class a line, or names with commas",
+        metavar="NAMES",
+        unset="as the file says",
+    )
+    device: str = _work("auto", "auto: the GPU if there is one", choices=DEVICES)
+    batch_size: int = _work(32, "images per forward", low=1, high=10**6)
+    workers: int = _work(2, "decoding threads", low=0, high=1024)
+    quiet: bool = _work(False, "print the result only", negated=False)
+    debug: bool = _work(False, "show tracebacks", negated=False)
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Of ``pae predict`` alone."""
+
+    output: str | None = _out(
+        None,
+        "a CSV file: image, then class and probability of the --top best, then why an image could "
+        "not be read; - is the standard output",
+        metavar="FILE",
+        unset="lines for people",
+    )
+    top: int = _out(3, "how many classes per image", low=1, high=10**6)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Of ``pae evaluate`` alone."""
+
+    data: str | None = _images(None, "a folder, in any layout of pae train", metavar="FOLDER")
+    split: str | None = _images(
+        None,
+        "which of its splits",
+        choices=("train", "val", "test"),
+        unset="test, else val; all of class folders alone",
+    )
+    output: str | None = _out(
+        None,
+        "a folder: evaluation.json, per_class.csv, confusion.csv, confusion.png, predictions.csv",
+        metavar="FOLDER",
+        unset="evaluation-DATA-SPLIT beside the checkpoint",
+    )
+
+
+def add(commands: Any) -> None:
+    """Adds the commands to the parser's."""
+    run = "a run's folder, or a checkpoint"
+    predict = commands.add_parser(
+        "predict",
+        usage="pae predict RUN IMAGES... [options]",
+        help="what a trained model takes images for",
+        description="Exit status 1: done, but some of the images could not be read.",
+    )
+    predict.add_argument("place", metavar="RUN", help=run)
+    predict.add_argument(
+        "images", metavar="IMAGES", nargs="+", help="files, folders (with all below), patterns"
+    )
+    _finish(predict, _predict, Predict)
+    evaluate = commands.add_parser(
+        "evaluate",
+        usage="pae evaluate RUN --data FOLDER [options]",
+        help="accuracy, per class, and who is taken for whom, on labelled images",
+        description="Exit status 1: done, but some of the images could not be read.",
+    )
+    evaluate.add_argument("place", metavar="RUN", help=run)
+    _finish(evaluate, _evaluate, Evaluate)
+    info = commands.add_parser("info", help="what a checkpoint holds, and what it was trained for")
+    info.add_argument("place", metavar="FILE", help="a checkpoint, or a run's folder")
+    info.add_argument("--json", action="store_true", help="for programs")
+    info.set_defaults(run=_info, debug=False)
+
+
+def _finish(parser: argparse.ArgumentParser, run: Any, own: type) -> None:
+    parser.set_defaults(run=run, debug=False)
+    add_arguments(parser, own, Use)
+
+
+def _opened(arguments: argparse.Namespace, *needs: str) -> tuple[Use, Place, Loaded, Reporter]:
+    """The model that the arguments name; `needs` as `using.require`."""
+    use = Use(**from_arguments(Use, arguments))
+    from pae.train import using
+    from pae.train.options import resolve_device
+    from pae.train.report import Reporter
+
+    reporter = Reporter(True, use.quiet)
+    place = using.find(arguments.place, use.checkpoint)
+    if place.note:
+        reporter.say(place.note)
+    model = using.load(
+        place.file,
+        use.model,
+        weights=use.weights,
+        device=resolve_device(use.device),
+        img_size=use.img_size,
+        norm=use.norm,
+        augment=use.augment,
+        classes=None if use.classes is None else using.read_classes(use.classes),
+    )
+    using.require(place, model, *needs)
+    return use, place, model, reporter
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    own = Predict(**from_arguments(Predict, arguments))
+    from pae.train import using
+    from pae.train.evaluation import as_csv
+
+    if own.output not in (None, "-") and os.path.isdir(str(own.output)):
+        raise ValueError(f"--output {own.output}: a folder; give a file")
+    files, others = using.expand(arguments.images)
+    use, _, model, reporter = _opened(arguments, "transform", "classes")
+    if others:
+        reporter.say(f"{others} files without a suffix of an image are left out")
+    classes = model.classes or ()
+    rows: list[dict[str, Any]] = []
+    unread = 0
+    with (
+        reporter.warnings(),
+        reporter.progress("predicting", len(files)) as advance,
+    ):
+        how = {"batch_size": use.batch_size, "workers": use.workers, "on_image": advance}
+        for said in using.predictions(model, files, **how):  # type: ignore[arg-type]
+            row: dict[str, Any] = {"image": str(said.item)}
+            best: list[tuple[str, float]] = []
+            if said.probabilities is None:
+                unread += 1
+                reporter.warn(f"{said.item} could not be read: {said.error}")
+            else:
+                best = using.top(said.probabilities, classes, own.top)
+            for i in range(min(own.top, len(classes))):
+                name, value = (best[i][0], f"{best[i][1]:.6f}") if best else (None, None)
+                row |= {f"class_{i + 1}": name, f"probability_{i + 1}": value}
+            row["error"] = said.error
+            rows.append(row)
+            if own.output is None and best:
+                named = ", ".join(f"{name} {value:.3f}" for name, value in best)
+                print(f"{said.item}: {named}", flush=True)
+    if own.output == "-":
+        print(as_csv(rows), end="")
+    elif own.output is not None:
+        from pae.train.runfolder import write_bytes
+
+        write_bytes(os.path.expanduser(own.output), as_csv(rows).encode())
+        reporter.say(f"{len(files) - unread} predictions: {own.output}")
+    if unread:
+        reporter.warn(f"{unread} of {len(files)} images could not be read")
+    return UNREAD if unread else 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    own = Evaluate(**from_arguments(Evaluate, arguments))
+    if own.data is None:
+        raise ValueError("pae evaluate needs --data FOLDER, the labelled images")
+    from pathlib import Path
+
+    from pae.train.evaluation import evaluate, read_labelled
+
+    use, place, model, reporter = _opened(arguments, "transform", "classes")
+    with reporter.warnings():
+        images, split = read_labelled(own.data, model.classes or (), own.split)
+        with reporter.progress(f"evaluating on {split}", len(images)) as advance:
+            how = {"batch_size": use.batch_size, "workers": use.workers, "on_image": advance}
+            found = evaluate(model, images, **how)  # type: ignore[arg-type]
+    data = Path(os.path.abspath(os.path.expanduser(own.data)))
+    default = place.file.parent / f"evaluation-{data.name}-{split}"
+    folder = default if own.output is None else Path(os.path.expanduser(own.output))
+    facts = {"checkpoint": str(place.file), "data": str(data), "split": split}
+    found.write(folder, **facts)
+    for item, error in found.unread:
+        reporter.warn(f"{item} could not be read: {error}")
+    if split == "train":
+        reporter.warn("these are training images: the model may have seen them")
+    worst = sorted(
+        (row for row in found.per_class() if row["accuracy"] is not None),
+        key=lambda row: row["accuracy"],
+    )
+    for row in worst[:5]:
+        reporter.say(
+            f"{row['class']}: {row['correct']} of {row['images']} ({row['low']:.3f} to "
+            f"{row['high']:.3f})"
+        )
+    if len(worst) > 5:
+        reporter.say(f"(the five hardest of {len(worst)} classes; all in per_class.csv)")
+    print(f"{split}: {found.summary()}")
+    reporter.say(f"written: {folder}")
+    return UNREAD if found.unread else 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from pae.files import to_json
+    from pae.train.using import describe, find
+
+    place = find(arguments.place)
+    table = describe(place)
+    if arguments.json:
+        print(to_json(table, indent=2))
+        return 0
+    for name, text in _lines(table):
+        print(f"{name:16} {text}")
+    return 0
+
+
+def _lines(table: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in table.items():
+        if value is None or value == {} or value == []:
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{k}={v}" for k, v in value.items())
+        elif isinstance(value, list):
+            more = f", ... ({len(value)})" if len(value) > 12 else ""
+            value = ", ".join(map(str, value[:12])) + more
+        yield name, str(value)
