@@ -162,7 +162,8 @@ class HeadNorms(NamedTuple):
 
 
 class MLPKept(NamedTuple):
-    """What `mlp_half` knows: normalised rows, 1/std, and of the hidden rows what the memory mode
+    """What `mlp_half` knows: normalised rows, 1/std (none in a parallel block, whose rows are those
+    of `AttentionKept`), and of the hidden rows what the memory mode
     keeps: themselves, the activation's derivative in 8 bits, or None; and the same two of norms
     behind the products.
     """
@@ -200,12 +201,21 @@ def mlp_half(
     out: Tensor,
     memory: str = "keep",
     steps: Steps = AS_A_BACKWARD_NEEDS,
+    entered: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, MLPKept]:
-    """From attention's output to the block's: rows, what is pending, and what was on the way."""
-    if block.norm_out is not None:
-        out, _ = _norm(out, block.norm_out)
+    """From attention's output to the block's: rows, what is pending, and what was on the way.
+
+    Args:
+        entered: the normalised rows that `attention_half` made, or the class's alone; read where
+            the block is parallel.
+    """
+    out, _ = _before_proj(block, out)
     x, pending, post1 = _add(steps, x, out, block, "proj", block.post1, steps.overwrites)
-    y, xhat, rstd = _sum_and_norm(x, pending, block.norm2, block.w_fc1.dtype)
+    if block.parallel:
+        assert entered is not None
+        y, xhat, rstd = _sum(x, pending), entered, entered.new_empty(0)
+    else:
+        y, xhat, rstd = _sum_and_norm(x, pending, block.norm2, block.w_fc1.dtype)
     rows, hidden = steps.hidden(_before_fc1(block, xhat)[0], block, memory)
     y, pending, post2 = _add(steps, y, rows, block, "fc2", block.post2, True)
     return y, pending, MLPKept(xhat, rstd, hidden, *post1, *post2)
@@ -227,10 +237,42 @@ def _add(
     return x, torch.addcmul(post.bias, hat, post.weight), (hat, rstd)
 
 
+def _read_twice(block: BlockPlan, xhat: Tensor, class_only: bool) -> Tensor | None:
+    """What attention's rows are to the MLP of a parallel block."""
+    if not block.parallel:
+        return None
+    return xhat[:, :1].contiguous() if class_only else xhat
+
+
+def _before_proj(block: BlockPlan, out: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """What w_proj reads of attention's output; the rows that a norm behind it gives, and 1/std."""
+    if block.norm_out is None:
+        return out, None
+    if block.difference is not None:
+        a, b = out.unflatten(-1, (block.num_heads // 4, 2, -1)).unbind(-2)
+        out = a - block.difference.to(b.dtype) * b
+    hat, rstd = _norm(out, block.norm_out)
+    return hat if block.difference is None else hat.flatten(-2), (hat, rstd)
+
+
+def _before_proj_backward(block: BlockPlan, d: Tensor, out: Tensor | None) -> Tensor:
+    """The gradient of attention's output, `out`, which is read where a norm stands behind it."""
+    if block.norm_out is None or out is None:
+        return d
+    _, known = _before_proj(block, out)
+    assert known is not None
+    d = _plain_norm_backward(block.norm_out, d.view(known[0].shape), *known)
+    if block.difference is None:
+        return d
+    return torch.stack([d, -block.difference.to(d.dtype) * d], dim=-2).flatten(-3)
+
+
 def _before_fc1(block: BlockPlan, xhat: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What fc1 reads of the rows that the second norm gives; 1/std of a third norm behind it."""
+    """What fc1 reads of the rows that the second norm gives, or the only one of a parallel block;
+    1/std of a third norm behind it.
+    """
     if block.affine2 is None:
-        return scaled(xhat, block.gain2), None
+        return scaled(xhat, block.gain1 if block.parallel else block.gain2), None
     affine = block.affine2
     return _norm(torch.addcmul(affine.bias, xhat, affine.weight), affine.plain)
 
@@ -240,8 +282,8 @@ def forward(
 ) -> Stream:
     """The forward alone, nothing kept; without `keys` there are no prompts."""
     keys = no_keys(block) if keys is None else keys
-    x, out = attention_half(block, stream, keys, steps=steps)[:2]
-    return Stream(*mlp_half(block, x, out, "recompute", steps)[:2])
+    x, out, kept = attention_half(block, stream, keys, steps=steps)
+    return Stream(*mlp_half(block, x, out, "recompute", steps, kept.xhat)[:2])
 
 
 # ---- rows to queries, keys and values
@@ -424,10 +466,13 @@ class FrozenBlock(torch.autograd.Function):
             attention = class_attention(qkv, kv, first.lse, group, scale=1.0, **options)
             attention = attention[..., kv.shape[1] :]
             ctx.mark_non_differentiable(attention)
-        y, rows, second = mlp_half(block, x, out, memory)
+        entered = _read_twice(block, xhat, class_only)
+        y, rows, second = mlp_half(block, x, out, memory, AS_A_BACKWARD_NEEDS, entered)
 
         need_x = ctx.needs_input_grad[0]
         need_qkv = need_x or not _BEFORE_ATTENTION.isdisjoint(block.trained)
+        if block.parallel and not need_x and not block.trained:
+            second = second._replace(xhat=cast(Any, None), hidden=None)  # prompts reach the other
         again = need_qkv and memory != "keep"
         need_xhat = need_x or again or "gain1" in block.trained
         if not need_qkv:
@@ -454,7 +499,9 @@ class FrozenBlock(torch.autograd.Function):
         kept = _Kept(*ctx.saved_tensors)
         qkv, head_norms = kept.qkv, HeadNorms(kept.q_hat, kept.q_rstd, kept.k_hat, kept.k_rstd)
         with torch.autocast(dy.device.type, enabled=False):
-            dy, d_out = _mlp_half_backward(block, dy, d_rows, kept.out, kept.second(), sums)
+            dy, d_out, d_first = _mlp_half_backward(
+                block, dy, d_rows, kept.out, kept.second(), sums
+            )
             if qkv is None:
                 qkv, head_norms = project(block, cast(Tensor, kept.xhat1))
             d_qkv, d_kv = torch.ops.pae.prompt_attention_bwd(
@@ -470,7 +517,10 @@ class FrozenBlock(torch.autograd.Function):
                 sums.over_rows("b_qkv", d_qkv)
             if kept.rstd1 is not None or "gain1" in block.trained:
                 xhat = cast(Tensor, kept.xhat1)
-                d_xhat = sums.behind_gain("gain1", block.gain1, d_qkv @ block.w_qkv, xhat)
+                d_xhat = d_qkv @ block.w_qkv
+                if d_first is not None:
+                    d_xhat[:, : d_first.shape[1]] += d_first
+                d_xhat = sums.behind_gain("gain1", block.gain1, d_xhat, xhat)
                 if kept.rstd1 is not None:
                     if ctx.class_only:
                         dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
@@ -549,7 +599,8 @@ class ClassBlock(torch.autograd.Function):
         mixed = _of_parts(probs, *parts)  # (B, H, D)
         read = scaled(mixed, block.gain1).to(dtype)
         out = (_per_head(read, w_v.transpose(1, 2)).flatten(1) + b_v)[:, None]
-        y, rows, second = mlp_half(block, x[:, :1], out)
+        entered = _read_twice(block, xhat, class_only=True)
+        y, rows, second = mlp_half(block, x[:, :1], out, "keep", AS_A_BACKWARD_NEEDS, entered)
         kept = mixed if "gain1" in block.trained else None, out if block.norm_out else None
         ctx.save_for_backward(normed, group, xhat, rstd, probs, own, *kept, *second)
         ctx.block = block
@@ -566,7 +617,9 @@ class ClassBlock(torch.autograd.Function):
         dtype, wide, count = w_q.dtype, kept.rstd1.dtype, normed.shape[1]
         with torch.autocast(dy.device.type, enabled=False):
             narrow = dy.to(dtype)
-            dy, d_out = _mlp_half_backward(block, dy, narrow, kept.out, kept.second(), sums)
+            dy, d_out, d_beside = _mlp_half_backward(
+                block, dy, narrow, kept.out, kept.second(), sums
+            )
             d_out = d_out.view(batch, heads, d)
             d_mixed = _per_head(d_out, w_v).to(wide)  # (B, H, D)
             d_mixed = sums.behind_gain("gain1", block.gain1, d_mixed, kept.mixed)
@@ -593,6 +646,7 @@ class ClassBlock(torch.autograd.Function):
             d_v = d_out.flatten(1)  # a key's bias moves all logits of a query alike: no gradient
             sums.over_rows("b_qkv", torch.cat([d_q, torch.zeros_like(d_q), d_v], dim=1))
             d_first = (d_q @ w_q.flatten(0, 1))[:, None]
+            d_first = d_first if d_beside is None else d_first + d_beside
             d_first = sums.behind_gain("gain1", block.gain1, d_first, xhat[:, :1])
             dx = d_pending = None
             if need_x:
@@ -652,20 +706,38 @@ def _mlp_half_backward(
     out: Tensor | None,
     kept: MLPKept,
     sums: _Sums,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the residual stream before the second norm, and of attention's output.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the residual stream before the second norm, of attention's output, and of what
+    fc1 reads in a parallel block, before its gain.
 
     d_rows is the gradient of fc2's rows, which is dy in the product's dtype; None when it is dy.
     out, attention's output, is read where a norm stands behind it. The norms inside are computed
     again: a pass each, where kept rows would be S or 4 S elements.
     """
+    d = dy if d_rows is None else d_rows
+    beside = None
+    if block.parallel:
+        narrow = d
+        if kept.xhat is not None:
+            beside = _mlp_backward(block, dy, d, kept, sums)
+    else:
+        d = sums.behind_gain(
+            "gain2", block.gain2, _mlp_backward(block, dy, d, kept, sums), kept.xhat
+        )
+        dy, narrow = _norm_backward(block.norm2, d, kept.xhat, kept.rstd, dy)
+    d_added, narrow = _post_backward(block.post1, dy, narrow, kept.hat1, kept.rstd1)
+    sums.over_rows("b_proj", d_added)
+    return dy, _before_proj_backward(block, narrow @ block.w_proj, out), beside
+
+
+def _mlp_backward(block: BlockPlan, dy: Tensor, d: Tensor, kept: MLPKept, sums: _Sums) -> Tensor:
+    """The gradient of what fc1 reads, before its gain; dy and d as in `_post_backward`."""
     hidden = kept.hidden
     again = rstd = None
     if hidden is None or block.affine2 is not None:
         again, rstd = _before_fc1(block, kept.xhat)
     if hidden is None:
         hidden = _linear(cast(Tensor, again), *block.product("fc1"))
-    d = dy if d_rows is None else d_rows
     d_added, d = _post_backward(block.post2, dy, d, kept.hat2, kept.rstd2)
     sums.over_rows("b_fc2", d_added)
     kind, norm = block.activation, block.norm_hidden
@@ -683,14 +755,7 @@ def _mlp_half_backward(
     d = d @ block.w_fc1
     if block.affine2 is not None and again is not None and rstd is not None:
         d = _plain_norm_backward(block.affine2.plain, d, again, rstd).mul_(block.affine2.weight)
-    d = sums.behind_gain("gain2", block.gain2, d, kept.xhat)
-    dy, narrow = _norm_backward(block.norm2, d, kept.xhat, kept.rstd, dy)
-    d_added, narrow = _post_backward(block.post1, dy, narrow, kept.hat1, kept.rstd1)
-    sums.over_rows("b_proj", d_added)
-    d_out = narrow @ block.w_proj
-    if block.norm_out is not None and out is not None:
-        d_out = _plain_norm_backward(block.norm_out, d_out, *_norm(out, block.norm_out))
-    return dy, d_out
+    return d
 
 
 def _post_backward(

@@ -37,6 +37,7 @@ from .backbones.view import (
     Linear,
     Norm,
     Stacked,
+    Summed,
     added_to,
 )
 from .errors import UnsupportedBackbone
@@ -72,6 +73,9 @@ class BlockPlan:
     norm2 and w_fc1 another norm, with norm2's affine before it (affine2, of width D). post1 and
     post2 (of width D) normalise what w_proj and w_fc2 give, mostly instead of norm1 and norm2.
     gated: the first half of w_fc1's rows goes through the activation and multiplies the other half.
+    parallel: w_fc1 reads the rows that w_qkv reads, and there is no norm2. difference: (), in at
+    least fp32, how much of the second of two softmaxes is taken from the first; a head of the
+    result is four heads here, two halves of each, and norm_out is over each of these.
 
     bias: what is added to the logits, by the places of rows in the image, or None.
     rotation: (2, n, d/2) or (2, H, n, d/2), sine and cosine in at least fp32, of the images' size:
@@ -100,6 +104,8 @@ class BlockPlan:
     w_fc2: Tensor
     b_fc2: Tensor
     gated: bool = False
+    parallel: bool = False
+    difference: Tensor | None = None
     norm_out: PlainNorm | None = None
     norm_hidden: PlainNorm | None = None
     affine2: HeadNorm | None = None
@@ -289,10 +295,12 @@ def _without_trained(w: BlockWeights) -> BlockWeights:
     return replace(w, **{f.name: left(getattr(w, f.name)) for f in fields(w)})
 
 
-def _trained_bias(product: Linear | Stacked) -> Tensor | Stacked | None:
+def _trained_bias(product: Linear | Stacked | Summed) -> Tensor | Stacked | None:
     """What of its bias is trained."""
     if isinstance(product, Linear):
         return _trained(product.bias)
+    if isinstance(product, Summed):  # whose parts may train nothing
+        return None
     parts = [Linear(part.weight.detach(), _trained(part.bias)) for part in product.parts]
     return None if all(part.bias is None for part in parts) else Stacked(tuple(parts))
 
@@ -304,7 +312,7 @@ def _trained_vectors(block: int, w: BlockWeights, fixed: BlockWeights) -> list[T
 
     def product(
         name: str,
-        linear: Linear | Stacked,
+        linear: Linear | Stacked | Summed,
         norm: Norm | None,
         base: Tensor,
         after: Tensor,
@@ -322,7 +330,7 @@ def _trained_vectors(block: int, w: BlockWeights, fixed: BlockWeights) -> list[T
             one = ones(len(cast(Tensor, own)))
             found.append(TrainedVector(block, name, 0 * one, after * one, own, order=order))
 
-    after = ones(3 * w.proj.weight.shape[1])
+    after = ones(3 * w.num_heads * w.head_width)
     if w.q_norm is None:
         after[: len(after) // 3] = w.scale
     scale("gain1", None if w.norm1 is None else w.norm1.weight)
@@ -332,13 +340,13 @@ def _trained_vectors(block: int, w: BlockWeights, fixed: BlockWeights) -> list[T
             scale(f"{name}.weight", norm.weight, by, _order(w))
             scale(f"{name}.bias", norm.bias, by, _order(w))
     for name, linear, norm, gamma in (
-        ("proj", w.proj, w.attn_norm, w.scale1),
+        ("proj", w.proj, _before_proj(w), w.scale1),
         ("fc2", w.fc2, w.mlp_norm, w.scale2),
     ):
         after = ones(len(linear.weight)) if gamma is None else gamma.detach().double()
         product(f"b_{name}", linear, norm, _fold_second(fixed, name)[1], after)
-    before, of_fixed = w.mlp_pre or w.norm2, fixed.mlp_pre or fixed.norm2
-    if w.mlp_pre is None:
+    before, of_fixed = _before_fc1(w), _before_fc1(fixed)
+    if w.mlp_pre is None and not w.parallel:
         scale("gain2", None if w.norm2 is None else w.norm2.weight)
     base = _behind_norm(of_fixed, fixed.fc1)[1]
     product("b_fc1", w.fc1, before, base, ones(len(base)))
@@ -360,15 +368,29 @@ def _order_of_qkv(w: BlockWeights) -> Tensor | None:
     order = _order(w)
     if order is None:
         return None
-    features = torch.arange(3 * w.proj.weight.shape[1], device=order.device)
+    features = torch.arange(3 * w.num_heads * w.head_width, device=order.device)
     q, k, v = features.view(3, w.num_heads, -1)
     return torch.cat([q[:, order], k[:, order], v]).flatten()
+
+
+def _before_proj(w: BlockWeights) -> Norm | None:
+    """The norm whose affine is folded into it."""
+    if w.difference is None:
+        return w.attn_norm
+    norm, left = w.difference.norm, 1 - w.difference.start
+    ones = torch.ones(2 * w.head_width, dtype=torch.float64, device=w.proj.weight.device)
+    one_head = left * (ones if norm.weight is None else norm.weight.detach().double())
+    return replace(norm, weight=one_head.repeat(w.num_heads // 4))
+
+
+def _before_fc1(w: BlockWeights) -> Norm | None:
+    return w.mlp_pre or (w.norm1 if w.parallel else w.norm2)
 
 
 def _fold_second(w: BlockWeights, name: str) -> tuple[Tensor, Tensor]:
     """Weight and bias of "proj" or "fc2", between an inner norm and LayerScale."""
     first = name == "proj"
-    norm, gamma = (w.attn_norm, w.scale1) if first else (w.mlp_norm, w.scale2)
+    norm, gamma = (_before_proj(w), w.scale1) if first else (w.mlp_norm, w.scale2)
     return _before_scale(*_behind_norm(norm, w.proj if first else w.fc2), gamma)
 
 
@@ -387,7 +409,7 @@ def _fold_block(w: BlockWeights, w_qkv: Tensor, b_qkv: Tensor, dtype: torch.dtyp
         return pair[0].to(dtype).contiguous(), pair[1].to(dtype)
 
     w_proj, b_proj = rounded(_fold_second(w, "proj"))
-    w_fc1, b_fc1 = rounded(_behind_norm(w.mlp_pre or w.norm2, w.fc1))
+    w_fc1, b_fc1 = rounded(_behind_norm(_before_fc1(w), w.fc1))
     w_fc2, b_fc2 = rounded(_fold_second(w, "fc2"))
     heads = b_qkv.view(3 * w.num_heads, -1)
     affine2: HeadNorm | None = None
@@ -411,13 +433,19 @@ def _fold_block(w: BlockWeights, w_qkv: Tensor, b_qkv: Tensor, dtype: torch.dtyp
         w_fc2=w_fc2,
         b_fc2=b_fc2,
         gated=w.gated,
-        norm_out=_known(w.attn_norm, _plain),
+        parallel=w.parallel,
+        difference=None if w.difference is None else _wide(w.difference.weight, dtype),
+        norm_out=_known(_before_proj(w), _plain),
         norm_hidden=_known(w.mlp_norm, _plain),
         affine2=affine2,
         post1=_known(w.post1, lambda n: _unfolded(n, _plain(n), w_fc1)),
         post2=_known(w.post2, lambda n: _unfolded(n, _plain(n), w_fc1)),
         order=_order(w),
     )
+
+
+def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(torch.promote_types(dtype, torch.float32))
 
 
 def _known(norm: Norm | None, make: Callable[[Norm], Made]) -> Made | None:
@@ -428,7 +456,7 @@ def _plain(norm: Norm) -> PlainNorm:
     return PlainNorm(norm.eps, norm.kind == "rms")
 
 
-def _behind_norm(norm: Norm | None, linear: Linear | Stacked) -> tuple[Tensor, Tensor]:
+def _behind_norm(norm: Norm | None, linear: Linear | Stacked | Summed) -> tuple[Tensor, Tensor]:
     """W (g * xhat + c) + b = (W g) xhat + (W c + b): new tensors."""
     weight, own = linear.weight.detach().to(torch.float64, copy=True), linear.bias
     bias = torch.zeros_like(weight[:, 0]) if own is None else own.detach().double().clone()

@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -90,22 +91,27 @@ def backbone(
 ) -> VisionTransformer:
     """A ViT of that feature with random weights of trained size: no path is negligible."""
     config = {**SIZES, "weight_init": "skip", **FEATURES[feature], **changes}
-    vit = VisionTransformer(**config)
+    vit = filled(VisionTransformer(**config))
+    return vit.to(dtype).train()
+
+
+def filled(module: nn.Module) -> Any:
+    """`module` with random weights of trained size, no path of it negligible."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, p in vit.named_parameters():
+        for name, p in module.named_parameters():
             values = torch.randn(p.shape, generator=generator)
+            if name == "rope.freqs":
+                continue
             if "norm" in name and name.endswith("weight"):
                 p.copy_(1 + 0.3 * values)
-            elif name.endswith("gamma"):
+            elif "gamma" in name:
                 p.copy_(0.5 + 0.2 * values)
             elif name.endswith("weight"):
                 p.copy_(values * p[0].numel() ** -0.5)
-            elif name.endswith("bias"):
-                p.copy_(0.2 * values)
-            else:  # tokens and position embedding
-                p.copy_(0.5 * values)
-    return vit.to(dtype).train()
+            else:  # of biases, of tokens and positions
+                p.copy_((0.2 if name.endswith("bias") else 0.5) * values)
+    return module
 
 
 def counted(shape: Sequence[int], number: int = 0) -> Tensor:

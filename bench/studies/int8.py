@@ -223,7 +223,7 @@ def attention_half(block, stream, keys, class_only=False, steps=frozen.AS_A_BACK
     return x, out, kept
 
 
-def mlp_half(block, x, out, memory="keep", steps=frozen.AS_A_BACKWARD_NEEDS):
+def mlp_half(block, x, out, memory="keep", steps=frozen.AS_A_BACKWARD_NEEDS, entered=None):
     """As `pae.block.mlp_half`, memory mode "keep"."""
     y, xhat, rstd, hidden = norm(x, block.w_proj.rows(out), block.norm2, block.w_fc1)
     if block.w_fc2.known and block.activation == "gelu":
@@ -238,7 +238,8 @@ def quantised(plan: pae.plan.FrozenPlan, **options: bool) -> pae.plan.FrozenPlan
 
     def of(block: pae.plan.BlockPlan) -> pae.plan.BlockPlan:
         others = (block.q_norm, block.k_norm, block.norm_out, block.norm_hidden, block.affine2)
-        assert not any((*others, block.post1, block.post2, block.gated)), "plain blocks alone"
+        others += block.post1, block.post2, block.gated, block.parallel
+        assert not any(others), "plain blocks alone"
         assert block.rotation is None and block.bias is None, "no rotations or biases here"
         for one in (block.norm1, block.norm2):
             assert one is not None and not one.rms, "blocks with two LayerNorms alone"

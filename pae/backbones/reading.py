@@ -25,7 +25,7 @@ class BlockReader:
     """
 
     def __init__(self, block: nn.Module, name: str) -> None:
-        self._block, self._name = block, name
+        self._block, self.name = block, name
         self._read: set[int] = set()
 
     def get(self, path: str) -> Any:
@@ -34,7 +34,7 @@ class BlockReader:
         for attribute in path.split("."):
             if not hasattr(part, attribute):
                 kind = type(self._block).__name__
-                raise UnsupportedBackbone(f"{self._name} ({kind}) has no attribute {path!r}")
+                raise UnsupportedBackbone(f"{self.name} ({kind}) has no attribute {path!r}")
             part = getattr(part, attribute)
         return part
 
@@ -138,7 +138,7 @@ class BlockReader:
         taken = found["fc2"].weight.shape[1]
         if given != taken:
             raise UnsupportedBackbone(
-                f"{self._name}.{path}.fc2 reads {taken} features, and {given} come out of the "
+                f"{self.name}.{path}.fc2 reads {taken} features, and {given} come out of the "
                 "activation"
             )
         return {**found, "fc1": fc1, "activation": self.activation(f"{path}.act")}
@@ -148,7 +148,7 @@ class BlockReader:
         for own, parameter in self._block.named_parameters():
             if id(parameter) not in self._read:
                 raise UnsupportedBackbone(
-                    f"{self._name}.{own} is a parameter of {type(self._block).__name__} that no "
+                    f"{self.name}.{own} is a parameter of {type(self._block).__name__} that no "
                     "formula here has"
                 )
 
@@ -156,10 +156,10 @@ class BlockReader:
         kind = type(part).__name__
         if hasattr(part, "base_layer"):
             return UnsupportedBackbone(
-                f"{self._name}.{path} is {kind} of peft, an adapter that is not merged: "
+                f"{self.name}.{path} is {kind} of peft, an adapter that is not merged: "
                 "merge_and_unload() makes it part of the weights"
             )
-        return UnsupportedBackbone(f"{self._name}.{path} is {kind}, {expected}")
+        return UnsupportedBackbone(f"{self.name}.{path} is {kind}, {expected}")
 
 
 # modules that were asked what they compute: it takes longer than to read a block

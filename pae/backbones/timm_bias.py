@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import timm_eva
-from .timm_vit import TimmView, read_block
+from .timm_blocks import read_block
+from .timm_vit import TimmView
 from .view import BlockWeights, Geometry
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedBackbone
 from .reading import BlockReader
-from .timm_vit import TimmView, attention, norms
-from .view import BlockWeights, Geometry, Linear, Stacked
+from .timm_blocks import attention, norms
+from .timm_vit import TimmView
+from .view import BlockWeights, Geometry, Linear, Product, Stacked
 
 
 class EvaView(TimmView):
@@ -95,8 +96,7 @@ def read_block(block: nn.Module, name: str, rotation: str, post: bool) -> BlockW
     read.tensor("attn.relative_position_bias_table")  # which is given beside the rows
     weights = BlockWeights(
         **norms(read, post),
-        qkv=_queries_keys_values(read),
-        **attention(read, name),
+        **attention(read, _queries_keys_values(read)),
         scale1=read.tensor("gamma_1"),
         scale2=read.tensor("gamma_2"),
         rotation=rotation,
@@ -106,7 +106,7 @@ def read_block(block: nn.Module, name: str, rotation: str, post: bool) -> BlockW
     return weights
 
 
-def _queries_keys_values(read: BlockReader) -> Linear | Stacked:
+def _queries_keys_values(read: BlockReader) -> Product:
     if read.has("attn.qkv"):
         packed = read.linear("attn.qkv")
         if not read.has("attn.q_bias"):
@@ -115,12 +115,5 @@ def _queries_keys_values(read: BlockReader) -> Linear | Stacked:
         return Stacked(tuple(map(Linear, packed.weight.chunk(3), biases)))
     q, k, v = (read.linear(f"attn.{part}_proj") for part in "qkv")
     if (groups := len(q.weight) // len(k.weight)) > 1:  # a head of keys serves several of queries
-        k, v = (_repeated(part, groups, read.get("attn.num_kv_heads")) for part in (k, v))
+        k, v = (part.repeated(groups, read.get("attn.num_kv_heads")) for part in (k, v))
     return Stacked((q, k, v))
-
-
-def _repeated(linear: Linear, times: int, heads: int) -> Linear:
-    def repeated(t: Tensor) -> Tensor:
-        return t.unflatten(0, (heads, -1)).repeat_interleave(times, dim=0).flatten(0, 1)
-
-    return Linear(repeated(linear.weight), None if linear.bias is None else repeated(linear.bias))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..choices import POOL_NORMS
 from ..errors import UnsupportedBackbone
 from ..prompts.base import BackboneShape, check_choice
-from .reading import BlockReader
+from .timm_blocks import read_block
 from .view import BackboneView, BlockWeights, added_to, evaluating, random_rows
 
 
@@ -39,19 +39,18 @@ class TimmView(BackboneView):
         self.num_prefix_tokens = vit.num_prefix_tokens
         stem, grid = self._stem
         self.other_head = "head_dist" if hasattr(vit, "head_dist") else None
-        first = vit.blocks[0]
-        first = getattr(first, "attn", first)
         patch = stem.patch_size
+        heads, width = self._heads
         self.shape = BackboneShape(
             depth=len(vit.blocks),
             width=vit.embed_dim,
-            num_heads=getattr(first, "num_heads", 1),
+            num_heads=heads,
             patch_size=tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch),
             in_chans=vit.in_chans if hasattr(vit, "in_chans") else stem.proj.in_channels,
             num_tokens=math.prod(grid) + self.num_prefix_tokens,
             num_prefix_tokens=self.num_prefix_tokens,
             grid=grid,
-            head_width=head_width(first) if hasattr(first, "proj") else vit.embed_dim,
+            head_width=width,
             has_class_token=self._class_token is not None,
         )
 
@@ -64,6 +63,18 @@ class TimmView(BackboneView):
         """The module that makes patch tokens, and the grid that it is built for."""
         stem = self._vit.patch_embed
         return stem, tuple(stem.grid_size)
+
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """Heads of a block, and features of a head."""
+        try:
+            block = self.read_block(0)
+        except UnsupportedBackbone:  # blocks that run as they are
+            attn = getattr(self._vit.blocks[0], "attn", None)
+            heads = getattr(attn, "num_heads", 1)
+            inner = getattr(getattr(attn, "proj", None), "in_features", self._vit.embed_dim)
+            return heads, inner // heads
+        return block.num_heads, block.head_width
 
     @property
     def _attn_pool(self) -> nn.Module | None:
@@ -179,16 +190,6 @@ class TimmView(BackboneView):
         return m.forward_head(m.norm(x), pre_logits=True)
 
 
-def scale(attn: Any) -> float:
-    """Of the logits. timm's fused attention takes d^-1/2 and leaves the attribute unread."""
-    return head_width(attn) ** -0.5 if getattr(attn, "fused_attn", False) else attn.scale
-
-
-def head_width(attn: Any) -> int:
-    """d, of values."""
-    return attn.proj.in_features // attn.num_heads
-
-
 def average_pooled(backbone: nn.Module, norm: str = "fresh") -> nn.Module:
     """Make a backbone that reads its class token read the mean of its rows, as MAE's are used.
 
@@ -231,44 +232,3 @@ def average_pooled(backbone: nn.Module, norm: str = "fresh") -> nn.Module:
     vit.norm, vit.fc_norm = (final, nn.Identity()) if before else (nn.Identity(), final)
     vit.global_pool = "avg"
     return backbone
-
-
-def attention(read: BlockReader, name: str) -> dict[str, Any]:
-    """What stands beside queries, keys and values in timm's attentions, as `BlockWeights` has it.
-
-    Raises:
-        UnsupportedBackbone: its output is gated.
-    """
-    if read.has("attn.gate"):
-        raise UnsupportedBackbone(f"{name}.attn.gate is set: gated attention is not folded")
-    return {
-        "q_norm": read.optional_norm("attn.q_norm"),
-        "k_norm": read.optional_norm("attn.k_norm"),
-        "num_heads": read.get("attn.num_heads"),
-        "scale": scale(read.get("attn")),
-        "attn_norm": read.optional_norm("attn.norm"),
-        "proj": read.linear("attn.proj"),
-    }
-
-
-def norms(read: BlockReader, post: bool) -> dict[str, Any]:
-    """The fields of a block's two norms."""
-    names = ("post1", "post2") if post else ("norm1", "norm2")
-    none: dict[str, Any] = dict.fromkeys(("norm1", "norm2", "post1", "post2"))
-    return {**none, names[0]: read.norm("norm1"), names[1]: read.norm("norm2")}
-
-
-def read_block(block: nn.Module, name: str, post: bool = False) -> BlockWeights:
-    """Neutral weights of a timm `Block`; raises UnsupportedBackbone naming what does not fit."""
-    read = BlockReader(block, name)
-    read.whole("attn.rel_pos")  # whose bias is given beside the rows
-    weights = BlockWeights(
-        **norms(read, post),
-        qkv=read.linear("attn.qkv"),
-        **attention(read, name),
-        scale1=None if post else read.layer_scale("ls1"),
-        scale2=None if post else read.layer_scale("ls2"),
-        **read.mlp("mlp"),
-    )
-    read.close()
-    return weights

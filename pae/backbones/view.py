@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,20 @@ class Linear:
         """Itself: it is read as it lies in its module."""
         return (self,)
 
+    def thirds(self) -> tuple[Linear, Linear, Linear]:
+        """Queries, keys and values of a packed projection, views of it."""
+        biases = (None,) * 3 if self.bias is None else self.bias.chunk(3)
+        q, k, v = map(Linear, self.weight.chunk(3), biases)
+        return q, k, v
+
+    def repeated(self, times: int, heads: int) -> Linear:
+        """Each of so many heads several times, new tensors."""
+
+        def repeat(t: Tensor) -> Tensor:
+            return t.unflatten(0, (heads, -1)).repeat_interleave(times, dim=0).flatten(0, 1)
+
+        return Linear(repeat(self.weight), None if self.bias is None else repeat(self.bias))
+
     def exchanged(self) -> Stacked:
         """The second half of its rows before the first."""
         weights = self.weight.chunk(2)
@@ -72,7 +86,12 @@ class Stacked:
     in several modules, or in another order. Each part stays where it is.
     """
 
-    parts: tuple[Linear, ...]
+    parts: tuple[Linear | Behind, ...]
+
+    def thirds(self) -> tuple[Linear, Linear, Linear]:
+        """Queries, keys and values, of three products."""
+        q, k, v = cast(tuple[Linear, Linear, Linear], self.parts)
+        return q, k, v
 
     @property
     def weight(self) -> Tensor:
@@ -92,17 +111,115 @@ class Stacked:
 
 
 @dataclass(frozen=True)
+class Behind:
+    """A product behind the affine part of a norm whose plain part others share: W (g x + c) + b."""
+
+    norm: Norm
+    linear: Linear
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) in fp64, a new tensor each time."""
+        weight = self.linear.weight.double()
+        return weight if self.norm.weight is None else weight * self.norm.weight.double()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,) in fp64, a new tensor each time; None without any."""
+        own, shift = self.linear.bias, self.norm.bias
+        if shift is None:
+            return None if own is None else own.double()
+        shift = self.linear.weight.double() @ shift.double()
+        return shift if own is None else shift + own.double()
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        rows = rows if self.norm.weight is None else rows * self.norm.weight
+        return self.linear(rows if self.norm.bias is None else rows + self.norm.bias)
+
+
+Product = Linear | Stacked
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The sum of products, each scaled (D,) or not, of rows that lie one behind the other."""
+
+    each: tuple[tuple[Linear, Tensor | None], ...]
+
+    @property
+    def parts(self) -> tuple[Linear, ...]:
+        """The products."""
+        return tuple(linear for linear, _ in self.each)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in of all) in fp64, a new tensor each time."""
+        scaled = ((part.weight.double(), gamma) for part, gamma in self.each)
+        return torch.cat([w if g is None else w * g.double()[:, None] for w, g in scaled], dim=1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,) in fp64, a new tensor each time; None when no product has one."""
+        own = [(part.bias.double(), g) for part, g in self.each if part.bias is not None]
+        each = [b if g is None else b * g.double() for b, g in own]
+        return torch.stack(each).sum(0) if each else None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        widths = [part.weight.shape[1] for part in self.parts]
+        made = [part(own) for part, own in zip(self.parts, rows.split(widths, dim=-1))]
+        each = [m if g is None else m * g for m, (_, g) in zip(made, self.each)]
+        return torch.stack(each).sum(0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Differential attention: (1 - start) norm(a - weight b), of what two softmaxes a and b make of
+    the same values.
+
+    weight = exp(sum of the products of `first`) - exp(that of `second`) + start, as timm has it:
+    each is one number, or two vectors, whose sum is rounded to fp32.
+
+    Source: "Differential Transformer", Ye et al. 2024.
+    """
+
+    first: tuple[Tensor, ...]
+    second: tuple[Tensor, ...]
+    start: float
+    norm: Norm
+
+    @property
+    def weight(self) -> Tensor:
+        """()."""
+
+        def power(factors: tuple[Tensor, ...]) -> Tensor:
+            if len(factors) == 1:
+                return factors[0].exp()
+            return (factors[0] * factors[1]).sum().float().exp()
+
+        return power(self.first) - power(self.second) + self.start
+
+    def __call__(self, rows: Tensor, heads: int) -> Tensor:
+        """(B, N, H d) of heads that come in fours: two halves of a, then those of b."""
+        a, b = rows.unflatten(-1, (heads // 4, 2, -1)).unbind(-2)
+        return ((1 - self.start) * self.norm(a - self.weight.type_as(b) * b)).flatten(-2)
+
+
+@dataclass(frozen=True)
 class BlockWeights:
     """One block:
 
         h = norm1(x);  q, k, v = qkv(h);  q, k = rotated(q_norm(q)), rotated(k_norm(k))
-        x += post1(scale1 proj(attn_norm(softmax(scale q k^T + bias) v)))
+        o = difference(attn_norm(softmax(scale q k^T + bias) v))
+        x += post1(scale1 proj(o))
         t = mlp_pre(norm2(x));  u = act(fc1(t)), or act(gate) up of (gate, up) = fc1(t) when gated
         x += post2(scale2 fc2(mlp_norm(u)))
 
+    When parallel, t is h: both sums are added to the same x, and there is no norm2.
+
     qkv gives (3 H d) features: all queries, all keys, all values, each head by head, with as many
     heads of keys and values as of queries. q_norm and k_norm act per head; they, attn_norm (over
-    H d), mlp_pre, mlp_norm (over F) and the LayerScale factors scale1 and scale2 (D,) may be None,
+    H d), difference, mlp_pre, mlp_norm (over F) and the LayerScale factors scale1 and scale2 (D,)
+    may be None,
     and so may norm1 and norm2 where the norms of a branch's output, post1 and post2, are not.
     activation is a key of `pae_kernels` ACTIVATIONS. fc1 gives 2 F features when gated, gates
     first.
@@ -113,17 +230,17 @@ class BlockWeights:
     """
 
     norm1: Norm | None
-    qkv: Linear | Stacked
+    qkv: Product
     q_norm: Norm | None
     k_norm: Norm | None
     num_heads: int
     scale: float
-    proj: Linear
+    proj: Linear | Summed
     scale1: Tensor | None
     norm2: Norm | None
-    fc1: Linear | Stacked
+    fc1: Product
     activation: str
-    fc2: Linear
+    fc2: Linear | Summed
     scale2: Tensor | None
     gated: bool = False
     attn_norm: Norm | None = None
@@ -132,6 +249,13 @@ class BlockWeights:
     rotation: str = ""
     post1: Norm | None = None
     post2: Norm | None = None
+    parallel: bool = False
+    difference: Difference | None = None
+
+    @property
+    def head_width(self) -> int:
+        """d."""
+        return sum(len(part.weight) for part in self.qkv.parts) // (3 * self.num_heads)
 
     def trainable(self) -> list[Tensor]:
         """The parameters that need not be frozen: its biases, and those of the norms that every
@@ -143,7 +267,8 @@ class BlockWeights:
         inner = self.attn_norm, self.mlp_norm, self.mlp_pre
         found += [n.bias for n in inner if n is not None]
         for product in (self.qkv, self.proj, self.fc1, self.fc2):
-            found += [part.bias for part in product.parts]
+            if not isinstance(product, Summed):
+                found += [part.bias for part in product.parts if isinstance(part, Linear)]
         return [t for t in found if t is not None]
 
 
@@ -199,8 +324,8 @@ NO_GEOMETRY = Geometry()
 
 
 UNTRAINED = (
-    "the fast engine trains biases and the norms' own parameters in a block, whose matrices and "
-    "LayerScale are folded into constants"
+    "the fast engine trains biases and the norms' own parameters where a product or a norm is one "
+    "module's; matrices, LayerScale and all others in a block are folded into constants"
 )
 
 
@@ -603,8 +728,11 @@ def behind_attention(w: BlockWeights, x: Tensor, out: Tensor) -> Tensor:
     def scaled(gamma: Tensor | None, rows: Tensor) -> Tensor:
         return rows if gamma is None else rows * gamma
 
-    x = x + _maybe(w.post1, scaled(w.scale1, w.proj(_maybe(w.attn_norm, out))))
-    hidden = w.fc1(_maybe(w.mlp_pre, _maybe(w.norm2, x)))
+    out = _maybe(w.attn_norm, out)
+    out = out if w.difference is None else w.difference(out, w.num_heads)
+    entered, x = x, x + _maybe(w.post1, scaled(w.scale1, w.proj(out)))
+    before = _maybe(w.norm1, entered) if w.parallel else _maybe(w.norm2, x)
+    hidden = w.fc1(_maybe(w.mlp_pre, before))
     act = ACTIVATIONS[w.activation]
     if w.gated:
         gate, up = hidden.chunk(2, dim=-1)

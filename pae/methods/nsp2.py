@@ -193,7 +193,8 @@ class NullSpace(nn.Module):
             logits = torch.einsum("bhnd,phd->bhnp", q, kv[0, :, 0])
             attention = (logits - seen.lse[..., None]).exp().flatten(0, 2).double()
             c2[at].addmm_(attention.T, attention, alpha=weight)
-        return frozen.Stream(*frozen.mlp_half(block, x, out)[:2])
+        given = "keep", frozen.AS_A_BACKWARD_NEEDS, seen.xhat
+        return frozen.Stream(*frozen.mlp_half(block, x, out, *given)[:2])
 
     def projections(self) -> tuple[Tensor, Tensor]:
         """Pi1 (b, D, D) and Pi2 (b, P, P); identities before the first task."""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import timm
 import torch
-from timm.layers import RmsNorm
+from timm.layers import DiffAttention, RmsNorm
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import (
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
@@ -23,11 +30,16 @@ from pae.backbones.view import Geometry, rotated
 from pae.methods.nsp2 import NullSpace
 from pae.mpa.forward import ZeroPromptForward
 from pae.prompts import E2VPT, VPTDeep, VPTShallow
-from tests.tiny import SIZES, assert_engines_agree, error, refused
+from tests.tiny import SIZES, assert_engines_agree, error, filled, refused
 
 ROPE = {"use_rot_pos_emb": True}
 DINOV3 = {**ROPE, "rope_type": "dinov3", "rope_rotate_half": True, "rope_temperature": 100.0}
 NAFLEX = {"embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+
+
+class TwoNumbers(DiffAttention):
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options, dual_lambda=True)
 
 
 def eva(**changes):
@@ -74,6 +86,22 @@ KINDS = {
     "distilled": of(VisionTransformerDistilled),
     "eva02-e": eva(use_post_norm=True, swiglu_mlp=True, global_pool="token"),
     "post-norm": of(VisionTransformer, block_fn=ResPostBlock, global_pool="avg"),
+    "parallel": of(
+        VisionTransformer, block_fn=ParallelScalingBlock, qkv_bias=False, qk_norm=True,
+        norm_layer="rmsnorm", init_values=0.1,
+    ),
+    "parallel, one product": of(
+        VisionTransformer, block_fn=partial(ParallelScalingBlock, fuse_out_proj=True),
+        global_pool="avg",
+    ),
+    "parallel things": of(VisionTransformer, block_fn=ParallelThingsBlock, init_values=0.1),
+    "differential": of(VisionTransformer, attn_layer="diff", qk_norm=True),
+    "differential, two numbers": of(
+        VisionTransformer, attn_layer=TwoNumbers, global_pool="avg",
+    ),
+    "differential and parallel": of(
+        VisionTransformer, block_fn=DiffParallelScalingBlock, init_values=0.1, reg_tokens=1,
+    ),
     "naflex": lambda: NaFlexVit(
         NaFlexVitCfg(**NAFLEX, pos_embed_grid_size=(4, 4), reg_tokens=2, global_pool="token",
                      class_token=True),
@@ -83,22 +111,7 @@ KINDS = {
 
 
 def build(kind: str) -> nn.Module:
-    """Weights of trained size: no path is negligible."""
-    model, generator = KINDS[kind](), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            values = torch.randn(p.shape, generator=generator)
-            if name == "rope.freqs":
-                continue
-            if "norm" in name and name.endswith("weight"):
-                p.copy_(1 + 0.3 * values)
-            elif "gamma" in name:
-                p.copy_(0.5 + 0.2 * values)
-            elif name.endswith("weight"):
-                p.copy_(values * p[0].numel() ** -0.5)
-            else:
-                p.copy_((0.2 if name.endswith("bias") else 0.5) * values)
-    return model.double().eval()
+    return filled(KINDS[kind]()).double().eval()
 
 
 def images(backbone: nn.Module) -> Tensor:
@@ -147,6 +160,8 @@ def test_the_engines_agree(kind):
         ("beit, one bias", "recompute"),
         ("vitamin", "recompute"),
         ("eva02-e", "recompute8"),
+        ("parallel", "recompute"),
+        ("differential and parallel", "recompute"),
     ],
 )
 def test_memory_modes(kind, memory):
@@ -155,7 +170,9 @@ def test_memory_modes(kind, memory):
     assert_engines_agree(model, images(model.backbone), memory=memory)
 
 
-@pytest.mark.parametrize("kind", ["eva02-s", "dinov3", "mixed with norms of heads", "beit"])
+@pytest.mark.parametrize(
+    "kind", ["eva02-s", "dinov3", "mixed with norms of heads", "beit", "parallel things"]
+)
 def test_learned_keys_and_values(kind):
     """Keys in head space stand as the backbone's own heads lie, whatever order a plan has."""
     model = prompted(kind, E2VPT(3, num_kv=2))
@@ -169,7 +186,26 @@ def test_trained_biases(kind):
     assert_engines_agree(model, images(model.backbone))
 
 
-@pytest.mark.parametrize("kind", ["eva02-b", "dinov3", "beit", "post-norm"])
+@pytest.mark.parametrize("kind", ["parallel, one product", "differential and parallel"])
+def test_one_norm_that_attention_and_mlp_read_is_trained(kind):
+    model = prompted(kind, train_backbone=["blocks.[12].in_norm.*", "blocks.*.out_proj.bias"])
+    assert_engines_agree(model, images(model.backbone))
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("parallel, one product", "blocks.0.in_proj.bias"),
+        ("parallel things", "blocks.0.attns.0.norm.weight"),
+        ("differential", "blocks.0.attn.qkv.bias"),
+    ],
+)
+def test_parts_of_products_that_are_split_or_summed_are_not_trained(kind, name):
+    message = f"train_backbone {name!r} takes {name}, and the fast engine"
+    refused(ValueError, message, lambda: prompted(kind, train_backbone=name))
+
+
+@pytest.mark.parametrize("kind", ["eva02-b", "dinov3", "beit", "post-norm", "differential"])
 def test_zero_prompts(kind):
     """MPA's forward, which knows what a zero prompt is: its key is a bias."""
     for family in (VPTDeep(3), VPTShallow(3)):
@@ -255,7 +291,9 @@ def test_blocks_are_told_apart_without_values():
             assert pae.backbones.read_backbone(accepted).unproved is None
         unproved = {
             "in another order": _shuffled(Eva(**sizes)),
-            "lambda_q1 is a parameter": VisionTransformer(**sizes, attn_layer="diff"),
+            "attn.norm stands behind a difference": VisionTransformer(
+                **sizes, attn_layer="diff", scale_attn_norm=True
+            ),
         }
     for reason, model in unproved.items():
         with pytest.warns(UserWarning, match=reason):
