@@ -164,6 +164,10 @@ class View(PlainView):
         return [token for token in found if token is not None]
 
     @property
+    def class_token(self) -> Tensor | None:
+        return self._first[0] if self._first else None
+
+    @property
     def stem(self) -> Any:
         embeddings = self.base.embeddings
         if hasattr(embeddings, "patch_embedding"):

@@ -79,6 +79,10 @@ class View(PlainView):
         return weights
 
     @property
+    def class_token(self) -> Tensor | None:
+        return self._tower.class_embedding
+
+    @property
     def stem(self) -> nn.Module:
         return self._tower.conv1
 

@@ -83,6 +83,10 @@ class View(PlainView):
         return weights
 
     @property
+    def class_token(self) -> Tensor | None:
+        return self._inner.embeddings.cls_token
+
+    @property
     def stem(self) -> Any:
         return self._inner.embeddings.patch_embeddings
 

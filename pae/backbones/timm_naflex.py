@@ -26,7 +26,7 @@ class NaFlexView(TimmView):
         return stem, tuple(stem.pos_embed_grid_size or (1, 1))
 
     @property
-    def _class_token(self) -> Tensor | None:
+    def class_token(self) -> Tensor | None:
         return self._vit.embeds.cls_token
 
     @property

@@ -51,7 +51,7 @@ class TimmView(BackboneView):
             num_prefix_tokens=self.num_prefix_tokens,
             grid=grid,
             head_width=width,
-            has_class_token=self._class_token is not None,
+            has_class_token=self.class_token is not None,
         )
 
     @property
@@ -81,7 +81,7 @@ class TimmView(BackboneView):
         return getattr(self._vit, "attn_pool", None)
 
     @property
-    def _class_token(self) -> Tensor | None:
+    def class_token(self) -> Tensor | None:
         return getattr(self._vit, "cls_token", None)
 
     @property

@@ -93,6 +93,10 @@ class View(PlainView):
         return weights
 
     @property
+    def class_token(self) -> Tensor | None:
+        return self._vit.class_token
+
+    @property
     def stem(self) -> nn.Module:
         return self._vit.conv_proj
 

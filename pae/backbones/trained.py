@@ -6,7 +6,7 @@ bias: `blocks.0.attn.qkv.bias:kv` is that of keys and values, and the queries' s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from operator import attrgetter
 
@@ -15,18 +15,52 @@ from torch import Tensor, nn
 
 from .view import UNTRAINED, BackboneView, Linear
 
-# VPT's "prompt+bias"; what DA-VPT+ trains beside its prompts (its queries' biases stay)
-PRESETS: Mapping[str, tuple[str, ...]] = {
-    "biases": ("*bias",),
-    "da-vpt+": (
-        "cls_token",
-        "blocks.*.norm1.weight",
-        "blocks.*.norm1.bias",
-        "blocks.*.attn.qkv.bias:kv",
-        "blocks.*.attn.proj.bias",
-        "blocks.*.norm2.bias",
-        "blocks.*.mlp.fc2.bias",
-    ),
+Entry = tuple[str, str]  # name, and the part of a packed bias that is meant, or ""
+
+
+def _biases(view: BackboneView, names: dict[int, str]) -> list[Entry]:
+    """VPT's "prompt+bias"."""
+    return [(name, "") for name in names.values() if name.endswith("bias")]
+
+
+def _da_vpt_plus(view: BackboneView, names: dict[int, str]) -> list[Entry]:
+    """What DA-VPT+ trains beside its prompts: the class token, the first norms, the biases of keys,
+    values, proj, second norms and fc2 (of the queries' alone not).
+    """
+    found: list[Entry] = []
+    buffers = {id(t) for t in view.module.buffers()}
+
+    def take(role: str, tensor: Tensor | None, part: str = "") -> None:
+        if tensor is not None and id(tensor) in names:
+            found.append((names[id(tensor)], part))
+        elif tensor is not None and id(tensor) not in buffers:  # a bias that is always zero
+            raise ValueError(f"train_backbone 'da-vpt+' trains {role}, which is no parameter here")
+
+    take("the class token", view.class_token)
+    for i in range(len(view.blocks)):
+        w, at = view.read_block(i), f"blocks.{i}"
+        if w.norm1 is None or w.norm2 is None:
+            raise ValueError(
+                f"train_backbone 'da-vpt+' trains norms in front of attention and MLP, and {at} "
+                "has them elsewhere"
+            )
+        take(f"the first norm of {at}", w.norm1.weight)
+        take(f"the first norm of {at}", w.norm1.bias)
+        if isinstance(w.qkv, Linear):
+            take(f"the bias of keys and values of {at}", w.qkv.bias, "kv")
+        else:
+            for part in w.qkv.parts[len(w.qkv.parts) // 3 :]:
+                take(f"the biases of keys and values of {at}", part.bias)
+        for product in (w.proj, w.fc2):
+            take(f"the biases behind attention and MLP of {at}", product.bias)
+        take(f"the second norm of {at}", w.norm2.bias)
+    return found
+
+
+# what a name of several parameters stands for
+PRESETS: Mapping[str, Callable[[BackboneView, dict[int, str]], list[Entry]]] = {
+    "biases": _biases,
+    "da-vpt+": _da_vpt_plus,
 }
 
 
@@ -56,37 +90,37 @@ def named(view: BackboneView, asked: str | Iterable[str]) -> tuple[str, ...]:
     for entry in several:
         if not isinstance(entry, str):
             raise TypeError(f"train_backbone must be text, got {type(entry).__name__}")
-        patterns = PRESETS.get(entry, (entry,))
-        matched = 0
-        for pattern in patterns:
-            pattern, _, part = pattern.partition(":")
-            if part not in ("", "q", "k", "v", "qk", "qv", "kv"):
+        for name, part in _meant(entry, view, parameters):
+            key = id(parameters[name])
+            if key in inside and key not in vectors:
+                raise ValueError(f"train_backbone {entry!r} takes {name}, and {UNTRAINED}")
+            if part and key not in packed:
                 raise ValueError(
-                    f"train_backbone {entry!r}: expected q, k, v, qk, qv or kv after :"
+                    f"train_backbone {entry!r} takes {name}, and only the bias of the packed "
+                    "queries, keys and values has parts"
                 )
-            for name in [n for n in parameters if fnmatchcase(n, pattern)]:
-                matched += 1
-                key = id(parameters[name])
-                if key in inside and key not in vectors:
-                    raise ValueError(f"train_backbone {entry!r} takes {name}, and {UNTRAINED}")
-                if part and key not in packed:
-                    raise ValueError(
-                        f"train_backbone {entry!r} takes {name}, and only the bias of the packed "
-                        "queries, keys and values has parts"
-                    )
-                if found.setdefault(name, part) != part:
-                    raise ValueError(f"train_backbone names {name} twice, with different parts")
-        if not matched and entry in PRESETS:
-            raise ValueError(
-                f"train_backbone {entry!r} names parameters as timm does, and the backbone has "
-                "none of these names: give its own"
-            )
-        if not matched:
-            raise ValueError(
-                f"train_backbone {entry!r} is neither one of {', '.join(PRESETS)} nor the name of, "
-                "or a pattern for, a parameter of the backbone"
-            )
+            if found.setdefault(name, part) != part:
+                raise ValueError(f"train_backbone names {name} twice, with different parts")
     return tuple(f"{n}:{found[n]}" if found[n] else n for n in parameters if n in found)
+
+
+def _meant(entry: str, view: BackboneView, parameters: dict[str, nn.Parameter]) -> list[Entry]:
+    """Of one preset, name or pattern."""
+    if entry in PRESETS:
+        matched = PRESETS[entry](view, {id(p): name for name, p in parameters.items()})
+        if not matched:
+            raise ValueError(f"train_backbone {entry!r}: the backbone has nothing of that")
+        return matched
+    pattern, _, part = entry.partition(":")
+    if part not in ("", "q", "k", "v", "qk", "qv", "kv"):
+        raise ValueError(f"train_backbone {entry!r}: expected q, k, v, qk, qv or kv after :")
+    matched = [(name, part) for name in parameters if fnmatchcase(name, pattern)]
+    if not matched:
+        raise ValueError(
+            f"train_backbone {entry!r} is neither one of {', '.join(PRESETS)} nor the name of, "
+            "or a pattern for, a parameter of the backbone"
+        )
+    return matched
 
 
 class _Part:

@@ -384,6 +384,11 @@ class BackboneView(ABC):
     head_name: str | None = "head"
 
     @property
+    def class_token(self) -> Tensor | None:
+        """The parameter that row 0 is made of, where there is one."""
+        return None
+
+    @property
     def head(self) -> nn.Module | None:
         """What maps the readout to logits; an identity, or None, where nothing does."""
         return None if self.head_name is None else self.module.get_submodule(self.head_name)

@@ -333,12 +333,16 @@ def test_outputs_captured_by_hooks_are_named():
     made(x)
 
 
-def test_presets_of_timms_names_are_refused():
-    refused(
-        ValueError,
-        "train_backbone 'da-vpt+' names parameters as timm does, and the backbone has none of",
-        lambda: prompted("ViT", train_backbone="da-vpt+"),
-    )
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("which", ["da-vpt+", "biases"])
+def test_biases_and_norms_by_what_they_do(name, which):
+    made = prompted(name, train_backbone=which)
+    assert_engines_agree(made, images(name=name))
+    own = " ".join(made.trained_backbone)
+    assert "bias" in own
+    if which == "da-vpt+":  # per block: one norm, keys and values, two products, a norm's shift
+        assert len(made.trained_backbone) in (3 * 6, 3 * 7, 1 + 3 * 6, 1 + 3 * 7)
+        assert ":kv" in own if "in_proj_bias" in own else "query" not in own and "q_proj" not in own
 
 
 # ---- adapters

@@ -192,6 +192,37 @@ def test_one_norm_that_attention_and_mlp_read_is_trained(kind):
     assert_engines_agree(model, images(model.backbone))
 
 
+@pytest.mark.parametrize("kind", ["eva02-b", "dinov3", "beit", "pe", "naflex", "relpos"])
+def test_da_vpt_plus(kind):
+    """By what parts do: queries' biases and the second norms' scales are left out."""
+    model = prompted(kind, train_backbone="da-vpt+")
+    names = " ".join(model.trained_backbone)
+    assert "norm1.weight" in names and "mlp.fc2.bias" in names and "norm2.weight" not in names
+    assert "q_bias" not in names and "q_proj" not in names
+    assert ("v_bias" in names or "v_proj.bias" in names or ":kv" in names) == (kind != "dinov3")
+    assert_engines_agree(model, images(model.backbone))
+
+
+@pytest.mark.parametrize(
+    "kind, why",
+    [
+        (
+            "sapiens2",
+            "trains the biases of keys and values of blocks.0, which is no parameter here",
+        ),
+        (
+            "post-norm",
+            "trains norms in front of attention and MLP, and blocks.0 has them elsewhere",
+        ),
+        ("parallel", "trains norms in front of attention and MLP, and blocks.0 has them elsewhere"),
+        ("differential", "the biases of keys and values of blocks.0, which is no parameter here"),
+        ("parallel things", "trains the biases of keys and values of blocks.0, which is no"),
+    ],
+)
+def test_where_da_vpt_plus_has_no_meaning(kind, why):
+    refused(ValueError, why, lambda: prompted(kind, train_backbone="da-vpt+"))
+
+
 @pytest.mark.parametrize(
     "kind, name",
     [
