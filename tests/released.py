@@ -4,8 +4,12 @@ of its parts, where prompts go, what drops when.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 SIZE, PATCH, WIDTH, HEADS, DEPTH = 16, 4, 32, 4, 3
@@ -72,26 +76,49 @@ class _Encoder(nn.Module):
         self.encoder_norm = nn.LayerNorm(WIDTH, eps=1e-6)
 
 
+def _add_prompts(
+    model: Any, width: int, deep: bool, koopman: str, per_image: bool, count: int
+) -> None:
+    model.prompt_dropout = nn.Dropout(0.1)
+    model.prompt_embeddings = nn.Parameter(torch.zeros(1, count, width))
+    if deep:
+        model.deep_prompt_embeddings = nn.Parameter(torch.zeros(DEPTH - 1, count, width))
+    model.deep, model.per_image, model.count = deep, per_image, count
+    if koopman:
+        model.koopman_in = nn.Linear(WIDTH, 8, bias=False)
+        model.koopman_out = nn.Linear(8, WIDTH, bias=False)
+    for name in "KL":
+        if koopman == "global":
+            setattr(model, f"{name}_global", nn.Parameter(torch.zeros(8, 8)))
+        elif koopman:
+            parts = (nn.Parameter(torch.zeros(8, 8)) for _ in range(DEPTH - 1))
+            setattr(model, f"{name}_layers", nn.ParameterList(parts))
+
+
+def _prompted(model: Any, x: Tensor, blocks: nn.Module) -> Tensor:
+    """The rows behind the last block, those of prompts among them."""
+
+    def prompts(rows: Tensor) -> Tensor:
+        rows = model.prompt_proj(rows) if hasattr(model, "prompt_proj") else rows
+        rows = rows.expand(len(x) if model.per_image else -1, -1, -1)
+        return model.prompt_dropout(rows).expand(len(x), -1, -1)
+
+    x = torch.cat([x[:, :1], prompts(model.prompt_embeddings), x[:, 1:]], dim=1)
+    for i, block in enumerate(blocks):
+        if model.deep and i > 0:
+            rows = prompts(model.deep_prompt_embeddings[i - 1 : i])
+            x = torch.cat([x[:, :1], rows, x[:, 1 + model.count :]], dim=1)
+        out = block(x)
+        x = out[0] if isinstance(out, tuple) else out
+    return x
+
+
 class _Transformer(nn.Module):
     def __init__(self, deep: bool, project: int, koopman: str, per_image: bool, count: int) -> None:
         super().__init__()
         self.embeddings, self.encoder = _Embeddings(), _Encoder()
-        inner = project or WIDTH
-        self.prompt_dropout = nn.Dropout(0.1)
         self.prompt_proj = nn.Linear(project, WIDTH) if project else nn.Identity()
-        self.prompt_embeddings = nn.Parameter(torch.zeros(1, count, inner))
-        if deep:
-            self.deep_prompt_embeddings = nn.Parameter(torch.zeros(DEPTH - 1, count, inner))
-        self.deep, self.per_image, self.count = deep, per_image, count
-        if koopman:
-            self.koopman_in = nn.Linear(WIDTH, 8, bias=False)
-            self.koopman_out = nn.Linear(8, WIDTH, bias=False)
-        for name in "KL":
-            if koopman == "global":
-                setattr(self, f"{name}_global", nn.Parameter(torch.zeros(8, 8)))
-            elif koopman:
-                parts = (nn.Parameter(torch.zeros(8, 8)) for _ in range(DEPTH - 1))
-                setattr(self, f"{name}_layers", nn.ParameterList(parts))
+        _add_prompts(self, project or WIDTH, deep, koopman, per_image, count)
 
     def train(self, mode: bool = True) -> None:
         if not mode:
@@ -103,19 +130,10 @@ class _Transformer(nn.Module):
         self.prompt_proj.train()
         self.prompt_dropout.train()
 
-    def _prompts(self, rows: Tensor, batch: int) -> Tensor:
-        rows = self.prompt_proj(rows).expand(batch if self.per_image else -1, -1, -1)
-        return self.prompt_dropout(rows).expand(batch, -1, -1)
-
     def forward(self, images: Tensor) -> Tensor:
-        x, n = self.embeddings(images), len(images)
-        x = torch.cat([x[:, :1], self._prompts(self.prompt_embeddings, n), x[:, 1:]], dim=1)
-        for i, block in enumerate(self.encoder.layer):
-            if self.deep and i > 0:
-                rows = self._prompts(self.deep_prompt_embeddings[i - 1 : i], n)
-                x = torch.cat([x[:, :1], rows, x[:, 1 + self.count :]], dim=1)
-            x, _ = block(x)
-        return self.encoder.encoder_norm(x)
+        return self.encoder.encoder_norm(
+            _prompted(self, self.embeddings(images), self.encoder.layer)
+        )
 
 
 class _Inner(nn.Module):
@@ -140,8 +158,48 @@ class _Head(nn.Module):
         return self.last_layer(self.projection(x))
 
 
+class _SelfSupervised(nn.Module):
+    """The layout of MAE's and MoCo's backbones: timm's blocks, prompts on the root."""
+
+    def __init__(self, kind: str, deep: bool, koopman: str, per_image: bool, count: int) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(SIZE, PATCH, 3, WIDTH)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.pos_embed = nn.Parameter(torch.zeros(1, (SIZE // PATCH) ** 2 + 1, WIDTH))
+        self.pos_drop = nn.Dropout(0.1)
+        sizes = {"mlp_ratio": 2, "qkv_bias": True, "drop_path": 0.1, "proj_drop": 0.1}
+        self.blocks = nn.Sequential(*(Block(WIDTH, HEADS, **sizes) for _ in range(DEPTH)))
+        setattr(self, "norm" if kind == "moco" else "fc_norm", nn.LayerNorm(WIDTH, eps=1e-6))
+        self.averages, self.head = kind != "moco", nn.Identity()
+        if kind != "mae":
+            self.VIT_POOL_TYPE = kind
+        _add_prompts(self, WIDTH, deep, koopman, per_image, count)
+
+    def train(self, mode: bool = True) -> None:
+        if not mode:
+            for part in self.children():
+                part.train(False)
+            return
+        for part in (self.blocks, self.patch_embed, self.pos_drop):
+            part.eval()
+        self.prompt_dropout.train()
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = _prompted(self, self.pos_drop(x + self.pos_embed), self.blocks)
+        if not self.averages:
+            return self.head(self.norm(x)[:, 0])
+        first = 1 + self.count
+        kept = {"img_pool": x[:, first:], "prompt_pool": x[:, 1:first]}
+        rows = kept.get(getattr(self, "VIT_POOL_TYPE", "original"), x[:, 1:])
+        return self.head(self.fc_norm(rows.mean(1)))
+
+
 class Model(nn.Module):
-    """The wrapper with the head. koopman: "" (VPT), "layerwise" or "global" (PAE)."""
+    """The wrapper with the head. koopman: "" (VPT), "layerwise" or "global" (PAE). kind: "" for the
+    supervised backbone, "moco", or "mae" and its other choices of pooled rows.
+    """
 
     def __init__(
         self,
@@ -150,10 +208,14 @@ class Model(nn.Module):
         koopman: str = "",
         hidden: int = 0,
         count: int = 4,
+        kind: str = "",
     ) -> None:
         super().__init__()
         per_image = not koopman
-        self.enc = _Inner(_Transformer(deep, project, koopman, per_image, count))
+        if kind:
+            self.enc: nn.Module = _SelfSupervised(kind, deep, koopman, per_image, count)
+        else:
+            self.enc = _Inner(_Transformer(deep, project, koopman, per_image, count))
         self.head = _Head(hidden, 5)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():

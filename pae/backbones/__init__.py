@@ -32,7 +32,8 @@ def _reader(module: nn.Module) -> ModuleType:
     for kind in type(module).__mro__:
         if (library := kind.__module__.partition(".")[0]) in _READERS:
             return _READERS[library]
-    return timm if released.transformer(module) is None else released
+    own = isinstance(module, released.SelfSupervised) or released.transformer(module) is not None
+    return released if own else timm
 
 
 def read_backbone(module: nn.Module) -> BackboneView:

@@ -94,9 +94,8 @@ class BlockReader:
         return self.norm(path) if self.has(path) else None
 
     def layer_scale(self, path: str) -> Tensor | None:
-        """The factors of a LayerScale module, or None for nn.Identity."""
+        """The factors of a LayerScale module, or None for nn.Identity, or for none (timm 0.4)."""
         if not self.has(path):
-            self.get(path)
             return None
         for attribute in ("gamma", "lambda1"):
             if isinstance(getattr(self.get(path), attribute, None), Tensor):

@@ -1,5 +1,6 @@
-"""The vision transformer of VPT's released code and its descendants: `transformer.encoder.layer`,
-below `enc` where a wrapper is around it. Prompts inside are not read here: `pae.adopt` does.
+"""The vision transformers of VPT's released code and its descendants: `transformer.encoder.layer`,
+below `enc` where a wrapper is around it; and those of MAE and MoCo, whose `blocks` are as timm's.
+Prompts inside are not read here: `pae.adopt` does.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedBackbone
 from .plain import PlainView
 from .reading import BlockReader
+from .timm_blocks import read_block
 from .view import BlockWeights, Stacked, examined
 
 
@@ -26,6 +28,40 @@ def transformer(module: nn.Module) -> Any | None:
         if layers is not None and len(layers) and hasattr(layers[0], "attention_norm"):
             return part
     return None
+
+
+def self_supervised(module: nn.Module) -> Any | None:
+    """What holds `patch_embed`, `blocks` and `prompt_embeddings` of that layout, in `module` or it
+    itself.
+    """
+    for part in (getattr(module, "enc", None), module):
+        if all(hasattr(part, n) for n in ("patch_embed", "blocks", "prompt_embeddings")):
+            return part
+    return None
+
+
+class SelfSupervised(nn.Module):
+    """The frozen parts of such a model, and its head.
+
+    Raises:
+        UnsupportedBackbone: it has a distillation token, or no final norm.
+    """
+
+    def __init__(self, inner: Any, head: nn.Module) -> None:
+        super().__init__()
+        name = type(inner).__name__
+        if getattr(inner, "dist_token", None) is not None:
+            raise UnsupportedBackbone(f"{name}.dist_token is set, expected a class token alone")
+        self.patch_embed, self.blocks, self.head = inner.patch_embed, inner.blocks, head
+        self.cls_token, self.pos_embed = inner.cls_token, inner.pos_embed
+        norms = (getattr(inner, norm, None) for norm in ("fc_norm", "norm"))
+        norms = [None if isinstance(norm, nn.Identity) else norm for norm in norms]
+        self.averages = norms[0] is not None
+        final = norms[0] or norms[1]
+        if final is None:
+            raise UnsupportedBackbone(f"{name} has neither fc_norm nor norm")
+        self.final = final
+        self.pre_logits = getattr(inner, "pre_logits", None) or nn.Identity()
 
 
 def head_name(module: nn.Module) -> str | None:
@@ -103,5 +139,62 @@ class View(PlainView):
         return self._inner.encoder.encoder_norm(x)[:, 0]
 
 
-def read_backbone(module: nn.Module) -> View:
-    return examined(View(module))
+class SelfSupervisedView(PlainView):
+    """The face of a `SelfSupervised`."""
+
+    head_name = "head"
+
+    def __init__(self, module: SelfSupervised) -> None:
+        self.module = module
+        self.pools = "mean" if module.averages else "row"
+        embed: Any = module.patch_embed
+        heads, width = self._first_heads(), module.cls_token.shape[-1]
+        self._measure(embed.patch_size, embed.img_size, 1, heads, width)
+        expected = self.shape.num_tokens
+        if module.pos_embed.shape[1] != expected:
+            raise UnsupportedBackbone(
+                f"pos_embed has {module.pos_embed.shape[1]} rows, expected {expected}"
+            )
+
+    def _first_heads(self) -> int:
+        return self.read(self.blocks[0], "blocks.0").num_heads
+
+    @property
+    def _vit(self) -> Any:
+        return self.module
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self._vit.blocks)
+
+    @staticmethod
+    def read(block: nn.Module, name: str) -> BlockWeights:
+        return read_block(block, name)
+
+    @property
+    def class_token(self) -> Tensor | None:
+        return self._vit.cls_token
+
+    @property
+    def stem(self) -> Any:
+        return self._vit.patch_embed.proj
+
+    def patch_tokens(self, images: Tensor) -> Tensor:
+        return self._vit.patch_embed(images)
+
+    def place(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        rows = torch.cat([self._vit.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        return rows + self._vit.pos_embed
+
+    @property
+    def readers(self) -> list[nn.Module]:
+        return [self._vit.final, self._vit.pre_logits]
+
+    def readout(self, x: Tensor) -> Tensor:
+        vit = self._vit
+        return vit.final(x[:, 1:].mean(1)) if vit.averages else vit.pre_logits(vit.final(x)[:, 0])
+
+
+def read_backbone(module: nn.Module) -> View | SelfSupervisedView:
+    is_own = isinstance(module, SelfSupervised)
+    return examined(SelfSupervisedView(module) if is_own else View(module))

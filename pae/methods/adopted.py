@@ -20,7 +20,10 @@ from ..prompts.vpt import DROPOUT_SCOPES
 
 
 def adopt(
-    model: nn.Module, kld: KLD | None = None, dropout_scope: str | None = None
+    model: nn.Module,
+    kld: KLD | None = None,
+    dropout_scope: str | None = None,
+    pool: str | None = None,
 ) -> PromptedViT:
     """A `PromptedViT` that shares prompts, head and Koopman parameters with a prompted model of the
     layout of VPT's and PAE's released code, built by anybody's copy of it.
@@ -34,22 +37,31 @@ def adopt(
     Args:
         model: what holds `transformer.prompt_embeddings` (1, P, r), for deep prompts
             `deep_prompt_embeddings` (depth - 1, P, r), `prompt_proj` and `prompt_dropout`, with
-            the backbone in `transformer.encoder.layer`; below `enc` in the wrapper with a head. Its
-            backbone is put into eval mode, where it stays, and frozen.
+            the backbone in `transformer.encoder.layer`; below `enc` in the wrapper with a head. Or,
+            as with MAE's and MoCo's backbones, what holds the same prompts beside `patch_embed`,
+            `cls_token`, `pos_embed`, `blocks` and `norm` (MoCo) or `fc_norm` (MAE). Its backbone is
+            put into eval mode, where it stays, and frozen.
         kld: PAE's regulariser with the weights and the mode of the script, not yet part of a model:
             its parameters are then `K_layers`, `L_layers` (or `K_global`, `L_global`) and
             `koopman_in` of `model`, and `adopted.penalty()` is what PAE adds to the loss.
         dropout_scope: "sample" as in VPT, "batch" as in PAE; None: by whether the model has
             Koopman parameters, as PAE's have.
+        pool: which rows an average-pooled backbone (MAE) reads, as in `PromptedViT`. None: those
+            that the model's `VIT_POOL_TYPE` says ("original", "img_pool" or "prompt_pool"), and
+            "all", its default, where the model does not say it.
 
     Raises:
         TypeError: `model` is no module.
         UnsupportedBackbone: it has another layout, naming what is missing.
-        ValueError: an unknown scope; Koopman parameters of another size or mode than `kld`'s.
+        ValueError: an unknown scope or pool; Koopman parameters of another size or mode than
+            `kld`'s.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    inner = released.transformer(model)
+    inner, by_itself = released.transformer(model), False
+    if inner is None:
+        inner = released.self_supervised(model)
+        by_itself = inner is not None
     if inner is None or not isinstance(getattr(inner, "prompt_embeddings", None), nn.Parameter):
         missing = "transformer.encoder.layer" if inner is None else "transformer.prompt_embeddings"
         raise UnsupportedBackbone(
@@ -75,7 +87,26 @@ def adopt(
     head = next((h for h in heads if h is not None and not isinstance(h, nn.Identity)), None)
     if head is None:
         raise UnsupportedBackbone(f"{type(model).__name__} has no head: give the model that has it")
-    return PromptedViT(_Backbone(inner, head), family, kld)
+    if not by_itself:
+        return PromptedViT(_Backbone(inner, head), family, kld, pool=pool or "image")
+    backbone = released.SelfSupervised(inner, head)
+    if pool is None:
+        pool = _pool(inner) if backbone.averages else "image"
+    return PromptedViT(backbone, family, kld, pool=pool)
+
+
+# VPT's names of the rows that an average-pooled backbone reads
+_POOLS = {"original": "all", "img_pool": "image", "prompt_pool": "prompts"}
+
+
+def _pool(inner: Any) -> str:
+    """What its `VIT_POOL_TYPE` says, in lower case or not, of the model or of its prompts."""
+    for holder in (inner, getattr(inner, "prompt_config", None)):
+        for name in ("VIT_POOL_TYPE", "vit_pool_type"):
+            if (found := getattr(holder, name, None)) is not None:
+                check_choice("VIT_POOL_TYPE of the model", found, _POOLS)
+                return _POOLS[found]
+    return _POOLS["original"]
 
 
 class _Backbone(nn.Module):
@@ -105,7 +136,8 @@ class _Deep(PromptFamily):
             inner.prompt_embeddings,
             getattr(inner, "deep_prompt_embeddings", None),
         )
-        self.project, self.drop = inner.prompt_proj, inner.prompt_dropout
+        self.project = getattr(inner, "prompt_proj", None) or nn.Identity()
+        self.drop = inner.prompt_dropout
 
     def config(self) -> dict[str, Any]:
         raise TypeError(

@@ -22,6 +22,13 @@ LAYOUTS = {
     "pae_layerwise": {"koopman": "layerwise"},
     "pae_global": {"koopman": "global"},
     "hidden_layers": {"hidden": 2},
+    "mae": {"kind": "mae"},
+    "mae_shallow": {"kind": "mae", "deep": False},
+    "mae_image_rows": {"kind": "img_pool"},
+    "mae_prompt_rows": {"kind": "prompt_pool"},
+    "mae_koopman": {"kind": "mae", "koopman": "layerwise"},
+    "moco": {"kind": "moco"},
+    "moco_koopman": {"kind": "moco", "koopman": "global"},
 }
 LABELS = torch.tensor([0, 3, 4])
 
@@ -40,7 +47,7 @@ def adopted(model, kld=None):
 
 
 def _unshared(model, kld):
-    return kld is None and hasattr(model.enc.transformer, "koopman_in")
+    return kld is None and any("koopman_in" in name for name, _ in model.named_parameters())
 
 
 class _nothing:
