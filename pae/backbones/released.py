@@ -54,10 +54,9 @@ class SelfSupervised(nn.Module):
             raise UnsupportedBackbone(f"{name}.dist_token is set, expected a class token alone")
         self.patch_embed, self.blocks, self.head = inner.patch_embed, inner.blocks, head
         self.cls_token, self.pos_embed = inner.cls_token, inner.pos_embed
-        norms = (getattr(inner, norm, None) for norm in ("fc_norm", "norm"))
-        norms = [None if isinstance(norm, nn.Identity) else norm for norm in norms]
-        self.averages = norms[0] is not None
-        final = norms[0] or norms[1]
+        behind, before = (getattr(inner, norm, None) for norm in ("fc_norm", "norm"))
+        self.averages = not isinstance(behind, (nn.Identity, type(None)))
+        final = behind if self.averages else before
         if final is None:
             raise UnsupportedBackbone(f"{name} has neither fc_norm nor norm")
         self.final = final
@@ -196,5 +195,6 @@ class SelfSupervisedView(PlainView):
 
 
 def read_backbone(module: nn.Module) -> View | SelfSupervisedView:
-    is_own = isinstance(module, SelfSupervised)
-    return examined(SelfSupervisedView(module) if is_own else View(module))
+    if isinstance(module, SelfSupervised):
+        return examined(SelfSupervisedView(module))
+    return examined(View(module))

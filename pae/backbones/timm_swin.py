@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedBackbone
 from ..prompts.base import BackboneShape
 from .reading import BlockReader
-from .timm_vit import attention, head_width, norms
+from .timm_blocks import attention, norms
 from .view import (
     NO_GEOMETRY,
     BackboneView,
@@ -75,7 +75,7 @@ class SwinView(BackboneView):
             num_tokens=stem.grid_size[0] * stem.grid_size[1],
             num_prefix_tokens=0,
             grid=tuple(stem.grid_size),
-            head_width=head_width(first),
+            head_width=first.proj.in_features // first.num_heads,
             has_class_token=False,
             widths=widths,
         )
@@ -142,8 +142,7 @@ class SwinView(BackboneView):
         read.tensor("attn.relative_position_bias_table")  # which is given beside the rows
         weights = BlockWeights(
             **norms(read, False),
-            qkv=read.linear("attn.qkv"),
-            **attention(read, name),
+            **attention(read, read.linear("attn.qkv")),
             scale1=None,
             scale2=None,
             **read.mlp("mlp"),
