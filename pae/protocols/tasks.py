@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,23 @@ SMALL = Protocol(
 
 NAMES = ("vtab1k", "fgvc", "few-shot")  # that papers have
 PROTOCOLS: Mapping[str, Protocol] = {p.name: p for p in (VTAB, FGVC, FEW_SHOT, SMALL)}
+
+
+def few_shot(names: Iterable[str]) -> Protocol | None:
+    """The five sets at the shots that `names` ("pets-4shot", ...) have, a group for each number;
+    None where a name is another.
+    """
+    found = [re.fullmatch(r"(.+)-(\d+)shot", name) for name in names]
+    known = {task.name for task in FEW_SHOT.tasks}
+    if not found or any(match is None or match[1] not in known for match in found):
+        return None
+    shots = sorted({int(match[2]) for match in found if match})
+    tasks = [
+        replace(task, name=f"{task.name}-{k}shot", group=f"{k} shots")
+        for k in shots
+        for task in FEW_SHOT.tasks
+    ]
+    return replace(FEW_SHOT, tasks=tuple(tasks))
 
 
 def protocol_of(names: Iterable[str]) -> Protocol | None:

@@ -22,6 +22,8 @@ NONE, BEST, TWO_STAGE = "none", "best", "two-stage"
 SELECT = (NONE, BEST, TWO_STAGE)
 BEST_EPOCH, LAST_EPOCH = "best", "last"
 EPOCHS = (BEST_EPOCH, LAST_EPOCH)
+LOSS, FIRST = "loss", "first"
+EQUAL = (LOSS, FIRST)
 
 
 class Run(NamedTuple):
@@ -80,6 +82,7 @@ class Plan:
         select: none: every cell is a result of its own; best: by the mean over all seeds;
             two-stage: by the first seed, and only the chosen cell runs from the others.
         epoch: whose validation counts: the best one's of a run, or the last one's.
+        equal: which of equal accuracies wins: that of the lower loss, or the first cell.
         scheduler: None, or what may stop runs early, which makes a choice depend on order.
     """
 
@@ -89,6 +92,7 @@ class Plan:
     epoch: str
     groups: tuple[Group, ...]
     scheduler: str | None = None
+    equal: str = LOSS
 
     # ---- which runs
 
@@ -155,8 +159,8 @@ class Plan:
     def ties(self, group: Group, records: Records) -> tuple[Cell, ...]:
         """All cells whose validation is the best, in their order: the first is the chosen one.
 
-        Accuracy counts first, then the loss. A cell with a run that diverged, failed or was stopped
-        is none of them.
+        Accuracy counts first, then the loss if `equal` says so. A cell with a run that diverged,
+        failed or was stopped is none of them.
         """
         scores = {i: self.score(cell, records) for i, cell in enumerate(group.cells)}
         known = {i: score for i, score in scores.items() if score is not None}
@@ -176,7 +180,7 @@ class Plan:
                 return None
             pairs.append((record[f"val{last}"], -record[f"val_loss{last}"]))
         accuracy, loss = (sum(part) / len(pairs) for part in zip(*pairs))
-        return accuracy, loss
+        return accuracy, loss if self.equal == LOSS else 0.0
 
     # ---- the file
 
@@ -187,6 +191,7 @@ class Plan:
             "seeds": list(self.seeds),
             "select": self.select,
             "epoch": self.epoch,
+            "equal": self.equal,
             "scheduler": self.scheduler,
             "groups": [
                 {

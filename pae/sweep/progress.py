@@ -94,7 +94,8 @@ def outcome(record: Record) -> str:
     """What came out of a run, in a few words."""
     if record["status"] != FINISHED:
         return f"{record['status']}: {record['reason']}"
-    words = f"val {record['val']:.3f} (epoch {record['best_epoch']})"
+    val = record["val"]  # None of a run that trained on those images too
+    words = f"val {val:.3f} (epoch {record['best_epoch']})" if val is not None else "not validated"
     if record["test"] is not None:
         words += f", test {record['test']:.3f}"
     return f"{words}, {record['seconds']:.1f} s"

@@ -32,9 +32,7 @@ class Shared:
         Raises:
             ValueError, FetchError: as there.
         """
-        mark = tuple(
-            getattr(options, name) for name in ("dataset", "data", "train_size", "val_size", "seed")
-        )
+        mark = tuple(getattr(options, name) for name in loop.TASK_OPTIONS)
         if mark not in self._tasks:
             while len(self._tasks) >= _MOST:
                 del self._tasks[next(iter(self._tasks))]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pae.sweep.plan import BEST_EPOCH, EPOCHS, SELECT, TWO_STAGE, Cell, Group, Plan
+from pae.sweep.plan import BEST_EPOCH, EPOCHS, EQUAL, LOSS, SELECT, TWO_STAGE, Cell, Group, Plan
 from pae.sweep.records import key_of
 from pae.train import record
 from pae.train.declared import Given, declared, near, parsed
@@ -34,7 +34,7 @@ from pae.train.options import read_options as checked
 
 ASHA = {"grace": 30, "reduction": 3}  # epochs before the first stop; the share that goes on
 _TOP = (
-    *("seeds", "tasks", "methods", "select", "epoch"),
+    *("seeds", "tasks", "methods", "select", "epoch", "equal"),
     *("options", "grid", "random", "final"),
 )
 _VARY = ("grid", "random")  # of a method's own table, in place of the common ones
@@ -118,6 +118,7 @@ class _Reader:
             seeds=seeds,
             select=self.word("select", SELECT, TWO_STAGE),
             epoch=self.word("epoch", EPOCHS, BEST_EPOCH),
+            equal=self.word("equal", EQUAL, LOSS),
             groups=tuple(groups),
             scheduler=None if asha is None else "asha",
         )

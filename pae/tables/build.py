@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pae.protocols.tasks import PROTOCOLS, Protocol, protocol_of
+from pae.protocols.tasks import PROTOCOLS, Protocol, few_shot, protocol_of
 from pae.tables import intervals
 from pae.tables.collect import Run
 
@@ -30,7 +30,7 @@ class Cell:
     """
 
     values: tuple[float, ...]
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[str, ...] = ()
     half_width: float | None = None
     bold: bool = False
     source: str | None = None
@@ -84,6 +84,8 @@ _EQUAL: tuple[tuple[str, Callable[[Run], Any]], ...] = (
     ("resize", lambda run: run.settings.get("interpolation")),
     ("pixels", lambda run: run.facts.get("pixels")),
     ("test of the", lambda run: run.result.get("tested")),
+    ("settings chosen by the", lambda run: run.facts.get("chosen")),
+    ("runs stopped early by", lambda run: run.facts.get("scheduler")),
     ("pae", lambda run: (run.facts.get("versions") or {}).get("pae")),
 )  # fmt: skip
 
@@ -94,6 +96,7 @@ def build(
     split: str = "test",
     baseline: str | None = None,
     protocol: str | None = None,
+    failed: Sequence[str] = (),
 ) -> Table:
     """The table of `runs`.
 
@@ -102,6 +105,7 @@ def build(
         split: whose accuracy, "test" or "val".
         baseline: the label of the row that the others are compared with, task by task.
         protocol: whose groups the tasks are averaged in; by default found by their names.
+        failed: runs that diverged or failed, in words, which a reader must know of.
     Raises:
         ValueError: runs that cannot stand in one table; the message names two of them.
     """
@@ -121,6 +125,8 @@ def build(
     columns, titles = list(tasks), dict[str, str]()
     means = _add_means(rows, tasks, chosen, titles)
     notes = _notes(runs, rows, names, tasks, means, titles, split)
+    if failed:
+        notes.append(f"Without a result: {len(failed)} runs that diverged, failed or were stopped.")
     if baseline is not None:
         notes += _beside(rows, tasks, baseline)
     title = chosen.title if chosen else ", ".join(tasks[:6]) + (", ..." if len(tasks) > 6 else "")
@@ -159,7 +165,7 @@ def _row(
     row = Row(name)
     found: list[Run] = []
     for task in tasks:
-        runs = sorted(cells.get((name, task), []), key=lambda run: run.seed)
+        runs = sorted(cells.get((name, task), []), key=lambda run: run.order)
         if runs:
             values = tuple(run.accuracy(split) for run in runs)
             seeds = tuple(run.seed for run in runs)
@@ -228,7 +234,8 @@ def _embolden(rows: Sequence[Row], column: str) -> None:
 
 
 def _order(tasks: set[str], protocol: str | None) -> tuple[list[str], Protocol | None]:
-    chosen = PROTOCOLS[protocol] if protocol is not None else protocol_of(tasks)
+    shots = few_shot(tasks)
+    chosen = PROTOCOLS[protocol] if protocol and not shots else shots or protocol_of(tasks)
     if chosen is None:
         return sorted(tasks), None
     known = [task.name for task in chosen.tasks]
@@ -390,7 +397,7 @@ def _about_seeds(rows: Sequence[Row], tasks: Sequence[str]) -> str:
     most = max(len(each) for each in seeds)
     if most == 1:
         return "One seed each: no interval can be given, and no difference is shown as one."
-    listed = ", ".join(str(seed) for seed in sorted({s for each in seeds for s in each}))
+    listed = ", ".join(dict.fromkeys(s for each in seeds for s in each))
     same = f"Mean over seeds {listed}" if len(seeds) == 1 else f"Means over seeds among {listed}"
     return (
         f"{same}; ± is half of Student's 95 % interval of the mean over seeds (test images are "
@@ -450,7 +457,7 @@ def _about_splits(runs: Sequence[Run], names: Sequence[str], tasks: Sequence[str
     per_seed = False
     for task in tasks:
         own = [(n, run) for n, run in zip(names, runs) if run.task == task and run.digest("train")]
-        by_seed: dict[int, set[str | None]] = {}
+        by_seed: dict[str, set[str | None]] = {}
         for _, run in own:
             by_seed.setdefault(run.seed, set()).add(run.digest("train"))
         if any(len(found) > 1 for found in by_seed.values()):

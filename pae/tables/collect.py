@@ -10,13 +10,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pae.errors import CheckpointError
 from pae.files import check_signature, from_json
+from pae.sweep.plan import NONE, PLAN, TWO_STAGE, read
+from pae.sweep.records import FILE, FINISHED
 from pae.train.declared import declared
 from pae.train.options import Options
 
 # options that say where and how fast, not what: they never make two methods of one
 _NOT_THE_METHOD = ("data", "dataset", "device", "save_every_steps", "workers")
-SEEDS = ("seed", "split_seed")
+SEEDS = ("seed", "split_seed", "draw")
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,15 @@ class Run:
     task: str
 
     @property
-    def seed(self) -> int:
-        return int(self.settings.get("seed", 0))
+    def seed(self) -> str:
+        """What tells the run from its like: the seed, and of few-shot which draw of images."""
+        draw, seed = self.order
+        return f"{draw}:{seed}" if self.settings.get("protocol") == "few-shot" else str(seed)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """(draw, seed)."""
+        return int(self.settings.get("draw", 0)), int(self.settings.get("seed", 0))
 
     def accuracy(self, split: str) -> float:
         """In per cent, on split "test" or "val".
@@ -70,6 +80,7 @@ class Collected:
 
     runs: list[Run]
     unfinished: list[Path]
+    failed: list[str]  # runs of sweeps that diverged, failed or were stopped, in words
 
 
 def collect(paths: Sequence[str | Path]) -> Collected:
@@ -80,7 +91,7 @@ def collect(paths: Sequence[str | Path]) -> Collected:
     Raises:
         ValueError: nothing is there, or a file is damaged.
     """
-    found = Collected([], [])
+    found = Collected([], [], [])
     seen: set[str] = set()
     for given in paths:
         root = Path(os.path.expanduser(given))
@@ -96,6 +107,8 @@ def collect(paths: Sequence[str | Path]) -> Collected:
                 seen.add(key)
                 _add(place, found)
     if not found.runs:
+        if not found.unfinished:
+            raise ValueError(f"{found.failed[0]}, and no other was given")
         first = found.unfinished[0]
         raise ValueError(f"{first}: the run is not finished, and no other was given")
     return found
@@ -109,7 +122,7 @@ def _places(root: Path) -> Iterator[Path]:
     for folder, inner, files in os.walk(root):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         here = Path(folder)
-        if "config.json" in files and not _is_comparison(here):
+        if PLAN in files or ("config.json" in files and not _is_comparison(here)):
             inner.clear()
             yield here
         elif "config.json" not in files:
@@ -129,17 +142,24 @@ def is_record(path: Path) -> bool:
         table = _read(path)
     except ValueError:
         return False
-    return "settings" in table and "result" in table
+    return "settings" in table and ("result" in table or "status" in table)
 
 
 def _add(place: Path, found: Collected) -> None:
+    if (place / PLAN).is_file():
+        _add_sweep(place, found)
+        return
+    if (record := place / FILE).is_file():
+        _add_record(record, found)
+        return
     if place.is_file():
         table = _read(place)
+        if "status" in table:
+            _add_record(place, found)
+            return
         if "settings" not in table:
             raise ValueError(f"{place}: expected a record with settings and a result")
         facts, result = table, table.get("result")
-        if isinstance(facts.get("facts"), dict):
-            facts = {**facts["facts"], **{k: v for k, v in facts.items() if k != "facts"}}
     else:
         facts = _read(place / "config.json")
         metrics = place / "metrics.json"
@@ -154,6 +174,73 @@ def _add(place: Path, found: Collected) -> None:
     found.runs.append(
         Run(place, settings, facts, result, _label(settings, facts), _task(settings, facts))
     )
+
+
+def _add_sweep(folder: Path, found: Collected) -> None:
+    """The tested runs of a sweep: of the cells that were chosen, or of all where none is."""
+    try:
+        plan, records = read(folder)
+        for group in plan.groups:
+            cells = group.cells if plan.select == NONE else plan.chosen(group, records)
+            if not cells:
+                found.unfinished.append(folder)
+            choice = None
+            if plan.select != NONE and len(group.cells) > 1:
+                seen = plan.seeds[:1] if plan.select == TWO_STAGE else plan.seeds
+                choice = (
+                    f"{plan.epoch} epoch's validation accuracy, seed {', '.join(map(str, seen))}"
+                )
+            for cell in cells:
+                for key in cell.finals:
+                    path = records.path(key) / FILE
+                    if key in records:
+                        _add_record(path, found, group.task, group.method, choice)
+                    else:
+                        found.unfinished.append(path.parent)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+
+
+def _add_record(
+    path: Path,
+    found: Collected,
+    task: str | None = None,
+    method: str | None = None,
+    choice: str | None = None,
+) -> None:
+    """One run of a sweep, called as its plan calls it."""
+    record = _read(path)
+    task, method = task or str(record["task"]), method or str(record["method"])
+    if record.get("status") != FINISHED:
+        words = f"{path.parent}: {task}, {method}, seed {record.get('seed')}: {record['status']}"
+        found.failed.append(words)
+        return
+    config = path.parent / "config.json"
+    beside = _read(config) if config.is_file() else {}
+    parameters, without = record.get("parameters"), record.get("parameters_without_head")
+    if record["settings"].get("protocol") == "few-shot":  # whose draws are tasks of a sweep
+        task = _task(record["settings"], beside)
+    known: Any = beside.get("task")
+    known = known if isinstance(known, dict) else record["images"]
+    facts = {
+        **beside,
+        **{name: record.get(name) for name in ("image_size", "backbone", "device", "versions")},
+        "task": {**known, "name": task},
+        "chosen": choice,
+        "scheduler": record.get("scheduler"),
+    }
+    last = record["settings"].get("keep") == "last"
+    result = {
+        "val_accuracy": record["val"],
+        "test_accuracy": record["test"],
+        "trained_parameters": parameters,
+        "head_parameters": None if without is None else parameters - without,
+        "seconds": record.get("seconds"),
+        "memory_mb": record.get("peak_memory_mb"),
+        "tested": "last epoch" if last else "epoch of best validation",
+    }
+    settings = {**_defaults(), **record["settings"]}
+    found.runs.append(Run(path.parent, settings, facts, result, method, task))
 
 
 def _read(path: Path) -> dict[str, Any]:

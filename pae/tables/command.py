@@ -71,11 +71,14 @@ def run(arguments: argparse.Namespace) -> int:
                 f"pae: {len(found.unfinished)} unfinished runs left out, e.g. {first}",
                 file=sys.stderr,
             )
+    for line in found.failed:
+        print(f"pae: {line}", file=sys.stderr)
     table = build(
         found.runs,
         split=arguments.split,
         baseline=arguments.baseline,
         protocol=arguments.protocol,
+        failed=found.failed,
     )
     text = write.FORMATS[kind](table)
     if output is None:

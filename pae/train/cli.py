@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pae.protocols import command as protocol
 from pae.sweep import cli as sweep
 from pae.tables import command as tables
 from pae.train import commands as after
@@ -134,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("pattern", nargs="?", default="*", help="part of a name, or with * and ?")
     models.add_argument("--pretrained", action="store_true", help="timm's pretrained tags by name")
     tables.add(commands)
+    protocol.add(commands)
     return parser
 
 

@@ -51,6 +51,13 @@ class _Asked(Exception):
     """The run was asked to stop, and is between two steps."""
 
 
+# what `load_task` reads
+TASK_OPTIONS = (
+    *("dataset", "data", "protocol", "task", "shots", "draw", "train_on"),
+    *("train_size", "val_size", "split_seed", "seed"),
+)
+
+
 def load_task(options: Options) -> Task:
     """The `Task` that the options name: an embedded set or a folder.
 

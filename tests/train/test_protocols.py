@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from pae.protocols.tasks import FEW_SHOT, VTAB
+from pae.sweep.spec import read_spec
 from pae.train import loop, pixels, recompressed, resize
 from pae.train.cli import main
 from pae.train.data import Images
@@ -436,3 +437,56 @@ def test_a_run_of_a_protocol_says_what_its_pixels_are(tmp_path, capsys):
     assert config["task"]["name"] == "svhn" and len(config["task"]["classes"]) == 10
     assert config["pixels"] == "jpeg75" and config["task"]["train"] == 6
     assert "originals are lossless" in capsys.readouterr().err
+
+
+# ---- the sweep of a protocol
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_sweep_of_vtab(tmp_path, capsys):
+    for name in ("cifar", "svhn"):
+        vtab(tmp_path / "root" / name)
+    spec = tmp_path / "vtab.toml"
+    command = ["protocol", "vtab1k", str(tmp_path / "root"), "--output", str(spec)]
+    assert main([*command, "--methods", "vpt-deep", "linear", "bpt"]) == 0
+    said = capsys.readouterr().err
+    assert "2 of 19 tasks" in said and "missing, so that no mean" in said and "dmlab" in said
+    assert "vpt-deep: 480 runs to tune (240 settings), 10 final ones" in said
+    assert "linear: 80 runs to tune (40 settings), 10 final ones" in said
+    sweep = read_spec(spec)
+    assert sweep.plan.count() == (480 + 80 + 12, 30)
+    (group, *_) = [g for g in sweep.plan.groups if g.method == "vpt-deep"]
+    assert group.task == "cifar100" and sweep.plan.seeds == (42, 44, 82, 100, 800)
+    # of equal accuracies the first: the smallest rate, then decay, then number of prompts
+    cells = [tuple(c.values[n] for n in ("lr", "weight_decay", "num_tokens")) for c in group.cells]
+    assert cells == sorted(cells) and cells[0] == (0.0125, 0.0, 1)  # 0.05 x 64 / 256
+    tuned, final = (sweep.options[keys[0]] for keys in (group.cells[0].keys, group.cells[0].finals))
+    assert (tuned.train_on, final.train_on) == ("train", "trainval")
+    assert tuned.interpolation == "tf1-bilinear" and tuned.keep == final.keep == "last"
+    equal = {key: {"status": "finished", "val_last": 0.5, "val_loss_last": 1 / (i + 1)}
+             for i, key in enumerate(c.keys[0] for c in group.cells)}  # fmt: skip
+    assert sweep.plan.chosen(group, equal)[0] is group.cells[0]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_sweeps_of_fgvc_and_few_shot(tmp_path, capsys):
+    noah(tmp_path / "few" / "oxford-pets")
+    spec = tmp_path / "few.toml"
+    command = ["protocol", "few-shot", str(tmp_path / "few"), "--output", str(spec)]
+    assert main([*command, "--methods", "vpt-deep", "--shots", "1", "2"]) == 0
+    assert "vpt-deep: 0 runs to tune (1 settings), 6 final ones" in capsys.readouterr().err
+    made = read_spec(spec)
+    tasks = [group.task for group in made.plan.groups]
+    assert tasks == [f"pets-{k}shot-{draw}" for k in (1, 2) for draw in (0, 1, 2)]
+    (tmp_path / "f" / "CUB").mkdir(parents=True)
+    (tmp_path / "f" / "CUB" / "train.json").write_text("{}")
+    command = ["protocol", "fgvc", str(tmp_path / "f"), "--methods", "vpt-deep"]
+    assert main([*command, "--grid", "coarse", "--output", str(spec)]) == 0
+    made = read_spec(spec)
+    assert made.plan.count() == (6, 4)
+    options = next(iter(made.options.values()))
+    assert (options.augment, options.interpolation, options.batch_size) == ("crop", "bilinear", 128)
+    assert {options.train_on for options in made.options.values()} == {"train"}
+    capsys.readouterr()
+    line = error_line(capsys, ["protocol", "vtab1k", str(tmp_path / "f"), "--methods", "linear"])
+    assert "no task of VTAB-1k is here" in line

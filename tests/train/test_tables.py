@@ -13,6 +13,8 @@ import pytest
 from scipy import stats
 
 from pae.protocols.tasks import FGVC, PROTOCOLS, SMALL, VTAB
+from pae.sweep.plan import Cell, Group, Plan
+from pae.sweep.records import Records
 from pae.tables import command, intervals
 from pae.tables.build import build
 from pae.tables.collect import collect
@@ -110,6 +112,50 @@ def test_records_of_a_sweep_are_runs_too(tmp_path):
     assert (run.label, run.task, run.accuracy("test")) == (other.label, other.task, 50.0)
 
 
+def sweep(folder, select="two-stage", statuses=("finished",) * 2):
+    """A sweep of two rates, of which the second is better on validation, and two seeds."""
+    records = Records(folder)
+    cells = []
+    for lr, val in ((0.01, 0.7), (0.02, 0.8)):
+        keys = tuple(f"{lr}-{seed}" for seed in (4, 5))
+        cells.append(Cell({"lr": lr}, keys, keys))
+        for key, seed, status in zip(keys, (4, 5), statuses):
+            records.write(
+                {
+                    **{"key": key, "status": status, "reason": None, "task": "a", "seed": seed},
+                    **{"method": "as written", "settings": {"lr": lr, "seed": seed, "epochs": 3}},
+                    **{"images": {"train": 8, "val": 2, "test": 5}, "val": val, "test": val - 0.1},
+                    **{"val_loss": 1.0, "val_last": val, "val_loss_last": 1.0, "parameters": 90},
+                    **{"parameters_without_head": 60, "seconds": 2.0, "peak_memory_mb": 7.0},
+                }
+            )
+    groups = (Group("a", "deep", tuple(cells)),)
+    Plan("s", (4, 5), select, "best", groups).write(folder)
+    return folder
+
+
+def test_a_sweep_gives_its_chosen_runs(tmp_path):
+    made = table(sweep(tmp_path / "s"))
+    (row,) = made.rows
+    assert row.label == "deep" and row.cells["a"].seeds == ("4", "5")
+    assert row.cells["a"].mean == pytest.approx(70) and row.without_head == 60
+    same = next(note for note in made.notes if note.startswith("The same for all"))
+    assert "settings chosen by the best epoch's validation accuracy, seed 4" in same
+    made = table(sweep(tmp_path / "all", select="none"))
+    assert [row.label for row in made.rows] == ["deep (lr 0.01)", "deep (lr 0.02)"]
+    made = table(tmp_path / "s" / "runs" / "0.01-4")
+    assert made.rows[0].label == "as written"
+
+
+def test_runs_that_diverged_are_told(tmp_path, capsys):
+    folder = sweep(tmp_path / "s", statuses=("finished", "diverged"))
+    assert main(["table", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert "a, deep, seed 5: diverged" in err and "Without a result: 1 runs" in out
+    failed = sweep(tmp_path / "f", select="none", statuses=("failed", "failed"))
+    assert "failed, and no other was given" in error_line(capsys, ["table", str(failed)])
+
+
 def test_what_is_no_run_is_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "empty: no run here" in error_line(capsys, ["table", str(tmp_path / "empty")])
@@ -130,7 +176,7 @@ def test_means_over_seeds(tmp_path):
         save_run(tmp_path / str(seed), accuracy, seed=seed)
     made = table(tmp_path)
     found = cell(made, "vpt-deep", "a")
-    assert found.mean == pytest.approx(72) and found.seeds == (0, 1, 2) and not found.bold
+    assert found.mean == pytest.approx(72) and found.seeds == ("0", "1", "2") and not found.bold
     assert found.half_width == pytest.approx(4.302653 * 2 / math.sqrt(3), rel=1e-6)
     (row,) = made.rows
     assert (row.parameters, row.without_head, row.seconds) == (46_080, 41_080, 100)
@@ -256,6 +302,20 @@ def test_a_task_that_is_missing_takes_its_means_along(tmp_path):
     assert not {"natural", "mean_groups", "mean_tasks"} & bpt.cells.keys()
     assert bpt.cells["structured"].mean == pytest.approx(55.0)
     assert any("Not on all tasks" in note and "bpt" in note for note in made.notes)
+
+
+def test_shots_are_groups_and_draws_are_means(tmp_path):
+    for name in ("food101", "pets", "cars", "flowers", "aircraft"):
+        for draw in (0, 1, 2):
+            settings = {"protocol": "few-shot", "data": "x", "shots": 4, "draw": draw}
+            place = tmp_path / f"{name}{draw}"
+            save_run(place, 0.5 + draw / 100, task=f"{name}-4shot", **settings)
+    made = table(tmp_path)
+    (row,) = made.rows
+    assert made.columns[0] == "food101-4shot" and row.cells["cars-4shot"].seeds == (
+        *("0:0", "1:0", "2:0"),
+    )
+    assert row.cells["mean_tasks"].mean == pytest.approx(51)
 
 
 def test_gains_over_a_baseline(tmp_path, capsys):
