@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pae_kernels import pointwise, product
-from pae_kernels.attention import class_attention
+from pae_kernels.attention import class_attention, windows
 from pae_kernels.attention.reference import sum_groups, take_groups
 from pae_kernels.precision import exact_matmul
 
+from .backbones.windows import Windows
 from .plan import BlockPlan, HeadNorm, PlainNorm
 
 MEMORY_MODES = ("keep", "recompute8", "recompute")
@@ -190,7 +191,10 @@ def attention_half(
     """
     x, xhat, rstd = _sum_and_norm(stream.rows, stream.pending, block.norm1, block.w_qkv.dtype)
     qkv, head_norms = project(block, xhat, steps)
-    out, lse = steps.attention(xhat, qkv, keys, class_only, _placed(block, x))
+    if block.windows is None:
+        out, lse = steps.attention(xhat, qkv, keys, class_only, _placed(block, x))
+    else:
+        out, lse = windows.forward(qkv, keys.kv, keys.group, *_cut(block.windows))
     kept = AttentionKept(xhat, rstd, qkv, lse, head_norms)
     return x[:, :1] if class_only else x, out, kept
 
@@ -305,6 +309,11 @@ def _placed(block: BlockPlan, rows: Tensor) -> Tensor | None:
     return None if block.bias is None else block.bias.bias_of(rows.shape[1])
 
 
+def _cut(w: Windows) -> tuple[Tensor, Tensor | None, int, bool]:
+    """What attention in windows is given of them."""
+    return cast(Tensor, w.bias), w.mask, w.count, w.mixes
+
+
 def _of_heads(rows: Tensor, norm: HeadNorm) -> Tensor:
     """Queries or keys (..., d), normalised per head."""
     if not norm.plain.rms:
@@ -328,6 +337,8 @@ def project(
             stats += [hat, rstd]
     if block.rotation is not None:
         pointwise.rotate_(qkv, block.rotation)
+    if block.padding is not None:
+        qkv[:, block.padding] = cast(Tensor, block.fill)
     return qkv, HeadNorms(*stats)
 
 
@@ -504,12 +515,19 @@ class FrozenBlock(torch.autograd.Function):
             )
             if qkv is None:
                 qkv, head_norms = project(block, cast(Tensor, kept.xhat1))
-            d_qkv, d_kv = torch.ops.pae.prompt_attention_bwd(
-                *(d_out, qkv, kept.kv, kept.group, 1.0, ctx.class_only, kept.log_multiplicity),
-                *(_placed(block, qkv), None, kept.out, kept.lse, ctx.need_qkv),
-            )
+            known = kept.out, kept.lse, ctx.need_qkv
+            if block.windows is None:
+                d_qkv, d_kv = torch.ops.pae.prompt_attention_bwd(
+                    *(d_out, qkv, kept.kv, kept.group, 1.0, ctx.class_only),
+                    *(kept.log_multiplicity, _placed(block, qkv), None, *known),
+                )
+            else:
+                given = qkv, kept.kv, kept.group, *_cut(block.windows)
+                d_qkv, d_kv = windows.backward(d_out, *given, *known)
             dx = d_pending = None
             if ctx.need_qkv:
+                if block.padding is not None:
+                    d_qkv[:, block.padding] = 0
                 if block.rotation is not None:
                     pointwise.rotate_(d_qkv, block.rotation, back=True)
                 _head_norms_backward_(block, d_qkv, head_norms, sums)

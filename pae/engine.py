@@ -83,8 +83,7 @@ def run(
     Raises:
         ValueError: an unknown memory mode.
     """
-    if memory not in MEMORY_MODES:
-        raise ValueError(f"memory must be one of {MEMORY_MODES}, got {memory!r}")
+    check_memory(memory)
     family.start_forward()
     at, class_only, last = view.num_prefix_tokens, plan.class_only, len(plan.blocks) - 1
     joins = pool != "image" and not family.enters_sequence  # for the last block alone
@@ -94,7 +93,7 @@ def run(
             rows = family.block_prompts(0, x)
             if rows is not None:
                 x, entered = insert_rows(x, rows, at), rows.shape[-2]
-        ask = _answers(plan, family, x, last if class_only or joins else last + 1)
+        ask = answers(plan, family, x, last if class_only or joins else last + 1)
 
         def enter(i: int, stream: Stream) -> tuple[Stream, BlockPrompts]:
             nonlocal entered
@@ -159,7 +158,13 @@ def unprompted(plan: FrozenPlan, x: Tensor) -> Iterator[Tensor]:
         yield stream.sum()
 
 
-def _answers(
+def check_memory(memory: str) -> None:
+    """Raise ValueError unless it is a memory mode."""
+    if memory not in MEMORY_MODES:
+        raise ValueError(f"memory must be one of {MEMORY_MODES}, got {memory!r}")
+
+
+def answers(
     plan: FrozenPlan, family: PromptFamily, x: Tensor, blocks: int
 ) -> Callable[[int, Tensor], BlockPrompts]:
     """(i, rows that enter block i) -> its prompts, asked of `family` now where they depend on no

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, windows
 from . import engine as fast
 from .backbones import BackboneView, read_backbone, trained
 from .choices import ENGINES, POOLS
@@ -38,6 +38,7 @@ _uncompiled = partial(
     'engine="reference"',
 )
 _uncompiled_run = _uncompiled(fast.run)
+_uncompiled_windows = _uncompiled(windows.run)
 
 
 class PromptedViT(nn.Module):
@@ -229,6 +230,7 @@ class PromptedViT(nn.Module):
             # an observer leaves what it saw per thread, which breaks a graph: outside of the walk,
             # since PyTorch 2.11 cannot go on from a break inside
             run = _uncompiled_run if self.prompts.observed else fast.run
+            run = _uncompiled_windows if self.view.shape.widths else run
             rows = run(plan, self.view, self.prompts, x, memory, self._pool)
             return self._shown(self.view.readout(rows))
         if engine not in ENGINES:

@@ -12,8 +12,8 @@ and put in anew for every step (`FrozenPlan.now`); a matrix is folded but for a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -35,11 +35,13 @@ from .backbones.view import (
     BlockWeights,
     Geometry,
     Linear,
+    Merging,
     Norm,
     Stacked,
     Summed,
     added_to,
 )
+from .backbones.windows import Windows
 from .errors import UnsupportedBackbone
 
 Made = TypeVar("Made")
@@ -77,7 +79,9 @@ class BlockPlan:
     least fp32, how much of the second of two softmaxes is taken from the first; a head of the
     result is four heads here, two halves of each, and norm_out is over each of these.
 
-    bias: what is added to the logits, by the places of rows in the image, or None.
+    bias: what is added to the logits, by the places of rows in the image, or None. windows: what
+    stands instead where the block looks into windows. Some of their rows may be padding, which has
+    `fill` (3, H, d) for its query, key and value: padding (m,) counts them from the last row back.
     rotation: (2, n, d/2) or (2, H, n, d/2), sine and cosine in at least fp32, of the images' size:
     queries and keys of the last n rows are turned, entry i of a head with i + d/2. order: (d,) the
     place in the backbone's heads of each entry of a query or key here, where it is another.
@@ -117,6 +121,9 @@ class BlockPlan:
     gain1: Tensor | None = None
     gain2: Tensor | None = None
     trained: tuple[str, ...] = ()
+    windows: Windows | None = None
+    padding: Tensor | None = None
+    fill: Tensor | None = None
 
     def product(self, name: str) -> tuple[Tensor, Tensor]:
         """Weight and bias of "qkv", "proj", "fc1" or "fc2"."""
@@ -144,12 +151,25 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class MergingPlan:
+    """Folded constants of what stands between two stages: weight (out, 4 C) and bias (out,) act on
+    normalised rows.
+    """
+
+    norm: PlainNorm
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
 class FrozenPlan:
     """All blocks of a backbone, folded for one device and compute dtype.
 
     w_qkv and b_qkv of the blocks are views of the stacked tensors here, so that the prompt keys and
-    values of many blocks are one batched product. class_only: of the last block's rows only the
-    class row is read. trained: the vectors that `now` puts in; without them, all is constant.
+    values of many blocks are one batched product; (0,) where the blocks have several widths.
+    mergings: what stands between two stages, by the block behind it. class_only: of the last
+    block's rows only the class row is read. trained: the vectors that `now` puts in; without them,
+    all is constant.
     """
 
     dtype: torch.dtype
@@ -158,6 +178,7 @@ class FrozenPlan:
     b_qkv: Tensor
     class_only: bool
     trained: TrainedVectors | None = None
+    mergings: Mapping[int, MergingPlan] = field(default_factory=dict)
 
     def now(self) -> FrozenPlan:
         """With the trained vectors as they are, and on the tape of autograd; itself without any."""
@@ -174,6 +195,13 @@ class FrozenPlan:
         wide = torch.promote_types(self.dtype, torch.float32)
         blocks = []
         for block, g in zip(self.blocks, geometry):
+            if isinstance(g, Windows):
+                mask = None if g.mask is None else g.mask.to(wide)
+                empty = (g.places.flatten().flip(0) < 0).nonzero()[:, 0]
+                padding = -1 - empty.to(block.w_qkv.device) if len(empty) else None
+                windows = replace(g, bias=cast(Tensor, g.bias).to(wide), mask=mask)
+                blocks.append(replace(block, windows=windows, padding=padding))
+                continue
             rotation = None if g.rotation is None else g.rotation.to(wide)
             bias = None if g.bias is None else replace(g, bias=g.bias.to(wide))
             blocks.append(replace(block, rotation=rotation, bias=bias))
@@ -267,10 +295,29 @@ def fold(view: BackboneView, dtype: torch.dtype, settled: bool = True) -> Frozen
         vectors = [v for i, w in enumerate(given) for v in _trained_vectors(i, w, weights[i])]
         trained = TrainedVectors(vectors) if vectors else None
     qkv = [_fold_qkv(w) for w in weights]
-    w_qkv = torch.stack([w.to(dtype) for w, _ in qkv])
-    b_qkv = torch.stack([b.to(dtype) for _, b in qkv])
-    blocks = [_fold_block(w, w_qkv[i], b_qkv[i], dtype) for i, w in enumerate(weights)]
-    return FrozenPlan(dtype, blocks, w_qkv, b_qkv, view.reads_class_only, trained)
+    w_each, b_each = [w.to(dtype) for w, _ in qkv], [b.to(dtype) for _, b in qkv]
+    w_qkv = b_qkv = w_each[0].new_empty(0)
+    if len({w.shape for w in w_each}) == 1:
+        w_qkv, b_qkv = torch.stack(w_each), torch.stack(b_each)
+        w_each, b_each = list(w_qkv), list(b_qkv)
+    blocks = [_fold_block(*given, dtype) for given in zip(weights, w_each, b_each)]
+    if view.shape.widths:
+        blocks = [replace(b, fill=_fill(w).to(dtype)) for w, b in zip(weights, blocks)]
+    mergings = {i: _fold_merging(view.read_merging(i), dtype) for i in view.mergings}
+    return FrozenPlan(dtype, blocks, w_qkv, b_qkv, view.reads_class_only, trained, mergings)
+
+
+def _fill(w: BlockWeights) -> Tensor:
+    """(3, H, d): what becomes of a row of zeros behind the norm."""
+    bias = Linear(w.qkv.weight, w.qkv.bias)
+    fill = _behind_norm(None, bias)[1].view(3, w.num_heads, -1)
+    fill[0] *= w.scale
+    return fill
+
+
+def _fold_merging(merging: Merging, dtype: torch.dtype) -> MergingPlan:
+    weight, bias = _behind_norm(merging.norm, merging.reduction)
+    return MergingPlan(_plain(merging.norm), weight.to(dtype), bias.to(dtype))
 
 
 def _trained(tensor: Tensor | None) -> Tensor | None:
@@ -590,16 +637,18 @@ class _Seen:
 
     def __init__(self, view: BackboneView) -> None:
         self._view = view
-        self._blocks = view.blocks
+        folded = view.folded
+        self._folded = list(folded.values())
         named = [
-            (f"blocks.{i}.{name}".rstrip("."), module)
-            for i, block in enumerate(self._blocks)
-            for name, module in block.named_modules(remove_duplicate=False)
+            (f"{at}.{name}".rstrip("."), module)
+            for at, part in folded.items()
+            for name, module in part.named_modules(remove_duplicate=False)
         ]
         _refuse_surroundings()
-        for i, block in enumerate(self._blocks):
-            _refuse_dropout(f"blocks.{i}", block)
-        may = {id(t) for i in range(len(self._blocks)) for t in view.read_block(i).trainable()}
+        for at, part in folded.items():
+            _refuse_dropout(at, part)
+        weights = [] if view.shape.widths else map(view.read_block, range(len(view.blocks)))
+        may = {id(t) for w in weights for t in w.trainable()}
         for name, module in named:
             _refuse(name, module, may)
         modules = [module for _, module in named]
@@ -628,7 +677,7 @@ class _Seen:
         _refuse_surroundings()
         return (
             not any(self._hooks)
-            and _same(self._view.blocks, self._blocks)
+            and _same(list(self._view.folded.values()), self._folded)
             and list(map(type, self._modules)) == self._types
             and all(kind.forward is forward for kind, forward in self._forwards)
             and list(map(len, self._attributes)) == self._sizes

@@ -94,6 +94,11 @@ class SwinView(BackboneView):
         return [block for stage in self._swin.layers for block in stage.blocks]
 
     @property
+    def folded(self) -> dict[str, nn.Module]:
+        parts = {f"the downsample before {self._names[i]}": m for i, m in self.mergings.items()}
+        return dict(zip(self._names, self.blocks)) | parts
+
+    @property
     def mergings(self) -> dict[int, nn.Module]:
         found, before = {}, 0
         for stage in self._swin.layers:
@@ -114,7 +119,7 @@ class SwinView(BackboneView):
     def readout_parts(self) -> list[Any]:
         m, kind = self._swin, type(self._swin)
         parts = m.norm, m.head.global_pool
-        calls = [(type(p).forward, added_to(p) is None) for p in parts]
+        calls = [of(p) for p in parts for of in (lambda p: type(p).forward, added_to)]
         return [*parts, *calls, kind.forward_head, vars(m).get("forward_head")]
 
     def num_rows(self, size: tuple[int, int]) -> int:
@@ -161,7 +166,7 @@ class SwinView(BackboneView):
         super().prove_blocks()
         grids = self._grids(self.default_size)
         for i, part in self.mergings.items():
-            grid, width = grids[i - 1] if i else self.shape.grid, self.shape.widths[max(i - 1, 0)]
+            grid, width = grids[i - 1], self.shape.widths[i - 1]
             rows = random_rows(2, grid[0] * grid[1], width).to(self.like)
             with evaluating(part), plainly(self.like.device):
                 expected = part(rows.unflatten(1, grid)).flatten(1, 2)
@@ -181,7 +186,6 @@ class SwinView(BackboneView):
             self.prove_blocks()
         finally:
             self._examining = False
-        self.unproved = "windows are not folded"
 
     def _grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """(rows, columns) of the grid in each block."""

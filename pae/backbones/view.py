@@ -442,6 +442,11 @@ class BackboneView(ABC):
         """The transformer blocks, in order."""
 
     @property
+    def folded(self) -> dict[str, nn.Module]:
+        """All modules that a plan is made of, and what to call them."""
+        return {f"blocks.{i}": block for i, block in enumerate(self.blocks)}
+
+    @property
     def mergings(self) -> dict[int, nn.Module]:
         """What stands between two stages, by the block behind it."""
         return {}

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .view import BlockWeights, Geometry, behind_attention, heads_of
+
+
+@lru_cache(maxsize=256)
+def places(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """(W, n) int64 on the CPU: which row of the grid stands in each place of each window, or -1 for
+    padding.
+    """
+    (rows, columns), (high, wide) = grid, window
+    found = torch.arange(rows * columns, device="cpu").view(rows, columns)
+    found = found.roll([-s for s in shift], (0, 1))
+    found = F.pad(found, (0, -columns % wide, 0, -rows % high), value=-1)
+    found = found.unflatten(1, (-1, wide)).unflatten(0, (-1, high))
+    return found.transpose(1, 2).reshape(-1, high * wide)
 
 
 @dataclass(frozen=True)
@@ -39,15 +52,9 @@ class Windows(Geometry):
         """W, of an image."""
         return len(self.places)
 
-    @cached_property
+    @property
     def places(self) -> Tensor:
-        """(W, n) int64 on the CPU: which row of the image stands there, or -1 for padding."""
-        (rows, columns), (high, wide) = self.grid, self.window
-        places = torch.arange(rows * columns, device="cpu").view(rows, columns)
-        places = places.roll([-s for s in self.shift], (0, 1))
-        places = F.pad(places, (0, -columns % wide, 0, -rows % high), value=-1)
-        places = places.unflatten(1, (-1, wide)).unflatten(0, (-1, high))
-        return places.transpose(1, 2).reshape(-1, high * wide)
+        return places(self.grid, self.window, self.shift)
 
     def split(self, rows: Tensor) -> Tensor:
         """(B, N, C) rows of images to (B W, n, C) of their windows, image by image; padding is

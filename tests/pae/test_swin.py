@@ -9,12 +9,12 @@ from timm.models.swin_transformer import SwinTransformer
 
 import pae
 from pae.prompts import VPTDeep, VPTShallow
-from tests.tiny import error
+from tests.tiny import assert_engines_agree, backbone, error, refused
 
 PRECISIONS = {"f32": torch.float32, "f64": torch.float64}
 VALUE = {"f32": 1e-5, "f64": 1e-9}
 GRADIENT = {"f32": 1e-4, "f64": 1e-6}
-ENGINES = ("reference",)
+ENGINES = ("reference", "fast")
 
 
 # ---- golden vectors
@@ -84,3 +84,200 @@ def test_what_other_images_do(golden, kind, engine, precision):
         expected = exact[f"leak/{precision}/{kind}"]
         assert (got.double() - expected.double()).abs().max() <= VALUE[precision]
         assert (error(got[0], got[2]) > 0.01) == (kind == "shallow")
+
+
+# ---- both engines
+
+PLAIN = {"img_size": 32, "patch_size": 2, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2)}
+PLAIN |= {"window_size": 4, "mlp_ratio": 2, "num_classes": 5, "drop_path_rate": 0.3}
+KINDS = {
+    "plain": {},
+    "three_stages": {"depths": (1, 3, 2), "num_heads": (2, 2, 4), "img_size": (48, 32)},
+    "window_is_grid": {"img_size": 16, "patch_size": 4},
+    "one_stage": {"depths": (2,), "num_heads": (2,)},
+    "padded": {"img_size": 22, "patch_size": 2, "depths": (2, 2, 1), "num_heads": (1, 2, 2)},
+    "oblong_window": {"window_size": (2, 4)},
+    "always_partition": {"always_partition": True, "img_size": 12, "patch_size": 2},
+    "no_qkv_bias": {"qkv_bias": False},
+    "head_width": {"head_dim": 6, "global_pool": "max"},
+    "any_size": {"dynamic_img_size": True},
+    "dropout": {"drop_rate": 0.5, "proj_drop_rate": 0.5, "attn_drop_rate": 0.5},
+}
+FAMILIES = {
+    "deep": lambda depth: VPTDeep(3),
+    "dropout": lambda depth: VPTDeep(3, dropout=0.3),
+    "per_sample": lambda depth: VPTDeep(3, dropout=0.3, dropout_scope="sample"),
+    "counts": lambda depth: VPTDeep([i % 3 for i in range(depth)]),
+    "none": lambda depth: VPTDeep(0),
+    "shallow": lambda depth: VPTShallow(3),
+    "shallow_per_sample": lambda depth: VPTShallow(3, dropout=0.3, dropout_scope="sample"),
+    "faithful": lambda depth: VPTShallow(3, faithful=True),
+}
+
+
+def small(kind="plain", dtype=torch.float64, seed=1):
+    """A Swin with random weights of trained size."""
+    swin = SwinTransformer(**{**PLAIN, **KINDS[kind]}).to(dtype)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in swin.named_parameters():
+            values = torch.randn(p.shape, generator=draw)
+            if "norm" in name and name.endswith("weight"):
+                p.copy_(1 + 0.3 * values)
+            else:
+                matrix = name.endswith("weight")
+                p.copy_(values * p[0].numel() ** -0.5 if matrix else 0.5 * values)
+    return swin
+
+
+def made(kind="plain", family="deep", pool="all", dtype=torch.float64, batch=3):
+    """A prompted model in training mode, and images for it."""
+    swin = small(kind, dtype)
+    depth = sum(len(stage.blocks) for stage in swin.layers)
+    prompts = FAMILIES[family](depth) if isinstance(family, str) else family
+    model = pae.PromptedViT(swin, prompts, pool=pool).train()
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.prompts.parameters():
+            p.copy_(0.7 * torch.randn(p.shape, generator=draw))
+    size = (24, 40) if kind == "any_size" else model.view.default_size
+    return model, torch.randn(batch, 3, *size, generator=draw, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_prompts_it_is_the_backbone(kind):
+    swin = small(kind).eval()
+    images = torch.randn(2, 3, *swin.patch_embed.img_size, dtype=torch.float64)
+    expected = swin(images)
+    model = pae.PromptedViT(swin, VPTDeep(0))
+    for engine in ENGINES:
+        assert error(model(images, engine), expected) < 1e-12
+
+
+@pytest.mark.parametrize("pool", ["all", "image"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engines_agree_on_families(family, pool):
+    assert_engines_agree(*made("three_stages", family, pool))
+
+
+@pytest.mark.parametrize("family", ["per_sample", "faithful"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "three_stages"])
+def test_engines_agree_on_kinds(kind, family):
+    assert_engines_agree(*made(kind, family))
+
+
+@pytest.mark.parametrize("memory", ["recompute8", "recompute"])
+@pytest.mark.parametrize("kind", ["padded", "plain"])
+def test_memory_modes(kind, memory):
+    model, images = made(kind)
+    tolerance = 5e-3 if memory == "recompute8" else None
+    assert_engines_agree(model, images, grads=tolerance, memory=memory)
+
+
+@pytest.mark.parametrize("family", ["deep", "shallow"])
+def test_prompts_alone_pooled(family):
+    assert_engines_agree(*made("plain", family, "prompts"))
+
+
+def test_fp32():
+    assert_engines_agree(*made(dtype=torch.float32))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", ["deep", "shallow", "faithful"])
+def test_only_the_released_shallow_kind_mixes_images(family, engine):
+    model, images = made("padded", family)
+    with torch.no_grad():
+        alone = torch.cat([model(image[None], engine) for image in images])
+        apart = error(model(images, engine), alone)
+    assert apart > 1e-3 if family == "faithful" else apart < 1e-12
+
+
+def test_training_steps_agree():
+    def trained(engine):
+        model, images = made("plain", VPTDeep(3))
+        optimiser = torch.optim.SGD(model.parameter_groups(0.1, 1e-3), momentum=0.9)
+        for _ in range(4):
+            loss = F.cross_entropy(model(images, engine), torch.tensor([0, 1, 2]))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        return model.prompts.tokens.detach()
+
+    assert error(trained("fast"), trained("reference")) < 1e-9
+
+
+def test_initial_prompts_have_the_range_of_the_first_width():
+    model = pae.PromptedViT(small(), VPTDeep(50))
+    bound = (6 / (3 * 2 * 2 + 8)) ** 0.5
+    rows = model.prompts.raw_prompts()
+    assert [tuple(r.shape) for r in rows] == [(50, 8), (50, 8), (50, 16), (50, 16)]
+    assert all(0.98 * bound < r.abs().max() <= bound for r in rows)
+
+
+def test_a_plan_follows_the_backbone():
+    model, images = made()
+    first = pae.fast_forward(model, images)
+    plan = model.plan()
+    pae.fast_forward(model, images)
+    assert model.plan().w_qkv is plan.w_qkv  # and is not folded anew for every step
+    with torch.no_grad():
+        model.backbone.layers[1].downsample.reduction.weight.mul_(1.1)
+        model.backbone.layers[0].blocks[1].attn.relative_position_bias_table.add_(
+            torch.randn(49, 1, dtype=torch.float64)
+        )
+    assert error(pae.fast_forward(model, images), first) > 1e-3
+    assert_engines_agree(model, images)
+
+
+# ---- what is refused
+
+
+class Narrow(pae.prompts.VPTDeep):
+    """A family of somebody's own, which says nothing of stages."""
+
+
+def test_refusals():
+    refused(
+        ValueError,
+        "prompts (BPTDeep) are not defined on a backbone with stages",
+        lambda: pae.PromptedViT(small(), pae.prompts.BPTDeep(4, 2)),
+    )
+    refused(
+        ValueError,
+        "prompts (Narrow) are not defined on",
+        lambda: pae.PromptedViT(small(), Narrow(4)),
+    )
+    refused(
+        ValueError, "leave kld out (None)", lambda: pae.PromptedViT(small(), VPTDeep(4), pae.KLD(8))
+    )
+    refused(
+        pae.UnsupportedBackbone,
+        "train_backbone needs blocks of one width",
+        lambda: pae.PromptedViT(small(), VPTDeep(4), train_backbone="biases"),
+    )
+    refused(
+        ValueError,
+        "faithful must be False on a backbone without windows",
+        lambda: pae.PromptedViT(backbone(), VPTShallow(4, faithful=True)),
+    )
+    model, images = made()
+    refused(
+        pae.UnsupportedBackbone,
+        "Modal Pre-Alignment needs blocks of one width",
+        lambda: pae.mpa_init(model, images, torch.tensor([0, 1, 2])),
+    )
+    refused(pae.UnsupportedBackbone, "spt_init needs", lambda: pae.spt_init(model, images))
+    refused(pae.UnsupportedBackbone, "NullSpace needs", lambda: pae.NullSpace(model))
+    refused(
+        pae.UnsupportedBackbone,
+        "condense needs",
+        lambda: pae.condense(model, images, torch.tensor([0, 1, 2]), keep=0.5),
+    )
+    refused(pae.UnsupportedBackbone, "load_official needs", lambda: pae.load_official(model, {}))
+    model.backbone.layers[0].blocks[0].norm1.bias.requires_grad_(True)
+    refused(
+        pae.UnsupportedBackbone,
+        "layers.0.blocks.0.norm1.bias requires a gradient",
+        lambda: pae.fast_forward(model, images),
+    )
