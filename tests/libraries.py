@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -16,6 +18,11 @@ DINO = {**COMMON, "mlp_ratio": 2}
 TEXT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 TEXT |= {"intermediate_size": 8, "vocab_size": 9, "bos_token_id": 1, "eos_token_id": 2}
 TOWERS = {"vision_config": WIDE, "text_config": TEXT}
+
+
+def version_4() -> bool:
+    """Whether transformers is, whose parts have other names."""
+    return metadata.version("transformers").startswith("4.")
 
 
 def _hf(name: str, config: dict[str, Any], **more: Any) -> Callable[[], nn.Module]:
@@ -150,6 +157,10 @@ def own_output(module: nn.Module, x: Tensor, **more: Any) -> Tensor:
     """What the model's own forward hands on: logits, or the pooled features."""
     if type(module).__name__ == "ViTMAEModel":  # it permutes patches by this
         more["noise"] = torch.arange(x[0, 0].numel() // 16).expand(len(x), -1)
+    if not set(more) <= inspect.signature(module.forward).parameters.keys():
+        # CLIP's classifier in version 4, which its parts make up for
+        tower: Any = module
+        return tower.classifier(tower.vision_model(x, **more)[0][:, 1:].mean(1))
     out = module(x, **more)
     if isinstance(out, Tensor):
         return out

@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pae
+from pae.backbones import named
 from pae.train import embedded, methods, pixels, record
 from pae.train.average import Average
+from pae.train.clips import read_clips
 from pae.train.data import Images, Task, read_folder
 from pae.train.images import Ranges
 from pae.train.memory import Peak
@@ -66,7 +68,10 @@ def load_task(options: Options) -> Task:
     """
     sizes = {"train_size": options.train_size, "val_size": options.val_size}
     seed = options.seed if options.split_seed is None else options.split_seed
-    if options.protocol is not None:
+    if (frames := named.frames_of(options.model)) is not None:
+        assert options.data is not None  # rehearsed
+        task = read_clips(options.data, frames, **sizes, seed=seed, workers=options.workers)
+    elif options.protocol is not None:
         task = read_task(options, sizes, seed)
     elif options.data is not None:
         task = read_folder(options.data, **sizes, seed=seed)
@@ -282,6 +287,8 @@ class _Run:
             backbone=methods.portable(methods.recipe(options)),
         )
 
+        frames = named.frames_of(options.model)
+
         def pipeline(images: Images, training: bool) -> pixels.Pipeline:
             transform, is_random = pixels.make_transform(
                 options.augment,
@@ -292,7 +299,9 @@ class _Run:
                 options.rand_augment,
             )
             split = pixels.PixelSplit(
-                images, transform, is_random, options.seed, options.workers, ranges=ranges
+                *(images, transform, is_random, options.seed, options.workers),
+                ranges=ranges,
+                frames=frames,
             )
             return pixels.Pipeline(split, mean, std, self.accelerator.device, options.workers)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import pae
-from pae.backbones import trained
+from pae.backbones import named, read_backbone, trained
 from pae.backbones.weights import has_norm_of_a_mean
 from pae.files import to_json
 from pae.foreign import first_line
@@ -28,7 +28,7 @@ from pae.mpa.incoming import prompt_count, refuse_clips
 from pae.tensorfile import fitted, read_tensors, require_digest, write_tensors
 from pae.train import embedded
 from pae.train.declared import Given, declared, fits, name_of, near
-from pae.train.options import OWN_POOL, Options
+from pae.train.options import LOCAL, OWN_POOL, Options
 
 Method: TypeAlias = "LinearProbe | FullFineTuning | pae.PromptedViT"
 Weights: TypeAlias = "str | Path | Mapping[str, Tensor]"
@@ -49,13 +49,16 @@ def build_backbone(
             weights names and shapes are checked, and nothing else is read.
         say: told in one line from where in a file the weights were taken.
     Returns:
-        A timm model.
+        A timm model, or what `pae.backbones.named` loads; without a head where there is no place
+        for one.
     Raises:
         ValueError: unknown model, impossible image size, weights that cannot be had; a `pool` that
-            its readout cannot be given.
+            its readout cannot be given; options of timm's models with another.
         CheckpointError: a file of weights is unreadable, or does not fit the model.
         FetchError: the embedded weights cannot be had.
     """
+    if named.is_named(options.model):
+        return _named_backbone(options, num_classes, skeleton, say)
     model, weights = _backbone_as_published(options, num_classes, skeleton)
     # what takes a mean or a maximum already stays as it is
     changes = options.pool != OWN_POOL and getattr(model, "global_pool", "") not in _MEANS
@@ -74,6 +77,36 @@ def build_backbone(
     if say is not None and not skeleton:
         whose = "the file's norm" if of_file else "a new norm"
         say(f"readout: the class token's is replaced by a mean of rows and {whose}")
+    return model
+
+
+def _named_backbone(
+    options: Options, num_classes: int, skeleton: bool, say: Callable[[str], None] | None
+) -> nn.Module:
+    """A model of another library, with a fresh head in the place of its own."""
+    for name in ("drop_path", "backbone_dropout", "weights"):
+        if getattr(options, name):
+            raise ValueError(f"{name} is for timm's models, not for {options.model}: leave it out")
+    if options.method == "full":
+        raise ValueError(f"method full trains timm's models, not {options.model}")
+    model: Any = named.load_named(
+        options.model,
+        pretrained=options.pretrained,
+        image_size=options.img_size,
+        skeleton=skeleton,
+        say=say,
+    )
+    if options.norm == "model" and "mean" not in model.pretrained_cfg:
+        raise ValueError(
+            f"norm model: {options.model} does not say how its images are normalised (it has no "
+            "preprocessor_config.json); give --norm imagenet, inception or none"
+        )
+    place = pae.backbones.head_name(model)
+    if place is not None:
+        head = model.get_submodule(place)
+        width = getattr(head, "in_features", None) or read_backbone(model).feature_width
+        with torch.device("meta") if skeleton else contextlib.nullcontext():
+            model.set_submodule(place, nn.Linear(width, num_classes))
     return model
 
 
@@ -97,9 +130,9 @@ def recipe(options: Options) -> dict[str, Any]:
 def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe as a checkpoint has it, which travels: files without the folders they lay in."""
     found = dict(recipe)
-    source, _, place = found["model"].partition(":")
-    if source == "local-dir":
-        found["model"] = f"{source}:{Path(place).name}"
+    local = LOCAL.fullmatch(found["model"])
+    if local and (local[1] != "hf:" or Path(local[2]).is_absolute()):
+        found["model"] = local[1] + Path(local[2]).name
     if found.get("weights") is not None:
         found["weights"] = Path(found["weights"]).name
     return found
@@ -151,6 +184,7 @@ def _backbone_as_published(
         known = [embedded.WEIGHTS_NAME, *timm.list_models()]
         close = difflib.get_close_matches(options.model, known)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
+        hint = hint or "; hf:NAME is one of transformers, open_clip:NAME/TAG of open_clip"
         if "/" in options.model:
             hint = f"; hf-hub:{options.model} is on the hub, local-dir:{options.model} a folder"
         raise ValueError(f"--model {options.model}: timm has no such model{hint}")
@@ -239,9 +273,18 @@ def build_method(
     backbone = build_backbone(options, num_classes, skeleton, say)
     if options.method == "full":
         return FullFineTuning(backbone)
-    new_head = num_classes if options.head_init == "vpt" else None  # None keeps the default one
+    # None keeps the default one, where there is a place for it
+    has_place = pae.backbones.head_name(backbone) is not None
+    new_head = num_classes if options.head_init == "vpt" or not has_place else None
+
+    def with_head(model: pae.PromptedViT) -> pae.PromptedViT:
+        if not has_place and options.head_init == "default":
+            cast(nn.Linear, model.head).reset_parameters()
+        return model
+
     if options.method == "linear":
-        return LinearProbe(pae.PromptedViT(backbone, pae.prompts.VPTDeep(0), None, new_head))
+        plain = pae.PromptedViT(backbone, pae.prompts.VPTDeep(0), None, new_head)
+        return LinearProbe(with_head(plain))
     kld = None
     if options.kld:
         kld = pae.KLD(
@@ -255,7 +298,7 @@ def build_method(
     pool = "image" if options.pool == OWN_POOL else options.pool
     more = [entry.strip() for entry in (options.train_backbone or "").split(",") if entry.strip()]
     prompts = build_prompts(options, num_classes)
-    return pae.PromptedViT(backbone, prompts, kld, new_head, pool, more)
+    return with_head(pae.PromptedViT(backbone, prompts, kld, new_head, pool, more))
 
 
 def build_prompts(
@@ -341,6 +384,11 @@ def rehearse(options: Options, given: Given | None = None) -> None:
         if path is not None and not exists(Path(path)):
             there = f"not a {what}" if Path(path).exists() else f"no such {what}"
             raise ValueError(f"{called(name)}: {there}")
+    if options.data is None and named.frames_of(options.model) is not None:
+        raise ValueError(
+            f"{called('model')}: it reads clips, and {options.dataset or options.protocol} is "
+            "one of images; give --data FOLDER with train/<class>/*.npy"
+        )
     if options.method in pae.prompts.METHODS:
         with _named(options, called):
             build_prompts(options, _CLASSES, given)

@@ -31,9 +31,21 @@ def survey(pattern: str = "*", pretrained: bool = False) -> Iterator[Row]:
     pretrained tags, and the classes of the other libraries.
 
     Args:
-        pattern: as of file names; without * or ? it may stand anywhere in the name.
+        pattern: as of file names; without * or ? it may stand anywhere in the name. Or one model
+            of transformers or open_clip by its name, e.g. hf:facebook/dinov2-base.
+
+    Raises:
+        ValueError: there is no such model.
     """
     import timm
+
+    from pae.backbones import named
+
+    if named.is_named(pattern):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield Row(pattern, *_asked(named.load_named(pattern, pretrained=False, skeleton=True)))
+        return
 
     if not any(sign in pattern for sign in "*?["):
         pattern = f"*{pattern}*"

@@ -26,6 +26,8 @@ AMPS = ("auto", "bf16", "fp16", "no")
 DEVICES = ("auto", "cpu", "cuda")
 HEAD_INITS = ("default", "vpt")
 OWN_POOL = "own"
+# models that may lie in a folder
+LOCAL = re.compile(r"(local-dir:|open_clip:local-dir:|hf:)(.+)")
 # timm's words; it passes over some that it does not know
 _RAND_AUGMENT = re.compile(
     r"rand(-(m\d+|n[1-9]|p(0?\.\d+|1)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|tweights))*"
@@ -145,7 +147,8 @@ class Options:
 
     model: str = _backbone(
         WEIGHTS_NAME,
-        f"{WEIGHTS_NAME} (embedded), any timm vision transformer, hf-hub:NAME, local-dir:FOLDER",
+        f"{WEIGHTS_NAME} (embedded), any timm vision transformer, hf-hub:NAME, local-dir:FOLDER; "
+        "hf:NAME or hf:FOLDER of transformers, open_clip:NAME/TAG",
         metavar="NAME",
     )
     weights: str | None = _backbone(None, "local file of weights for a timm model", metavar="FILE")
@@ -386,9 +389,9 @@ class Options:
         for name in ("data", "weights"):  # a resumed run may start elsewhere
             if values[name] is not None:
                 values[name] = os.path.abspath(os.path.expanduser(values[name]))
-        source, _, folder = values["model"].partition(":")
-        if source == "local-dir":
-            values["model"] = f"{source}:{os.path.abspath(os.path.expanduser(folder))}"
+        found = LOCAL.fullmatch(values["model"])
+        if found and (found[1] != "hf:" or os.path.isdir(os.path.expanduser(found[2]))):
+            values["model"] = found[1] + os.path.abspath(os.path.expanduser(found[2]))
         return Options(**values)
 
     def called(self, given: Given, name: str) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pae.choices import AUGMENTS, LEGACY, NORMS
+from pae.train.clips import read_frames
 from pae.train.data import Images
 from pae.train.images import Ranges, decode, map_images, survey
 from pae.train.resize import LegacyBilinear
@@ -146,7 +147,8 @@ def _rand_augment(config: str, image_size: int, interpolation: str) -> Any:
 
 
 class PixelSplit(Dataset):
-    """uint8 pixels and labels of one split; index lists in, ((B, 3, S, S), (B,)) out.
+    """uint8 pixels and labels of one split; index lists in, ((B, 3, S, S), (B,)) out, of clips
+    ((B, T, 3, S, S), (B,)).
 
     Args:
         images: a `pae.train.data.Images`.
@@ -157,6 +159,7 @@ class PixelSplit(Dataset):
         cache_bytes: largest split kept decoded.
         ranges: what `pae.train.images.survey` found in all splits of the dataset; by default this
             split is a dataset of its own.
+        frames: T of clips, whose frames are all drawn alike; None for images.
     Raises:
         ValueError: an image is unreadable; where a split is not kept decoded, this is found when
             it is drawn, except for what its header says.
@@ -171,10 +174,11 @@ class PixelSplit(Dataset):
         workers: int = 2,
         cache_bytes: int | None = None,
         ranges: Ranges | None = None,
+        frames: int | None = None,
     ) -> None:
         from PIL import Image
 
-        self.images = images
+        self.images, self.frames = images, frames
         self.transform = transform
         self.is_random = is_random
         self.seed = seed
@@ -185,8 +189,11 @@ class PixelSplit(Dataset):
         if is_random:
             return
         sample = transform(Image.new("RGB", (8, 8)))
-        if len(images) * sample.nbytes <= (CACHE_BYTES if cache_bytes is None else cache_bytes):
-            self.pixels = torch.empty((len(images), *sample.shape), dtype=sample.dtype)
+        times = 1 if frames is None else frames
+        room = CACHE_BYTES if cache_bytes is None else cache_bytes
+        if len(images) * times * sample.nbytes <= room:
+            shape = sample.shape if frames is None else (frames, *sample.shape)
+            self.pixels = torch.empty((len(images), *shape), dtype=sample.dtype)
             decoded = map_images(self._decode, range(len(images)), workers)
             for i, pixels in enumerate(decoded):
                 self.pixels[i] = pixels
@@ -206,19 +213,26 @@ class PixelSplit(Dataset):
         python_state, torch_state = random.getstate(), torch.get_rng_state()
         numpy_state = np.random.get_state()  # RandAugment chooses by it
         try:
-            key = hash((self.seed, self.epoch, index))
-            random.seed(key)
-            np.random.seed(key & 0xFFFFFFFF)
-            torch.manual_seed(key & 0x7FFFFFFFFFFFFFFF)
-            return self._decode(index)
+            return self._decode(index, hash((self.seed, self.epoch, index)))
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
             torch.set_rng_state(torch_state)
 
-    def _decode(self, index: int) -> Tensor:
+    def _decode(self, index: int, key: int | None = None) -> Tensor:
         item = self.images.items[index]
-        image = decode(item, self.ranges)
+        if self.frames is None:
+            return self._transformed(decode(item, self.ranges), index, key)
+        drawn = [decode(frame, self.ranges) for frame in read_frames(item, self.frames)]
+        return torch.stack([self._transformed(frame, index, key) for frame in drawn])
+
+    def _transformed(self, image: Any, index: int, key: int | None) -> Tensor:
+        """`key`: of the random numbers that are drawn for it."""
+        if key is not None:
+            random.seed(key)
+            np.random.seed(key & 0xFFFFFFFF)
+            torch.manual_seed(key & 0x7FFFFFFFFFFFFFFF)
+        item = self.images.items[index]
         try:
             return self.transform(image)
         except (MemoryError, OSError, ValueError) as error:  # a line of pixels, resized to a square
@@ -358,7 +372,8 @@ class Pipeline:
     def batches(
         self, index_lists: Iterable[Tensor], epoch: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (images (B, 3, S, S) float32, labels (B,)) for every index list.
+        """Yields (images (B, 3, S, S) or clips (B, T, 3, S, S) in float32, labels (B,)) for every
+        index list.
 
         Raises:
             ValueError: an image is unreadable, also when another process found it.

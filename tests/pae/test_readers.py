@@ -3,15 +3,27 @@ what is refused, by which name.
 """
 
 import copy
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
 
 import pae
 from pae.prompts import METHODS, VPTDeep, VPTShallow
-from tests.libraries import CLIPS, MODELS, TEXT, TOWERS, VIDEO, WIDE, images, model, own_output
-from tests.tiny import assert_engines_agree, backbone, error, refused, small
+from tests.errors import assert_not_worse
+from tests.libraries import (
+    CLIPS,
+    MODELS,
+    TEXT,
+    TOWERS,
+    VIDEO,
+    WIDE,
+    images,
+    model,
+    own_output,
+    version_4,
+)
+from tests.tiny import assert_engines_agree, backbone, error, gradients, refused, small
 from tests.tiny import images as timm_images
 
 pytest.importorskip("transformers", reason="pip install pae[hf]")
@@ -61,7 +73,8 @@ def test_positions_of_another_size_are_the_models_own(name):
         view = pae.backbones.read_backbone(backbone)
         rows = view.embed(x)
         assert rows.shape[1] == view.num_rows(OTHER)
-        assert error(view.own_output(x), expected) < 1e-12 or name == "MAE"
+        if name != "MAE" and not (version_4() and name == "CLIP, classes"):  # which take no other
+            assert error(view.own_output(x), expected) < 1e-12
         placed = view.embed_tokens(view.patch_convolution(OTHER)(x).flatten(2).mT, OTHER)
         assert error(placed, rows) < 1e-14
         classifies = view.head is not None
@@ -77,9 +90,13 @@ def test_engines_agree(name):
 
 
 # a key's bias has no gradient, which takes long to be sure of
+QUERY, VALUE, HIDDEN = ("query", "value", "intermediate.dense")
+if not version_4():
+    QUERY, VALUE, HIDDEN = ("q_proj", "v_proj", "fc1")
 BIASES = {
-    "ViT": ["*q_proj.bias", "*v_proj.bias", "*layernorm_before.bias", "*fc1.bias"],
-    "DINOv2": ["*v_proj.bias", "*norm2.weight", "embeddings.cls_token"],
+    "ViT": [f"*{part}.bias" for part in (QUERY, VALUE, "layernorm_before", HIDDEN)],
+    "DINOv2": [f"*{VALUE}.bias", "*norm2.weight", "embeddings.cls_token"],
+    "BEiT": [f"*{VALUE}.bias", "*layernorm_after.weight"],
     "torchvision": "biases",
     "open_clip": "biases",
 }
@@ -89,7 +106,7 @@ BIASES = {
 def test_biases_are_trained_in_both_engines(name):
     """Those of queries and values that are parameters of their own, and packed ones."""
     made = prompted(name, train_backbone=BIASES[name])
-    assert len(made.trained_backbone) >= 7
+    assert len(made.trained_backbone) >= 6
     assert_engines_agree(made, images())
     with torch.no_grad():  # the next step is of the values that are there then
         for p in made.parameters():
@@ -196,6 +213,51 @@ def test_windows_are_ranked_as_pixels_are(monkeypatch):
     monkeypatch.setattr(view, "patch_convolution", lambda self, size: None)
     slow = pae.mpa_init(prompted("CLIP, classes"), x, labels, window=4, stride=4)
     assert error(quick.losses, slow.losses) < 1e-12
+
+
+# ---- 16 bits
+
+
+DRAWS = 16
+MEASURED = ("logits", "prompts.tokens", "head.weight")
+
+
+@cache
+def exact(name, seed):
+    """(model, images, logits, gradients), in fp64, of weights and images that fp32 holds."""
+    made, x = prompted(name), images(4, name=name).float().double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.mul_(1 + 0.1 * torch.randn(p.shape, generator=generator))
+            p.copy_(p.float())
+    return made, x, *gradients(made, x, "reference")
+
+
+def errors_in_16_bits(name, engine, autocast):
+    """(draws, 3): errors against fp64 of logits, prompt gradient and head gradient."""
+    errors = torch.zeros(DRAWS, len(MEASURED))
+    for seed in range(DRAWS):
+        made, x, truth, grads = exact(name, seed)
+        made = copy.deepcopy(made).to(torch.float32 if autocast else torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits, own = gradients(made, x.to(made.view.like.dtype), engine)
+        each = [error(own[n], grads[n]) for n in MEASURED[1:]]
+        errors[seed] = torch.tensor([error(logits, truth), *each])
+    return errors
+
+
+IN_16_BITS = [("DINOv3", True), ("BEiT, classes", True), ("BEiT, classes", False)]
+IN_16_BITS += [("VideoMAE, classes", True), ("VideoMAE, classes", False)]
+
+
+@pytest.mark.parametrize(("name", "autocast"), IN_16_BITS)
+def test_16_bits_are_as_good_as_the_reference(name, autocast):
+    """Rotary positions, a bias of positions, and a model as most are."""
+    theirs = errors_in_16_bits(name, "reference", autocast)
+    assert theirs.min() > 1e-4 and theirs.max() < 0.2  # it did run in 16 bits
+    ours = errors_in_16_bits(name, "fast", autocast)
+    assert_not_worse(ours, theirs, 1.2, MEASURED)
 
 
 # ---- clips
@@ -328,7 +390,7 @@ def test_outputs_captured_by_hooks_are_named():
     """What `output_hidden_states` leaves in the model is a hook on every block."""
     made, x = prompted("ViT"), images()
     made.backbone(x, output_hidden_states=True)
-    with pytest.raises(pae.UnsupportedBackbone, match=r"blocks\.0 has a forward hook"):
+    with pytest.raises(pae.UnsupportedBackbone, match=r"blocks\.0 has a (forward hook|replaced f)"):
         made(x, engine="fast")
     made(x)
 
@@ -372,10 +434,10 @@ def test_adapters_are_merged_or_named():
 
 def test_adapters_of_other_libraries_run_as_they_are():
     peft = pytest.importorskip("peft", reason="pip install peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(r=2, target_modules=[QUERY], init_lora_weights=False)
     vit = peft.get_peft_model(model("ViT"), config).eval().get_base_model()
     expected = own_output(vit, images())
-    named = r"blocks\.0\.attention\.q_proj is Linear of peft"
+    named = rf"blocks\.0\.attention\.(attention\.)?{QUERY} is Linear of peft"
     with pytest.warns(UserWarning, match=named):
         made = pae.PromptedViT(vit, VPTDeep(0), num_classes=3)
     assert error(made.features(images()), expected) < 1e-12

@@ -263,7 +263,11 @@ def test_every_method_alone_passes_all_checks(method):
         cli.main(["train", "--method", method])
 
 
-@pytest.mark.parametrize("path", shipped().values(), ids=lambda path: path.stem)
+# that of clips wants a model of clips: test_named
+IMAGES = [path for path in shipped().values() if path.stem != "apt-video"]
+
+
+@pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.stem)
 def test_published_settings_alone_pass_all_checks(path):
     backbone = ["--model", "vit_base_patch16_224.augreg_in21k"]
     with nothing_loaded(), pytest.raises(Reached):

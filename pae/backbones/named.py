@@ -1,0 +1,281 @@
+"""Backbones of other libraries than timm by name, with what their images must look like.
+
+`hf:NAME` is a model of Hugging Face's hub, or a folder that `save_pretrained` wrote; `open_clip:`
+takes NAME/TAG of `open_clip.list_pretrained()`, hf-hub:NAME or local-dir:FOLDER, and gives the
+image tower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..foreign import first_line, listed
+from . import hf
+
+SOURCES = ("hf", "open_clip")
+
+# of what was pretrained with more around it than a backbone, the class that reads the same weights
+_READ_AS = {
+    "CLIPModel": "CLIPVisionModel",
+    "SiglipModel": "SiglipVisionModel",
+    "ViTForMaskedImageModeling": "ViTModel",
+    "ViTMAEForPreTraining": "ViTMAEModel",
+    "VideoMAEForPreTraining": "VideoMAEForVideoClassification",  # mean and norm, as it is tuned
+    "DeiTForMaskedImageModeling": "DeiTModel",
+    "DeiTForImageClassificationWithTeacher": "DeiTModel",
+    "BeitForMaskedImageModeling": "BeitModel",
+    "BeitForSemanticSegmentation": "BeitModel",
+    "BeitBackbone": "BeitModel",
+    "Dinov2Backbone": "Dinov2Model",
+    "Dinov2WithRegistersBackbone": "Dinov2WithRegistersModel",
+    "DINOv3ViTBackbone": "DINOv3ViTModel",
+}
+_RESAMPLES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # PIL's numbers
+_MOST = 4  # names in a message
+
+Say = Callable[[str], None]
+
+
+def is_named(name: str) -> bool:
+    """Whether it begins with one of `SOURCES`."""
+    source, colon, place = name.partition(":")
+    return source in SOURCES and bool(colon and place)
+
+
+def load_named(
+    name: str,
+    *,
+    pretrained: bool = True,
+    image_size: int | None = None,
+    skeleton: bool = False,
+    say: Say | None = None,
+) -> nn.Module:
+    """The backbone of that name, in fp32, without the head that its weights were published with.
+
+    Where they are known, `pretrained_cfg` of the module says as timm does of its models:
+    input_size, mean, std, interpolation, crop_pct, crop_mode; and its architecture.
+
+    Args:
+        name: one for which `is_named`.
+        pretrained: with weights; without them they are random.
+        image_size: side of the images, where the model takes another than its own.
+        skeleton: on the meta device, without weights.
+        say: told in one line what was not taken of the file, and what was not in it.
+
+    Raises:
+        ValueError: no such model, one that is not read, weights that lack a part of it, another
+            image size than the model takes.
+        ImportError: its library is not installed.
+    """
+    source, _, place = name.partition(":")
+    load = _from_transformers if source == "hf" else _from_open_clip
+    try:
+        model, facts = load(place, pretrained, skeleton, say or (lambda line: None))
+    except (ImportError, _Refused):
+        raise
+    except Exception as error:  # the libraries and the hub raise whatever their parts raise
+        raise ValueError(f"{name}: {first_line(error)}") from error
+    size, patch = facts["input_size"][1:], facts.pop("patch")
+    if image_size is not None and (image_size, image_size) != size:
+        if not facts["resizes"]:
+            raise ValueError(f"{name}: takes images of {size[0]} x {size[1]} alone")
+        if any(image_size % p for p in patch):
+            raise ValueError(f"{name}: takes images whose side the patch divides, {patch[0]}")
+        facts["input_size"] = (facts["input_size"][0], image_size, image_size)
+    del facts["resizes"]
+    where = Path(place.rpartition(":")[2])  # a folder's place is nobody's business
+    tag = where.name if where.exists() else place
+    model.pretrained_cfg = {**facts, "architecture": type(model).__name__, "tag": tag}
+    return model.float()
+
+
+def frames_of(name: str) -> int | None:
+    """Frames of a clip that the model reads; None for one that reads images, or is not named."""
+    source, _, place = name.partition(":")
+    if source != "hf":
+        return None
+    config, _ = _known(place)
+    return getattr(config, "num_frames", None)
+
+
+class _Refused(ValueError):
+    """An error that says it all."""
+
+
+def _library(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is not installed: pip install 'pae[{extra}]'") from error
+
+
+# ---- transformers
+
+
+def _known(place: str) -> tuple[Any, str]:
+    """The configuration, and the class that reads it."""
+    transformers = _library("transformers", "hf")
+    if Path(place).exists() and not (Path(place) / "config.json").is_file():
+        raise _Refused(
+            f"hf:{place}: has no config.json; give the folder that save_pretrained wrote"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(place)
+    except Exception as error:  # as above
+        raise _Refused(f"hf:{place}: {first_line(error)}") from error
+    stated = config.architectures or ["no architecture"]
+    kind = _READ_AS.get(stated[0], stated[0])
+    if kind not in hf.KINDS:
+        step = hf.STEPS.get(kind, f"expected one of {', '.join(hf.KINDS)}")
+        raise _Refused(f"hf:{place}: {kind} is no model that can be read: {step}")
+    return config, kind
+
+
+def _from_transformers(
+    place: str, pretrained: bool, skeleton: bool, say: Say
+) -> tuple[Any, dict[str, Any]]:
+    config, name = _known(place)
+    kind = getattr(_library("transformers", "hf"), name)
+    own = config
+    if "VisionModel" in name:  # beside a text model
+        own = getattr(config, "vision_config", config)
+    if pretrained and not skeleton:
+        model = _filled(kind, place, say)
+    else:
+        with torch.device("meta") if skeleton else contextlib.nullcontext():
+            model = kind(own)
+    seen = getattr(config, "vision_config", config)
+    patch = getattr(seen, "patch_size", None)
+    patch = tuple(seen.tubelet_size[1:]) if patch is None else _pair(patch)
+    facts = _processing(place, getattr(seen, "num_channels", 3), _pair(seen.image_size))
+    return model, {**facts, "patch": patch, "resizes": not hasattr(seen, "num_frames")}
+
+
+def _filled(kind: Any, place: str, say: Say) -> nn.Module:
+    """A model with weights, every one of which is in the file."""
+    with _quietly():
+        model, found = kind.from_pretrained(place, output_loading_info=True)
+        lacking = _lacking(model, found)
+        if any(key.startswith("pooler.dense") for key in lacking):
+            model, found = kind.from_pretrained(
+                place, output_loading_info=True, add_pooling_layer=False
+            )
+            lacking = _lacking(model, found)
+            say(f"hf:{place}: no pooler in the file: the features are the class row")
+    fresh = [key for key in lacking if key.startswith(("fc_norm.", "pooler.layernorm."))]
+    if fresh:
+        say(f"hf:{place}: a new norm behind the mean of the rows")
+    if missing := [key for key in lacking if key not in fresh]:
+        raise _Refused(f"hf:{place}: the weights lack {listed(missing, _MOST)}")
+    left = sorted({key.partition(".")[0] for key in found["unexpected_keys"]})
+    if left:
+        say(f"hf:{place}: not taken of the file: {listed(left, _MOST)}")
+    return model
+
+
+def _lacking(model: nn.Module, found: dict[str, Any]) -> list[str]:
+    """Names of what the file lacks or has in another shape, but for the head, which is replaced."""
+    keys = {*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])}
+    head = f"{hf.head_name(model)}."
+    return sorted(key for key in keys if not key.startswith(head))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' own report of what it has not found, for ours is an error, and bars."""
+    logging = _library("transformers", "hf").utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _processing(place: str, channels: int, size: tuple[int, int]) -> dict[str, Any]:
+    """What preprocessor_config.json says of images; nothing more than their size without one."""
+    facts: dict[str, Any] = {"input_size": (channels, *size)}
+    base = _library("transformers.image_processing_base", "hf").ImageProcessingMixin
+    try:
+        with _quietly():
+            said, _ = base.get_image_processor_dict(place)
+    except OSError:
+        return facts
+    # a value v of 0..1 enters as (255 v rescale_factor - offset - mean) / std
+    scale = 255 * said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 255
+    shift = 1.0 if said.get("offset") else 0.0
+    if said.get("do_normalize", True):
+        if said.get("image_mean") is None or said.get("image_std") is None:
+            return facts
+        means, stds = said["image_mean"], said["image_std"]
+    else:
+        means, stds = [0.0] * channels, [1.0] * channels
+    facts["mean"] = tuple((m + shift) / scale for m in means)
+    facts["std"] = tuple(s / scale for s in stds)
+    if isinstance(said.get("resample"), int):
+        facts["interpolation"] = _RESAMPLES[said["resample"]]
+    whole, crop = said.get("size"), said.get("crop_size")
+    shortest = whole.get("shortest_edge") if isinstance(whole, dict) else None
+    facts["crop_pct"], facts["crop_mode"] = 1.0, "squash" if shortest is None else "center"
+    if said.get("do_center_crop") and isinstance(crop, dict) and shortest:
+        facts["crop_pct"] = crop["height"] / shortest
+    return facts
+
+
+# ---- open_clip
+
+
+def _from_open_clip(
+    place: str, pretrained: bool, skeleton: bool, say: Say
+) -> tuple[Any, dict[str, Any]]:
+    library = _library("open_clip", "clip")
+    name, tag = place, None
+    if not place.startswith(("hf-hub:", "local-dir:")):
+        name, _, tag = place.partition("/")
+        known = library.list_models()
+        if name not in known:
+            raise _Refused(f"open_clip:{place}: open_clip has no model {name}")
+        tags = library.list_pretrained_tags_by_model(name)
+        if pretrained and tag not in tags:
+            raise _Refused(
+                f"open_clip:{place}: expected open_clip:{name}/TAG, one of "
+                f"{', '.join(tags) or 'none'}; or give --no-pretrained"
+            )
+    weights = pretrained and not skeleton
+    device = "meta" if skeleton else "cpu"
+    with torch.device(device) if skeleton else contextlib.nullcontext():
+        model = library.create_model(
+            name,
+            pretrained=tag if weights else None,
+            load_weights=weights,
+            require_pretrained=weights,
+            device=device,
+        )
+    tower = model.visual
+    said = tower.preprocess_cfg
+    modes = {"shortest": "center", "longest": "border", "squash": "squash"}
+    size = _pair(tower.image_size)
+    facts = {
+        "input_size": (3, *size),
+        "mean": tuple(said["mean"]),
+        "std": tuple(said["std"]),
+        "interpolation": said["interpolation"],
+        "crop_pct": 1.0,
+        "crop_mode": modes[said["resize_mode"]],
+    }
+    return tower, {**facts, "patch": (1, 1), "resizes": False}
+
+
+def _pair(size: int | Iterable[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

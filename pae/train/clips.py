@@ -1,0 +1,123 @@
+"""Clips on a disk: `train/<class>/*.npy` with optional `val/` and `test/`, each file the frames of
+one clip, (T, H, W, 3) or grey (T, H, W), in uint8.
+
+No video is decoded here: frames are taken out once, by whatever library the videos need. Of a
+longer clip the frames in the middle of as many equal parts as the model reads are taken, the same
+ones in training and evaluation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pae.train.data import Images, Task, make_task
+from pae.train.images import Ranges, map_images
+from pae.train.listing import entries, is_folder, shown
+
+_SPLITS = ("train", "val", "test")
+_VIDEOS = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
+_WAY_OUT = (
+    "pae decodes no video: np.save its frames, uint8 (T, H, W, 3), e.g. those of "
+    "torchcodec.decoders.VideoDecoder(file, dimension_order='NHWC')"
+)
+
+
+def read_clips(
+    root: str | Path,
+    frames: int,
+    *,
+    train_size: int | None = None,
+    val_size: int | None = None,
+    seed: int = 0,
+    workers: int = 2,
+) -> Task:
+    """The task in a folder of clips; the header of each is looked at.
+
+    Args:
+        root: the folder.
+        frames: of a clip that the model reads.
+        train_size, val_size, seed: as for `data.make_task`.
+        workers: threads.
+
+    Raises:
+        ValueError: no such folder or layout, a file that is no clip of at least `frames` frames, a
+            class without clips or one that the training clips lack; in one line that names it.
+    """
+    root = Path(os.path.expanduser(root))
+    if not root.is_dir():
+        raise ValueError(f"--data {shown(root)}: no such folder")
+    names = {entry.name for entry in entries(root) if is_folder(entry)}
+    if "train" not in names:
+        raise ValueError(f"--data {shown(root)}: expected train/<class>/*.npy for a model of clips")
+    classes = [entry.name for entry in entries(root / "train") if is_folder(entry)]
+    splits = {split: _read(root / split, classes) for split in _SPLITS if split in names}
+    every = [path for images in splits.values() for path in images.items]
+    for _ in map_images(lambda path: _opened(path, frames), every, workers):
+        pass
+    task = make_task(
+        root.resolve().name,
+        classes,
+        splits["train"],
+        splits.get("val"),
+        splits.get("test"),
+        train_size=train_size,
+        val_size=val_size,
+        seed=seed,
+    )
+    return Task(task.name, task.classes, task.train, task.val, task.test, Ranges())
+
+
+def _read(folder: Path, classes: Sequence[str]) -> Images:
+    paths, labels = [], []
+    for entry in entries(folder):
+        if not is_folder(entry):
+            raise ValueError(f"{shown(entry.path)}: expected folders of classes alone beside it")
+        if entry.name not in classes:
+            raise ValueError(f"{shown(entry.path)}: the training clips have no such class")
+        own = [Path(inner.path) for inner in entries(entry.path)]
+        for path in own:
+            suffix = path.suffix.lower()
+            if suffix in _VIDEOS:
+                raise ValueError(f"{shown(path)}: {_WAY_OUT}")
+            if suffix != ".npy":
+                raise ValueError(f"{shown(path)}: expected .npy files of clips alone")
+        if not own:
+            raise ValueError(f"{shown(entry.path)}: class without clips")
+        paths += own
+        labels += [classes.index(entry.name)] * len(own)
+    return Images(paths, labels)
+
+
+def _opened(path: Path, frames: int) -> np.ndarray:
+    """The array of a file, its values still on the disk."""
+    try:
+        clip = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"unreadable clip {shown(path)}: {first}") from None
+    grey = isinstance(clip, np.ndarray) and clip.ndim == 3
+    if (
+        not isinstance(clip, np.ndarray)
+        or clip.dtype != np.uint8
+        or not (grey or (clip.ndim == 4 and clip.shape[3] == 3))
+    ):
+        what = f"{clip.dtype} {clip.shape}" if isinstance(clip, np.ndarray) else "no array"
+        raise ValueError(f"clip {shown(path)}: {what}, expected uint8 (T, H, W, 3) or (T, H, W)")
+    if len(clip) < frames or 0 in clip.shape:
+        raise ValueError(f"clip {shown(path)}: {len(clip)} frames, and the model reads {frames}")
+    return clip
+
+
+def read_frames(path: Path, frames: int) -> list[np.ndarray]:
+    """As many frames of a clip, evenly spaced, each (H, W, 3) or (H, W).
+
+    Raises:
+        ValueError: as `read_clips`.
+    """
+    clip = _opened(path, frames)
+    middles = (np.arange(frames) + 0.5) * (len(clip) / frames)
+    return [np.array(clip[int(i)]) for i in middles]

@@ -1,0 +1,31 @@
+"""The study of moving squares: its clips, and that prompts learn them."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from bench.studies import clips
+
+pytest.importorskip("transformers", reason="pip install pae[hf]")
+
+
+def test_a_frame_does_not_tell_the_class():
+    """Backwards in time, a square that goes left goes right: frames alone are the same."""
+    drawn, labels = clips.draw(64, 0)
+    assert labels.sum() == 32 and drawn.shape == (64, 16, 32, 32, 3)
+    where = (drawn[..., 0] > 100).any(2)  # columns of the square, (clips, frames, columns)
+    for square, label in zip(where, labels):
+        step = (-2, 2)[label]
+        for before, after in pairwise(square):
+            assert (np.roll(before, step) == after).all() and not (
+                np.roll(before, -step) == after
+            ).all()
+    still, _ = clips.draw(4, 0, still=True)
+    assert (still == still[:, :1]).all()
+
+
+def test_prompts_learn_what_no_frame_tells():
+    assert clips.accuracy("VPT-deep", 40, count=256) > 0.8
+    assert clips.accuracy("APT", 50, count=256) > 0.65
+    assert clips.accuracy("VPT-deep", 40, still=True, count=256) < 0.65

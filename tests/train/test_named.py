@@ -1,0 +1,314 @@
+"""Models of other libraries by name: what is loaded, what is refused, and runs with them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import pae
+from bench.studies import clips as moving
+from pae.backbones import named
+from pae.train import clips, pixels
+from pae.train.cli import main
+from pae.train.images import Ranges
+from pae.train.models import survey
+from tests import libraries
+from tests.train.helpers import CPU_FLAGS, error_line, save_shades
+
+transformers = pytest.importorskip("transformers", reason="pip install pae[hf]")
+open_clip = pytest.importorskip("open_clip", reason="pip install pae[clip]")
+
+PREPROCESSING = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.5]}
+PREPROCESSING |= {"do_resize": True, "resample": 3, "size": {"shortest_edge": 20}}
+PREPROCESSING |= {"do_center_crop": True, "crop_size": {"height": 16, "width": 16}}
+PREPROCESSING |= {
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "image_processor_type": "ViTImageProcessor",
+}
+
+
+def saved(name, folder, processing=PREPROCESSING):
+    """hf:FOLDER of one of `libraries.MODELS`, and the model."""
+    model = libraries.model(name, torch.float32)
+    model.save_pretrained(folder)
+    if processing is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processing))
+    return f"hf:{folder}", model
+
+
+@pytest.fixture(scope="module")
+def shades(tmp_path_factory):
+    return save_shades(tmp_path_factory.mktemp("shades"), train=6, test=3, size=(16, 18))
+
+
+@pytest.fixture(scope="module")
+def walks(tmp_path_factory):
+    """A folder of moving squares."""
+    root = tmp_path_factory.mktemp("walks")
+    for split, count, seed in (("train", 16, 0), ("test", 8, 1)):
+        for i, (clip, label) in enumerate(zip(*moving.draw(count, seed))):
+            folder = root / split / moving.CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(folder / f"{i:02}.npy", clip[:, :16, :16])
+    return root
+
+
+KINDS = ("ViT", "ViT, no pooler", "DeiT, classes", "DINOv2, registers, classes", "DINOv3", "CLIP")
+KINDS += ("SigLIP, classes", "MAE", "BEiT", "VideoMAE, classes", "ViViT, classes")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_saved_folder_is_the_model(name, tmp_path):
+    place, model = saved(name, tmp_path / "its name")
+    said = []
+    found = named.load_named(place, say=said.append)
+    assert type(found) is type(model) and next(found.parameters()).dtype == torch.float32
+    state = model.state_dict()
+    own = found.state_dict()
+    assert own.keys() == state.keys() and all(torch.equal(own[key], state[key]) for key in own)
+    assert bool(said) == (name == "ViT, no pooler")
+    skeleton = named.load_named(place, skeleton=True)
+    assert all(p.device.type == "meta" for p in skeleton.parameters())
+    config = found.pretrained_cfg
+    assert config["mean"] == (0.5, 0.4, 0.3) and config["std"] == (0.2, 0.25, 0.5)
+    assert config["input_size"] == (3, 16, 16) and config["interpolation"] == "bicubic"
+    assert (config["crop_pct"], config["crop_mode"]) == (0.8, "center")
+    assert pae.checkpoint.backbone_name(found) == f"{type(model).__name__}.its name"
+    assert named.frames_of(place) == (4 if name.startswith(libraries.CLIPS) else None)
+
+
+def test_what_stands_around_a_backbone_is_left_out(tmp_path):
+    """Decoders, text towers and classifiers, in one line; a norm that the file lacks is new."""
+    mae = transformers.VideoMAEForPreTraining(transformers.VideoMAEConfig(**libraries.VIDEO))
+    mae.save_pretrained(tmp_path / "mae")
+    said = []
+    model = named.load_named(f"hf:{tmp_path / 'mae'}", say=said.append)
+    assert type(model).__name__ == "VideoMAEForVideoClassification"
+    assert all(
+        torch.equal(p, model.videomae.state_dict()[n]) for n, p in mae.videomae.state_dict().items()
+    )
+    assert said[0].endswith("mae: a new norm behind the mean of the rows")
+    assert "not taken of the file: " in said[1] and "decoder" in said[1] and "\n" not in said[1]
+    clip = transformers.CLIPModel(transformers.CLIPConfig(**libraries.TOWERS))
+    clip.save_pretrained(tmp_path / "clip")
+    model = named.load_named(f"hf:{tmp_path / 'clip'}", say=said.append)
+    assert type(model).__name__ == "CLIPVisionModel" and "text_model" in said[2]
+    x = libraries.images(2).float()
+    expected = clip.vision_model.eval()(x).pooler_output
+    assert torch.allclose(model.eval()(x).pooler_output, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_lack_a_part_are_refused(tmp_path):
+    place, model = saved("DINOv2", tmp_path)
+    state = {n: p for n, p in model.state_dict().items() if "layer.1." not in n}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"the weights lack encoder\.layer\.1\..* and \d+ more"):
+        named.load_named(place)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "mean", "std"),
+    [
+        ({"do_normalize": False}, (0, 0, 0), (1, 1, 1)),
+        ({"rescale_factor": 1 / 127.5, "offset": True}, (0.75, 0.7, 0.65), (0.1, 0.125, 0.25)),
+    ],
+)
+def test_how_images_are_normalised(scheme, mean, std, tmp_path):
+    """ViViT's files have its values between -1 and 1 before mean and deviation."""
+    place, _ = saved("ViT", tmp_path, PREPROCESSING | scheme)
+    config = named.load_named(place, skeleton=True).pretrained_cfg
+    assert config["mean"] == pytest.approx(mean) and config["std"] == pytest.approx(std)
+
+
+def test_a_run_on_a_folder_of_transformers(shades, tmp_path, capsys):
+    """Trained, tested, gone on with from its checkpoint, and the same on both engines."""
+    place, _ = saved("DINOv2, classes", tmp_path / "model")
+    flags = ["train", "--data", str(shades), "--model", place, "--quiet", *CPU_FLAGS]
+    flags += ["--method", "vpt-deep", "--num-tokens", "2", "--epochs", "1", "--batch-size", "6"]
+    results = []
+    for engine in ("fast", "reference"):
+        out = tmp_path / engine
+        assert main([*flags, "--engine", engine, "--output", str(out)]) == 0
+        results.append(json.loads((out / "metrics.json").read_text())["epochs"])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+    found = pae.read_checkpoint(tmp_path / "fast" / "best.safetensors")
+    assert found.backbone == "Dinov2ForImageClassification.model"
+    assert found.task.input_size == (3, 16, 16) and found.task.mean == (0.5, 0.4, 0.3)
+    backbone = named.load_named(place)
+    model = pae.PromptedViT.from_file(tmp_path / "fast" / "best.safetensors", backbone)
+    assert model.num_classes == 3 and model.head.in_features == 64
+    other, _ = saved("DINOv2", tmp_path / "other")
+    with pytest.raises(pae.CheckpointError, match=r"trained on backbone Dinov2ForImageClassific"):
+        pae.PromptedViT.from_file(tmp_path / "fast" / "best.safetensors", named.load_named(other))
+    capsys.readouterr()
+
+
+def test_models_without_a_place_for_a_head(shades, tmp_path, capsys):
+    """They get one, initialised as the options say; another size where they take it."""
+    place, _ = saved("CLIP", tmp_path / "model")
+    flags = ["train", "--data", str(shades), "--model", place, "--quiet", *CPU_FLAGS]
+    flags += ["--epochs", "1", "--batch-size", "9", "--img-size", "24"]
+    for method, init in (("linear", "default"), ("vpt-shallow", "vpt")):
+        out = str(tmp_path / method)
+        assert main([*flags, "--method", method, "--head-init", init, "--output", out]) == 0
+    capsys.readouterr()
+
+
+def test_a_run_on_clips(walks, tmp_path, capsys):
+    place, _ = saved("VideoMAE, classes", tmp_path / "model")
+    flags = ["train", "--data", str(walks), "--model", place, "--quiet", *CPU_FLAGS]
+    flags += ["--epochs", "1", "--batch-size", "8"]
+    deep = ["--method", "vpt-deep", "--train-backbone", "fc_norm.*", "--spt", "random"]
+    crop = ["--augment", "crop"]
+    apt = ["--config", "apt-video", "--num-tokens", "4"]
+    for more in ([*deep, *crop], ["--method", "linear", *crop], apt):
+        assert main([*flags, *more, "--output", str(tmp_path / more[1])]) == 0
+    assert pae.read_checkpoint(tmp_path / "apt-video" / "last.safetensors").prompts["name"] == "APT"
+    found = pae.read_checkpoint(tmp_path / "vpt-deep" / "best.safetensors")
+    assert found.train_backbone == ("fc_norm.weight", "fc_norm.bias")
+    assert found.task.classes == ("left", "right")
+    capsys.readouterr()
+    line = error_line(capsys, [*flags, "--method", "vpt-deep", "--mpa"])
+    assert "--mpa: model takes clips of 4 frames, and Modal Pre-Alignment" in line
+    line = error_line(capsys, ["train", "--model", place, "--method", "apt", *CPU_FLAGS])
+    assert "it reads clips, and digits is one of images; give --data FOLDER with" in line
+    line = error_line(capsys, [*flags, "--method", "vapt"])
+    assert "(VAPT) convolves a grid of patches, and the backbone's are 2 x 4 x 4 tubes" in line
+
+
+def test_frames_are_drawn_alike(walks):
+    """A crop is the same in all frames of a clip, and another one in the next epoch."""
+    task = clips.read_clips(walks, 4)
+    assert (len(task.train), len(task.val), len(task.test)) == (13, 3, 8)
+    transform, is_random = pixels.make_transform("crop", True, 8, "bicubic")
+    items = clips.Images(task.train.items[:1], [0])
+    still = np.repeat(np.load(items.items[0])[:1], 4, axis=0)
+    np.save(items.items[0].with_name("still.npy"), still)
+    try:
+        items = clips.Images([items.items[0].with_name("still.npy")], [0])
+        split = pixels.PixelSplit(items, transform, is_random, ranges=Ranges(), frames=4)
+        first = split.__getitems__(torch.tensor([0]))[0]
+        assert first.shape == (1, 4, 3, 8, 8) and torch.equal(first, first[:, :1].expand_as(first))
+        split.epoch = 1
+        assert not torch.equal(split.__getitems__(torch.tensor([0]))[0], first)
+    finally:
+        items.items[0].unlink()
+
+
+def test_frames_are_evenly_spaced(tmp_path):
+    np.save(
+        tmp_path / "a.npy",
+        np.arange(10, dtype=np.uint8)[:, None, None] + np.zeros((1, 2, 3), np.uint8),
+    )
+    taken = [int(frame[0, 0]) for frame in clips.read_frames(tmp_path / "a.npy", 4)]
+    assert taken == [1, 3, 6, 8]
+    assert [int(f[0, 0]) for f in clips.read_frames(tmp_path / "a.npy", 10)] == list(range(10))
+
+
+GOOD = np.zeros((4, 8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.mp4", b"video", r"a\.mp4: pae decodes no video: np\.save its frames"),
+        ("a.png", b"image", r"a\.png: expected \.npy files of clips alone"),
+        ("a.npy", b"text", r"unreadable clip .*a\.npy"),
+        ("a.npy", GOOD[:2], r"a\.npy: 2 frames, and the model reads 4"),
+        ("a.npy", GOOD / 2, r"a\.npy: float64 \(4, 8, 8, 3\), expected uint8"),
+        ("a.npy", GOOD.transpose(0, 3, 1, 2), r"uint8 \(4, 3, 8, 8\), expected uint8"),
+        ("a.npy", np.array([{}], dtype=object), r"unreadable clip .*a\.npy"),
+    ],
+)
+def test_what_is_no_clip_is_named(name, content, message, tmp_path):
+    for kind in ("one", "two"):
+        (tmp_path / "train" / kind).mkdir(parents=True)
+        for i in range(8):
+            np.save(tmp_path / "train" / kind / f"{i}.npy", GOOD)
+    clips.read_clips(tmp_path, 4)
+    file = tmp_path / "train" / "one" / name
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        np.save(file, content)
+    with pytest.raises(ValueError, match=message) as caught:
+        clips.read_clips(tmp_path, 4)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_layouts_are_refused(tmp_path):
+    (tmp_path / "one").mkdir()
+    with pytest.raises(ValueError, match=r"expected train/<class>/\*\.npy for a model of clips"):
+        clips.read_clips(tmp_path, 4)
+    with pytest.raises(ValueError, match="no such folder"):
+        clips.read_clips(tmp_path / "none", 4)
+    (tmp_path / "train").mkdir()
+    shutil.move(tmp_path / "one", tmp_path / "train")
+    with pytest.raises(ValueError, match="one: class without clips"):
+        clips.read_clips(tmp_path, 4)
+
+
+def test_refusals(shades, tmp_path, capsys):
+    flags = ["train", "--data", str(shades), "--method", "vpt-deep", *CPU_FLAGS]
+    place, _ = saved("ViT", tmp_path / "model", processing=None)
+    line = error_line(capsys, [*flags, "--model", place])
+    assert "does not say how its images are normalised" in line and "--norm imagenet" in line
+    place, _ = saved("ViT", tmp_path / "model")
+    for more, message in {
+        ("--drop-path", "0.1", "--engine", "reference"): "drop_path is for timm's models",
+        (
+            "--weights",
+            str(tmp_path / "model" / "model.safetensors"),
+        ): "weights is for timm's models",
+        ("--img-size", "18"): "takes images whose side the patch divides, 4",
+    }.items():
+        assert message in error_line(capsys, [*flags, "--model", place, *more])
+    full = ["train", "--data", str(shades), "--method", "full", *CPU_FLAGS]
+    assert "method full trains timm's models, not hf:" in error_line(
+        capsys, [*full, "--model", place]
+    )
+    (tmp_path / "empty").mkdir()
+    line = error_line(capsys, [*flags, "--model", f"hf:{tmp_path / 'empty'}"])
+    assert "has no config.json; give the folder that save_pretrained wrote" in line
+    bert = transformers.BertModel(transformers.BertConfig(**libraries.TEXT))
+    bert.save_pretrained(tmp_path / "bert")
+    line = error_line(capsys, [*flags, "--model", f"hf:{tmp_path / 'bert'}"])
+    assert "BertModel is no model that can be read: expected one of ViTModel, " in line
+    line = error_line(capsys, [*flags, "--model", "open_clip:ViT-B-32/nobody"])
+    assert "expected open_clip:ViT-B-32/TAG, one of openai, " in line
+    line = error_line(capsys, [*flags, "--model", "open_clip:no-such-model"])
+    assert "open_clip has no model no-such-model" in line
+
+
+def test_the_command_asks_a_folder(tmp_path, capsys):
+    place, _ = saved("BEiT", tmp_path)
+    assert main(["models", place]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split()[:2] == [place, "fast"]
+    assert [row.engine for row in survey("open_clip:ViT-B-32")] == ["fast"]
+
+
+def test_a_folder_of_open_clip(shades, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    vision = {"image_size": 16, "layers": 2, "width": 32, "head_width": 8, "patch_size": 4}
+    text = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1}
+    config = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}}
+    config["preprocess_cfg"] = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.5]}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    made = open_clip.CLIP(24, vision, text)
+    save_file(made.state_dict(), tmp_path / "open_clip_model.safetensors")
+    place = f"open_clip:local-dir:{tmp_path}"
+    tower = named.load_named(place)
+    state = made.visual.state_dict()
+    assert all(torch.equal(p, state[n]) for n, p in tower.state_dict().items())
+    assert tower.pretrained_cfg["mean"] == (0.5, 0.4, 0.3)
+    flags = ["train", "--data", str(shades), "--model", place, "--quiet", *CPU_FLAGS]
+    flags += ["--epochs", "1", "--batch-size", "9", "--method", "vpt-deep"]
+    assert main([*flags, "--output", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    line = error_line(capsys, [*flags, "--img-size", "32"])
+    assert "takes images of 16 x 16 alone" in line
