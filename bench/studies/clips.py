@@ -63,7 +63,7 @@ def tensors(clips: np.ndarray) -> Tensor:
 
 
 def backbone() -> nn.Module:
-    """A VideoMAE of 128 tokens of width 48, whose random weights are as large as trained ones."""
+    """A VideoMAE of 32 tokens of width 48, whose random weights are as large as trained ones."""
     import transformers
 
     config = transformers.VideoMAEConfig(
