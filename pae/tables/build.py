@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pae.protocols.tasks import PROTOCOLS, Protocol, few_shot, protocol_of
-from pae.tables import intervals
+from pae.tables import intervals, published
 from pae.tables.collect import Run
 
 ENOUGH_TASKS = 5  # for a bootstrap over tasks
@@ -97,6 +97,7 @@ def build(
     baseline: str | None = None,
     protocol: str | None = None,
     failed: Sequence[str] = (),
+    beside: Sequence[str] | None = None,
 ) -> Table:
     """The table of `runs`.
 
@@ -106,6 +107,7 @@ def build(
         baseline: the label of the row that the others are compared with, task by task.
         protocol: whose groups the tasks are averaged in; by default found by their names.
         failed: runs that diverged or failed, in words, which a reader must know of.
+        beside: methods whose published numbers stand below the rows, all with (); None for none.
     Raises:
         ValueError: runs that cannot stand in one table; the message names two of them.
     """
@@ -122,9 +124,16 @@ def build(
     rows = [_row(name, tasks, cells, split) for name in order]
     for task in tasks:
         _embolden(rows, task)
+    foreign = [] if beside is None else _published(runs, chosen, tasks, beside)
+    rows += [row for row, _ in foreign]
     columns, titles = list(tasks), dict[str, str]()
     means = _add_means(rows, tasks, chosen, titles)
-    notes = _notes(runs, rows, names, tasks, means, titles, split)
+    for row, reported in foreign:
+        for column, value in reported.items():  # as printed: ours come from rounded tasks
+            if column in row.cells:
+                row.cells[column] = Cell((value,), source=row.cells[column].source)
+    notes = _notes(runs, [r for r in rows if not r.published], names, tasks, means, titles, split)
+    notes += _about_published([row for row in rows if row.published])
     if failed:
         notes.append(f"Without a result: {len(failed)} runs that diverged, failed or were stopped.")
     if baseline is not None:
@@ -230,6 +239,53 @@ def _embolden(rows: Sequence[Row], column: str) -> None:
     best.bold = all(intervals.differs(best.values, c.values, len(others)) for c in others)
 
 
+# ---- what others published
+
+
+def _published(
+    runs: Sequence[Run], protocol: Protocol | None, tasks: Sequence[str], methods: Sequence[str]
+) -> list[tuple[Row, dict[str, float]]]:
+    """Rows of the same benchmark and backbone, and the overall means that their texts print.
+
+    Raises:
+        ValueError: there are none for such runs; the message says what is another.
+    """
+    name = None if protocol is None else protocol.name
+    if name not in ("vtab1k", "fgvc"):
+        raise ValueError(
+            f"--published: numbers are known for the tasks of vtab1k and fgvc, not for {tasks[0]}"
+        )
+    models = {(run.settings.get("model"), run.facts.get("image_size")) for run in runs}
+    found = {published.setting(str(model), size) for model, size in models}
+    where = found.pop() if len(found) == 1 else None
+    if where is None:
+        raise ValueError(
+            "--published: numbers are known for vit_base_patch16_224.orig_in21k at 224 pixels, not "
+            f"for {', '.join(f'{model} at {size}' for model, size in sorted(models, key=str))}"
+        )
+    rows = []
+    for each in published.rows(name, where, methods or None):
+        row = Row(f"{each.label} (published)", published=True, marks=[each.source])
+        row.cells = {
+            t: Cell((each.tasks[t],), source=each.source) for t in tasks if t in each.tasks
+        }
+        kinds = {"groups": "mean_groups", "tasks": "mean_tasks", "five": "mean_tasks"}
+        rows.append((row, {kinds[kind]: value for kind, value in each.overall.items()}))
+    return rows
+
+
+def _about_published(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    names = dict.fromkeys(mark for row in rows for mark in row.marks)
+    listed = [f"{name}: {': '.join(published.sources()[name])}" for name in names]
+    return [
+        "Published rows enter no comparison: their pixels, normalisation and way of choosing are "
+        "not those of the others, and mostly not stated.",
+        *listed,
+    ]
+
+
 # ---- means over tasks
 
 
@@ -296,9 +352,10 @@ def _mean_cell(cells: Sequence[Cell | None]) -> Cell | None:
     there = [cell for cell in cells if cell is not None]
     if not there or len(there) < len(cells):
         return None
+    source = there[0].source
     if len({cell.seeds for cell in there}) == 1:
         values = tuple(statistics.fmean(each) for each in zip(*(cell.values for cell in there)))
-        return Cell(values, there[0].seeds, intervals.half_width(values))
+        return Cell(values, there[0].seeds, intervals.half_width(values), source=source)
     return Cell((statistics.fmean(cell.mean for cell in there),))
 
 

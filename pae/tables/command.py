@@ -43,6 +43,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--split", choices=("test", "val"), default="test", help="default: test")
     parser.add_argument("--baseline", metavar="ROW", help="compare every row with this one")
     parser.add_argument(
+        "--published",
+        nargs="*",
+        metavar="METHOD",
+        help="published numbers below, of these methods or of all, where tasks and backbone are "
+        "the same",
+    )
+    parser.add_argument(
         "--protocol",
         choices=PROTOCOLS,
         help="whose groups the tasks are averaged in; default: found by their names",
@@ -79,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         baseline=arguments.baseline,
         protocol=arguments.protocol,
         failed=found.failed,
+        beside=arguments.published,
     )
     text = write.FORMATS[kind](table)
     if output is None:

@@ -15,7 +15,7 @@ from scipy import stats
 from pae.protocols.tasks import FGVC, PROTOCOLS, SMALL, VTAB
 from pae.sweep.plan import Cell, Group, Plan
 from pae.sweep.records import Records
-from pae.tables import command, intervals
+from pae.tables import command, intervals, published
 from pae.tables.build import build
 from pae.tables.collect import collect
 from pae.train.cli import main
@@ -302,6 +302,50 @@ def test_a_task_that_is_missing_takes_its_means_along(tmp_path):
     assert not {"natural", "mean_groups", "mean_tasks"} & bpt.cells.keys()
     assert bpt.cells["structured"].mean == pytest.approx(55.0)
     assert any("Not on all tasks" in note and "bpt" in note for note in made.notes)
+
+
+def test_published_numbers_stand_below(tmp_path, capsys):
+    settings = {"model": "vit_base_patch16_224.orig_in21k"}
+    save_vtab(tmp_path / "r", [90.0] * 19, facts={"image_size": 224}, **settings)
+    made = table(tmp_path / "r", beside=["vpt-deep", "convpass"])
+    _, deep, convpass = made.rows
+    assert [row.published for row in made.rows] == [False, True, True]
+    assert deep.cells["cifar100"].mean == 78.8 and deep.cells["cifar100"].source == "vpetl"
+    means = [deep.cells[c].mean for c in ("mean_groups", "mean_tasks")]
+    assert means == [71.96, 69.43]  # as printed; from rounded tasks the first is 71.97
+    assert convpass.cells["mean_groups"].mean == 76.56
+    assert not any(cell.bold for row in made.rows for cell in row.cells.values())
+    assert any("enter no comparison" in note for note in made.notes)
+    assert any("github.com/synbol" in note for note in made.notes)
+    assert main(["table", str(tmp_path / "r"), "--published", "--format", "latex"]) == 0
+    assert capsys.readouterr().out.count("midrule") == 2
+    for more, words in (
+        ({"facts": {"image_size": 112}, **settings}, "orig_in21k at 112"),
+        ({"facts": {"image_size": 224}, "model": "vit_base_patch16_224"}, "not for vit_base"),
+    ):
+        save_run(tmp_path / words, 0.5, task="svhn", **more)
+        line = error_line(capsys, ["table", str(tmp_path / words), "--published"])
+        assert "--published: numbers are known for vit_base" in line and words[-10:] in line
+    save_run(tmp_path / "other", 0.5)
+    assert "not for a" in error_line(capsys, ["table", str(tmp_path / "other"), "--published"])
+
+
+def test_what_is_published_agrees_with_itself():
+    """Means that a text prints are those of the numbers that it prints, to their rounding."""
+    for benchmark, count in (("vtab1k", 19), ("fgvc", 5)):
+        found = published.rows(benchmark, ("vit-b16", "sup-in21k"))
+        assert len(found) >= 15
+        protocol = PROTOCOLS[benchmark]
+        for row in found:
+            assert set(row.tasks) == {task.name for task in protocol.tasks}
+            assert len(row.tasks) == count and row.source in published.sources()
+            means = [statistics.fmean(row.tasks[t] for t in g) for g in protocol.groups().values()]
+            computed = {"groups": statistics.fmean(means)}
+            computed["tasks"] = computed["five"] = statistics.fmean(row.tasks.values())
+            for kind, value in row.overall.items():
+                assert value == pytest.approx(computed[kind], abs=0.05), (row.method, kind)
+    with pytest.raises(ValueError, match="expected some of full, linear"):
+        published.rows("vtab1k", ("vit-b16", "sup-in21k"), ["e2vpt"])
 
 
 def test_shots_are_groups_and_draws_are_means(tmp_path):
