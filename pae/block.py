@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -413,8 +413,19 @@ def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return once
 
 
+Own = TypeVar("Own", bound=tuple)
+
+
+def _saved(kind: type[Own], tensors: tuple[Tensor, ...]) -> tuple[Own, MLPKept]:
+    """What a forward keeps of its own, and behind it what `mlp_half` left."""
+    made: Any = kind
+    own = len(made._fields)
+    return made(*tensors[:own]), MLPKept(*tensors[own:])
+
+
 class _Kept(NamedTuple):
-    """What a `FrozenBlock` keeps; None where the backward reads nothing, or computes it again.
+    """What a `FrozenBlock` keeps before its MLP; None where the backward reads nothing, or computes
+    it again.
 
     In elements of one image (S = N D): xhat1 S, qkv 3 S, out S, xhat2 S, hidden 4 S or its coded
     derivative (4 S bytes); 1/std and log-sum-exp are small. Where only kv needs a gradient of what
@@ -433,17 +444,6 @@ class _Kept(NamedTuple):
     k_rstd: Tensor | None
     out: Tensor
     lse: Tensor
-    xhat2: Tensor
-    rstd2: Tensor
-    hidden: Tensor | None
-    post1_hat: Tensor | None
-    post1_rstd: Tensor | None
-    post2_hat: Tensor | None
-    post2_rstd: Tensor | None
-
-    def second(self) -> MLPKept:
-        """What `mlp_half` left."""
-        return MLPKept(*cast(Any, self[-len(MLPKept._fields) :]))
 
 
 class FrozenBlock(torch.autograd.Function):
@@ -497,8 +497,8 @@ class FrozenBlock(torch.autograd.Function):
                 *(head_norms if need_qkv and not again else HeadNorms()),
                 out,
                 first.lse,
-                *cast(Any, second),
-            )
+            ),
+            *second,
         )
         ctx.block, ctx.class_only, ctx.need_qkv = block, class_only, need_qkv
         return y, rows, attention
@@ -507,12 +507,10 @@ class FrozenBlock(torch.autograd.Function):
     @_once_differentiable
     def backward(ctx: Any, dy: Tensor, d_rows: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         block, sums = ctx.block, _Sums(ctx.block)
-        kept = _Kept(*ctx.saved_tensors)
+        kept, second = _saved(_Kept, ctx.saved_tensors)
         qkv, head_norms = kept.qkv, HeadNorms(kept.q_hat, kept.q_rstd, kept.k_hat, kept.k_rstd)
         with torch.autocast(dy.device.type, enabled=False):
-            dy, d_out, d_first = _mlp_half_backward(
-                block, dy, d_rows, kept.out, kept.second(), sums
-            )
+            dy, d_out, d_first = _mlp_half_backward(block, dy, d_rows, kept.out, second, sums)
             if qkv is None:
                 qkv, head_norms = project(block, cast(Tensor, kept.xhat1))
             known = kept.out, kept.lse, ctx.need_qkv
@@ -548,7 +546,8 @@ class FrozenBlock(torch.autograd.Function):
 
 
 class _ClassKept(NamedTuple):
-    """What a `ClassBlock` keeps: xhat1 S elements of an image, all others belong to one row.
+    """What a `ClassBlock` keeps before its MLP: xhat1 S elements of an image, all others belong to
+    one row.
 
     `qk` comes before gain1; `mixed`, the weighted sum of rows, is kept for it alone, attention's
     output for a norm behind it.
@@ -562,17 +561,6 @@ class _ClassKept(NamedTuple):
     qk: Tensor
     mixed: Tensor | None
     out: Tensor | None
-    xhat2: Tensor
-    rstd2: Tensor
-    hidden: Tensor
-    post1_hat: Tensor | None
-    post1_rstd: Tensor | None
-    post2_hat: Tensor | None
-    post2_rstd: Tensor | None
-
-    def second(self) -> MLPKept:
-        """What `mlp_half` left."""
-        return MLPKept(*cast(Any, self[-len(MLPKept._fields) :]))
 
 
 class ClassBlock(torch.autograd.Function):
@@ -628,16 +616,14 @@ class ClassBlock(torch.autograd.Function):
     @_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         block, sums = ctx.block, _Sums(ctx.block)
-        kept = _ClassKept(*ctx.saved_tensors)
+        kept, second = _saved(_ClassKept, ctx.saved_tensors)
         xhat, normed, group, probs = kept.xhat1, kept.normed, kept.group, kept.probs
         batch, heads, d = len(xhat), block.num_heads, block.head_width
         w_q, w_k, w_v = block.w_qkv.view(3, heads, d, -1).unbind(0)
         dtype, wide, count = w_q.dtype, kept.rstd1.dtype, normed.shape[1]
         with torch.autocast(dy.device.type, enabled=False):
             narrow = dy.to(dtype)
-            dy, d_out, d_beside = _mlp_half_backward(
-                block, dy, narrow, kept.out, kept.second(), sums
-            )
+            dy, d_out, d_beside = _mlp_half_backward(block, dy, narrow, kept.out, second, sums)
             d_out = d_out.view(batch, heads, d)
             d_mixed = _per_head(d_out, w_v).to(wide)  # (B, H, D)
             d_mixed = sums.behind_gain("gain1", block.gain1, d_mixed, kept.mixed)

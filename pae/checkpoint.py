@@ -340,11 +340,12 @@ def build(
         raise CheckpointError(
             f"checkpoint {path} describes parts this version cannot build: {one_line(error)}"
         ) from error
+    own_head = "head.weight" in found.state  # another than a linear layer is the backbone's
     with _untouched_on_failure(backbone):
         try:
             model = cls(
                 *(backbone, family, kld),
-                num_classes=found.num_classes or None,
+                num_classes=(found.num_classes or None) if own_head else None,
                 pool=found.pool,
                 train_backbone=found.train_backbone,
             )

@@ -1,15 +1,13 @@
 """Every prompt family with and without PAE on a real task, each with its own best recipe; and what
-a training step of each costs.
+a training step of each costs, by `bench.studies.family_steps`.
 
     python -m bench.studies.families plan   [--output runs/science]
     python -m bench.studies.families run    --output runs/science --minutes 60 [--piece ...]
-    python -m bench.studies.families time
     python -m bench.studies.families report --output runs/science
 
 The protocol is that of `bench.studies.convergence`, with three seeds: with three, intervals say how
 far the seeds lie apart, no more. DA-VPT runs by its authors' recipe, of which the grid is part.
-`time` times one training step of every family beside VPT-deep. `report` writes
-bench/results/science/families.json; `python -m bench.report` draws it.
+`report` writes bench/results/science/families.json; `python -m bench.report` draws it.
 """
 
 from __future__ import annotations
@@ -17,20 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
-import pae
-from bench.shapes import random_batch
 from bench.table import table_of
-from bench.timing import interleave
-from pae.train import methods
-from pae.train.options import Options
 
-from . import convergence, protocol, runs
+from . import convergence, family_steps, protocol, runs
 from .protocol import Arm, Study
 
 # what a family needs beyond the number of prompts, and what of PAE can be had on top: the library
@@ -56,7 +47,9 @@ DA_VPT = {
 }
 DA_VPT_GRID = (5e-4, 1.6e-3, 5e-3), (1e-2, 1e-1)
 VARIANTS = {"plain": "plain", "pae": "+ PAE, as far as it applies"}
-TIMED = {"model": "vit_base_patch16_224", "num_tokens": 50, "batch": 2, "rounds": 7}
+STEPS = Path(__file__).parents[1] / "results" / "science" / family_steps.JSON
+# whose step is measured with all that it trains here
+STEP = {"da-vpt": "da-vpt, da-vpt+"}
 
 
 def changes(family: str, variant: str) -> dict[str, Any]:
@@ -90,44 +83,9 @@ STUDY = Study("families.json", ("fashion-mnist",), arms(), seeds=3)
 DATASET = STUDY.datasets[0]
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    """Ratios of one training step of each family to VPT-deep's, in turns. Random weights."""
-    steps, device = {}, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for family in FAMILIES:
-        torch.manual_seed(0)
-        own = {"method": "vpt-deep", **changes(family, "plain")}
-        sizes = {name: TIMED[name] for name in ("model", "num_tokens")}
-        chosen = Options(pretrained=False, **sizes, **own).resolved()
-        module = methods.build_method(chosen, 10).to(device).train()
-        steps[family] = _step(module, TIMED["batch"], device)
-        steps[family]()  # warms up
-    samples = interleave(steps, TIMED["rounds"], device)
-    times = {f: [s.process for s in seen] for f, seen in samples.items()}
-    ratios = {
-        family: runs.short(statistics.median(a / b for a, b in zip(mine, times["vpt-deep"])))
-        for family, mine in times.items()
-    }
-    protocol.store(STUDY, arguments, step_time={**TIMED, "ratio": ratios})
-    print(ratios)
-
-
-def _step(module: pae.PromptedViT, batch: int, device: torch.device) -> Callable[[], None]:
-    images, labels = random_batch(module.backbone, 2, batch, device, torch.Generator())
-
-    def step() -> None:
-        module.prompts.see_labels(labels)
-        loss = F.cross_entropy(pae.fast_forward(module, images), labels) + module.penalty()
-        loss.backward()
-        module.zero_grad(set_to_none=True)
-
-    return step
-
-
 def report(arguments: argparse.Namespace) -> None:
-    """Write the records of all finished runs, beside the step times that are there."""
-    timed = json.loads((arguments.to / STUDY.store).read_text())["step_time"]
-    numbers = protocol.store(STUDY, arguments, step_time=timed)
-    print(blocks(numbers)["families table"])
+    """Write the records of all finished runs."""
+    print(blocks(protocol.store(STUDY, arguments))["families table"])
 
 
 # ---- from numbers to text and figures
@@ -144,17 +102,26 @@ def results(numbers: dict) -> dict[str, dict[str, dict]]:
 
 
 def blocks(numbers: dict) -> dict[str, str]:
-    rows, timed = results(numbers), numbers["step_time"]
+    rows, (ratios, timed) = results(numbers), step_times()
     return {
         "families setting": (
             f"{DATASET}; setting and grid as above, {STUDY.seeds} seeds. Step time: one training "
             f"step of {timed['model']} with {timed['num_tokens']} prompts, batch {timed['batch']}, "
-            f"over that of VPT-deep, process time, median of {timed['rounds']} interleaved rounds."
+            f"over that of VPT-deep, {timed['clock']} time, where its prompts do not stay in the "
+            "sequence."
         ),
         "families progress": convergence.progress(STUDY, numbers["runs"]),
-        "families table": _table(rows, timed["ratio"]),
+        "families table": _table(rows, ratios),
         "families verdict": verdict(rows),
     }
+
+
+def step_times() -> tuple[dict[str, float], dict[str, Any]]:
+    """{family: time of a step, over VPT-deep's} as far as measured, and the setting."""
+    records = json.loads(STEPS.read_text())["deep"]
+    measured = {family: records.get(STEP.get(family, family)) for family in FAMILIES}
+    ratios = {family: family_steps.ratio(r) for family, r in measured.items() if r}
+    return {"vpt-deep": 1.0, **ratios}, records["vapt"]["setting"]
 
 
 def _table(rows: dict[str, dict[str, dict]], ratios: dict[str, float]) -> str:
@@ -212,4 +179,4 @@ def figures(numbers: dict) -> dict:
 
 
 if __name__ == "__main__":
-    protocol.main(STUDY, {"time": measure, "report": report})
+    protocol.main(STUDY, {"report": report})

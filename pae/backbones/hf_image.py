@@ -135,8 +135,6 @@ class View(PlainView):
         weights = BlockWeights(
             norm1=read.norm(at("layernorm_before", "norm1", "layer_norm1")),
             qkv=Stacked(tuple(each)),
-            q_norm=None,
-            k_norm=None,
             num_heads=num_heads,
             scale=factor,
             proj=read.linear(

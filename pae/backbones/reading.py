@@ -31,11 +31,12 @@ class BlockReader:
     def get(self, path: str) -> Any:
         """The attribute."""
         part: Any = self._block
+        at = self.name
         for attribute in path.split("."):
             if not hasattr(part, attribute):
-                kind = type(self._block).__name__
-                raise UnsupportedBackbone(f"{self.name} ({kind}) has no attribute {path!r}")
-            part = getattr(part, attribute)
+                kind = type(part).__name__
+                raise UnsupportedBackbone(f"{at} ({kind}) has no attribute {attribute!r}")
+            part, at = getattr(part, attribute), f"{at}.{attribute}"
         return part
 
     def has(self, path: str) -> bool:

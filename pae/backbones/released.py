@@ -102,17 +102,13 @@ class View(PlainView):
         weights = BlockWeights(
             norm1=read.norm("attention_norm"),
             qkv=Stacked(parts),
-            q_norm=None,
-            k_norm=None,
             num_heads=heads,
             scale=(len(parts[0].weight) // heads) ** -0.5,
             proj=read.linear("attn.out"),
-            scale1=None,
             norm2=read.norm("ffn_norm"),
             fc1=read.linear("ffn.fc1"),
             activation=read.activation("ffn.act_fn"),
             fc2=read.linear("ffn.fc2"),
-            scale2=None,
         )
         read.close()
         return weights

@@ -42,8 +42,7 @@ def read_block(block: nn.Module, name: str, post: bool = False) -> BlockWeights:
 def norms(read: BlockReader, post: bool) -> dict[str, Any]:
     """The fields of a block's two norms."""
     names = ("post1", "post2") if post else ("norm1", "norm2")
-    none: dict[str, Any] = dict.fromkeys(("norm1", "norm2", "post1", "post2"))
-    return {**none, names[0]: read.norm("norm1"), names[1]: read.norm("norm2")}
+    return {names[0]: read.norm("norm1"), names[1]: read.norm("norm2")}
 
 
 def attention(read: BlockReader, qkv: Product, path: str = "attn") -> dict[str, Any]:
@@ -121,7 +120,6 @@ def _scaling(read: BlockReader) -> BlockWeights:
         **heads(read, Stacked(tuple(qkv)), ""),
         proj=proj,
         scale1=gamma,
-        norm2=None,
         fc1=fc1,
         activation=read.activation("mlp_act"),
         fc2=fc2,
@@ -172,17 +170,13 @@ def _things(read: BlockReader) -> BlockWeights:
     found = BlockWeights(
         norm1=norm1,
         qkv=Stacked(tuple(qkv)),
-        q_norm=None,
-        k_norm=None,
         num_heads=sum(a["num_heads"] for a in attentions),
         scale=_same(read, "attns.*.attn.scale", [a["scale"] for a in attentions]),
         proj=summed("attns", [a["proj"] for a in attentions]),
-        scale1=None,
         norm2=norm2,
         fc1=Stacked(behind(second, [m["fc1"] for m in mlps])),
         activation=_same(read, "ffns.*.mlp.act", [m["activation"] for m in mlps]),
         fc2=summed("ffns", [m["fc2"] for m in mlps]),
-        scale2=None,
     )
     read.close()
     return found

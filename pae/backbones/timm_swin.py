@@ -148,8 +148,6 @@ class SwinView(BackboneView):
         weights = BlockWeights(
             **norms(read, False),
             **attention(read, read.linear("attn.qkv")),
-            scale1=None,
-            scale2=None,
             **read.mlp("mlp"),
         )
         read.close()

@@ -42,8 +42,6 @@ def packed_attention(read: BlockReader, path: str) -> dict[str, Any]:
 
     return {
         "qkv": linear("in_proj_weight", "in_proj_bias"),
-        "q_norm": None,
-        "k_norm": None,
         "num_heads": attention.num_heads,
         "scale": attention.head_dim**-0.5,
         "proj": linear("out_proj.weight", "out_proj.bias"),
@@ -82,12 +80,10 @@ class View(PlainView):
         weights = BlockWeights(
             norm1=read.norm("ln_1"),
             **packed_attention(read, "self_attention"),
-            scale1=None,
             norm2=read.norm("ln_2"),
             fc1=read.linear("mlp.0"),
             activation=read.activation("mlp.1"),
             fc2=read.linear("mlp.3"),
-            scale2=None,
         )
         read.close()
         return weights

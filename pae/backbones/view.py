@@ -204,7 +204,7 @@ class Difference:
         return ((1 - self.start) * self.norm(a - self.weight.type_as(b) * b)).flatten(-2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockWeights:
     """One block:
 
@@ -229,19 +229,19 @@ class BlockWeights:
     an image size, not to the weights: `Geometry`.
     """
 
-    norm1: Norm | None
     qkv: Product
-    q_norm: Norm | None
-    k_norm: Norm | None
     num_heads: int
     scale: float
     proj: Linear | Summed
-    scale1: Tensor | None
-    norm2: Norm | None
     fc1: Product
     activation: str
     fc2: Linear | Summed
-    scale2: Tensor | None
+    norm1: Norm | None = None
+    norm2: Norm | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    scale1: Tensor | None = None
+    scale2: Tensor | None = None
     gated: bool = False
     attn_norm: Norm | None = None
     mlp_pre: Norm | None = None

@@ -23,8 +23,7 @@ from tests.libraries import (
     own_output,
     version_4,
 )
-from tests.tiny import assert_engines_agree, backbone, error, gradients, refused, small
-from tests.tiny import images as timm_images
+from tests.tiny import assert_engines_agree, error, gradients, refused, small
 
 pytest.importorskip("transformers", reason="pip install pae[hf]")
 pytest.importorskip("open_clip", reason="pip install pae[clip]")
@@ -405,41 +404,3 @@ def test_biases_and_norms_by_what_they_do(name, which):
     if which == "da-vpt+":  # per block: one norm, keys and values, two products, a norm's shift
         assert len(made.trained_backbone) in (3 * 6, 3 * 7, 1 + 3 * 6, 1 + 3 * 7)
         assert ":kv" in own if "in_proj_bias" in own else "query" not in own and "q_proj" not in own
-
-
-# ---- adapters
-
-
-def test_adapters_are_merged_or_named():
-    peft = pytest.importorskip("peft", reason="pip install peft")
-    vit = backbone("plain")
-    x = timm_images(vit)
-    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
-    adapted = peft.get_peft_model(vit, config).eval()
-    expected = adapted(x)
-    message = "PeftModel of peft wraps a backbone: give merge_and_unload() of it, or"
-    refused(pae.UnsupportedBackbone, message, lambda: pae.PromptedViT(adapted, VPTDeep(0)))
-
-    named = r"blocks\.0\.attn\.qkv is Linear of peft, an adapter that is not merged"
-    apart = copy.deepcopy(adapted).get_base_model()
-    with pytest.warns(UserWarning, match=named):
-        model = pae.PromptedViT(apart, VPTDeep(0))
-    assert error(model(x), expected) < 1e-12
-    with pytest.raises(pae.UnsupportedBackbone, match=named):
-        model(x, engine="fast")
-
-    merged = pae.PromptedViT(adapted.merge_and_unload(), VPTDeep(0))
-    assert error(merged(x, engine="fast"), expected) < 1e-9
-
-
-def test_adapters_of_other_libraries_run_as_they_are():
-    peft = pytest.importorskip("peft", reason="pip install peft")
-    config = peft.LoraConfig(r=2, target_modules=[QUERY], init_lora_weights=False)
-    vit = peft.get_peft_model(model("ViT"), config).eval().get_base_model()
-    expected = own_output(vit, images())
-    named = rf"blocks\.0\.attention\.(attention\.)?{QUERY} is Linear of peft"
-    with pytest.warns(UserWarning, match=named):
-        made = pae.PromptedViT(vit, VPTDeep(0), num_classes=3)
-    assert error(made.features(images()), expected) < 1e-12
-    with pytest.raises(pae.UnsupportedBackbone, match=named):
-        made(images(), engine="fast")
