@@ -56,6 +56,7 @@ def load_named(
     image_size: int | None = None,
     skeleton: bool = False,
     say: Say | None = None,
+    kind: str | None = None,
 ) -> nn.Module:
     """The backbone of that name, in fp32, without the head that its weights were published with.
 
@@ -68,6 +69,8 @@ def load_named(
         image_size: side of the images, where the model takes another than its own.
         skeleton: on the meta device, without weights.
         say: told in one line what was not taken of the file, and what was not in it.
+        kind: the class in transformers; None: as the weights were published, or the one that reads
+            what was pretrained with more around it.
 
     Raises:
         ValueError: no such model, one that is not read, weights that lack a part of it, another
@@ -75,9 +78,12 @@ def load_named(
         ImportError: its library is not installed.
     """
     source, _, place = name.partition(":")
-    load = _from_transformers if source == "hf" else _from_open_clip
+    tell = say or (lambda line: None)
     try:
-        model, facts = load(place, pretrained, skeleton, say or (lambda line: None))
+        if source == "hf":
+            model, facts = _from_transformers(place, pretrained, skeleton, tell, kind)
+        else:
+            model, facts = _from_open_clip(place, pretrained, skeleton)
     except (ImportError, _Refused):
         raise
     except Exception as error:  # the libraries and the hub raise whatever their parts raise
@@ -119,8 +125,8 @@ def _library(module: str, extra: str) -> Any:
 # ---- transformers
 
 
-def _known(place: str) -> tuple[Any, str]:
-    """The configuration, and the class that reads it."""
+def _known(place: str, kind: str | None = None) -> tuple[Any, str]:
+    """The configuration, and the class that reads it, if that is not `kind`."""
     transformers = _library("transformers", "hf")
     if Path(place).exists() and not (Path(place) / "config.json").is_file():
         raise _Refused(
@@ -131,7 +137,7 @@ def _known(place: str) -> tuple[Any, str]:
     except Exception as error:  # as above
         raise _Refused(f"hf:{place}: {first_line(error)}") from error
     stated = config.architectures or ["no architecture"]
-    kind = _READ_AS.get(stated[0], stated[0])
+    kind = kind or _READ_AS.get(stated[0], stated[0])
     if kind not in hf.KINDS:
         step = hf.STEPS.get(kind, f"expected one of {', '.join(hf.KINDS)}")
         raise _Refused(f"hf:{place}: {kind} is no model that can be read: {step}")
@@ -139,9 +145,9 @@ def _known(place: str) -> tuple[Any, str]:
 
 
 def _from_transformers(
-    place: str, pretrained: bool, skeleton: bool, say: Say
+    place: str, pretrained: bool, skeleton: bool, say: Say, kind_name: str | None
 ) -> tuple[Any, dict[str, Any]]:
-    config, name = _known(place)
+    config, name = _known(place, kind_name)
     kind = getattr(_library("transformers", "hf"), name)
     own = config
     if "VisionModel" in name:  # beside a text model
@@ -224,20 +230,21 @@ def _processing(place: str, channels: int, size: tuple[int, int]) -> dict[str, A
     facts["std"] = tuple(s / scale for s in stds)
     if isinstance(said.get("resample"), int):
         facts["interpolation"] = _RESAMPLES[said["resample"]]
+    cuts = bool(said.get("do_center_crop"))
     whole, crop = said.get("size"), said.get("crop_size")
-    shortest = whole.get("shortest_edge") if isinstance(whole, dict) else None
+    if isinstance(whole, int):  # of an older file: both sides, or the shorter one of what is cut
+        whole = {"shortest_edge": whole} if cuts else {}
+    shortest = (whole or {}).get("shortest_edge")
     facts["crop_pct"], facts["crop_mode"] = 1.0, "squash" if shortest is None else "center"
-    if said.get("do_center_crop") and isinstance(crop, dict) and shortest:
-        facts["crop_pct"] = crop["height"] / shortest
+    if cuts and crop and shortest:
+        facts["crop_pct"] = (crop if isinstance(crop, int) else crop["height"]) / shortest
     return facts
 
 
 # ---- open_clip
 
 
-def _from_open_clip(
-    place: str, pretrained: bool, skeleton: bool, say: Say
-) -> tuple[Any, dict[str, Any]]:
+def _from_open_clip(place: str, pretrained: bool, skeleton: bool) -> tuple[Any, dict[str, Any]]:
     library = _library("open_clip", "clip")
     name, tag = place, None
     if not place.startswith(("hf-hub:", "local-dir:")):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def read_clips(
         val_size=val_size,
         seed=seed,
     )
-    return Task(task.name, task.classes, task.train, task.val, task.test, Ranges())
+    return replace(task, ranges=Ranges())  # 8 bits have no other
 
 
 def _read(folder: Path, classes: Sequence[str]) -> Images:
@@ -92,13 +93,15 @@ def _read(folder: Path, classes: Sequence[str]) -> Images:
     return Images(paths, labels)
 
 
-def _opened(path: Path, frames: int) -> np.ndarray:
-    """The array of a file, its values still on the disk."""
-    try:
-        clip = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        first = str(error).partition("\n")[0]
-        raise ValueError(f"unreadable clip {shown(path)}: {first}") from None
+def _opened(item: Path | np.ndarray, frames: int) -> np.ndarray:
+    """The array of a file, its values still on the disk; or an array, checked."""
+    path, clip = ("of an array", item) if isinstance(item, np.ndarray) else (item, None)
+    if clip is None:
+        try:
+            clip = np.load(item, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            first = str(error).partition("\n")[0]
+            raise ValueError(f"unreadable clip {shown(path)}: {first}") from None
     grey = isinstance(clip, np.ndarray) and clip.ndim == 3
     if (
         not isinstance(clip, np.ndarray)
@@ -112,12 +115,12 @@ def _opened(path: Path, frames: int) -> np.ndarray:
     return clip
 
 
-def read_frames(path: Path, frames: int) -> list[np.ndarray]:
-    """As many frames of a clip, evenly spaced, each (H, W, 3) or (H, W).
+def read_frames(item: Path | np.ndarray, frames: int) -> list[np.ndarray]:
+    """As many frames of a clip, a file or an array, evenly spaced, each (H, W, 3) or (H, W).
 
     Raises:
         ValueError: as `read_clips`.
     """
-    clip = _opened(path, frames)
+    clip = _opened(item, frames)
     middles = (np.arange(frames) + 0.5) * (len(clip) / frames)
     return [np.array(clip[int(i)]) for i in middles]

@@ -26,7 +26,7 @@ from pae.files import to_json
 from pae.foreign import first_line
 from pae.mpa.incoming import prompt_count, refuse_clips
 from pae.tensorfile import fitted, read_tensors, require_digest, write_tensors
-from pae.train import embedded
+from pae.train import embedded, pixels
 from pae.train.declared import Given, declared, fits, name_of, near
 from pae.train.options import LOCAL, OWN_POOL, Options
 
@@ -96,11 +96,6 @@ def _named_backbone(
         skeleton=skeleton,
         say=say,
     )
-    if options.norm == "model" and "mean" not in model.pretrained_cfg:
-        raise ValueError(
-            f"norm model: {options.model} does not say how its images are normalised (it has no "
-            "preprocessor_config.json); give --norm imagenet, inception or none"
-        )
     place = pae.backbones.head_name(model)
     if place is not None:
         head = model.get_submodule(place)
@@ -143,6 +138,9 @@ def data_config(backbone: nn.Module) -> dict[str, Any]:
     from timm.data import resolve_data_config
 
     config = resolve_data_config({}, model=backbone)
+    said = getattr(backbone, "pretrained_cfg", None)
+    if isinstance(said, dict) and "input_size" in said and "mean" not in said:
+        config |= {"mean": None, "std": None}  # of another library, and timm would guess
     # a vision transformer knows the size it was built for; its configuration the original one
     size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
     return {**config, "input_size": tuple(size or config["input_size"][1:])}
@@ -400,6 +398,9 @@ def rehearse(options: Options, given: Given | None = None) -> None:
         )
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{called('optimizer')}: {error}") from error
+    frozen = module.frozen if isinstance(module, LinearProbe) else module
+    with _named(options, called):
+        pixels.normalisation(options.norm, data_config(frozen.backbone))
     if not isinstance(module, pae.PromptedViT):
         return
     if options.ema is not None and module.prompts.moves_prompts:

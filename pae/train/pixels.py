@@ -38,9 +38,9 @@ def normalisation(
     Args:
         norm: "model" (what the backbone was trained with), "imagenet", "inception" (0.5 / 0.5) or
             "none" (0 / 1).
-        model_config: timm's resolved data configuration of the backbone.
+        model_config: timm's resolved data configuration of the backbone; None where it has no mean.
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or "model" where that is not known.
     """
     from timm.data import constants
 
@@ -52,6 +52,11 @@ def normalisation(
     }
     if norm not in table:
         raise ValueError(f"--norm {norm}: expected one of {', '.join(NORMS)}")
+    if table[norm][0] is None:
+        raise ValueError(
+            f"norm {norm}: the model does not say how its images are normalised (it has no "
+            "preprocessor_config.json); give --norm imagenet, inception or none"
+        )
     return table[norm]
 
 

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 import pae
+from pae.backbones import named
 from pae.errors import CheckpointError, UnsupportedBackbone, one_line
 from pae.files import from_json
 from pae.tensorfile import read_tensors, require_digest
 from pae.train import methods, pixels
+from pae.train.clips import read_frames
 from pae.train.declared import near
 from pae.train.images import Ranges, decode
 from pae.train.listing import shown, some
@@ -148,7 +150,8 @@ def load(
         task = replace(task, backbone=methods.portable(recipe))
     model.task = task
     if None not in (task.input_size, task.mean, task.std, task.interpolation, task.crop_mode):
-        model.transform = Transform(task)
+        frames = None if whole else cast(pae.PromptedViT, model).view.frames
+        model.transform = Transform(task) if frames is None else ClipTransform(task, frames)
     model.eval().requires_grad_(False)
     return model.to(device)
 
@@ -219,7 +222,7 @@ def _known_name(found: pae.Checkpoint, description: dict[str, Any]) -> dict[str,
 
     source = description.get("source")
     if isinstance(source, str):
-        return {"model": source, "class": found.backbone}
+        return {"model": source, "class": found.backbone.partition(".")[0]}
     architecture, _, tag = found.backbone.partition(".")
     if not tag or not timm.is_model(architecture):
         return {}
@@ -233,40 +236,14 @@ _OF_OPTIONS = ("model", "weights", "pretrained", "img_size", "pool")
 
 def _backbone(recipe: dict[str, Any] | None, num_classes: int) -> nn.Module:
     assert recipe is not None
-    source, _, name = recipe["model"].partition(":")
-    if source in _LIBRARIES:
-        try:
-            return _LIBRARIES[source](name, recipe)
-        except ImportError:
-            raise
-        except Exception as error:  # these libraries raise whatever their parts raise
-            raise ValueError(f"{recipe['model']} could not be loaded: {one_line(error)}") from error
+    if named.is_named(recipe["model"]) and "class" in recipe:  # of a model that a script had built
+        return named.load_named(recipe["model"], kind=recipe["class"])
     if unknown := sorted(recipe.keys() - {*_OF_OPTIONS, "seed", "class"}):
         raise ValueError(f"a later pae wrote how the backbone is built: {some(unknown)} is unknown")
     options = Options(**{name: recipe[name] for name in _OF_OPTIONS if name in recipe})
     with torch.random.fork_rng():
         torch.manual_seed(recipe.get("seed", 0))  # random weights are drawn as they were
         return methods.build_backbone(options, num_classes)
-
-
-def _of_transformers(name: str, recipe: dict[str, Any]) -> nn.Module:
-    import transformers
-
-    kind = getattr(transformers, str(recipe.get("class", "AutoModel")), transformers.AutoModel)
-    return kind.from_pretrained(name)
-
-
-def _of_open_clip(name: str, recipe: dict[str, Any]) -> nn.Module:
-    import open_clip
-
-    architecture, _, tag = name.partition("/")
-    return open_clip.create_model(architecture, pretrained=tag or None).visual
-
-
-_LIBRARIES: dict[str, Callable[[str, dict[str, Any]], nn.Module]] = {
-    "hf": _of_transformers,
-    "open_clip": _of_open_clip,
-}
 
 
 def _whole(
@@ -391,6 +368,21 @@ class Transform:
 
     def __call__(self, image: Any) -> Tensor:
         return self.normalised(self.pixels(image)[None])[0]
+
+
+class ClipTransform(Transform):
+    """The same of a clip, the path of a `.npy` file or an array (T, H, W, 3) or (T, H, W) in uint8,
+    of which `frames` are taken, evenly spaced.
+    """
+
+    def __init__(self, task: pae.TaskInfo, frames: int) -> None:
+        super().__init__(task)
+        self.frames = frames
+
+    def pixels(self, image: Any) -> Tensor:
+        """(frames, C, H, W) uint8."""
+        shown = super().pixels
+        return torch.stack([shown(frame) for frame in read_frames(image, self.frames)])
 
 
 def describe(place: Place) -> dict[str, Any]:

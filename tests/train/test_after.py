@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ import torch
 from PIL import Image
 
 import pae
+from pae.backbones import named
 from pae.train import evaluation, methods, pixels, using
 from pae.train.cli import main
 from pae.train.data import Images, read_folder
@@ -202,24 +201,20 @@ def test_models_of_other_libraries_by_name(tmp_path, monkeypatch):
     pae.PromptedViT(vit, pae.prompts.VPTDeep(2), num_classes=3).save(tmp_path / "a.safetensors")
     asked = []
 
-    def from_pretrained(cls, name):
-        asked.append((cls.__name__, name))
+    def load_named(name, **more):
+        asked.append((name, more))
         fresh = transformers.ViTModel(config)
         fresh.load_state_dict(vit.state_dict())
         return fresh
 
-    monkeypatch.setattr(
-        transformers.PreTrainedModel, "from_pretrained", classmethod(from_pretrained)
-    )
-    assert pae.load(tmp_path / "a.safetensors").num_classes == 3
-    assert asked == [("ViTModel", "somebody/vit")]
-
-    def create_model(name, pretrained):
-        raise RuntimeError(f"no {name} of {pretrained}\nhere")
-
-    monkeypatch.setitem(sys.modules, "open_clip", SimpleNamespace(create_model=create_model))
-    with pytest.raises(ValueError, match=r"could not be loaded: no ViT-B-32 of openai here$"):
-        pae.load(bare(tmp_path), "open_clip:ViT-B-32/openai")
+    with monkeypatch.context() as patched:
+        patched.setattr(named, "load_named", load_named)
+        assert pae.load(tmp_path / "a.safetensors").num_classes == 3
+    assert asked == [("hf:somebody/vit", {"kind": "ViTModel"})]
+    with pytest.raises(
+        ValueError, match=r"open_clip:nobody/openai: open_clip has no model nobody$"
+    ):
+        pae.load(bare(tmp_path), "open_clip:nobody/openai")
     with pytest.raises(ValueError, match=r"later pae wrote.*'size_of_patches'"):
         pae.load(bare(tmp_path, backbone={"model": "test_vit", "size_of_patches": 3}))
 

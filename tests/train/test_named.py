@@ -109,6 +109,15 @@ def test_weights_that_lack_a_part_are_refused(tmp_path):
         named.load_named(place)
 
 
+def test_older_files_of_preprocessing(tmp_path):
+    place, _ = saved("ViT", tmp_path, PREPROCESSING | {"size": 20, "crop_size": 16})
+    config = named.load_named(place, skeleton=True).pretrained_cfg
+    assert (config["crop_pct"], config["crop_mode"]) == (0.8, "center")
+    saved("ViT", tmp_path, PREPROCESSING | {"size": 16, "do_center_crop": False})
+    config = named.load_named(place, skeleton=True).pretrained_cfg
+    assert (config["crop_pct"], config["crop_mode"]) == (1.0, "squash")
+
+
 @pytest.mark.parametrize(
     ("scheme", "mean", "std"),
     [
@@ -141,6 +150,12 @@ def test_a_run_on_a_folder_of_transformers(shades, tmp_path, capsys):
     backbone = named.load_named(place)
     model = pae.PromptedViT.from_file(tmp_path / "fast" / "best.safetensors", backbone)
     assert model.num_classes == 3 and model.head.in_features == 64
+    used = pae.load(tmp_path / "fast")
+    images = torch.stack([used.transform(p) for p in sorted(shades.glob("test/*/*.png"))])
+    model.eval()
+    assert torch.equal(used(images), model(images))
+    (capsys.readouterr(), main(["predict", str(tmp_path / "fast"), str(shades / "test")]))
+    assert "dark" in capsys.readouterr().out
     other, _ = saved("DINOv2", tmp_path / "other")
     with pytest.raises(pae.CheckpointError, match=r"trained on backbone Dinov2ForImageClassific"):
         pae.PromptedViT.from_file(tmp_path / "fast" / "best.safetensors", named.load_named(other))
@@ -171,7 +186,14 @@ def test_a_run_on_clips(walks, tmp_path, capsys):
     found = pae.read_checkpoint(tmp_path / "vpt-deep" / "best.safetensors")
     assert found.train_backbone == ("fc_norm.weight", "fc_norm.bias")
     assert found.task.classes == ("left", "right")
+    used = pae.load(tmp_path / "vpt-deep")
+    file = next(walks.glob("test/left/*.npy"))
+    clip = used.transform(file)
+    assert clip.shape == (4, 3, 16, 16) and torch.equal(clip, used.transform(np.load(file)))
+    assert used(clip[None]).shape == (1, 2)
     capsys.readouterr()
+    assert main(["predict", str(tmp_path / "vpt-deep"), str(file)]) == 0
+    assert "left" in capsys.readouterr().out
     line = error_line(capsys, [*flags, "--method", "vpt-deep", "--mpa"])
     assert "--mpa: model takes clips of 4 frames, and Modal Pre-Alignment" in line
     line = error_line(capsys, ["train", "--model", place, "--method", "apt", *CPU_FLAGS])
@@ -256,7 +278,12 @@ def test_refusals(shades, tmp_path, capsys):
     flags = ["train", "--data", str(shades), "--method", "vpt-deep", *CPU_FLAGS]
     place, _ = saved("ViT", tmp_path / "model", processing=None)
     line = error_line(capsys, [*flags, "--model", place])
-    assert "does not say how its images are normalised" in line and "--norm imagenet" in line
+    assert "--norm model: " in line or "the model does not say how its images are normal" in line
+    assert "give --norm imagenet" in line
+    run = [*flags, "--model", place, "--norm", "none", "--epochs", "1", "--batch-size", "9"]
+    assert main([*run, "--quiet", "--output", str(tmp_path / "run")]) == 0
+    assert pae.load(tmp_path / "run").task.mean == (0.0, 0.0, 0.0)
+    capsys.readouterr()
     place, _ = saved("ViT", tmp_path / "model")
     for more, message in {
         ("--drop-path", "0.1", "--engine", "reference"): "drop_path is for timm's models",
