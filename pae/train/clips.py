@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -95,13 +96,14 @@ def _read(folder: Path, classes: Sequence[str]) -> Images:
 
 def _opened(item: Path | np.ndarray, frames: int) -> np.ndarray:
     """The array of a file, its values still on the disk; or an array, checked."""
-    path, clip = ("of an array", item) if isinstance(item, np.ndarray) else (item, None)
-    if clip is None:
-        try:
+    path = "of an array" if isinstance(item, np.ndarray) else item
+    try:
+        clip: Any = item
+        if not isinstance(item, np.ndarray):
             clip = np.load(item, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            first = str(error).partition("\n")[0]
-            raise ValueError(f"unreadable clip {shown(path)}: {first}") from None
+    except (OSError, ValueError, EOFError) as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"unreadable clip {shown(path)}: {first}") from None
     grey = isinstance(clip, np.ndarray) and clip.ndim == 3
     if (
         not isinstance(clip, np.ndarray)
