@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -26,6 +27,8 @@ methods. What has been done is known from one record a run; a second call does w
   pae sweep lrs.toml --status             how far it is, and what failed
   pae sweep lrs.toml --list               the runs as plain lines, numbered, for a job array
   pae sweep lrs.toml --index 17           run 17 of them
+  pae sweep lrs.toml --ray auto           on a Ray cluster (pip install "pae[sweep]")
+  pae table sweeps/lrs                    the table
 """
 
 
@@ -48,7 +51,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     what.add_argument("--list", action="store_true", help="print number, key and what is known")
     what.add_argument("--index", metavar="N", help="only run N, or N-M, as --list numbers them")
     what.add_argument("--jobs", metavar="N", help="runs at a time, a process each (default: 1)")
+    what.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster: local, auto, HOST:PORT")
     what.add_argument("--worker", metavar="N", help=argparse.SUPPRESS)  # of --jobs
+    add("--run-cpus", metavar="N", help="with --ray: CPUs of a run (default: 1)")
+    add("--run-gpus", metavar="X", help="with --ray: GPUs of a run (default: 1 if there are some)")
     add("--retry", action="store_true", help="start again what diverged, failed or was stopped")
     add("--quiet", action="store_true", help="print no progress")
     add("--debug", action="store_true", help="show tracebacks")
@@ -89,9 +95,21 @@ def _work(sweep: Sweep, records: Records, arguments: argparse.Namespace) -> int:
     def count(name: str) -> int:
         value = getattr(arguments, name)
         if not re.fullmatch(r"[1-9]\d{0,4}", value):
-            raise ValueError(f"--{name} {value}: expected an integer of at least 1")
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {value}: expected an integer of at least 1")
         return int(value)
 
+    if sweep.asha is not None and arguments.ray is None:
+        raise ValueError(f"{sweep.path}: [asha] needs --ray ADDRESS, whose scheduler it is")
+    for name in ("run_cpus", "run_gpus"):
+        if getattr(arguments, name) is not None and arguments.ray is None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --ray ADDRESS")
+    run_cpus = 1 if arguments.run_cpus is None else count("run_cpus")
+    run_gpus = None
+    if arguments.run_gpus is not None:
+        if not re.fullmatch(r"\d{1,3}(\.\d+)?", arguments.run_gpus):
+            raise ValueError(f"--run-gpus {arguments.run_gpus}: expected a number of at least 0")
+        run_gpus = float(arguments.run_gpus)
     reporter = work.Quiet(arguments.quiet)
     worker = arguments.worker is not None
     jobs = count("jobs") if arguments.jobs is not None else 1
@@ -113,7 +131,13 @@ def _work(sweep: Sweep, records: Records, arguments: argparse.Namespace) -> int:
                 say(note)
             say(f"{progress.progress(sweep.plan, records).line(jobs)}; {records.folder}")
         try:
-            if worker:
+            if arguments.ray is not None:
+                from pae.sweep import on_ray
+
+                place = sweep, records.folder, run_cpus, run_gpus
+                with contextlib.closing(on_ray.Ray(arguments.ray, *place)) as engine:
+                    on_ray.run(sweep, records, engine, say)
+            elif worker:
                 execute.worker(sweep, records, reporter, count("worker"), sys.stdin.fileno())
             elif jobs > 1:
                 command = [sys.executable, "-m", "pae", "sweep", arguments.spec, "--quiet"]

@@ -81,7 +81,7 @@ def processes(sweep: Sweep, records: Records, jobs: int, command: Sequence[str],
         KeyboardInterrupt: a stop was asked for, of this process or of one of the others.
         RuntimeError: they end before they begin.
     """
-    watched = _Watched(sweep, records, say)
+    watched = Watched(sweep, records, say)
     deaths: Counter[str] = Counter()
     workers: list[subprocess.Popen[bytes]] = []
     threads = max(1, cpus() // jobs)
@@ -154,7 +154,7 @@ def worker(sweep: Sweep, records: Records, reporter: Reporter, threads: int, par
     serial(sweep, records, reporter, lambda line: None, workers=threads)
 
 
-class _Watched:
+class Watched:
     """The sweep, as a process sees it in which nothing runs."""
 
     def __init__(self, sweep: Sweep, records: Records, say: Say) -> None:

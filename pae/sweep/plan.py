@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from pae.errors import CheckpointError
 from pae.files import check_signature, from_json, signed, to_json, write_atomically
-from pae.sweep.records import FINISHED, Record, Records
+from pae.sweep.records import FINISHED, Records
 
 PLAN = "sweep.json"
 NONE, BEST, TWO_STAGE = "none", "best", "two-stage"
@@ -249,6 +249,3 @@ def read(folder: str | Path) -> tuple[Plan, Records]:
 def shown(value: Any) -> str:
     """A value of a cell as tables and lines show it."""
     return value if isinstance(value, str) else to_json(value)
-
-
-__all__ = ["Cell", "Group", "Plan", "Record", "Records", "Run", "read", "shown"]

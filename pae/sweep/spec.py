@@ -35,7 +35,7 @@ from pae.train.options import read_options as checked
 ASHA = {"grace": 30, "reduction": 3}  # epochs before the first stop; the share that goes on
 _TOP = (
     *("seeds", "tasks", "methods", "select", "epoch", "equal"),
-    *("options", "grid", "random", "final"),
+    *("options", "grid", "random", "final", "asha"),
 )
 _VARY = ("grid", "random")  # of a method's own table, in place of the common ones
 # of prompts: where a file speaks for methods with and without, the latter have no use for them

@@ -18,20 +18,8 @@ from pae.train import lock, loop
 from pae.train.cli import main
 from pae.train.runfolder import RunFolder
 from tests import processes
+from tests.sweep.specs import SLOW, write_spec
 from tests.train.helpers import ended, error_line, forked, save_shades
-
-OPTIONS = """
-[options]
-model = "test_vit"
-pretrained = false
-img_size = 32
-epochs = 2
-batch_size = 16
-num_tokens = 2
-device = "cpu"
-amp = "no"
-workers = 1
-"""
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +29,8 @@ def shades(tmp_path_factory):
 
 @pytest.fixture
 def spec(tmp_path, shades):
-    """spec(text) writes a spec over the shades and returns its path."""
-
-    def write(top='methods = ["vpt-deep"]', below="", name="lrs"):
-        path = tmp_path / f"{name}.toml"
-        tasks = "" if "tasks" in top + below else f"tasks = [{json.dumps(str(shades))}]"
-        path.write_text("\n".join([top, tasks, OPTIONS, below]))
-        return path
-
-    return write
+    """spec(top, below) writes a spec over the shades and returns its path."""
+    return lambda *text, **more: write_spec(tmp_path / "lrs.toml", shades, *text, **more)
 
 
 @pytest.fixture
@@ -415,27 +396,13 @@ def test_time_left_is_of_runs_like_it():
 # ---- kills
 
 
-SLOW = """
-import importlib.abc, sys
-class Slow(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name == "pae.train.loop":
-            sys.meta_path.remove(self)
-            from pae.train import loop
-            import time
-            finish = loop._Run._finish_epoch
-            loop._Run._finish_epoch = lambda run: (finish(run), time.sleep(0.5))
-sys.meta_path.insert(0, Slow())
-"""
-
-
 def test_killed_workers_and_a_killed_call_lose_nothing(spec, tmp_path, monkeypatch):
     """A worker is killed, then the process that watches over it; the next call ends the sweep.
 
     The numbers are those of an undisturbed one.
     """
-    path, out = spec('methods = ["vpt-deep"]', "[grid]\nlr = [0.003, 0.01]"), tmp_path / "out"
-    path.write_text(path.read_text().replace("epochs = 2", "epochs = 12"))
+    path = spec('methods = ["vpt-deep"]', "[grid]\nlr = [0.003, 0.01]", epochs=12)
+    out = tmp_path / "out"
     (tmp_path / "sitecustomize.py").write_text(SLOW)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(processes.ROOT)]))
     swept, records, lines = read_spec(path), Records(out), tmp_path / "lines.txt"
