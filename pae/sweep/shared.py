@@ -1,8 +1,13 @@
-"""What runs that follow each other in one process have in common, kept between them."""
+"""What runs that follow each other in one process have in common, kept between them.
+
+Images are listed and surveyed once, and features of linear probes are computed once: a probe is
+little else. Decoded images and the backbone are each run's own, for they are little beside prompts
+that are trained on them (docs/sweeps.md).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pae.train import loop
 from pae.train.data import Task
@@ -14,9 +19,18 @@ if TYPE_CHECKING:
 _MOST = 4  # image sets that are kept
 
 
+class _Few(dict[str, Any]):
+    """The last few that were put in."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        while len(self) > 3 * _MOST:  # splits
+            del self[next(iter(self))]
+
+
 class Shared:
-    """Image sets by name and cut, listed and surveyed once; and accelerate's view of the machine,
-    which is one per process, and made anew where a run wants another.
+    """Image sets, features, and accelerate's view of the machine, which is one per process, and
+    made anew where a run wants another.
 
     Args:
         workers: threads or processes that decode, where the options do not say.
@@ -24,6 +38,7 @@ class Shared:
 
     def __init__(self, workers: int | None = None) -> None:
         self.workers = workers
+        self.features: loop.Features = _Few()
         self._tasks: dict[tuple[object, ...], Task] = {}
 
     def task(self, options: Options) -> Task:

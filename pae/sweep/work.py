@@ -121,6 +121,7 @@ def _train(
         resume="auto" if folder.config.is_file() else None,
         sibling=_sibling(sweep, records, run),
         test=run.test,
+        features=shared.features,
     )
     rows, facts = folder.rows(), folder.facts()
     best = rows[result["best_epoch"] - 1]

@@ -13,7 +13,8 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +28,7 @@ from pae.train import embedded, methods, pixels, record
 from pae.train.average import Average
 from pae.train.clips import read_clips
 from pae.train.data import Images, Task, read_folder
+from pae.train.declared import declared
 from pae.train.images import Ranges
 from pae.train.memory import Peak
 from pae.train.options import Options
@@ -43,6 +45,12 @@ LOOK_EVERY = 16  # updates; a GPU would have to be waited for if it were asked a
 
 OnStart = Callable[[nn.Module], None]
 OnBackward = Callable[[nn.Module, int], None]
+Features = MutableMapping[str, "tuple[FeatureData, float]"]  # and the seconds that they took
+# what they depend on, beside the images and the weights
+_OF_FEATURES = (
+    *(o.name for o in declared(Options).values() if o.group in ("images", "backbone")),
+    *("engine", "batch_size", "device", "amp"),
+)
 
 
 class Interrupted(Exception):
@@ -99,6 +107,7 @@ def train(
     resume: str | None = None,
     sibling: record.Record | None = None,
     test: bool = True,
+    features: Features | None = None,
     on_start: OnStart | None = None,
     on_backward: OnBackward | None = None,
 ) -> dict[str, Any]:
@@ -118,6 +127,7 @@ def train(
             and the same backbone.
         test: whether test images are looked at. A run that finished without is tested when it goes
             on with them.
+        features: what linear probes of this process computed so far, to be used and added to.
         on_start: called as `on_start(module)` in a new run, once the prompts have their first
             values and before anything is made of them.
         on_backward: called as `on_backward(module, update)` after every backward pass, before
@@ -141,7 +151,7 @@ def train(
         if finished is not None and not (untested and test and task.test):
             return finished
         place = options, task, folder, accelerator, reporter
-        return _Run(*place, name, resume, on_start, on_backward, sibling, test).train()
+        return _Run(*place, name, resume, on_start, on_backward, sibling, test, features).train()
 
 
 class _Run:
@@ -160,6 +170,7 @@ class _Run:
         on_backward: OnBackward | None,
         sibling: record.Record | None = None,
         test: bool = True,
+        features: Features | None = None,
     ) -> None:
         from accelerate.utils import set_seed
         from timm.optim import create_optimizer_v2
@@ -174,6 +185,7 @@ class _Run:
         self.alignment: pae.MPAResult | None = None  # where this process made the first prompts
         self.aligned = {"mpa_passes": 0, "mpa_seconds": 0.0}  # what that took
         self.resume, self.test = resume, test
+        self.features: Features = {} if features is None else features
         saved = None if resume is None else self._read_state(resume)
         set_seed(options.seed)
         module = methods.build_method(options, len(task.classes), say=reporter.say)
@@ -274,7 +286,7 @@ class _Run:
         options, config = self.options, self.data_config
         size = config["input_size"]
         mean, std = pixels.normalisation(options.norm, config)
-        ranges = cast(Ranges, task.surveyed(options.workers).ranges)
+        ranges = self.data_ranges = cast(Ranges, task.surveyed(options.workers).ranges)
         self.module.task = pae.TaskInfo(
             classes=tuple(task.classes),
             input_size=(len(mean), *size),
@@ -306,13 +318,16 @@ class _Run:
             return pixels.Pipeline(split, mean, std, self.accelerator.device, options.workers)
 
         linear = options.method == "linear"
-        splits = [
-            # features are computed once, so a probe sees the images as evaluation shows them
-            pipeline(task.train, training=not linear),
-            pipeline(task.val, training=False) if task.val else None,
-            pipeline(task.test, training=False) if task.test and self.test else None,
-        ]
-        return [self._features(split) if linear and split else split for split in splits]
+        splits = {"train": task.train, "val": task.val, "test": task.test if self.test else None}
+        # features are computed once, so a probe sees the images as evaluation shows them
+        makes = {
+            name: partial(pipeline, images, training=name == "train" and not linear)
+            for name, images in splits.items()
+            if images
+        }
+        if linear:
+            return [self._features(s, makes[s]) if s in makes else None for s in splits]
+        return [makes[s]() if s in makes else None for s in splits]
 
     @property
     def interpolation(self) -> str:
@@ -379,9 +394,23 @@ class _Run:
             return self.module.frozen.backbone
         return self.module.backbone
 
+    def _features(self, split: str, make: Callable[[], pixels.Pipeline]) -> FeatureData:
+        """The frozen features of a split, as a split; every process computes all of them, unless a
+        run before has. The time that they took is this run's too.
+        """
+        began, options = time.perf_counter(), self.options
+        decides = [getattr(options, name) for name in _OF_FEATURES]
+        key = repr([self.record[name] for name in ("backbone", "image_size")])
+        key += repr([self.record["splits"][split], self.data_ranges, *decides])
+        if key not in self.features:
+            data = self._computed(make())
+            self.features[key] = data, time.perf_counter() - began
+        data, seconds = self.features[key]
+        self.began -= seconds - (time.perf_counter() - began)
+        return data
+
     @torch.no_grad()
-    def _features(self, data: pixels.Pipeline) -> FeatureData:
-        """The frozen features of a split, as a split; every process computes all of them."""
+    def _computed(self, data: pixels.Pipeline) -> FeatureData:
         assert isinstance(self.module, methods.LinearProbe)
         index_lists = pixels.sequential_batches(len(data), self.options.batch_size)
         parts = []

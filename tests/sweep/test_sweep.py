@@ -269,6 +269,23 @@ def test_a_run_of_a_sweep_is_that_of_pae_train(spec, sweep, shades, tmp_path):
     assert found["best_epoch"] == result["best_epoch"] and found["passes"] == result["passes"]
 
 
+def test_probes_share_features_and_find_the_same(spec, tmp_path, monkeypatch):
+    """Cells of a probe compute each split once; another seed, cut or size computes its own."""
+    path = spec('methods = ["linear"]\nselect = "none"\nseeds = 2', "[grid]\nlr = [0.003, 0.01]")
+    swept, records, computed = read_spec(path), Records(tmp_path / "out"), []
+    run = loop._Run._computed
+    monkeypatch.setattr(loop._Run, "_computed", lambda s, d: computed.append(len(d)) or run(s, d))
+    execute.serial(swept, records, work.Quiet(), lambda line: None)
+    assert sorted(computed) == [7, 7, 15, 15, 29, 29]  # of two seeds, whose cuts and weights differ
+    alone = Records(tmp_path / "alone")
+    for wanted in swept.plan.runs(records):
+        work.do(swept, alone, wanted, work.Quiet())  # which shares nothing
+    for key, expected in alone.items():
+        for name in ("val", "val_loss", "test", "passes"):
+            assert records[key][name] == expected[name]
+    assert len(computed) == 6 + 4 * 3
+
+
 def test_final_options_are_of_the_chosen_cell_alone(spec, sweep, tmp_path):
     path = spec("seeds = 2", "[methods.linear]\n[grid]\nlr = [0.003, 0.01]\n[final]\nepochs = 3")
     assert sweep(path)[0] == 0
