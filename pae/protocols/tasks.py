@@ -237,7 +237,15 @@ FEW_SHOT = Protocol(
 SMALL = Protocol(
     "small-vtab",
     "small VTAB",
-    (),
+    (
+        Task("traffic-lights", "natural", "traffic-lights", 3),
+        Task("fashion-mnist", "natural", "fashion-mnist", 10),
+        Task("digits", "natural", "digits", 10),
+        Task("pneumonia", "specialized", "pneumonia", 2),
+        Task("elpv-defect", "specialized", "elpv-defect", 4),
+        Task("shapes-count", "structured", "shapes-count", 6),
+        Task("shapes-angle", "structured", "shapes-angle", 8),
+    ),
 )
 
 NAMES = ("vtab1k", "fgvc", "few-shot")  # that papers have

@@ -312,5 +312,5 @@ class Quiet(Reporter):
             self._warned.add(text)
             super().warn(text)
 
-    def curves(self, path: Path, runs: Any) -> None:
+    def curves(self, path: Path, runs: Any, results: Any = None) -> None:
         """None: they take half a second a run, and metrics.csv has them."""

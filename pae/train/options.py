@@ -113,6 +113,13 @@ class Options:
         high=_MAX,
         unset="a fifth; embedded: 200",
     )
+    test_size: int | None = _images(
+        None,
+        "test images, a stratified choice that is the same for all seeds",
+        low=1,
+        high=_MAX,
+        unset="all",
+    )
     split_seed: int | None = _images(
         None,
         "of the choice of training and validation images",

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from pae.files import write_atomically
@@ -48,10 +49,15 @@ class Reporter:
             warnings.filterwarnings("ignore", module=r"PIL\.")
             yield
 
-    def curves(self, path: Path, runs: Mapping[str, list[dict[str, Any]]]) -> None:
+    def curves(
+        self,
+        path: Path,
+        runs: Mapping[str, list[dict[str, Any]]],
+        results: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    ) -> None:
         """`plot_curves`, but a picture that cannot be drawn costs a warning, not the run."""
         try:
-            plot_curves(path, runs)
+            plot_curves(path, runs, results)
         except Exception as error:  # matplotlib raises whatever its parts raise
             reason = " ".join(str(error).split()) or type(error).__name__
             self.warn(f"{path} could not be drawn: {reason}")
@@ -144,30 +150,72 @@ class _Stream:
             getattr(sys, self._name).flush()
 
 
-def plot_curves(path: Path, runs: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Training loss and validation accuracy by epoch, one line per run, as a PNG.
+def plot_curves(
+    path: Path,
+    runs: Mapping[str, list[dict[str, Any]]],
+    results: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> None:
+    """Writes `draw_curves` as a PNG, atomically."""
+    figure = draw_curves(runs, results)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def draw_curves(
+    runs: Mapping[str, list[dict[str, Any]]], results: Mapping[str, Mapping[str, Any]]
+) -> Any:
+    """Training loss and validation accuracy, a line per run, over axes that mean the same for all
+    of them: training images seen, and seconds. A matplotlib `Figure`.
+
+    A ring is the epoch that was kept, a star what it reached on test images.
 
     Args:
-        path: the file to write, atomically.
-        runs: {name: rows of metrics}; rows carry "epoch", "train_loss", "val_accuracy".
+        runs: {name: rows of metrics}; rows carry "epoch", "train_loss", "val_accuracy" (or None),
+            "seconds", and "images" (an older pae wrote none: then epochs are the axis).
+        results: {name: what `loop.train` returned}, of runs that have finished.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
     FigureCanvasAgg(figure)  # no display, and no global pyplot state
-    # runs of different length share an axis: how far through its own epochs each one is
-    share = len({len(rows) for rows in runs.values()}) > 1
-    for axes, key, label in zip(
-        figure.subplots(1, 2),
-        ("train_loss", "val_accuracy"),
-        ("training loss", "validation accuracy"),
-    ):
-        for name, rows in runs.items():
-            epochs = [row["epoch"] / (len(rows) if share else 1) for row in rows]
-            axes.plot(epochs, [row[key] for row in rows], marker=".", label=name)
-        axes.set_xlabel("share of the run" if share else "epoch")
-        axes.set_ylabel(label)
+    counted = all("images" in row for rows in runs.values() for row in rows)
+    seen, axis = ("images", "training images seen") if counted else ("epoch", "epoch")
+    panels = (
+        (seen, "train_loss", axis, "training loss"),
+        (seen, "val_accuracy", axis, "validation accuracy"),
+        ("seconds", "val_accuracy", "seconds, validation included", "validation accuracy"),
+    )
+    for axes, (x, y, below, title) in zip(figure.subplots(1, 3), panels):
+        for number, (name, rows) in enumerate(runs.items()):
+            colour = f"C{number}"
+            rows = [row for row in rows if row[y] is not None]
+            places = [row[x] for row in rows]
+            axes.plot(places, [row[y] for row in rows], color=colour, marker=".", label=name)
+            result = results.get(name, {})
+            kept = [row for row in rows if row["epoch"] == result.get("best_epoch")]
+            if y == "val_accuracy":
+                style = {"color": colour, "markeredgecolor": "black", "linestyle": "none"}
+                for row in kept:
+                    axes.plot(row[x], row[y], marker="o", markersize=9, fillstyle="none", **style)
+                test = result.get("test_accuracy")
+                if test is not None and rows:
+                    place = kept[0][x] if kept else places[-1]
+                    axes.plot(place, test, marker="*", markersize=11, **style)
+        axes.set_xlabel(below)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlim(left=0)
+        axes.ticklabel_format(axis="x", style="plain")
         axes.grid(alpha=0.3)
-    axes.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+        axes.spines[["top", "right"]].set_visible(False)
+    first, second, _ = figure.axes
+    if len(runs) > 1 or results:
+        first.legend(frameon=False)
+    if results:
+        style = {"color": "grey", "markeredgecolor": "black", "linestyle": "none"}
+        marks = [
+            Line2D([], [], marker="o", markersize=9, fillstyle="none", label="kept epoch", **style),
+            Line2D([], [], marker="*", markersize=11, label="its test accuracy", **style),
+        ]
+        second.legend(handles=marks, frameon=False, loc="lower right")
+    return figure

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 from timm.models.vision_transformer import VisionTransformer
 
-from pae.train import embedded, pixels
+from pae.train import embedded, pixels, shapes
 from tests.processes import started
 
 # ---- image sets: archives made here in place of the published ones
@@ -55,7 +56,7 @@ def offer(monkeypatch, tmp_path, archive, content):
 
 @pytest.fixture(autouse=True)
 def _pins():
-    archives = [d.archive for d in embedded.DATASETS.values()] + [embedded.WEIGHTS]
+    archives = [d.archive for d in embedded.DATASETS.values() if d.archive] + [embedded.WEIGHTS]
     before = [(archive, archive.sha256) for archive in archives]
     yield
     for archive, digest in before:
@@ -573,3 +574,36 @@ def test_published_archives_are_what_was_pinned():
     assert task.sizes() == {"train": 800, "val": 200, "test": 634}
     model = embedded.load_backbone(112, 2)
     assert model.pos_embed.shape == (1, 65, 384) and model.head.out_features == 2
+
+
+@pytest.mark.parametrize("name, kinds", [("shapes-count", 6), ("shapes-angle", 8)])
+def test_drawn_images_need_nothing_and_stay_the_same(name, kinds, monkeypatch):
+    monkeypatch.setattr(embedded, "fetch", lambda archive: pytest.fail("something was fetched"))
+    task, other = (embedded.load_task(name, train_size=80, val_size=40, seed=s) for s in (0, 1))
+    assert len(task.classes) == kinds and task.sizes() == {"train": 80, "val": 40, "test": 600}
+    assert task.test.items[3].shape == (64, 64)
+    for mine, same in zip(task.test.items, other.test.items, strict=True):
+        assert np.array_equal(mine, same)
+    assert not all(map(np.array_equal, task.train.items, other.train.items))
+    fewer = [each.with_fewer_tests(50).test for each in (task, other)]
+    assert fewer[0].labels == fewer[1].labels and len(fewer[0]) == 50
+    assert all(map(np.array_equal, fewer[0].items, fewer[1].items))
+    with pytest.raises(ValueError, match=r"--test-size 601: .* has 600 test images"):
+        task.with_fewer_tests(601)
+
+
+def test_discs_are_as_many_as_the_label_says():
+    images, labels = shapes.count(12)
+    for image, label in zip(images, labels, strict=True):
+        assert ndimage.label(image > 110)[1] == label + 1
+    assert (shapes.count(3)[0] == images[:3]).all()  # of its number alone
+
+
+def test_bars_lie_as_the_label_says():
+    images, labels = shapes.angle(16)
+    for image, label in zip(images, labels, strict=True):
+        y, x = np.nonzero(image > 110)
+        values, vectors = np.linalg.eigh(np.cov(x, -y))
+        found = np.rad2deg(np.arctan2(vectors[1, 1], vectors[0, 1])) % 180
+        assert values[1] > values[0]
+        assert abs((found - 22.5 * label + 90) % 180 - 90) < 11

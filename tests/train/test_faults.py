@@ -44,7 +44,7 @@ RUNS = {
 def quicker():
     """A picture is a file like others, and options that are right need no rehearsal."""
 
-    def picture(path, runs):
+    def picture(path, *_):
         write_atomically(path, lambda file: file.write_bytes(b"a picture"))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -49,7 +49,7 @@ def flags(shades):
 @pytest.fixture(autouse=True)
 def quicker(monkeypatch):
     """No pictures, and options that are right need no rehearsal."""
-    monkeypatch.setattr(report, "plot_curves", lambda path, runs: None)
+    monkeypatch.setattr(report, "plot_curves", lambda *_: None)
     monkeypatch.setattr(loop.methods, "rehearse", lambda options, given: None)
 
 
@@ -503,7 +503,7 @@ def test_auto_goes_back_where_the_last_state_is_damaged(flags, tmp_path, capsys,
 
 
 def test_picture_or_terminal_that_fails_does_not_end_a_run(flags, tmp_path, capsys, monkeypatch):
-    def broken(path, runs):
+    def broken(*_):
         raise RuntimeError("no font\nfound")
 
     monkeypatch.setattr(report, "plot_curves", broken)
@@ -585,3 +585,31 @@ def test_disk_that_is_full_is_named_and_the_run_kept(flags, tmp_path, capsys, mo
     )
     assert line.endswith(f"go on with: pae train --resume {folder}")
     assert main(["train", "--resume", str(folder), "--quiet"]) == 0
+
+
+def test_curves_share_their_axes_and_mark_what_was_kept():
+    def rows(epochs, images):
+        accuracies = [0.5, 0.9, 0.7][:epochs]
+        return [
+            {"epoch": i + 1, "images": (i + 1) * images, "train_loss": 1.0 / (i + 1)}
+            | {"val_accuracy": accuracies[i], "seconds": 2.0 * i}
+            for i in range(epochs)
+        ]
+
+    runs = {"a probe": rows(2, 8), "VPT": rows(3, 40)}
+    results = {"VPT": {"best_epoch": 2, "test_accuracy": 0.8}}
+    loss, images, seconds = report.draw_curves(runs, results).axes
+    labels = [axes.get_xlabel() for axes in (loss, images, seconds)]
+    assert labels == ["training images seen"] * 2 + ["seconds, validation included"]
+    assert all(axes.get_title(loc="left") for axes in (loss, images, seconds))
+    found = {
+        line.get_marker(): tuple(map(float, line.get_xydata()[0]))
+        for line in images.lines
+        if line.get_marker() != "."
+    }
+    assert found == {"o": (80, 0.9), "*": (80, 0.8)}
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["a probe", "VPT"]
+    for row in runs["VPT"]:
+        del row["images"]  # an older pae
+        row["val_accuracy"] = None  # all images were trained on
+    assert report.draw_curves(runs, results).axes[0].get_xlabel() == "epoch"
