@@ -200,7 +200,8 @@ class PromptedViT(nn.Module):
         return self
 
     def forward(self, images: Tensor, engine: str = "reference", memory: str = "keep") -> Tensor:
-        """Logits (B, classes) of images (B, C, H, W).
+        """Logits (B, classes) of images (B, C, H, W), or of clips (B, T, C, H, W) where the backbone
+        reads those.
 
         Args:
             engine: "reference" runs the backbone's own blocks on concatenated sequences; "fast" is
@@ -463,7 +464,8 @@ def fast_forward(model: nn.Module, images: Tensor, memory: str = "keep") -> Tens
     Args:
         model: a `PromptedViT`, or a wrapper around one that forwards calls
             (DistributedDataParallel, torch.compile).
-        images: (B, C, H, W) float, normalised as the backbone wants it.
+        images: (B, C, H, W) float, normalised as the backbone wants it; of a backbone that reads
+            clips (B, T, C, H, W).
         memory: what a middle block keeps for the backward, per image, with S = N D elements:
             "keep": 10 S. No extra work.
             "recompute8": 3 S and 8-bit derivatives of the activation (4 S bytes). q, k, v are

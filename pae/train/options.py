@@ -75,7 +75,7 @@ class Options:
         None,
         "a folder: train/CLASS/ with optional val/ and test/; or images/ with "
         "train800.txt, val200.txt, test.txt (VTAB-1k); or train.json, val.json, test.json"
-        " (FGVC)",
+        " (FGVC); of clips train/CLASS/*.npy",
         metavar="FOLDER",
     )
     protocol: str | None = _images(
