@@ -200,8 +200,8 @@ class PromptedViT(nn.Module):
         return self
 
     def forward(self, images: Tensor, engine: str = "reference", memory: str = "keep") -> Tensor:
-        """Logits (B, classes) of images (B, C, H, W), or of clips (B, T, C, H, W) where the backbone
-        reads those.
+        """Logits (B, classes) of images (B, C, H, W), or of clips (B, T, C, H, W) where the
+        backbone reads those.
 
         Args:
             engine: "reference" runs the backbone's own blocks on concatenated sequences; "fast" is
