@@ -58,7 +58,8 @@ def load_named(
     say: Say | None = None,
     kind: str | None = None,
 ) -> nn.Module:
-    """The backbone of that name, in fp32, without the head that its weights were published with.
+    """The backbone of that name, in fp32. A classifier of it is the one that its weights were
+    published with, and a random one where the file has none: give `PromptedViT` num_classes.
 
     Where they are known, `pretrained_cfg` of the module says as timm does of its models:
     input_size, mean, std, interpolation, crop_pct, crop_mode; and its architecture.
