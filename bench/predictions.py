@@ -178,9 +178,13 @@ def _of_attention(
     kernel: str, batch: int, tokens: int, tile: tiles.Tile, rows: int, *words: str
 ) -> tuple[Code, float]:
     """Code of a kernel in bf16, and what it issues when each program goes over `rows` others."""
-    named = "bf16,fp32", "FOLDED=True"
-    if kernel != "attention_fwd":
-        named = "bf16,fp32,bf16,fp32", "NEED_QKV=True"
+    named: tuple[str, ...] = ("PLACED=0",)
+    if words:
+        named = words
+    elif kernel == "attention_fwd":
+        named = *named, "bf16,fp32", "FOLDED=True"
+    else:
+        named = *named, "bf16,fp32,bf16,fp32", "NEED_QKV=True"
     named = *named, "GROUPING=0", f"HEADS={HEADS}", f"WIDTH={WIDTH // HEADS}"
     code = Code.of(kernel, *named, tile=f"BLOCK_M={tile.block_m}")
     mine, step = tile.block_m, tile.block_n
@@ -221,6 +225,16 @@ def attention() -> Iterator[Pass]:
         moved = rows_mb * (2 if kind == "forward" else 4)
         name = f"attention {kind}, class row"
         yield Pass(name, kernel, moved, instructions=issued, code=code, **few)
+        # a table of (H, N, N) in fp32, which stays in L2, is read by every image from there
+        code, issued = _of_attention(f"attention_{short}", BATCH, ROWS, tile, keys, "PLACED=1")
+        yield Pass(
+            f"attention {kind}, with a bias", kernel,
+            mb=roofline.attention_bytes(kind, *sizes, 2) / 1e6 + HEADS * ROWS * ROWS * 4 / 1e6,
+            gflop=roofline.attention_flops(kind, *sizes) / 1e9,
+            padded_gflop=2 * done * square / 1e9,
+            instructions=issued,
+            code=code,
+        )  # fmt: skip
     batch, tokens = 32, 577  # too long for one pass: seven products, and 13 S of bytes
     keys = tokens + PROMPTS
     tile = tiles.backward_split(qkv, tokens)

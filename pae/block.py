@@ -316,9 +316,9 @@ def _cut(w: Windows) -> tuple[Tensor, Tensor | None, int, bool]:
 
 def _of_heads(rows: Tensor, norm: HeadNorm) -> Tensor:
     """Queries or keys (..., d), normalised per head."""
-    if not norm.plain.rms:
-        return F.layer_norm(rows, rows.shape[-1:], norm.weight, norm.bias, norm.plain.eps)
-    return torch.addcmul(norm.bias, normalise(rows, norm.plain, rows.dtype), norm.weight)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    exact = normalise(rows, norm.plain, wide)
+    return torch.addcmul(norm.bias.to(wide), exact, norm.weight.to(wide)).to(rows.dtype)
 
 
 def project(
@@ -327,19 +327,37 @@ def project(
     """Packed (B, N, 3, H, d) of normalised rows, per-head norms and rotation done."""
     qkv = steps.product(scaled(xhat, block.gain1), block, "qkv")
     qkv = qkv.view(*xhat.shape[:2], 3, block.num_heads, block.head_width)
-    stats: list[Tensor | None] = []
-    for slot, norm in enumerate((block.q_norm, block.k_norm)):
-        if norm is None:
-            stats += [None, None]
-        else:
-            hat, rstd = _norm(qkv[:, :, slot], norm.plain)
-            qkv[:, :, slot] = torch.addcmul(norm.bias, hat, norm.weight)
-            stats += [hat, rstd]
-    if block.rotation is not None:
+    norms, stats = (block.q_norm, block.k_norm), HeadNorms()
+    if norms != (None, None):
+        found: list[Tensor | None] = []
+        for slot, norm in enumerate(norms):
+            rows, *known = _placed_heads(qkv[:, :, slot], norm, block.rotation)
+            qkv[:, :, slot] = rows
+            found += known
+        stats = HeadNorms(*found)
+    elif block.rotation is not None:
         pointwise.rotate_(qkv, block.rotation)
     if block.padding is not None:
         qkv[:, block.padding] = cast(Tensor, block.fill)
-    return qkv, HeadNorms(*stats)
+    return qkv, stats
+
+
+def _placed_heads(
+    rows: Tensor, norm: HeadNorm | None, rotation: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Queries or keys (B, N, H, d), normalised per head and rotated, in at least fp32 where there
+    is a norm: they are rounded once. In their dtype the rows before the affine, and 1/std.
+    """
+    hat = rstd = None
+    if norm is not None:
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        exact, rstd = pointwise.layer_norm(rows, norm.plain.eps, wide, norm.plain.rms)
+        hat = exact.to(rows.dtype)
+        rows = torch.addcmul(norm.bias.to(wide), exact, norm.weight.to(wide))
+    if rotation is not None:
+        rows = rows.contiguous()
+        pointwise.rotate_(rows[:, :, None], rotation)
+    return rows, hat, rstd
 
 
 def keys_values(block: BlockPlan, normed: Tensor) -> Tensor:
@@ -569,8 +587,10 @@ class ClassBlock(torch.autograd.Function):
 
     With one query a row's key is never needed: q.(W_k x_j + b_k) = (W_k^T q).x_j + const, and the
     constant drops out of the softmax; values are projected after the weighted sum. So no key or
-    value of any row is formed, prompts included. These thin products run in at least fp32, never
-    TF32. Only for blocks that normalise neither queries nor keys per head. `trained` as in
+    value of any row is formed, prompts included; of a bias of places row 0 is read. These thin
+    products run in at least fp32, never TF32. Only for blocks that neither rotate nor normalise
+    queries and keys per head (`BlockPlan.absorbs_keys`): each row would have a W_k of its own.
+    `trained` as in
     `FrozenBlock`: a trained gain scales the two thin sides, (B, H, D), and no rows.
     """
 
@@ -601,6 +621,9 @@ class ClassBlock(torch.autograd.Function):
         count = normed.shape[1]
         if log_multiplicity is not None:
             scores[..., :count] += take_groups(log_multiplicity, group, batch)[:, None].to(wide)
+        bias = _placed(block, xhat)
+        if bias is not None:
+            scores[..., count:] += bias[:, 0].to(wide)
         probs = scores.softmax(dim=-1)  # (B, H, P + N)
         mixed = _of_parts(probs, *parts)  # (B, H, D)
         read = scaled(mixed, block.gain1).to(dtype)
@@ -660,6 +683,158 @@ class ClassBlock(torch.autograd.Function):
                 dx, d_pending = _norm_backward(block.norm1, d_xhat, xhat, kept.rstd1, dy)
         d_pending = d_pending if ctx.needs_input_grad[1] else None
         return dx, d_pending, d_normed, None, None, None, *sums.found()
+
+
+class _KeyedKept(NamedTuple):
+    """What a `KeyedClassBlock` keeps before its MLP: xhat1 S elements of an image, and in memory
+    mode "keep" keys S, twice where they are normalised; all others belong to one row.
+    """
+
+    kv: Tensor
+    group: Tensor | None
+    xhat1: Tensor
+    rstd1: Tensor
+    probs: Tensor
+    q: Tensor
+    q_hat: Tensor | None
+    q_rstd: Tensor | None
+    k: Tensor | None
+    k_hat: Tensor | None
+    k_rstd: Tensor | None
+    out: Tensor | None
+
+
+class KeyedClassBlock(torch.autograd.Function):
+    """`ClassBlock` where each row's key has a rotation or a norm of its own: x + pending,
+    kv (G, P, 2, H, d) -> (B, 1, D).
+
+    The keys of all rows are formed, the query of one; values are projected after the weighted sum
+    as there, out = W_v (sum p_j x_j) + b_v sum p_j, beside those of the prompts. Of 12 N D^2 that
+    queries, keys and values of the block cost forward and backward, 4 are left. Only for blocks
+    without trained vectors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        pending: Tensor | None,
+        kv: Tensor,
+        group: Tensor | None,
+        log_multiplicity: Tensor | None,
+        block: BlockPlan,
+        memory: str,
+    ) -> Tensor:
+        batch, count = len(x), kv.shape[1]
+        w_q, _, w_v, b_q, _, b_v = _parts_of_heads(block)
+        x, xhat, rstd = _sum_and_norm(x, pending, block.norm1, w_q.dtype)
+        wide = rstd.dtype
+        q = F.linear(xhat[:, 0], w_q.flatten(0, 1), b_q.flatten()).view(batch, *b_q.shape)
+        q, *of_q = _placed_heads(q, block.q_norm, None)  # the class row stands before rotated ones
+        k, *of_k = _keys_alone(block, xhat)
+        k_p, v_p = take_groups(kv, group, batch).to(wide).unbind(2)
+        scores = torch.cat([_along_width(keys, q.to(wide)) for keys in (k_p, k.to(wide))], dim=2)
+        if log_multiplicity is not None:
+            scores[..., :count] += take_groups(log_multiplicity, group, batch)[:, None].to(wide)
+        bias = _placed(block, xhat)
+        if bias is not None:
+            scores[..., count:] += bias[:, 0].to(wide)
+        probs = scores.softmax(dim=-1)  # (B, H, P + N)
+        of_prompts, of_rows = probs[..., :count], probs[..., count:]
+        mixed = exact_matmul(of_rows, xhat.to(wide))  # (B, H, D)
+        out = _per_head(mixed.to(w_v.dtype), w_v.transpose(1, 2)).to(wide)
+        out += of_rows.sum(-1, keepdim=True) * b_v + _along_rows(of_prompts, v_p)
+        out = out.to(w_v.dtype).reshape(batch, 1, -1)
+        entered = _read_twice(block, xhat, class_only=True)
+        y, rows, second = mlp_half(block, x[:, :1], out, "keep", AS_A_BACKWARD_NEEDS, entered)
+        keys = [k, *of_k] if memory == "keep" else [None] * 3
+        kept = xhat, rstd, probs, q, *of_q, *keys, out if block.norm_out else None
+        ctx.save_for_backward(kv, group, *kept, *second)
+        ctx.block = block
+        return _sum(y, rows)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        block, sums = ctx.block, _Sums(ctx.block)
+        kept, second = _saved(_KeyedKept, ctx.saved_tensors)
+        kv, group, xhat, probs = kept.kv, kept.group, kept.xhat1, kept.probs
+        batch, count, wide = len(xhat), kv.shape[1], kept.rstd1.dtype
+        w_q, w_k, w_v, _, _, b_v = _parts_of_heads(block)
+        dtype = w_q.dtype
+        with torch.autocast(dy.device.type, enabled=False):
+            narrow = dy.to(dtype)
+            dy, d_out, d_beside = _mlp_half_backward(block, dy, narrow, kept.out, second, sums)
+            d_out = d_out.view(batch, *b_v.shape)
+            d_mixed = _per_head(d_out, w_v).to(wide)  # (B, H, D)
+            d_out, q = d_out.to(wide), kept.q.to(wide)
+            k_p, v_p = take_groups(kv, group, batch).to(wide).unbind(2)
+            of_rows = exact_matmul(d_mixed, xhat.to(wide).transpose(1, 2))
+            of_rows += (d_out * b_v).sum(-1, keepdim=True)
+            d_probs = torch.cat([_along_width(v_p, d_out), of_rows], dim=2)
+            d_scores = probs * (d_probs - (probs * d_probs).sum(-1, keepdim=True))
+            d_kv = None
+            if ctx.needs_input_grad[2]:
+                pairs = (d_scores, q), (probs, d_out)
+                both = [w[..., :count].transpose(1, 2)[..., None] * of[:, None] for w, of in pairs]
+                d_kv = sum_groups(torch.stack(both, dim=2), group, len(kv)).to(kv.dtype)
+            if not ctx.needs_input_grad[0]:
+                return None, None, d_kv, None, None, None, None
+            k, k_hat, k_rstd = kept.k, kept.k_hat, kept.k_rstd
+            if k is None:
+                k, k_hat, k_rstd = _keys_alone(block, xhat)
+            d_rows = d_scores[..., count:]
+            d_q = _along_rows(d_rows, k.to(wide)) + _along_rows(d_scores[..., :count], k_p)
+            d_q = _of_heads_backward(block.q_norm, d_q, kept.q_hat, kept.q_rstd).to(dtype)
+            d_k = (d_rows.transpose(1, 2)[..., None] * q[:, None]).contiguous()
+            if block.rotation is not None:
+                pointwise.rotate_(d_k[:, :, None], block.rotation, back=True)
+            d_k = _of_heads_backward(block.k_norm, d_k, k_hat, k_rstd).to(dtype)
+            d_xhat = (d_k.flatten(2) @ w_k.flatten(0, 1)).to(wide)
+            d_xhat += exact_matmul(probs[..., count:].transpose(1, 2), d_mixed)
+            d_xhat[:, 0] += d_q.flatten(1) @ w_q.flatten(0, 1)
+            if d_beside is not None:
+                d_xhat[:, :1] += d_beside
+            dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
+            dx, d_pending = _norm_backward(block.norm1, d_xhat, xhat, kept.rstd1, dy)
+        return dx, d_pending if ctx.needs_input_grad[1] else None, d_kv, None, None, None, None
+
+
+def _parts_of_heads(block: BlockPlan) -> tuple[Tensor, ...]:
+    """Weights (H, d, D) and biases (H, d) of queries, keys and values."""
+    heads, width = block.num_heads, block.head_width
+    weights = block.w_qkv.view(3, heads, width, -1)
+    return *weights.unbind(0), *block.b_qkv.view(3, heads, width).unbind(0)
+
+
+def _keys_alone(block: BlockPlan, xhat: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Keys (B, N, H, d) of normalised rows, norm and rotation done; what the norm knows."""
+    own = block.num_heads * block.head_width
+    k = _linear(xhat, block.w_qkv[own : 2 * own], block.b_qkv[own : 2 * own])
+    k = k.view(*xhat.shape[:2], block.num_heads, -1)
+    k, hat, rstd = _placed_heads(k, block.k_norm, block.rotation)
+    return k.to(xhat.dtype), hat, rstd
+
+
+def _of_heads_backward(
+    norm: HeadNorm | None, d: Tensor, hat: Tensor | None, rstd: Tensor | None
+) -> Tensor:
+    """The gradient of what a norm per head was given, in the dtype of its normalised rows."""
+    if norm is None or hat is None or rstd is None:
+        return d
+    d_hat = d.to(rstd.dtype) * norm.weight
+    made = pointwise.layer_norm_backward(d_hat, hat, rstd, dtype=hat.dtype, rms=norm.plain.rms)
+    return cast(Tensor, made)
+
+
+def _along_width(rows: Tensor, one: Tensor) -> Tensor:
+    """(B, H, n): rows (B, n, H, d) times one (B, H, d)."""
+    return (rows * one[:, None]).sum(-1).transpose(1, 2)
+
+
+def _along_rows(weights: Tensor, rows: Tensor) -> Tensor:
+    """(B, H, d): rows (B, n, H, d) with weights (B, H, n)."""
+    return (weights.transpose(1, 2)[..., None] * rows).sum(1)
 
 
 # whose gradient needs that of queries, keys and values
@@ -785,7 +960,7 @@ def _head_norms_backward_(block: BlockPlan, d_qkv: Tensor, kept: HeadNorms, sums
             d = d_qkv[:, :, slot]
             sums.over_rows(f"{name}.bias", d)
             sums.over_products(f"{name}.weight", d, hat)
-            d_qkv[:, :, slot] = _plain_norm_backward(norm.plain, d * norm.weight, hat, rstd)
+            d_qkv[:, :, slot] = _of_heads_backward(norm, d, hat, rstd)
 
 
 def _norm_backward(

@@ -6,8 +6,8 @@ What the reference computes and this does not:
 - prompt keys and values per image: shared prompts get theirs once, all blocks in one product;
 - prompt queries in the last block too, unless the readout pools prompt rows: there they run as rows
   of the sequence;
-- in the last block, when only the class row is read, every other row. No key or value of any row is
-  formed there: W_k moves into the one query, W_v behind the weighted sum;
+- in the last block, when only the class row is read, every other row. No value of any row is formed
+  there, as W_v moves behind the weighted sum, and no key where W_k can move into the one query;
 - gradients below the first block that is prompted or trained, gradients of frozen weights, and what
   only they need.
 
@@ -28,6 +28,7 @@ from .block import (
     MEMORY_MODES,
     ClassBlock,
     FrozenBlock,
+    KeyedClassBlock,
     Stream,
     class_query,
     forward,
@@ -132,7 +133,7 @@ def walk(
         x, pending, _ = stream
         rows, group, log_multiplicity, head_kv, kv, attention = prompts
         rows = x.new_empty(1, 0, x.shape[-1]) if rows is None else rows
-        if only and block.keys_are_linear and head_kv is None:
+        if only and block.absorbs_keys and head_kv is None:
             normed = normalise(rows, block.norm1, plan.dtype)
             trained = block.vectors()
             return ClassBlock.apply(x, pending, normed, group, log_multiplicity, block, *trained)
@@ -141,6 +142,8 @@ def walk(
         if head_kv is not None:
             kv = _with_head_kv(kv, given_keys(block, head_kv).to(plan.dtype), group, len(x))
             group = None
+        if only and not block.absorbs_keys and block.asks_apart(x.shape[1]):
+            return KeyedClassBlock.apply(x, pending, kv, group, log_multiplicity, block, memory)
         given = x, pending, kv, group, log_multiplicity, block, memory, only, attention
         stream = Stream(*FrozenBlock.apply(*given, *block.vectors()))
     return stream.sum()

@@ -67,7 +67,8 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Folded constants of one block, all in the compute dtype.
+    """Folded constants of one block, all in the compute dtype but for q_norm and k_norm, whose rows
+    are rounded once, behind them and the rotation: those are in at least fp32.
 
     w_qkv (3 H d, D), w_proj (D, H d), w_fc1 (F or 2 F, D), w_fc2 (D, F) and their biases act on
     normalised rows; logits need no further scale: `scale` is in w_qkv, or in q_norm where there is
@@ -134,10 +135,22 @@ class BlockPlan:
         return [attrgetter(name)(self) for name in self.trained]
 
     @property
+    def absorbs_keys(self) -> bool:
+        """Whether a logit is a row times one matrix times a row, but for what their places add."""
+        same = self.rotation is None and self.windows is None
+        return self.q_norm is None and self.k_norm is None and same
+
+    def asks_apart(self, rows: int) -> bool:
+        """Whether row 0 of so many may have a query where no other row has one: nothing is trained,
+        and it is none of the rotated rows.
+        """
+        turned = 0 if self.rotation is None else self.rotation.shape[-2]
+        return self.windows is None and not self.trained and turned < rows
+
+    @property
     def keys_are_linear(self) -> bool:
         """Whether a logit is a row times one matrix times a row, whichever rows they are."""
-        placed = self.rotation is not None or self.bias is not None
-        return self.q_norm is None and self.k_norm is None and not placed
+        return self.absorbs_keys and self.bias is None
 
     @property
     def w_kv(self) -> Tensor:
@@ -459,6 +472,7 @@ def _fold_block(w: BlockWeights, w_qkv: Tensor, b_qkv: Tensor, dtype: torch.dtyp
     w_fc1, b_fc1 = rounded(_behind_norm(_before_fc1(w), w.fc1))
     w_fc2, b_fc2 = rounded(_fold_second(w, "fc2"))
     heads = b_qkv.view(3 * w.num_heads, -1)
+    wide = heads.to(torch.promote_types(dtype, torch.float32))
     affine2: HeadNorm | None = None
     if w.norm2 is not None and w.mlp_pre is not None:
         affine2 = _unfolded(w.norm2, _plain(w.mlp_pre), w_fc1)
@@ -469,8 +483,8 @@ def _fold_block(w: BlockWeights, w_qkv: Tensor, b_qkv: Tensor, dtype: torch.dtyp
         norm1=_known(w.norm1, _plain),
         w_qkv=w_qkv,
         b_qkv=b_qkv,
-        q_norm=_known(w.q_norm, lambda n: _unfolded(n, _plain(n), heads, w.scale, _order(w))),
-        k_norm=_known(w.k_norm, lambda n: _unfolded(n, _plain(n), heads, 1.0, _order(w))),
+        q_norm=_known(w.q_norm, lambda n: _unfolded(n, _plain(n), wide, w.scale, _order(w))),
+        k_norm=_known(w.k_norm, lambda n: _unfolded(n, _plain(n), wide, 1.0, _order(w))),
         w_proj=w_proj,
         b_proj=b_proj,
         norm2=_known(w.norm2 or w.mlp_pre, _plain),

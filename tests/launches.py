@@ -39,7 +39,8 @@ BLOCKS = 3  # a first, a middle and a last one
 
 
 def of_steps(architecture: int, main: bool = False) -> Found:
-    """VPT-deep in ViT-B under autocast, every memory mode, and attention of the class row; unless
+    """VPT-deep in ViT-B under autocast, every memory mode, attention of the class row, and with the
+    biases of BEiT and Swin; unless
     `main` also epilogues of its products, fp32, what per-sample prompts of VAPT add, and KLD.
     """
     with stand_in.gpu(architecture) as launches:
@@ -51,6 +52,14 @@ def of_steps(architecture: int, main: bool = False) -> Found:
         qkv = torch.zeros(128, 197, 3, 12, 64, dtype=torch.bfloat16, device=GPU).requires_grad_()
         kv = torch.zeros(1, 50, 2, 12, 64, dtype=torch.bfloat16, device=GPU).requires_grad_()
         prompt_attention(qkv, kv, queries="class")[0].sum().backward()
+        bias = torch.zeros(12, 197, 197, device=GPU)
+        prompt_attention(qkv, kv, bias=bias)[0].sum().backward()
+        # windows of 7 x 7 in the first stage of Swin-B, of which the shifted ones have masks
+        qkv = torch.zeros(2048, 49, 3, 4, 32, dtype=torch.bfloat16, device=GPU).requires_grad_()
+        kv = torch.zeros(1, 50, 2, 4, 32, dtype=torch.bfloat16, device=GPU).requires_grad_()
+        bias, mask = torch.zeros(4, 49, 49, device=GPU), torch.zeros(64, 49, 49, device=GPU)
+        for windows in (None, mask):
+            prompt_attention(qkv, kv, bias=bias, mask=windows)[0].sum().backward()
         if not main:
             _step(pae.prompts.VPTDeep(50), torch.bfloat16, "keep", pae.KLD(256))
             _step(pae.prompts.VAPT(50), torch.bfloat16, "keep")

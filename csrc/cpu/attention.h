@@ -16,6 +16,7 @@
 #define PAE_CPU_ATTENTION_H_
 
 #include <cmath>
+#include <initializer_list>
 
 #include "kernels.h"
 #include "vector.h"
@@ -236,12 +237,26 @@ PAE_INLINE float folded(F x, Op op) {
 PAE_INLINE F larger(F a, F b) { return a < b ? b : a; }
 PAE_INLINE F plus(F a, F b) { return a + b; }
 
-// Logits of one row, with what is added to them; -inf behind the last key.
-PAE_INLINE void finish_logits(float* row, int64_t keys, int64_t padded, const float* bias,
-                              int64_t biased) {
-  for (int64_t j = 0; j < biased; j += W) store(row + j, load(row + j) + load(bias + j));
-  for (int64_t j = keys; j < padded; ++j) row[j] = -INFINITY;
-}
+// What is added to the logits of a head of an image.
+struct Added {
+  int64_t prompts, tokens;                   // keys that have a place among the latter
+  const float *log_m, *bias, *mask;          // or null
+
+  // Logits of row `i` of the image, with that; -inf behind the last key.
+  void finish(float* row, int64_t i, int64_t keys, int64_t padded) const {
+    if (log_m != nullptr)
+      for (int64_t j = 0; j < prompts; j += W) store(row + j, load(row + j) + load(log_m + j));
+    for (const float* table : {bias, mask}) {
+      if (table == nullptr) continue;
+      float* places = row + prompts;
+      const float* more = table + i * tokens;
+      vectors(keys - prompts, [&](int64_t j, auto v) {
+        v.store(places + j, v.load(places + j) + v.load(more + j));
+      });
+    }
+    for (int64_t j = keys; j < padded; ++j) row[j] = -INFINITY;
+  }
+};
 
 // A row's logits become e^(logit - their maximum). Returns the sum of these, and the maximum.
 PAE_INLINE float softmax_row(float* row, int64_t padded, float& most) {
@@ -267,7 +282,7 @@ struct Room {
   static constexpr int64_t MOST_ROWS = 96;
 
   int64_t keys, wide, padded, line, block;
-  float *q, *k, *v, *kt, *logits, *rows, *bias;      // of both directions
+  float *q, *k, *v, *kt, *logits, *rows, *log_m;     // of both directions
   float *vt, *d_out, *d_logits, *dk, *dv;            // of the backward
   int64_t size = 0;
 
@@ -290,7 +305,7 @@ struct Room {
     kt = take(line * wide);
     logits = take(block * line);
     rows = take(block * wide);
-    bias = take(padded);
+    log_m = take(padded);
     if (!backward) return;
     vt = take(line * wide);
     d_out = take(p.rows * wide);
@@ -300,9 +315,9 @@ struct Room {
   }
 };
 
-// One head of one image, packed.
+// One head of one image, packed, and what is added to its logits.
 template <typename T>
-void pack_head(const pae_cpu_attention_params& p, const Room& to, int64_t image, int64_t head) {
+Added pack_head(const pae_cpu_attention_params& p, const Room& to, int64_t image, int64_t head) {
   const int64_t set = p.group != nullptr ? p.group[image] : p.sets == 1 ? 0 : image;
   const T* row = static_cast<const T*>(p.qkv) + image * p.qkv_image + head * p.qkv_head;
   const Rows queries{p.rows, p.width, to.wide}, prompts{p.prompts, p.width, to.wide};
@@ -318,18 +333,21 @@ void pack_head(const pae_cpu_attention_params& p, const Room& to, int64_t image,
     images.pack(row + 2 * p.qkv_part, p.qkv_row, 1.0f, to.v + p.prompts * to.wide);
   }
   keys.transpose(to.k, to.kt, to.line);
-  if (p.bias == nullptr) return;
-  for (int64_t j = 0; j < to.padded; ++j)
-    to.bias[j] = j < p.prompts ? p.bias[set * p.prompts + j] : 0.0f;
+  for (int64_t j = 0; p.log_m != nullptr && j < to.padded; ++j)
+    to.log_m[j] = j < p.prompts ? p.log_m[set * p.prompts + j] : 0.0f;
+  const int64_t places = p.tokens * p.tokens;
+  return {p.prompts, p.tokens, p.log_m == nullptr ? nullptr : to.log_m,
+          p.bias == nullptr ? nullptr : p.bias + head * p.bias_head,
+          p.mask == nullptr ? nullptr : p.mask + image % p.windows * places};
 }
 
 template <typename T>
 void attention_fwd_unit(const pae_cpu_attention_params& p, int64_t unit, float* memory) {
   const Room room(p, false, memory);
-  const int64_t wide = room.wide, line = room.line, biased = p.bias != nullptr ? p.prompts : 0;
+  const int64_t wide = room.wide, line = room.line;
   const int64_t row = p.heads * p.width;
   const int64_t image = unit / p.heads, head = unit % p.heads;
-  pack_head<T>(p, room, image, head);
+  const Added added = pack_head<T>(p, room, image, head);
   T* out = static_cast<T*>(p.out) + image * p.rows * row + head * p.width;
   float* lse = p.lse + unit * p.rows;
   for (int64_t from = 0; from < p.rows; from += room.block) {
@@ -339,7 +357,7 @@ void attention_fwd_unit(const pae_cpu_attention_params& p, int64_t unit, float* 
     float shares[Room::MOST_ROWS];
     for (int64_t i = 0; i < rows; ++i) {
       float most, *logits = room.logits + i * line;
-      finish_logits(logits, room.keys, room.padded, room.bias, biased);
+      added.finish(logits, from + i, room.keys, room.padded);
       const float sum = softmax_row(logits, room.padded, most);
       lse[from + i] = most + std::log(sum);
       shares[i] = 1.0f / sum;
@@ -358,7 +376,7 @@ void attention_bwd_unit(const pae_cpu_attention_params& p, int64_t unit, float* 
   const bool all = p.d_qkv != nullptr;
   // sum(probs d_probs) is d_out out too, but what `out` lost in 16 bits would be most of the error
   const bool whole_rows = all && sizeof(T) < sizeof(float);
-  const int64_t wide = room.wide, line = room.line, biased = p.bias != nullptr ? p.prompts : 0;
+  const int64_t wide = room.wide, line = room.line;
   const int64_t row = p.heads * p.width;
   const int64_t fixed = p.prompts * wide, moving = room.keys * wide - fixed;
   const Rows prompts{p.prompts, p.width, wide}, images{p.tokens, p.width, wide};
@@ -368,7 +386,7 @@ void attention_bwd_unit(const pae_cpu_attention_params& p, int64_t unit, float* 
   std::memset(room.dv, 0, fixed * sizeof(float));
   const int64_t last = smaller(part * p.images + p.images, p.batch);
   for (int64_t image = part * p.images; image < last; ++image) {
-    pack_head<T>(p, room, image, head);
+    const Added added = pack_head<T>(p, room, image, head);
     Rows{room.keys, p.width, wide}.transpose(room.v, room.vt, line);
     const T* out = static_cast<const T*>(p.out) + image * p.rows * row + head * p.width;
     const T* given = static_cast<const T*>(p.d_out) + image * p.d_out_image + head * p.width;
@@ -387,7 +405,7 @@ void attention_bwd_unit(const pae_cpu_attention_params& p, int64_t unit, float* 
                       line, false);
       for (int64_t i = 0; i < rows; ++i) {
         float *probs = room.logits + i * line, *grads = room.d_logits + i * line;
-        finish_logits(probs, room.keys, room.padded, room.bias, biased);
+        added.finish(probs, from + i, room.keys, room.padded);
         F along = {}, sum = {};
         if (whole_rows) {
           for (int64_t j = 0; j < room.padded; j += W) {

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define PAE_CPU_ABI_VERSION 2
+#define PAE_CPU_ABI_VERSION 3
 
 #define PAE_API __attribute__((visibility("default")))
 
@@ -102,16 +102,16 @@ typedef struct pae_cpu_gated_params {
 PAE_API int pae_cpu_gated(const pae_cpu_gated_params* p, void* stream);
 PAE_API uint32_t pae_sizeof_cpu_gated_params(void);
 
-/* In place, queries and keys of the last `count` of `tokens` rows turned by angles: entries i and
+/* In place, the first two parts, queries and keys, or the only one, of the last `count` of `tokens` rows turned by angles: entries i and
  * i + width/2 of a head, (a, b) to (a cos - b sin, b cos + a sin); `back`: by minus the angle. */
 typedef struct pae_cpu_rotate_params {
   uint32_t struct_size;
   int32_t threads;
   int32_t type, back;
-  int64_t batch, tokens, count, heads, width;
+  int64_t batch, tokens, count, parts, heads, width;
   int64_t table_head; /* entries between the heads' tables, 0 for one that all have */
   const float *sin, *cos; /* (heads or 1, count, width / 2) */
-  void* qkv; /* (batch, tokens, 3, heads, width) */
+  void* qkv; /* (batch, tokens, parts, heads, width) */
 } pae_cpu_rotate_params;
 PAE_API int pae_cpu_rotate(const pae_cpu_rotate_params* p, void* stream);
 PAE_API uint32_t pae_sizeof_cpu_rotate_params(void);
@@ -131,9 +131,13 @@ typedef struct pae_cpu_attention_params {
   int64_t kv_set, kv_row, kv_part, kv_head;
   const void *qkv, *kv;
   const int64_t* group; /* (batch): which set; null: the only one, or one for each image */
-  const float* bias;    /* (sets, prompts), or null */
+  const float* log_m;   /* (sets, prompts), or null */
   void* out;            /* (batch, rows, heads, width) */
   float* lse;           /* (batch, heads, rows) */
+  /* added to logits of image rows, or null; bias_head is 0 for one of all heads: */
+  const float* bias; /* (heads or 1, tokens, tokens) */
+  const float* mask; /* (windows, tokens, tokens): image i has that of i mod windows */
+  int64_t bias_head, windows;
   /* of the backward alone: */
   int64_t images; /* in turn, whose gradients of prompts are added up */
   int64_t d_out_image, d_out_row;

@@ -332,14 +332,15 @@ void gated(const pae_cpu_gated_params& p, int64_t begin, int64_t end) {
 // of the rows [begin, end) of batch * count
 void rotate(const pae_cpu_rotate_params& p, int64_t begin, int64_t end) {
   const int64_t half = p.width / 2, first = p.tokens - p.count;
+  const int64_t turned = (p.parts > 1 ? 2 : 1) * p.heads;
   const float sign = p.back ? -1.0f : 1.0f;
   with_type(p.type, [&](auto* type) {
     using T = std::decay_t<decltype(*type)>;
     for (int64_t row = begin; row < end; ++row) {
       const int64_t image = row / p.count, at = row % p.count;
       T* own = static_cast<T*>(p.qkv) +
-               (image * p.tokens + first + at) * 3 * p.heads * p.width;
-      for (int64_t part = 0; part < 2 * p.heads; ++part) {  // heads of queries, then of keys
+               (image * p.tokens + first + at) * p.parts * p.heads * p.width;
+      for (int64_t part = 0; part < turned; ++part) {  // heads of queries, then of keys
         const int64_t table = part % p.heads * p.table_head + at * half;
         T* a = own + part * p.width;
         vectors(half, [&](int64_t i, auto v) {

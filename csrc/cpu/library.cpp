@@ -139,7 +139,7 @@ int attend(const pae_cpu_attention_params& p, bool backward) {
 
 bool is_right(const pae_cpu_attention_params& p) {
   return p.batch >= 0 && p.rows > 0 && p.tokens >= p.rows && p.prompts >= 0 && p.heads > 0 &&
-         p.width > 0 && is_float(p.type);
+         p.width > 0 && is_float(p.type) && (p.mask == nullptr || p.windows > 0);
 }
 
 }  // namespace

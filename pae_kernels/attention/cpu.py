@@ -26,7 +26,9 @@ _Attention = native.params(
     **dict.fromkeys(("batch", "tokens", "rows", "prompts", "heads", "sets", "width"), native.INT64),
     **dict.fromkeys(("qkv_image", "qkv_row", "qkv_part", "qkv_head"), native.INT64),
     **dict.fromkeys(("kv_set", "kv_row", "kv_part", "kv_head"), native.INT64),
-    **dict.fromkeys(("qkv", "kv", "group", "bias", "out", "lse"), native.POINTER),
+    **dict.fromkeys(("qkv", "kv", "group", "log_m", "out", "lse"), native.POINTER),
+    **dict.fromkeys(("bias", "mask"), native.POINTER),
+    **dict.fromkeys(("bias_head", "windows"), native.INT64),
     **dict.fromkeys(("images", "d_out_image", "d_out_row"), native.INT64),
     **dict.fromkeys(("d_out", "d_qkv", "d_kv"), native.POINTER),
 )
@@ -49,15 +51,16 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's."""
     # with AMX PyTorch's fused attention multiplies bf16 by tiles, several times as fast as fp32
-    tiles = qkv.dtype == torch.bfloat16 and not class_only and _multiplies_tiles()
-    if tiles or not qkv.numel() or bias is not None or mask is not None:
+    plain = not class_only and bias is None and mask is None
+    tiles = qkv.dtype == torch.bfloat16 and plain and _multiplies_tiles()
+    if tiles or not qkv.numel():
         return reference.forward(
             qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask
         )
     n = reference.Sizes.of(qkv, kv_prompt, class_only)
     out = torch.empty(n.batch, n.rows, n.heads * n.width, dtype=qkv.dtype)
     lse = torch.empty(n.batch, n.heads, n.rows, dtype=torch.float32)
-    _call("fwd", n, qkv, kv_prompt, group, scale, log_multiplicity, out, lse)
+    _call("fwd", n, qkv, kv_prompt, group, scale, log_multiplicity, bias, mask, out, lse)
     return out, lse
 
 
@@ -76,7 +79,7 @@ def backward(
     need_qkv: bool,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's. The same bits at any number of threads."""
-    if not qkv.numel() or bias is not None or mask is not None:
+    if not qkv.numel():
         return reference.backward(
             *(d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask),
             *(out, lse, need_qkv),
@@ -90,7 +93,7 @@ def backward(
     slots = -(-n.batch // images)
     d_kv = torch.empty(slots, n.prompts, 2, n.heads, n.width, dtype=torch.float32)
     _call(
-        *("bwd", n, qkv, kv_prompt, group, scale, log_multiplicity, out, lse),
+        *("bwd", n, qkv, kv_prompt, group, scale, log_multiplicity, bias, mask, out, lse),
         images=images,
         d_out=d_out,
         d_out_image=d_out.stride(0),
@@ -109,6 +112,8 @@ def _call(
     group: Tensor | None,
     scale: float,
     log_multiplicity: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
     **more: Any,
@@ -117,7 +122,9 @@ def _call(
     kv_axes = ("kv_set", "kv_row", "kv_part", "kv_head")
     # held until the call is over
     group = None if group is None else group.contiguous()
-    bias = None if log_multiplicity is None else log_multiplicity.float().contiguous()
+    log_m, bias, mask = (
+        None if t is None else t.float().contiguous() for t in (log_multiplicity, bias, mask)
+    )
     out, lse = out.contiguous(), lse.contiguous()
     params = _Attention(
         type=cpu.TYPES[qkv.dtype],
@@ -125,7 +132,9 @@ def _call(
         **n._asdict(),
         **dict(zip(axes, qkv.stride())),
         **dict(zip(kv_axes, kv_prompt.stride())),
-        **{"qkv": qkv, "kv": kv_prompt, "group": group, "bias": bias, "out": out, "lse": lse},
+        **{"qkv": qkv, "kv": kv_prompt, "group": group, "log_m": log_m, "out": out, "lse": lse},
+        **{"bias": bias, "mask": mask, "windows": 1 if mask is None else len(mask)},
+        bias_head=0 if bias is None or len(bias) == 1 else n.tokens * n.tokens,
         **more,
     )
     cpu.call(f"pae_cpu_attention_{direction}", params)

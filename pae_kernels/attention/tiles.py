@@ -82,7 +82,10 @@ def _key(qkv: Tensor) -> tuple[bool, int]:
 def forward(qkv: Tensor, rows: int) -> Tile:
     """Tile of the forward kernel for packed qkv (B, N, 3, H, d) and this many query rows."""
     tile = FORWARD[_key(qkv)]
-    return replace(tile, block_m=16, warps=4) if rows <= 16 else tile
+    if rows <= 16:
+        return replace(tile, block_m=16, warps=4)
+    # windows of 49 rows would leave most of a larger tile idle
+    return replace(tile, block_m=64, warps=4) if rows <= 64 < tile.block_m else tile
 
 
 def backward_whole(qkv: Tensor, rows: int) -> Tile | None:
@@ -91,6 +94,13 @@ def backward_whole(qkv: Tensor, rows: int) -> Tile | None:
     if not _key(qkv)[0] or qkv.shape[-1] > 64 or rows > (256 if large else 128):
         return None
     return WHOLE[large, next(size for size in (64, 128, 256) if rows <= size)]
+
+
+def with_places(tile: Tile) -> Tile:
+    """A tile of the one-pass backward with a bias or a mask: of 256 rows, two tiles of it in flight
+    do not fit into the shared memory of sm_100.
+    """
+    return replace(tile, stages=1) if tile.block_m > 128 else tile
 
 
 def backward_split(qkv: Tensor, rows: int) -> Tile:

@@ -24,6 +24,18 @@ and dv; 13 S, seven products, prompt gradients per image in fp32.
 
 When qkv needs no gradient only the tiles that hold prompts are visited.
 
+A bias (H, N, N) and a mask (W, N, N) are read where the logits are formed, in the dtype in which
+they were given, entry by entry: rows of N entries behind P prompts start anywhere. Tables stay in
+L2, where an image and head reads N^2 entries of each: at ViT-B in fp32 three times the bytes of its
+keys and values. A turn of the forward's loop then has 1.9 times the instructions, of the backward's
+1.6, on sm_90.
+
+Rotary positions are a pass of their own (`pointwise.rotate_`). Turned where they are loaded, keys
+and queries would cost the forward 31 % of its loop's instructions and the backward 15 %, with 56
+instead of 32 bytes of spill (sm_90, 256 rows, both halves of a head as products of their own): by
+instructions some 45 us a block at ViT-B and B = 128, where the two passes move 308 MB. That is less
+by a third, and about 1.5 % of a block; it is not built.
+
 Floor at ViT-B, B = 128, P = 50, bf16: forward 155 MB over the bandwidth of a large copy, or
 26 GFLOP (rows padded to 256) over the rate of a large product; backward 310 MB and 64 GFLOP.
 
@@ -46,14 +58,14 @@ from torch import Tensor
 
 from ..ahead_of_time import Launch
 from ..launching import Launcher, power_of_2, programs
-from . import reference, tiles
+from . import tiles
 from .reference import Sizes, sum_groups
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SHARED, PER_IMAGE, INDEXED = 0, 1, 2
 # One compiled kernel serves all sizes. The distance between two allocations is typed where it is
 # declared: kernels chosen by its magnitude would be compiled at random, even during graph capture.
-_SIZES = ("batch", "images", "rows", "tokens", "prompts")
+_SIZES = ("batch", "images", "rows", "tokens", "prompts", "bias_head", "windows")
 
 
 @triton.jit
@@ -115,24 +127,50 @@ def _store_rows(base, o_m, mask, stride, x, WIDTH: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def _in_units_of_log_2(s, o_n, prompts, p_bias, scale, HAS_BIAS: tl.constexpr):
-    """scale s + log multiplicity, over log 2; s are products of queries and keys."""
+def _places(bias, mask, i_b, i_h, tokens, bias_head, windows):
+    """Where what this head adds to logits lies, and what this window does."""
+    return (
+        bias + tl.cast(i_h, tl.int64) * bias_head,
+        mask + (i_b % windows) * tokens * tokens,
+    )
+
+
+@triton.jit
+def _in_units_of_log_2(
+    s, o_m, o_n, rows, tokens, prompts, p_log_m, p_bias, p_mask, scale,
+    WEIGHTED: tl.constexpr, PLACED: tl.constexpr,
+):  # fmt: skip
+    """scale s + what is added to logits, over log 2; s are products of queries and keys."""
     s = s * (scale * LOG2E)
-    if HAS_BIAS:
-        bias = tl.load(p_bias + o_n, mask=o_n < prompts, other=0.0).to(tl.float32)
-        s += (bias * LOG2E)[None, :]
+    if WEIGHTED:
+        log_m = tl.load(p_log_m + o_n, mask=o_n < prompts, other=0.0).to(tl.float32)
+        s += (log_m * LOG2E)[None, :]
+    if PLACED != 0:
+        column = o_n - prompts
+        inside = (o_m < rows)[:, None] & ((column >= 0) & (column < tokens))[None, :]
+        places = o_m[:, None] * tokens + column[None, :]
+        if PLACED != 2:
+            s += tl.load(p_bias + places, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        if PLACED != 1:
+            s += tl.load(p_mask + places, mask=inside, other=0.0).to(tl.float32) * LOG2E
     return s
 
 
 @triton.jit
-def _weights(q, k, l, o_n, prompts, p_bias, scale, last, HAS_BIAS: tl.constexpr):
+def _weights(
+    q, k, l, o_m, o_n, rows, tokens, prompts, p_log_m, p_bias, p_mask, scale, last,
+    WEIGHTED: tl.constexpr, PLACED: tl.constexpr,
+):  # fmt: skip
     """Softmax weights from the log-sum-exp l of each row.
 
     Columns beyond the last key need no mask: their keys are zero, so they add nothing to dq, and
     their own gradients are not stored. The minimum keeps them finite, in the `last` tile.
     """
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
-    s = _in_units_of_log_2(s, o_n, prompts, p_bias, scale, HAS_BIAS) - l[:, None]
+    s = _in_units_of_log_2(
+        s, o_m, o_n, rows, tokens, prompts, p_log_m, p_bias, p_mask, scale, WEIGHTED, PLACED
+    )
+    s -= l[:, None]
     if last:
         s = tl.minimum(s, 0.0)
     return tl.exp2(s)
@@ -140,11 +178,15 @@ def _weights(q, k, l, o_n, prompts, p_bias, scale, last, HAS_BIAS: tl.constexpr)
 
 @triton.jit
 def _exchange(
-    q, do, l, row_dot, k, v, dq, dk, dv, o_n, prompts, p_bias, scale, last,
-    NEED_DQ: tl.constexpr, HAS_BIAS: tl.constexpr,
+    q, do, l, row_dot, k, v, dq, dk, dv, o_m, o_n, rows, tokens, prompts,
+    p_log_m, p_bias, p_mask, scale, last,
+    NEED_DQ: tl.constexpr, WEIGHTED: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     """What a tile of query rows and a tile of key rows add to each other's gradients."""
-    p = _weights(q, k, l, o_n, prompts, p_bias, scale, last, HAS_BIAS)
+    p = _weights(
+        q, k, l, o_m, o_n, rows, tokens, prompts, p_log_m, p_bias, p_mask, scale, last,
+        WEIGHTED, PLACED,
+    )  # fmt: skip
     # this order needs the fewest registers: p is the last to go
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     ds = (p * (dp * scale - row_dot[:, None])).to(q.dtype)
@@ -183,12 +225,13 @@ def _store_key_grads(
 
 @triton.jit(do_not_specialize=_SIZES)
 def prompt_attention_fwd_kernel(
-    qkv, group, bias, out, lse,
+    qkv, group, log_m, bias, mask, out, lse,
     distance: tl.int64, rows, tokens, prompts, scale,
     stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
+    bias_head, windows,
     FOLDED: tl.constexpr,
-    GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    VEC: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUPING: tl.constexpr, WEIGHTED: tl.constexpr, PLACED: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     i_b, i_h, i_m = _tile_of_head(rows, HEADS, BLOCK_M)
@@ -197,7 +240,8 @@ def prompt_attention_fwd_kernel(
     i_g = _prompt_set(group, i_b, GROUPING)
     o_image = tl.multiple_of(i_b * stride_b + i_h * stride_h, VEC)
     o_prompt = distance + i_g * stride_pg + i_h * stride_ph
-    p_bias = bias + i_g * prompts
+    p_log_m = log_m + i_g * prompts
+    p_bias, p_mask = _places(bias, mask, i_b, i_h, tokens, bias_head, windows)
 
     q = _load_rows(qkv + o_image, o_m, rows, stride_n, WIDTH, VEC, BLOCK_D)
     run_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -217,12 +261,16 @@ def prompt_attention_fwd_kernel(
         )  # fmt: skip
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if not FOLDED:
-            s = _in_units_of_log_2(s, o_n, prompts, p_bias, scale, HAS_BIAS)
+            s = _in_units_of_log_2(
+                s, o_m, o_n, rows, tokens, prompts, p_log_m, p_bias, p_mask, scale,
+                WEIGHTED, PLACED,
+            )  # fmt: skip
         if start + BLOCK_N > total:  # the last tile alone
             s = tl.where((o_n < total)[None, :], s, float("-inf"))
         new_max = tl.maximum(run_max, tl.max(s, 1) * factor)
-        # a tile of masked prompts alone has maximum -inf: its weights must be 0, not NaN
-        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max) if HAS_BIAS else new_max
+        # a tile of masked keys alone has maximum -inf: its weights must be 0, not NaN
+        masks: tl.constexpr = WEIGHTED or PLACED != 0
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max) if masks else new_max
         p = tl.exp2(s * factor - finite_max[:, None])
         shrink = tl.exp2(run_max - finite_max)
         run_sum = run_sum * shrink + tl.sum(p, 1)
@@ -256,12 +304,13 @@ def _load_query_side(
 
 @triton.jit(do_not_specialize=_SIZES)
 def prompt_attention_bwd_kernel(
-    d_out, qkv, group, bias, out, lse, d_qkv, d_kv,
+    d_out, qkv, group, log_m, bias, mask, out, lse, d_qkv, d_kv,
     distance: tl.int64, batch, images, rows, tokens, prompts, scale,
     stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
+    bias_head, windows,
     NEED_QKV: tl.constexpr,
-    GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    VEC: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUPING: tl.constexpr, WEIGHTED: tl.constexpr, PLACED: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All rows of one head, `images` images in turn; grid ceil(B / images) H, heads fastest."""
@@ -278,7 +327,8 @@ def prompt_attention_bwd_kernel(
         i_g = _prompt_set(group, i_b, GROUPING)
         o_image = tl.multiple_of(i_b * stride_b + i_h * stride_h, VEC)
         o_prompt = distance + i_g * stride_pg + i_h * stride_ph
-        p_bias = bias + i_g * prompts
+        p_log_m = log_m + i_g * prompts
+        p_bias, p_mask = _places(bias, mask, i_b, i_h, tokens, bias_head, windows)
         p_grad = d_qkv + i_b * tokens * 3 * HEADS * WIDTH + i_h * WIDTH
         i_slot = tl.cast(i_c, tl.int64) if GROUPING == 0 else i_b
         p_slot = d_kv + i_slot * prompts * 2 * HEADS * WIDTH + i_h * WIDTH
@@ -300,8 +350,9 @@ def prompt_attention_bwd_kernel(
             dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             dq, dk, dv = _exchange(
-                q, do, l, row_dot, k, v, dq, dk, dv, o_n, prompts, p_bias, scale,
-                start + BLOCK_N > end, NEED_QKV, HAS_BIAS,
+                q, do, l, row_dot, k, v, dq, dk, dv, o_m, o_n, rows, tokens, prompts,
+                p_log_m, p_bias, p_mask, scale, start + BLOCK_N > end,
+                NEED_QKV, WEIGHTED, PLACED,
             )  # fmt: skip
             _store_key_grads(
                 p_grad + HEADS * WIDTH, p_slot, o_n, start, prompts, total, dk, dv,
@@ -315,12 +366,13 @@ def prompt_attention_bwd_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def prompt_attention_bwd_dq_kernel(
-    d_out, qkv, group, bias, out, lse, d_qkv, row_dots,
+    d_out, qkv, group, log_m, bias, mask, out, lse, d_qkv, row_dots,
     distance: tl.int64, rows, tokens, prompts, scale,
     stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
+    bias_head, windows,
     NEED_QKV: tl.constexpr,
-    GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    VEC: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUPING: tl.constexpr, WEIGHTED: tl.constexpr, PLACED: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """rowsum(dO out) and, when wanted, dq of one tile of query rows; grid B H tiles."""
@@ -330,6 +382,7 @@ def prompt_attention_bwd_dq_kernel(
     i_g = _prompt_set(group, i_b, GROUPING)
     o_image = tl.multiple_of(i_b * stride_b + i_h * stride_h, VEC)
     o_prompt = distance + i_g * stride_pg + i_h * stride_ph
+    p_bias, p_mask = _places(bias, mask, i_b, i_h, tokens, bias_head, windows)
     q, do, l, row_dot = _load_query_side(
         qkv, d_out, out, lse, i_b, i_h, o_m, o_image, rows, scale, stride_n,
         HEADS, WIDTH, VEC, BLOCK_D,
@@ -348,7 +401,10 @@ def prompt_attention_bwd_dq_kernel(
                 stride_n, stride_pp, WIDTH, VEC, BLOCK_D,
             )  # fmt: skip
             last = start + BLOCK_N > total
-            p = _weights(q, k, l, o_n, prompts, bias + i_g * prompts, scale, last, HAS_BIAS)
+            p = _weights(
+                q, k, l, o_m, o_n, rows, tokens, prompts, log_m + i_g * prompts, p_bias, p_mask,
+                scale, last, WEIGHTED, PLACED,
+            )  # fmt: skip
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             ds = (p * (dp * scale - row_dot[:, None])).to(k.dtype)
             dq = tl.dot(ds, k, dq, input_precision="ieee")
@@ -358,12 +414,13 @@ def prompt_attention_bwd_dq_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def prompt_attention_bwd_dkv_kernel(
-    d_out, qkv, group, bias, lse, d_qkv, d_kv, row_dots,
+    d_out, qkv, group, log_m, bias, mask, lse, d_qkv, d_kv, row_dots,
     distance: tl.int64, rows, tokens, prompts, scale,
     stride_b, stride_n, stride_s, stride_h, stride_pg, stride_pp, stride_ps, stride_ph,
+    bias_head, windows,
     NEED_QKV: tl.constexpr,
-    GROUPING: tl.constexpr, HAS_BIAS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    VEC: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUPING: tl.constexpr, WEIGHTED: tl.constexpr, PLACED: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of key rows, prompt rows per image; grid B H tiles."""
@@ -375,6 +432,7 @@ def prompt_attention_bwd_dkv_kernel(
     i_g = _prompt_set(group, i_b, GROUPING)
     o_image = tl.multiple_of(i_b * stride_b + i_h * stride_h, VEC)
     o_prompt = distance + i_g * stride_pg + i_h * stride_ph
+    p_bias, p_mask = _places(bias, mask, i_b, i_h, tokens, bias_head, windows)
     k = _load_keys(
         qkv, o_n, o_image + stride_s, o_prompt, prompts, end, stride_n, stride_pp,
         WIDTH, VEC, BLOCK_D,
@@ -394,8 +452,9 @@ def prompt_attention_bwd_dkv_kernel(
         l = tl.load(lse + p_row + o_m, mask=o_m < rows, other=float("inf")) * LOG2E
         row_dot = tl.load(row_dots + p_row + o_m, mask=o_m < rows, other=0.0)
         _, dk, dv = _exchange(
-            q, do, l, row_dot, k, v, dk, dk, dv, o_n, prompts, bias + i_g * prompts, scale,
-            start + BLOCK_N > end, False, HAS_BIAS,
+            q, do, l, row_dot, k, v, dk, dk, dv, o_m, o_n, rows, tokens, prompts,
+            log_m + i_g * prompts, p_bias, p_mask, scale, start + BLOCK_N > end,
+            False, WEIGHTED, PLACED,
         )  # fmt: skip
     p_grad = d_qkv + i_b * tokens * 3 * HEADS * WIDTH + i_h * WIDTH
     p_slot = d_kv + i_b * prompts * 2 * HEADS * WIDTH + i_h * WIDTH
@@ -423,17 +482,24 @@ def _readable(t: Tensor) -> Tensor:
 
 
 class _Common(NamedTuple):
-    """What all kernels are given beside sizes: where kv_prompt lies, from qkv on; strides; and what
-    is known at compile time.
+    """What all kernels are given beside sizes: where kv_prompt lies, from qkv on; strides; tensors
+    that may be absent, qkv standing for them; and what is known at compile time.
     """
 
     distance: int
     strides: tuple[int, ...]
+    read: tuple[Tensor, ...]
     constants: dict[str, Any]
 
 
 def _common(
-    n: Sizes, qkv: Tensor, kv_prompt: Tensor, group: Tensor | None, bias: Tensor | None
+    n: Sizes,
+    qkv: Tensor,
+    kv_prompt: Tensor,
+    group: Tensor | None,
+    log_multiplicity: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> _Common:
     size, address = qkv.element_size(), qkv.data_ptr()
     distance = kv_prompt.data_ptr() - address
@@ -443,13 +509,19 @@ def _common(
     whole_vectors = aligned and all(s % vec == 0 for s in (*strides, n.width))
     constants = {
         "GROUPING": SHARED if n.sets == 1 else PER_IMAGE if group is None else INDEXED,
-        "HAS_BIAS": bias is not None,
+        "WEIGHTED": log_multiplicity is not None,
+        "PLACED": (bias is not None) + 2 * (mask is not None),
         "HEADS": n.heads,
         "WIDTH": n.width,
         "VEC": vec if whole_vectors else 1,
         "BLOCK_D": max(16, power_of_2(n.width)),
     }
-    return _Common(distance // size, strides, constants)
+    bias_head = 0 if bias is None or len(bias) == 1 else n.tokens * n.tokens
+    strides = (*strides, bias_head, 1 if mask is None else len(mask))
+    read = tuple(
+        qkv if t is None else t.contiguous() for t in (group, log_multiplicity, bias, mask)
+    )
+    return _Common(distance // size, strides, read, constants)
 
 
 def forward(
@@ -463,25 +535,20 @@ def forward(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's `forward`."""
-    if bias is not None or mask is not None:
-        return reference.forward(
-            qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask
-        )
     qkv, kv_prompt = _readable(qkv), _readable(kv_prompt)
     n = Sizes.of(qkv, kv_prompt, class_only)
     out = qkv.new_empty(n.batch, n.rows, n.heads * n.width)
     lse = torch.empty(n.batch, n.heads, n.rows, dtype=torch.float32, device=qkv.device)
     if out.numel() == 0:
         return out, lse
-    log_m = None if log_multiplicity is None else log_multiplicity.contiguous()
-    group = None if group is None else group.contiguous()
     tile = tiles.forward(qkv, n.rows)
-    common = _common(n, qkv, kv_prompt, group, log_m)
-    folded = {"FOLDED": log_m is None and scale > 0}
+    common = _common(n, qkv, kv_prompt, group, log_multiplicity, bias, mask)
+    added = log_multiplicity, bias, mask
+    folded = {"FOLDED": all(t is None for t in added) and scale > 0}
     _forward(
         programs(n.rows, tile.block_m) * n.batch * n.heads,
         qkv.device,
-        (qkv, qkv if group is None else group, qkv if log_m is None else log_m, out, lse,
+        (qkv, *common.read, out, lse,
          common.distance, n.rows, n.tokens, n.prompts, scale, *common.strides),
         folded | common.constants | tile.launch(),
     )  # fmt: skip
@@ -503,23 +570,18 @@ def backward(
     need_qkv: bool,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's `backward`."""
-    if bias is not None or mask is not None:
-        return reference.backward(
-            *(d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask),
-            *(out, lse, need_qkv),
-        )
     qkv, kv_prompt, d_out = _readable(qkv), _readable(kv_prompt), d_out.contiguous()
     n = Sizes.of(qkv, kv_prompt, class_only)
     fresh = torch.zeros if class_only else torch.empty  # queries that were not asked have none
     d_qkv = fresh(qkv.shape if need_qkv else 0, dtype=qkv.dtype, device=qkv.device)
     if n.batch == 0 or (n.prompts == 0 and not need_qkv):
         return d_qkv, torch.zeros_like(kv_prompt, memory_format=torch.contiguous_format)
-    log_m = None if log_multiplicity is None else log_multiplicity.contiguous()
-    group = None if group is None else group.contiguous()
-    common = _common(n, qkv, kv_prompt, group, log_m)
+    if not need_qkv:  # prompts, whose columns alone are formed, have no place
+        bias = mask = None
+    common = _common(n, qkv, kv_prompt, group, log_multiplicity, bias, mask)
     sizes = (n.rows, n.tokens, n.prompts, scale, *common.strides)
     constants = {"NEED_QKV": need_qkv} | common.constants
-    read = (d_out, qkv, qkv if group is None else group, qkv if log_m is None else log_m)
+    read = (d_out, qkv, *common.read)
 
     def slots(count: int) -> Tensor:
         shape = count, n.prompts, 2, n.heads, n.width
@@ -527,6 +589,7 @@ def backward(
 
     tile = tiles.backward_whole(qkv, n.rows)
     if tile is not None:
+        tile = tiles.with_places(tile) if common.constants["PLACED"] else tile
         images = tiles.images_per_program(qkv, tile) if n.sets == 1 else 1
         count = programs(n.batch, images)
         d_kv = slots(count)
@@ -553,11 +616,12 @@ def _launch(
     """`kernel` as a ViT with 12 heads runs it; `changes` to its other compile-time constants."""
     types = {"group": "*i64", "scale": "fp32", "distance": "i64"}
     types |= dict.fromkeys(("qkv", "d_out", "out", "d_qkv"), f"*{dtype}")
-    types |= dict.fromkeys(("bias", "lse", "d_kv", "row_dots"), "*fp32")
+    types |= dict.fromkeys(("log_m", "bias", "mask", "lse", "d_kv", "row_dots"), "*fp32")
     types |= dict.fromkeys((*_STRIDES, *_SIZES), "i32")
     constants = {
         "GROUPING": SHARED,
-        "HAS_BIAS": False,
+        "WEIGHTED": False,
+        "PLACED": 0,
         "HEADS": 12,
         "WIDTH": width,
         "VEC": 4 if dtype == "fp32" else 8,
@@ -565,7 +629,7 @@ def _launch(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "NEED_QKV": True,
-        "FOLDED": not changes.get("HAS_BIAS"),
+        "FOLDED": not (changes.get("WEIGHTED") or changes.get("PLACED")),
     } | changes
     odd = () if width % 16 == 0 else ("stride_h", "stride_ph")  # heads lie `width` entries apart
     return Launch(
@@ -607,7 +671,7 @@ def variant_launches(architecture: int) -> list[Launch]:
     """A sample of the switches: prompt sets, multiplicities, the class row, the prompts' gradient
     alone, padded head widths, fp16.
     """
-    many: dict[str, Any] = {"GROUPING": INDEXED, "HAS_BIAS": True}
+    many: dict[str, Any] = {"GROUPING": INDEXED, "WEIGHTED": True}
     own: dict[str, Any] = {"GROUPING": PER_IMAGE}
     fwd, bwd, (dq, dkv) = (
         prompt_attention_fwd_kernel,
@@ -621,8 +685,13 @@ def variant_launches(architecture: int) -> list[Launch]:
     return [
         _launch("fwd grouped", fwd, tiles.FORWARD[True, 64], **many),
         _launch("fwd per image", fwd, tiles.FORWARD[True, 128], "fp16", 80, **own),
-        _launch("fwd class row", fwd, tiles.forward(qkv, 1), HAS_BIAS=True),
+        _launch("fwd class row", fwd, tiles.forward(qkv, 1), WEIGHTED=True),
+        _launch("fwd with bias", fwd, tiles.FORWARD[True, 64], PLACED=1),
+        _launch("fwd with mask", fwd, tiles.FORWARD[False, 64], "fp32", PLACED=3, **many),
         _launch("bwd grouped", bwd, rows, **many),
+        _launch("bwd with bias", bwd, tiles.with_places(rows), PLACED=1),
+        _launch("bwd dq with mask", dq, split, PLACED=3),
+        _launch("bwd dkv with mask", dkv, split, PLACED=2),
         _launch("bwd per image", bwd, rows, "fp16", 48, **own),
         _launch("bwd of prompts", bwd, rows, NEED_QKV=False),
         _launch("bwd dq per image", dq, wide, width=72, **own),

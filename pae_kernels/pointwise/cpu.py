@@ -52,7 +52,8 @@ _Gated = native.params(
 _Rotate = native.params(
     "cpu_rotate",
     **dict.fromkeys(("threads", "type", "back"), native.INT32),
-    **dict.fromkeys(("batch", "tokens", "count", "heads", "width", "table_head"), native.INT64),
+    **dict.fromkeys(("batch", "tokens", "count", "parts", "heads", "width"), native.INT64),
+    table_head=native.INT64,
     **dict.fromkeys(("sin", "cos", "qkv"), native.POINTER),
 )
 
@@ -176,11 +177,12 @@ def _gated(u: Tensor, d: Tensor | None, y: Tensor, kind: str) -> Tensor:
 
 def rotate_(qkv: Tensor, rotation: Tensor, back: bool) -> None:
     """Same contract as the reference's."""
-    batch, tokens, _, heads, width = qkv.shape
+    batch, tokens, parts, heads, width = qkv.shape
     sin, cos = rotation.contiguous()
     count = sin.shape[-2]
     if batch and count:
-        shape = {"batch": batch, "tokens": tokens, "count": count, "heads": heads, "width": width}
+        shape = {"batch": batch, "tokens": tokens, "count": count}
+        shape |= {"parts": parts, "heads": heads, "width": width}
         how = {"type": cpu.TYPES[qkv.dtype], "back": back}
         table = count * width // 2 if sin.dim() == 3 else 0
         given = _Rotate(**how, **shape, table_head=table, sin=sin, cos=cos, qkv=qkv)

@@ -152,12 +152,13 @@ def gated_backward(d: Tensor, u: Tensor, kind: str) -> Tensor:
 
 
 def rotate_(qkv: Tensor, rotation: Tensor, back: bool = False) -> Tensor:
-    """Turn queries and keys of the last n rows by angles, in place of qkv, which comes back.
+    """Turn queries and keys of the last n rows by angles, in place of qkv, which comes back; of one
+    part, what it is.
 
     Entries i and i + d/2 of a head are a pair: (a, b) to (a cos - b sin, b cos + a sin).
 
     Args:
-        qkv: (B, N, 3, H, d) float, contiguous, d even.
+        qkv: (B, N, 3 or 1, H, d) float, contiguous, d even.
         rotation: (2, n, d/2) or (2, H, n, d/2), sine and cosine in at least fp32, n <= N.
         back: by minus the angles, which undoes it and is its adjoint.
 

@@ -137,7 +137,9 @@ def gated_backward(d: Tensor, u: Tensor, kind: str) -> Tensor:
 
 
 def rotate_(qkv: Tensor, rotation: Tensor, back: bool) -> None:
-    """In place: (a, b) to (a cos - b sin, b cos + a sin) of the halves of queries and keys."""
+    """In place: (a, b) to (a cos - b sin, b cos + a sin) of the halves of queries and keys, or of
+    the only part.
+    """
     sin, cos = rotation
     if sin.dim() == 3:  # (H, n, d/2) to (n, 1, H, d/2)
         sin, cos = sin.transpose(0, 1)[:, None], cos.transpose(0, 1)[:, None]

@@ -215,14 +215,14 @@ def gated_bwd_kernel(d, u, du, rows, KIND: tl.constexpr, WIDTH: tl.constexpr, BL
 @triton.jit
 def rotate_kernel(
     qkv, rotation, tokens, count,
-    BACK: tl.constexpr, PER_HEAD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    BACK: tl.constexpr, PER_HEAD: tl.constexpr, PARTS: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) % count
     image = (tl.program_id(0) // count).to(tl.int64)
-    row = qkv + (image * tokens + tokens - count + at) * (6 * HEADS * HALF)
+    row = qkv + (image * tokens + tokens - count + at) * (2 * PARTS * HEADS * HALF)
     o_h, o_d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    mask = (o_h < 2 * HEADS) & (o_d < HALF)
+    mask = (o_h < min(PARTS, 2) * HEADS) & (o_d < HALF)
     own, size = o_h * 0, count * HALF  # of the table of one head
     if PER_HEAD:
         own, size = o_h % HEADS * size, size * HEADS
@@ -373,21 +373,21 @@ def gated_backward(d: Tensor, u: Tensor, kind: str) -> Tensor:
 
 
 @lru_cache
-def _rotate_launch(heads: int, half: int, per_head: bool, back: bool) -> dict:
+def _rotate_launch(heads: int, half: int, per_head: bool, back: bool, parts: int = 3) -> dict:
     """All heads of queries and keys of a row, about 8 pairs a thread."""
-    blocks = power_of_2(2 * heads), power_of_2(half)
-    constants = {"BACK": back, "PER_HEAD": per_head, "HEADS": heads, "HALF": half}
+    blocks = power_of_2(min(parts, 2) * heads), power_of_2(half)
+    constants = {"BACK": back, "PER_HEAD": per_head, "PARTS": parts, "HEADS": heads, "HALF": half}
     constants |= {"BLOCK_H": blocks[0], "BLOCK_D": blocks[1]}
     return {**constants, "num_warps": min(max(1, blocks[0] * blocks[1] // 256), 8), **OPTIONS}
 
 
 def rotate_(qkv: Tensor, rotation: Tensor, back: bool) -> None:
     """Same contract as the reference's."""
-    batch, tokens, _, heads, width = qkv.shape
+    batch, tokens, parts, heads, width = qkv.shape
     count = rotation.shape[-2]
     if batch and count:
         given = qkv, rotation.contiguous(), tokens, count
-        constants = _rotate_launch(heads, width // 2, rotation.dim() == 4, back)
+        constants = _rotate_launch(heads, width // 2, rotation.dim() == 4, back, parts)
         _turn(batch * count, qkv.device, given, constants)
 
 

@@ -94,7 +94,9 @@ def test_alignment_that_is_lost_is_found():
     assert any(": narrow " in complaint for complaint in said), said
 
 
-ATTENTION = "attention_bwd bf16,fp32,bf16,fp32 NEED_QKV=True GROUPING=1 HAS_BIAS=False HEADS=12"
+ATTENTION = (
+    "attention_bwd bf16,fp32,bf16,fp32 NEED_QKV=True GROUPING=1 WEIGHTED=False PLACED=0 HEADS=12"
+)
 ATTENTION += " WIDTH=64 VEC=8"
 
 

@@ -421,6 +421,8 @@ def test_rotations(execution, heads, half, dtype, per_head):
     turn = turn.transpose(0, 1)[:, None] if per_head else turn[:, None, None]
     exact = torch.complex(*before[:, 3:, :2].double().chunk(2, -1)) * turn
     assert error(qkv[:, 3:, :2], torch.cat([exact.real, exact.imag], -1)) < ROUNDING[dtype]
+    keys = before[:, :, 1:2].contiguous()  # alone
+    assert torch.equal(pointwise.rotate_(keys, rotation), qkv[:, :, 1:2])
     pointwise.rotate_(qkv, rotation, back=True)
     assert error(qkv, before.double()) < 2 * ROUNDING[dtype]
 

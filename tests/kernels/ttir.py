@@ -93,14 +93,18 @@ def in_one_buffer(*tensors: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("backward", ["whole", "split"])
-@pytest.mark.parametrize(("sets", "multiplicity"), [(1, False), (2, True)])
-def test_attention(monkeypatch, backward, sets, multiplicity):
+@pytest.mark.parametrize(
+    ("sets", "multiplicity", "windows"), [(1, False, None), (2, True, None), (1, False, 3)]
+)
+def test_attention(monkeypatch, backward, sets, multiplicity, windows):
     attention.force(monkeypatch, backward, images=2)
     sizes = {"batch": 3, "tokens": 19, "prompts": 5, "heads": 2, "width": 16}
     qkv, kv = in_one_buffer(*attention.inputs(**sizes, sets=sets, dtype=BF16))
     options = {"group": torch.tensor([1, 0, 1])} if sets > 1 else {}
     if multiplicity:
         options["log_multiplicity"] = randn(sets, 5, dtype=FP32)
+    if windows:
+        options |= attention.places(19, 2, windows)
     attention.check(TTIR, qkv, kv, **options)
 
 

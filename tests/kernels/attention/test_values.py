@@ -264,13 +264,8 @@ def test_any_shape(execution):
         options |= places(tokens, heads if heads_placed == 0 else heads_placed, windows)
         with pytest.MonkeyPatch.context() as patch:
             force(patch, path, block_n, images)
-            if execution.kind in (
-                "cpu",
-                "sdpa",
-            ):  # of a few numbers in 16 bits another way may be lucky
-                assert_as_defined(qkv, kv, **options)
-            else:
-                check(execution, qkv, kv, **options)
+            # of a few numbers in 16 bits another way to compute them may be lucky
+            assert_as_defined(qkv, kv, **options)
 
     any_shape()
 
@@ -429,10 +424,10 @@ PLACED = [  # heads of the bias, windows, prompt sets, queries
 
 
 @along(
-    [(*case, FP32) for case in PLACED],
+    [(*case, (FP32, FP16)[i % 2]) for i, case in enumerate(PLACED)],
     "heads, windows, sets, queries, dtype",
     reference=[(*case, dtype) for case in PLACED for dtype in (FP64, FP32)],
-    cpu=[(*case, FP32) for case in PLACED],
+    cpu=[(*case, dtype) for case in PLACED for dtype in (FP32, BF16)],
     sdpa=[(*case, FP32) for case in PLACED],
     gpu=[(*case, dtype) for case in PLACED for dtype in (BF16, FP32)],
 )
@@ -481,7 +476,7 @@ def test_shared_gradient_is_summed_in_fp32():
 
 def vec(qkv, kv):
     """Entries that every load takes."""
-    return kernels._common(Sizes.of(qkv, kv, False), qkv, kv, None, None).constants["VEC"]
+    return kernels._common(Sizes.of(qkv, kv, False), qkv, kv, None).constants["VEC"]
 
 
 @along(itertools.product([1, 4], [FP32, FP16]), "shift, dtype")
@@ -501,9 +496,7 @@ def test_unaligned_inputs(execution, path, shift, dtype):
 
 @each(OP, "dtype, most", interpreter=[(FP32, 4), (FP16, 8)])
 def test_promised_width_of_loads(execution, dtype, most):
-    vec = lambda qkv, kv: kernels._common(Sizes.of(qkv, kv, False), qkv, kv, None, None).constants[
-        "VEC"
-    ]
+    vec = lambda qkv, kv: kernels._common(Sizes.of(qkv, kv, False), qkv, kv, None).constants["VEC"]
     qkv, kv = inputs(2, 17, 5, 2, 16, dtype=dtype)
     assert vec(qkv, kv) == most
     assert vec(LAYOUTS["heads_first"](qkv), kv) == most
