@@ -9,8 +9,8 @@
 # PyTorch's own loops, two threads. The CPU kernels also run as aarch64 code in every `pytest` where
 # `apt-get install g++-aarch64-linux-gnu qemu-user-static` was done.
 #
-# The long part, as long again: machine code of all that steps and benchmarks launch on a GPU; the
-# first stage of bench/gpu.sh on a CPU that stands for a GPU, killed and gone on with; and, where
+# The long part, longer than that: machine code of all that steps, benchmarks and tests launch on
+# a GPU; the first stage of bench/gpu.sh on a CPU that stands for one, killed and gone on with; and, where
 # PAE_TTIR is an environment with ttsem (tests/kernels/ttir.py says how it is made), every Triton
 # kernel in bf16 executed from its TTIR. A last argument or more goes to each pytest, as `-x`.
 set -euo pipefail
@@ -34,6 +34,9 @@ say env PAE_TEST_THREADS=2 OMP_NUM_THREADS=2 pytest -n0 "${here[@]}" tests/pae/t
   tests/pae/test_families.py tests/pae/test_kld.py tests/pae/test_vapt.py "${numbers[@]:1:3}" "$@"
 [ -n "${PAE_LONG:-}" ] || exit 0
 say python -m tests.gate
+for room in attention product; do
+  say python -m tests.gate --tests --arch 90 --room "$room"
+done
 say pytest -q tests/kernels/test_triton_compile.py tests/kernels/test_gate.py -k "product or found" "$@"
 say env OMP_NUM_THREADS=1 pytest -n0 -q tests/bench/gpu_day.py "$@"
 if [ -n "${PAE_TTIR:-}" ]; then

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
@@ -89,13 +90,19 @@ def gpu(architecture: int, operations: Counter[Any] | None = None) -> Iterator[d
             (torch.Tensor, _moves()),
             (FakeTensor, _outside()),
             (torch.nn.Module, {"_apply": _apply}),
+            # a copied tensor is of the same world. A copy of that would free in C++, twice, what
+            # PyTorch refers to weakly there: what else copies such a reference is refused
+            (FakeTensorMode, {"__deepcopy__": lambda mode, memo: mode}),
+            (StorageWeakRef, {"__reduce_ex__": _refused("copies a weak reference to a storage")}),
+            (native.Library, {"status": _refused("hands addresses to compiled code")}),
             (backends, {"on": lambda device: contextlib.nullcontext()}),
             (native, {"unavailable": lambda: "nothing compiled runs on a stand-in"}),
             (plan, {"_refuse": lambda name, module, may: None}),  # it folds plain tensors alone
             (spectrum, {"_readable": lambda t: False}),
         ):
             for name, value in names.items():
-                stack.enter_context(mock.patch.object(where, name, value))
+                new = not hasattr(where, name)
+                stack.enter_context(mock.patch.object(where, name, value, create=new))
         stack.enter_context(mock.patch.dict(os.environ, {"PAE_BACKEND": "auto"}))
         stack.enter_context(ahead_of_time.recording(architecture, keep))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -148,6 +155,14 @@ def _here(value: Any) -> Any:
     if isinstance(value, str | torch.device) and str(value).startswith("cuda"):
         return CPU
     return value
+
+
+def _refused(what: str) -> Callable:
+    def refuse(self: Any, *given: Any, **named: Any) -> Any:
+        names = [value for value in given if isinstance(value, str)]
+        raise RuntimeError(" ".join([*names, what]) + ": nothing lies behind those of a stand-in")
+
+    return refuse
 
 
 def _outside() -> dict[str, Any]:

@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from dataclasses import replace
 from functools import lru_cache
 
 import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+from pae_kernels import native  # noqa: E402
 from pae_kernels.pointwise import triton as pointwise  # noqa: E402
-from tests import gate, launches  # noqa: E402
+from tests import gate, launches, stand_in  # noqa: E402
 
 # sm_90 whole; of the others what a step spends its time in
 ROOMS = ["attention", "pointwise", "koopman", "adaptive"]
@@ -164,6 +168,42 @@ def test_what_no_budget_excuses():
     assert not say("shortcut_tokens fp32 PRECISION=tf32x3", tf32=4)
     assert "spills 200 bytes" in say("attention_fwd bf16,fp32", spilled=200)[0]
     assert not say("attention_bwd_dq fp32", spilled=200)
+    assert not list(gate.faults("attention_fwd bf16", replace(good, spilled=200), 90, odd=True))
+
+
+def test_the_worst_of_what_tests_launch_is_guarded():
+    """Of two launches of one kernel: each bound is that of the worse one."""
+    good = gate.Figures(**dict.fromkeys(gate.COLUMNS, 100))
+    other = replace(good, spilled=8, instructions=150, wide=40)
+    worst = gate.worst([("k bf16 A=1", good), ("k bf16 A=2", other), ("k fp32 A=1", good)])
+    assert [*worst] == ["tests: k bf16", "tests: k fp32"]
+    bound = worst["tests: k bf16"]
+    assert (bound.spilled, bound.instructions, bound.wide) == (100, 150, 40)
+    budgets = {name: {"3.8 sm_90": figures} for name, figures in worst.items()}
+    assert not list(gate.of_tests(worst, budgets, 90, "3.8"))
+    for column, value in (("spilled", 110), ("wide", 39), ("instructions", 160), ("narrow", 101)):
+        spoilt = worst | {"tests: k bf16": replace(bound, **{column: value})}
+        (said,) = gate.of_tests(spoilt, budgets, 90, "3.8")
+        assert f"tests: k bf16, sm_90: {column} {value}, " in said
+    (said,) = gate.of_tests(worst | {"tests: new": good}, budgets, 90, "3.8")
+    assert "tests: new, sm_90 has no budget" in said
+    assert not list(gate.of_tests(worst, budgets, 80, "3.8"))  # a room that is not guarded there
+
+
+def test_a_stand_in_refuses_what_would_read_its_addresses():
+    """A model is copied within its world; what copies that, or hands it to compiled code, ends."""
+    with stand_in.gpu(90):
+        linear = torch.nn.Linear(4, 4)
+        again = copy.deepcopy(linear)
+        assert again.weight.fake_mode is linear.weight.fake_mode
+        weak = StorageWeakRef(linear.weight.untyped_storage())
+        with pytest.raises(RuntimeError, match="copies a weak reference to a storage: nothing"):
+            copy.deepcopy(weak)
+        with pytest.raises(
+            RuntimeError, match="pae_gelu hands addresses to compiled code: nothing"
+        ):
+            native.Library.status(None, "pae_gelu", None, None)
+    assert copy.deepcopy(torch.nn.Linear(4, 4)).weight.shape == (4, 4)
 
 
 def test_another_triton_has_room_for_other_code_of_the_same_kind():
