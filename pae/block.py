@@ -868,6 +868,11 @@ class _Sums:
         if name in self._names and xhat is not None:
             self.over_rows(name, d.to(torch.promote_types(d.dtype, torch.float32)) * xhat)
 
+    def over_affine(self, name: str, d: Tensor, xhat: Tensor) -> None:
+        """Of a `HeadNorm`, where d is the gradient of weight * xhat + bias."""
+        self.over_rows(f"{name}.bias", d)
+        self.over_products(f"{name}.weight", d, xhat)
+
     def behind_gain(self, name: str, gain: Tensor | None, d: Tensor, xhat: Tensor | None) -> Tensor:
         """The gradient of xhat: d, that of gain * xhat, is written to."""
         self.over_products(name, d, xhat)
@@ -904,7 +909,7 @@ def _mlp_half_backward(
             "gain2", block.gain2, _mlp_backward(block, dy, d, kept, sums), kept.xhat
         )
         dy, narrow = _norm_backward(block.norm2, d, kept.xhat, kept.rstd, dy)
-    d_added, narrow = _post_backward(block.post1, dy, narrow, kept.hat1, kept.rstd1)
+    d_added, narrow = _post_backward(block, "post1", dy, narrow, kept.hat1, kept.rstd1, sums)
     sums.over_rows("b_proj", d_added)
     return dy, _before_proj_backward(block, narrow @ block.w_proj, out), beside
 
@@ -917,7 +922,7 @@ def _mlp_backward(block: BlockPlan, dy: Tensor, d: Tensor, kept: MLPKept, sums: 
         again, rstd = _before_fc1(block, kept.xhat)
     if hidden is None:
         hidden = _linear(cast(Tensor, again), *block.product("fc1"))
-    d_added, d = _post_backward(block.post2, dy, d, kept.hat2, kept.rstd2)
+    d_added, d = _post_backward(block, "post2", dy, d, kept.hat2, kept.rstd2, sums)
     sums.over_rows("b_fc2", d_added)
     kind, norm = block.activation, block.norm_hidden
     if norm is None and not block.gated and product.wanted(d.device.type, d.dtype):
@@ -933,18 +938,28 @@ def _mlp_backward(block: BlockPlan, dy: Tensor, d: Tensor, kept: MLPKept, sums: 
     sums.over_rows("b_fc1", d)
     d = d @ block.w_fc1
     if block.affine2 is not None and again is not None and rstd is not None:
-        d = _plain_norm_backward(block.affine2.plain, d, again, rstd).mul_(block.affine2.weight)
+        d = _plain_norm_backward(block.affine2.plain, d, again, rstd)
+        sums.over_affine("affine2", d, kept.xhat)
+        d = d.mul_(block.affine2.weight)
     return d
 
 
 def _post_backward(
-    post: HeadNorm | None, dy: Tensor, d: Tensor, hat: Tensor | None, rstd: Tensor | None
+    block: BlockPlan,
+    name: str,
+    dy: Tensor,
+    d: Tensor,
+    hat: Tensor | None,
+    rstd: Tensor | None,
+    sums: _Sums,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of a product's rows, exact and in the product's dtype: dy and d, those of what
     is added to the stream, go back through a norm between both.
     """
+    post: HeadNorm | None = getattr(block, name)
     if post is None or hat is None or rstd is None:
         return dy, d
+    sums.over_affine(name, d, hat)
     d = _plain_norm_backward(post.plain, d * post.weight, hat, rstd)
     return d, d
 
@@ -958,8 +973,7 @@ def _head_norms_backward_(block: BlockPlan, d_qkv: Tensor, kept: HeadNorms, sums
     for slot, (name, norm, hat, rstd) in enumerate(parts):
         if norm is not None and hat is not None and rstd is not None:
             d = d_qkv[:, :, slot]
-            sums.over_rows(f"{name}.bias", d)
-            sums.over_products(f"{name}.weight", d, hat)
+            sums.over_affine(name, d, hat)
             d_qkv[:, :, slot] = _of_heads_backward(norm, d, hat, rstd)
 
 

@@ -148,6 +148,8 @@ class PromptedViT(nn.Module):
                 f"{type(backbone).__name__} have several widths: leave kld out (None)"
             )
         prompts.bind(self.view.shape)
+        if type(prompts).head_keys_values is not PromptFamily.head_keys_values:
+            _check_heads(self.view, prompts)
         check_pool(pool, self.view, prompts)
         if kld is not None:
             counts = prompts.prompt_counts
@@ -497,9 +499,10 @@ def check_pool(pool: str, view: BackboneView, prompts: PromptFamily) -> None:
     if check_choice("pool", pool, POOLS) == "image":
         return
     if instead := view.pools_not:
+        more = "; pae.backbones.average_pooled makes it read the mean of its rows"
+        more = more if hasattr(view.module, "global_pool") else ""  # timm's
         raise ValueError(
-            f"pool must be 'image' for a backbone whose readout {instead}, got {pool!r}; "
-            "pae.backbones.average_pooled makes it read the mean of its rows"
+            f"pool must be 'image' for a backbone whose readout {instead}, got {pool!r}{more}"
         )
     count = prompts.prompt_counts[0 if prompts.enters_sequence else -1]
     if pool == "prompts" and (prompts.moves_prompts or count == 0):
@@ -508,6 +511,17 @@ def check_pool(pool: str, view: BackboneView, prompts: PromptFamily) -> None:
             "pool must be 'image' or 'all' unless there are prompts in the last block: prompts "
             f"({type(prompts).__name__}) {why}, got 'prompts'"
         )
+
+
+def _check_heads(view: BackboneView, prompts: PromptFamily) -> None:
+    """Raise where keys and values per head have not one shape for all blocks."""
+    if view.unproved is None:
+        blocks = [view.read_block(i) for i in range(view.shape.depth)]
+        if len(found := {(w.num_heads, w.head_width) for w in blocks}) > 1:
+            raise ValueError(
+                f"prompts ({type(prompts).__name__}) gives keys and values per head, and the "
+                f"backbone's blocks have different heads (number, width): {sorted(found)}"
+            )
 
 
 def _new_head(width: int, classes: int) -> nn.Linear:

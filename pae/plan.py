@@ -395,10 +395,16 @@ def _trained_vectors(block: int, w: BlockWeights, fixed: BlockWeights) -> list[T
         after[: len(after) // 3] = w.scale
     scale("gain1", None if w.norm1 is None else w.norm1.weight)
     product("b_qkv", w.qkv, w.norm1, _fold_qkv(fixed)[1], after, _order_of_qkv(w))
-    for name, norm, by in (("q_norm", w.q_norm, w.scale), ("k_norm", w.k_norm, 1.0)):
+    between = None if w.mlp_pre is None else w.norm2
+    for name, norm, by, order in (
+        ("q_norm", w.q_norm, w.scale, _order(w)),
+        ("k_norm", w.k_norm, 1.0, _order(w)),
+        *(("affine2", between, 1.0, None), ("post1", w.post1, 1.0, None)),
+        ("post2", w.post2, 1.0, None),
+    ):
         if norm is not None:
-            scale(f"{name}.weight", norm.weight, by, _order(w))
-            scale(f"{name}.bias", norm.bias, by, _order(w))
+            scale(f"{name}.weight", norm.weight, by, order)
+            scale(f"{name}.bias", norm.bias, by, order)
     for name, linear, norm, gamma in (
         ("proj", w.proj, _before_proj(w), w.scale1),
         ("fc2", w.fc2, w.mlp_norm, w.scale2),

@@ -258,12 +258,11 @@ class BlockWeights:
         return sum(len(part.weight) for part in self.qkv.parts) // (3 * self.num_heads)
 
     def trainable(self) -> list[Tensor]:
-        """The parameters that need not be frozen: its biases, and those of the norms that every
-        block has; of the inner ones the biases.
+        """The parameters that need not be frozen: its biases, and those of norms; of the inner ones
+        the biases.
         """
-        last = self.norm2 if self.mlp_pre is None else None
-        norms = [n for n in (self.norm1, last, self.q_norm, self.k_norm) if n is not None]
-        found = [t for n in norms for t in (n.weight, n.bias)]
+        outer = self.norm1, self.norm2, self.q_norm, self.k_norm, self.post1, self.post2
+        found = [t for n in outer if n is not None for t in (n.weight, n.bias)]
         inner = self.attn_norm, self.mlp_norm, self.mlp_pre
         found += [n.bias for n in inner if n is not None]
         for product in (self.qkv, self.proj, self.fc1, self.fc2):

@@ -21,6 +21,7 @@ LAYOUTS = {
     "vpt_shallow_projected": {"deep": False, "project": 6},
     "pae_layerwise": {"koopman": "layerwise"},
     "pae_global": {"koopman": "global"},
+    "pae_shallow": {"deep": False, "koopman": "global"},
     "hidden_layers": {"hidden": 2},
     "mae": {"kind": "mae"},
     "mae_shallow": {"kind": "mae", "deep": False},
@@ -38,7 +39,8 @@ def made(name):
     model = Model(**LAYOUTS[name]).double()
     model.train()
     mode = LAYOUTS[name].get("koopman")
-    return model, pae.KLD(8, mode, 0.5, 0.2) if mode else None
+    deep = LAYOUTS[name].get("deep", True)  # shallow prompts have no neighbours to be paired with
+    return model, pae.KLD(8, mode, 0.5, 0.2) if mode and deep else None
 
 
 def adopted(model, kld=None):
@@ -139,6 +141,27 @@ def test_the_regulariser_is_shared(mode):
     else:
         assert inner.K_global.grad.abs().sum() > 0
     assert inner.koopman_out.weight.grad is None
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_optimiser_and_checkpoint_hold_the_same_tensors(name):
+    model, kld = made(name)
+    fast = adopted(model, kld)
+    own = {id(p) for p in fast.parameters()}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    left = {n for n, p in trained.items() if id(p) not in own}
+    unused = ("koopman_out",) if kld else ("koopman_out", "koopman_in", "K_global", "L_global")
+    assert left == {n for n in trained if any(part in n for part in unused)}
+    model.eval()
+    before = fast(images(), engine="fast")
+    state = copy.deepcopy(model.state_dict())
+    optimiser = torch.optim.SGD(list(trained.values()), lr=1.0)
+    for p in trained.values():
+        p.grad = torch.full_like(p, -0.3)
+    optimiser.step()
+    assert error(fast(images(), engine="fast"), before) > 1e-3
+    model.load_state_dict(state)
+    assert torch.equal(fast(images(), engine="fast"), before)
 
 
 def test_everything_is_shared_and_nothing_else_trained():

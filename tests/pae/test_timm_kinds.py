@@ -16,6 +16,7 @@ from pae.backbones.view import Geometry, rotated
 from pae.methods.nsp2 import NullSpace
 from pae.mpa.forward import ZeroPromptForward
 from pae.prompts import E2VPT, VPTDeep, VPTShallow
+from tests import tiny
 from tests.timm_kinds import KINDS, ROPE, build, images
 from tests.tiny import SIZES, assert_engines_agree, error, refused
 
@@ -78,11 +79,35 @@ def test_learned_keys_and_values(kind):
     assert_engines_agree(model, images(model.backbone))
 
 
-@pytest.mark.parametrize("kind", ["eva02-s", "eva02-b", "mixed with norms of heads", "beit"])
-def test_trained_biases(kind):
-    model = prompted(kind, train_backbone="biases")
+@pytest.mark.parametrize(
+    "kind",
+    ["eva02-s", "eva02-b", "mixed with norms of heads", "beit", "vitamin", "eva02-e", "post-norm"],
+)
+@pytest.mark.parametrize("which", ["biases", "blocks.*.norm?.*"])
+def test_trained_biases_and_norms(kind, which):
+    model = prompted(kind, train_backbone=which)
     assert any("bias" in name for name in model.trained_backbone)
     assert_engines_agree(model, images(model.backbone))
+
+
+def _mixed() -> VisionTransformer:
+    """Blocks that differ in heads, hidden width, activation, norms, eps and form."""
+    vit = build("parallel")
+    vit.blocks[0] = tiny.backbone("qk_norm", num_heads=2).eval().blocks[0]
+    vit.blocks[2] = tiny.backbone("swiglu", mlp_ratio=3).eval().blocks[2]
+    vit.blocks[2].norm2.eps = 0.1
+    return vit
+
+
+@pytest.mark.parametrize("family", [VPTDeep, VPTShallow])
+def test_blocks_of_one_backbone_may_differ(family):
+    model = pae.PromptedViT(_mixed(), family(3)).train()
+    assert_engines_agree(model, images(model.backbone))
+
+
+def test_keys_per_head_need_blocks_with_the_same_heads():
+    message = "E2VPT) gives keys and values per head, and the backbone's blocks have different"
+    refused(ValueError, message, lambda: pae.PromptedViT(_mixed(), E2VPT(3, num_kv=2)))
 
 
 @pytest.mark.parametrize("kind", ["parallel, one product", "differential and parallel"])
