@@ -1,5 +1,5 @@
 """What a user would run instead of pae on Swin: VPT-deep as its released code has it, written from
-the method's text, in its best form. The frozen weights are those of one timm model.
+the method's text. The frozen weights are those of one timm model.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ class OfficialStyleSwin(nn.Module):
     """VPT-deep: prompts in front of the rows of every block, copied to each of its windows, whose
     outputs for them are averaged; every row in the mean at the end.
 
-    Attention is SDPA, with relative bias and shift mask, padded for the prompts and expanded to the
-    batch, as a mask made once.
-
     Args:
         swin: a timm SwinTransformer whose grids are multiples of its windows; shared, not copied.
         prompts: one (P, C_i) per block. head: linear layer. Both are copied.
+        fused: the best form: attention by SDPA, and relative bias and shift mask, padded for the
+            prompts and expanded to the batch, are a mask that is made once. Otherwise softmax and
+            both additions are written out, and the padding is done in every step, as released.
     """
 
-    def __init__(self, swin: nn.Module, prompts: list[Tensor], head: nn.Linear) -> None:
+    def __init__(
+        self, swin: nn.Module, prompts: list[Tensor], head: nn.Linear, fused: bool
+    ) -> None:
         super().__init__()
         self.swin: Any = swin
         self.requires_grad_(False)
+        self.fused = fused
         self.prompts = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in prompts)
         self.head = nn.Linear(head.in_features, head.out_features).to(head.weight)
         self.head.load_state_dict(head.state_dict())
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        self.masks: dict[tuple[int, int], Tensor] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         swin, i = self.swin, 0
@@ -57,7 +60,11 @@ class OfficialStyleSwin(nn.Module):
         both = torch.cat([prompts, cut], dim=2).flatten(0, 1)
         qkv = block.attn.qkv(both).unflatten(-1, (3, block.attn.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(i, block, batch, count))
+        if self.fused:
+            added = self._mask(i, block, batch, count)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=added)
+        else:
+            out = self._written_out(block, q, k, v, count)
         out = block.attn.proj(out.transpose(1, 2).flatten(2)).unflatten(0, (batch, -1))
         across = grid[1] // wide
         image = out[:, :, count:].unflatten(2, (high, wide)).unflatten(1, (-1, across))
@@ -67,11 +74,19 @@ class OfficialStyleSwin(nn.Module):
         x = x + torch.cat([out[:, :, :count].mean(1), image.flatten(1, 2)], dim=1)
         return x + block.mlp(block.norm2(x))
 
+    def _written_out(self, block: Any, q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
+        padding = (count, 0, count, 0)
+        scores = q * block.attn.scale @ k.mT + F.pad(block.attn._get_rel_pos_bias(), padding)
+        if block.attn_mask is not None:
+            mask = F.pad(block.attn_mask, padding)[:, None]
+            scores = (scores.unflatten(0, (-1, len(mask))) + mask).flatten(0, 1)
+        return scores.softmax(dim=-1) @ v
+
     def _mask(self, i: int, block: Any, batch: int, count: int) -> Tensor:
-        if (i, batch) not in self._masks:
+        if (i, batch) not in self.masks:
             added = block.attn._get_rel_pos_bias()
             if block.attn_mask is not None:
                 added = added + block.attn_mask[:, None]
                 added = added.repeat(batch, 1, 1, 1)
-            self._masks[i, batch] = F.pad(added, (count, 0, count, 0))
-        return self._masks[i, batch]
+            self.masks[i, batch] = F.pad(added, (count, 0, count, 0))
+        return self.masks[i, batch]

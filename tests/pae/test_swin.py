@@ -6,10 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer
+from torch.func import functional_call
 
 import pae
 from pae.prompts import VPTDeep, VPTShallow
+from pae.train import models
+from pae.train.cli import main
 from tests.tiny import assert_engines_agree, backbone, error, refused
+from tests.train.helpers import CPU_FLAGS, save_shades
 
 PRECISIONS = {"f32": torch.float32, "f64": torch.float64}
 VALUE = {"f32": 1e-5, "f64": 1e-9}
@@ -205,6 +209,53 @@ def test_training_steps_agree():
         return model.prompts.tokens.detach()
 
     assert error(trained("fast"), trained("reference")) < 1e-9
+
+
+@pytest.mark.parametrize("family", ["deep", "faithful"])
+def test_gradients_are_derivatives(family):
+    model, images = made("padded", family, batch=2)
+
+    def loss(tokens):
+        given = {"prompts.tokens": tokens}
+        return functional_call(model, given, (images,), {"engine": "fast"}).square().sum()
+
+    tokens = model.prompts.tokens.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(loss, (tokens,), fast_mode=True)
+
+
+def test_checkpoint(tmp_path):
+    model, images = made(family="faithful")
+    model.save(tmp_path / "swin.safetensors")
+    again = pae.PromptedViT.from_file(tmp_path / "swin.safetensors", small()).eval()
+    assert again.prompts.faithful and again.pool == "all"
+    assert torch.equal(again(images, "fast"), model.eval()(images, "fast"))
+    refused(
+        pae.CheckpointError,
+        "backbone",
+        lambda: made("no_qkv_bias", "faithful")[0].load(tmp_path / "swin.safetensors"),
+    )
+
+
+def test_command_line(tmp_path, capsys):
+    flags = ["--method", "vpt-deep", "--model", "swin_tiny_patch4_window7_224", "--no-pretrained"]
+    flags += ["--img-size", "32", "--pool", "all", "--epochs", "1", "--num-tokens", "2"]
+    data = str(save_shades(tmp_path / "data"))
+    flags += ["--data", data, "--output", str(tmp_path / "run"), *CPU_FLAGS]
+    assert main(["train", *flags]) == 0
+    assert "test acc" in capsys.readouterr().out
+
+
+SWINS = ["swin_tiny_patch4_window7_224", "swin_large_patch4_window12_384", "swin_s3_small_224"]
+
+
+@pytest.mark.parametrize("name", SWINS)
+def test_names_of_timm(name):
+    """`python -m docs.models` asks for all; these have each of the kinds of windows."""
+    assert models.asked(name).engine == "fast"
+
+
+def test_a_later_swin_is_refused():
+    assert "SwinTransformerV2Block" in models.asked("swinv2_tiny_window8_256").why
 
 
 def test_initial_prompts_have_the_range_of_the_first_width():
