@@ -45,7 +45,7 @@ def figures(everything: list[Run]) -> dict[str, Callable[[], Figure]]:
 
 def hero(run: Run, chosen: list[Run]) -> Figure:
     """Time and memory of a step by the number of prompts; speed of PAE's own parts."""
-    made, (*axes, parts) = style.figure(10.4, 3.2, 1, 3, width_ratios=(1.15, 1.15, 0.8))
+    made, (*axes, parts) = style.figure(11.0, 3.2, 1, 3, width_ratios=(1.15, 1.15, 0.9))
     draw_steps(axes, shown.cases(run, "fp32"))
     draw_parts(parts, chosen)
     return made
@@ -67,7 +67,7 @@ def draw_steps(both: Sequence[Axes], steps: dict[float, list[Row]]) -> None:
     for axes in both:
         axes.set_xticks(list(steps))
         axes.set_ylim(0)
-    finish(both, ends, "prompts per block", "fastest of pae = 1")
+    finish(both, ends, "prompts per block", "time, pae's shortest = 1")
 
 
 def scaled(axis: Axis) -> Figure:
@@ -150,7 +150,8 @@ def draw_lines(
         if len(predicted) == len(here):
             axes.plot(list(here), predicted, "--", color=colour, linewidth=1.2)
         if last in here and provider != shown.EXACT:
-            name += f"  {ratio(compare(here[last], measured(by_place[last])[shown.EXACT]))}"
+            # of pae at the same place, which the axis is not in
+            name += f"  {ratio(compare(here[last], measured(by_place[last])[shown.EXACT]))} pae"
         ends.append((max(here), value(here[max(here)]), name, colour))
     return ends
 

@@ -79,7 +79,7 @@ def draw_eigenvalues(analysis: KoopmanAnalysis) -> Figure:
     middle = complex(values.real.max() + values.real.min(), 0) / 2
     reach = 1.15 * max(np.ptp(values.real) / 2, np.abs(values.imag).max(), 1e-3)
     close.set(xlim=(middle.real - reach, middle.real + reach), ylim=(-reach, reach))
-    close.set_title("enlarged")
+    close.set_title("enlarged; grey: the unit circle")
     radius = analysis.spectral_radius
     if len(values) == 1:
         beyond = int((np.abs(values) > UNIT).sum())
@@ -113,18 +113,23 @@ def draw_energies(analysis: KoopmanAnalysis, modes: int = 64) -> Figure:
     figure, (upper, lower) = _panels(
         6.4, 3.4, 2, 1, sharex=True, gridspec_kw={"height_ratios": [1, 2]}
     )
-    upper.axhline(1.0, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
-    upper.fill_between(number, moduli.min(0), moduli.max(0), color=BLUE, alpha=0.2, linewidth=0)
-    upper.plot(number, moduli.mean(0), color=BLUE, linewidth=1.2)
+    upper.axhline(1.0, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), label="unit circle")
+    band = {"label": "range over the blocks"} if len(moduli) > 1 else {}
+    low, high = moduli.min(0), moduli.max(0)
+    upper.fill_between(number, low, high, color=BLUE, alpha=0.2, linewidth=0, **band)
+    upper.plot(number, moduli.mean(0), color=BLUE, linewidth=1.2, label="|λ|")
+    upper.legend(loc="lower left", ncols=3, fontsize=8)
     upper.set_ylabel("|λ|")
     mean = shares.mean(0)
     reach = np.stack([mean - shares.min(0), shares.max(0) - mean])
-    lower.bar(number, mean, width=0.8, color=BLUE, linewidth=0)
+    lower.bar(number, mean, width=0.8, color=BLUE, linewidth=0, label="mean over the blocks")
     if len(shares) > 1:
-        lower.errorbar(number, mean, reach, fmt="none", ecolor="black", elinewidth=0.6)
+        style = {"fmt": "none", "ecolor": "black", "elinewidth": 0.6}
+        lower.errorbar(number, mean, reach, label="range over the blocks", **style)
+        lower.legend(loc="upper right", fontsize=8)
     lower.set_xlabel("mode, by falling |λ|")
     lower.set_ylabel("share of energy (%)")
-    lower.set_ylim(bottom=0)
+    lower.set_ylim(0, 1.4 * shares.max())  # room for the legend
     lower.set_xlim(0.25, number[-1] + 0.75)
     held, total = mean.sum(), analysis.energies.shape[1]
     title = f"{len(number)} of {total} modes hold {held:.0f} % of the energy"
@@ -160,7 +165,8 @@ def draw_lyapunov(analysis: KoopmanAnalysis) -> Figure:
     ax.set_xticks(blocks)
     scaled = analysis.formulation == "code"
     ax.set_ylabel("V(z), share of its maximum" if scaled else "V(z) = |L z|²")
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+    ax.set_title("energy of the prompts, and where K would have it")
+    ax.legend(fontsize=8)
     return figure
 
 

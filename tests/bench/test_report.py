@@ -372,8 +372,8 @@ def test_hero_draws_what_was_measured():
         [100, 120],
     ]
     assert {text.get_text() for text in time.texts} == {
-        "official-style  2.50x",
-        "pae recompute8  1.33x",
+        "official-style  2.50x pae",
+        "pae recompute8  1.33x pae",
         "pae",
     }
 
