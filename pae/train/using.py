@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import pae
 from pae.backbones import named
+from pae.choices import LEGACY
 from pae.errors import CheckpointError, UnsupportedBackbone, one_line
 from pae.files import from_json
 from pae.tensorfile import read_tensors, require_digest
@@ -31,6 +32,7 @@ from pae.train.declared import near
 from pae.train.images import Ranges, decode
 from pae.train.listing import shown, some
 from pae.train.options import Options
+from pae.train.resize import LegacyBilinear
 from pae.train.runfolder import RunFolder
 
 Loaded: TypeAlias = "pae.PromptedViT | methods.FullFineTuning"
@@ -342,12 +344,16 @@ class Transform:
         known = task.transform()
         mean, std = known.pop("mean"), known.pop("std")
         self.ranges = Ranges(task.integer_white, task.real_white)
-        # in uint8, as in training: rounding is the same, bit for bit
-        self.geometry = create_transform(**known, use_prefetcher=True)
+        self.geometry: Any
+        if known["interpolation"] == LEGACY:  # in float32, as in training
+            self.geometry = LegacyBilinear(known["input_size"][1:])
+        else:  # in uint8, as in training: rounding is the same, bit for bit
+            self.geometry = create_transform(**known, use_prefetcher=True)
         self.scale, self.shift = pixels.scale_and_shift(mean, std)
 
     def pixels(self, image: Any) -> Tensor:
-        """(C, H, W) uint8 of an image of PIL, a path or a uint8 array (H, W) or (H, W, 3).
+        """(C, H, W) on the scale 0 .. 255, uint8 but for "tf1-bilinear", of an image of PIL, a path
+        or a uint8 array (H, W) or (H, W, 3).
 
         Raises:
             ValueError: it is unreadable; in one line.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import pae
 from pae.protocols.tasks import FEW_SHOT, VTAB
 from pae.sweep.spec import read_spec
 from pae.train import loop, pixels, recompressed, resize
@@ -433,10 +434,16 @@ def test_the_last_epoch_is_tested_where_a_protocol_says_so(shades, tmp_path, mon
 def test_a_run_of_a_protocol_says_what_its_pixels_are(tmp_path, capsys):
     root = vtab(tmp_path / "vtab" / "svhn", (0, 1, 2, 0), (1, 2), (0, 1), suffix="jpg").parent
     flags = ["--protocol", "vtab1k", "--task", "svhn", "--interpolation", "tf1-bilinear"]
+    flags += ["--norm", "none"]
     config, _ = run(root, tmp_path / "run", *flags, "--train-on", "trainval")
     assert config["task"]["name"] == "svhn" and len(config["task"]["classes"]) == 10
     assert config["pixels"] == "jpeg75" and config["task"]["train"] == 6
     assert "originals are lossless" in capsys.readouterr().err
+    path = root / "svhn" / "images" / "test" / "000001.jpg"
+    shown = pae.load(tmp_path / "run" / "best.safetensors").transform(path)
+    expected = by_hand(np.asarray(Image.open(path), np.float64), (32, 32)) / 255
+    expected = torch.from_numpy(expected).float().permute(2, 0, 1)
+    torch.testing.assert_close(shown, expected, rtol=0, atol=1e-4)
 
 
 # ---- the sweep of a protocol
