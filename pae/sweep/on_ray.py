@@ -50,11 +50,11 @@ class Engine(Protocol):
 
     at_once: int
 
-    def fit(self, trial: Callable[..., None], keys: list[str], look: Callable[[], None]) -> Any:
-        """Runs ``trial(key, report)`` for every key; calls `look` now and then.
-
-        Returns:
-            A list of `Ended`.
+    def fit(
+        self, trial: Callable[..., None], keys: list[str], look: Callable[[], None], stops: bool
+    ) -> list[Ended]:
+        """Runs ``trial(key, report)`` for every key; calls `look` now and then; `stops` says
+        whether those may be stopped early that are behind others of them.
         """
 
 
@@ -69,28 +69,46 @@ def run(sweep: Sweep, records: Records, engine: Engine, say: Say) -> None:
     """
     watched = Watched(sweep, records, say)
     while left := watched.left():
-        wanted = {run.key: run for run in left}  # a run that is tested stands in for its training
-        trial = partial(_trial, sweep=sweep, folder=records.folder, runs=wanted)
-        ended = engine.fit(trial, list(wanted), lambda: watched.tell(engine.at_once))
-        records.refresh()
-        for key, epochs, error in ended:
-            if wanted[key].is_done(records):
-                continue
-            if error is not None:
-                work.failed(sweep, records, wanted[key], error)
-            elif sweep.asha is not None and epochs:
-                reason = f"by ASHA after epoch {epochs}"
-                work.stopped(sweep, records, wanted[key], reason)
-        watched.tell(engine.at_once)
+        for stops, wanted in _experiments(sweep, left):
+            trial = partial(_trial, sweep=sweep, folder=records.folder, runs=wanted, tells=stops)
+            ended = engine.fit(trial, list(wanted), lambda: watched.tell(engine.at_once), stops)
+            records.refresh()
+            for key, epochs, error in ended:
+                if wanted[key].is_done(records):
+                    continue
+                if error is not None:
+                    work.failed(sweep, records, wanted[key], error)
+                elif stops and epochs:
+                    reason = f"by ASHA after epoch {epochs}"
+                    work.stopped(sweep, records, wanted[key], reason)
+            watched.tell(engine.at_once)
         if all(not run.is_done(records) for run in left):
             time.sleep(_PAUSE)  # others have them all
 
 
-def _trial(key: str, report: Report, *, sweep: Sweep, folder: Path, runs: dict[str, Run]) -> None:
+def _experiments(sweep: Sweep, left: list[Run]) -> Iterator[tuple[bool, dict[str, Run]]]:
+    """Runs that go on side by side, by key, and whether some of them may be stopped early: those
+    of one grid, which alone can be compared. A run that is tested stands in for its training.
+    """
+    if sweep.asha is None:
+        yield False, {run.key: run for run in left}
+        return
+    tested = {run.key: run for run in left if run.test}
+    for group in dict.fromkeys((run.task, run.method) for run in left):
+        grid = {r.key: r for r in left if (r.task, r.method) == group and r.key not in tested}
+        if grid:
+            yield True, grid
+    if tested:
+        yield False, tested
+
+
+def _trial(
+    key: str, report: Report, *, sweep: Sweep, folder: Path, runs: dict[str, Run], tells: bool
+) -> None:
     """One run, wherever it is started; ends at once where another process has it."""
 
     def on_epoch(row: dict[str, Any]) -> None:
-        if sweep.asha is not None:
+        if tells:
             report({"val": row["val_accuracy"], "epoch": row["epoch"]})
 
     with contextlib.suppress(lock.InUse):
@@ -158,17 +176,17 @@ class Ray:
         self.ray.shutdown()
 
     def fit(
-        self, trial: Callable[..., None], keys: list[str], look: Callable[[], None]
+        self, trial: Callable[..., None], keys: list[str], look: Callable[[], None], stops: bool
     ) -> list[Ended]:
         """See `Engine`."""
         tune = self.tune
         scheduler = None
-        if self.sweep.asha is not None:
+        if stops and self.sweep.asha is not None:
             scheduler = tune.schedulers.ASHAScheduler(
                 time_attr="epoch",
                 metric="val",
                 mode="max",
-                max_t=max(options.epochs or 10**6 for options in self.sweep.options.values()),
+                max_t=10**6,  # a run ends by itself
                 grace_period=self.sweep.asha["grace"],
                 reduction_factor=self.sweep.asha["reduction"],
             )

@@ -40,10 +40,11 @@ class StandIn:
     at_once = 1
 
     def __init__(self, **events):
-        self.events, self.waves = events, []
+        self.events, self.waves, self.stops = events, [], []
 
-    def fit(self, trial, keys, look):
+    def fit(self, trial, keys, look, stops):
         self.waves.append(keys)
+        self.stops.append(stops)
         ended = []
         for place, key in enumerate(keys):
             event = self.events.get(f"w{len(self.waves)}_{place}")
@@ -94,7 +95,9 @@ def test_stopped_runs_are_recorded_never_chosen_and_named_in_the_table(spec, tmp
     swept, out = read_spec(path), tmp_path / "out"
     records = Records(out)
     swept.plan.write(out)
-    on_ray.run(swept, records, StandIn(w1_0=1, w1_2=2), lambda line: None)
+    engine = StandIn(w1_0=1, w1_2=2, w2_0=1)
+    on_ray.run(swept, records, engine, lambda line: None)
+    assert engine.stops == [True, False]  # the chosen cell's run is never stopped
     found = [records[cell.keys[0]] for cell in swept.plan.groups[0].cells]
     assert [r["status"] for r in found] == ["stopped", "finished", "stopped"]
     assert [r["reason"] for r in found][::2] == ["by ASHA after epoch 1", "by ASHA after epoch 2"]
@@ -104,6 +107,17 @@ def test_stopped_runs_are_recorded_never_chosen_and_named_in_the_table(spec, tmp
     assert main(["table", str(out)]) == 0
     table = capsys.readouterr().out
     assert "runs stopped early by asha" in table
+
+
+def test_only_runs_of_one_grid_are_compared(spec, tmp_path):
+    path = spec('methods = ["bpt", "vpt-deep"]', "[grid]\nlr = [0.003, 0.01]\n[asha]\ngrace = 1\n")
+    swept = read_spec(path)
+    left = list(swept.plan.runs({}))
+    found = list(on_ray._experiments(swept, left))
+    assert [(stops, {r.method for r in runs.values()}) for stops, runs in found] == [
+        (True, {"bpt"}),
+        (True, {"vpt-deep"}),
+    ]
 
 
 def test_a_run_that_another_call_has_is_waited_for(spec, tmp_path, monkeypatch):
