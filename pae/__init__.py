@@ -9,7 +9,15 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from .face import *  # noqa: F403 (it lists its names)
     from .face import __all__ as __all__
-    from .train.using import load as load  # of `face._LATER`, for those who read without running
+
+    # of `face._LATER`, for those who read without running
+    from .train.callbacks import Callback as Callback
+    from .train.fit import Run as Run
+    from .train.fit import fit as fit
+    from .train.hub import from_pretrained as from_pretrained
+    from .train.hub import push_to_hub as push_to_hub
+    from .train.using import load as load
+    from .train.using import serve_many as serve_many
 
 
 def __getattr__(name: str) -> Any:

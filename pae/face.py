@@ -21,10 +21,21 @@ from .task import TaskInfo
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .train.using import load
+    from .train.callbacks import Callback
+    from .train.fit import Run, fit
+    from .train.hub import from_pretrained, push_to_hub
+    from .train.using import load, serve_many
 
 # names whose modules bring the command line's libraries along, so they wait until they are asked
-_LATER = {"load": "pae.train.using"}
+_LATER = {
+    "Callback": "pae.train.callbacks",
+    "Run": "pae.train.fit",
+    "fit": "pae.train.fit",
+    "from_pretrained": "pae.train.hub",
+    "load": "pae.train.using",
+    "push_to_hub": "pae.train.hub",
+    "serve_many": "pae.train.using",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -35,12 +46,14 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "KLD",
+    "Callback",
     "Checkpoint",
     "CheckpointError",
     "MPAResult",
     "NullSpace",
     "OfficialParts",
     "PromptedViT",
+    "Run",
     "TaskInfo",
     "UnsupportedBackbone",
     "__version__",
@@ -48,12 +61,16 @@ __all__ = [
     "analysis",
     "condense",
     "fast_forward",
+    "fit",
+    "from_pretrained",
     "graphed_step",
     "load",
     "load_official",
     "mpa_init",
     "prompts",
+    "push_to_hub",
     "read_checkpoint",
+    "serve_many",
     "spt_init",
     "whiten_init",
 ]

@@ -197,7 +197,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if launch.output is not None:
         folder = runfolder.RunFolder(os.path.expanduser(launch.output))
         if automatic and folder.config.is_file():
-            options = _same_run(folder, options, {**in_file, **on_line})
+            options = same_run(folder, options, {**in_file, **on_line})
             return _run(options, given, launch, folder, AUTO)
         runfolder.check_output(launch.output)
     return _run(options, given, launch)
@@ -221,7 +221,7 @@ def _go_on(launch: Launch, on_line: dict[str, Any]) -> int:
     return _run(options, given, launch, folder, "previous" if launch.previous_state else "last")
 
 
-def _same_run(folder: RunFolder, options: Options, given: Mapping[str, Any]) -> Options:
+def same_run(folder: RunFolder, options: Options, given: Mapping[str, Any]) -> Options:
     """--resume auto: the options of the run in `folder`, which must be those of the command line.
 
     Args:
@@ -271,8 +271,10 @@ def _run(
         resume: as for `loop.train`.
     """
     from pae.train import compare, loop, methods
+    from pae.train.callbacks import Tracker
     from pae.train.report import Reporter
 
+    watching = [] if launch.log_with is None else [Tracker(launch.log_with)]
     reporter = Reporter(os.environ.get("RANK", "0") == "0", launch.quiet)
     with reporter.warnings():
         results = None if folder is None else folder.results()
@@ -287,17 +289,18 @@ def _run(
         with accelerator.main_process_first():  # one process fetches, the others find the cache
             task = loop.load_task(options)
         task = task.surveyed(options.workers)
-        folder = _take(accelerator, folder, launch.output, task.name)
+        folder = take(accelerator, folder, launch.output, task.name)
         stack.callback(folder.release)
         reporter.say(_headline(options, task, folder, accelerator))
         path = shlex.quote(str(folder.path))
         place = task, folder, accelerator, reporter
         try:
             if options.is_comparison:
-                results = compare.compare(options, *place, resume=resume)
+                results = compare.compare(options, *place, resume=resume, callbacks=watching)
             else:
                 name = folder.facts().get("name") if resume else None  # a part of a comparison
-                results = [loop.train(options, *place, name=name, resume=resume)]
+                more = {"resume": resume, "callbacks": watching}
+                results = [loop.train(options, *place, name=name, **more)]
         except (loop.Interrupted, KeyboardInterrupt):
             if accelerator.is_main_process:
                 began = folder.config.is_file()
@@ -319,7 +322,7 @@ def _show(reporter: Reporter, name: str, options: Options, folder: RunFolder, re
     return 0
 
 
-def _take(
+def take(
     accelerator: Accelerator, folder: RunFolder | None, output: str | None, name: str
 ) -> RunFolder:
     """The folder, new or `folder`, held by the main process, which tells the others which it is.

@@ -100,6 +100,16 @@ class Evaluate:
     )
 
 
+@dataclass(frozen=True)
+class Export:
+    """Of ``pae export`` alone."""
+
+    format: str = _out("onnx", "of the file", choices=FORMATS)
+    output: str | None = _out(
+        None, "the file", metavar="FILE", unset="beside the checkpoint, .onnx or .pt2"
+    )
+
+
 def add(commands: Any) -> None:
     """Adds the commands to the parser's."""
     run = "a run's folder, or a checkpoint"
@@ -122,6 +132,21 @@ def add(commands: Any) -> None:
     )
     evaluate.add_argument("place", metavar="RUN", help=run)
     _finish(evaluate, _evaluate, Evaluate)
+    export = commands.add_parser(
+        "export",
+        usage="pae export RUN --format onnx|torch-export [options]",
+        help="one file for other runtimes, checked on real images",
+        description="From normalised images (B, C, H, W) to logits, with a free batch size.",
+    )
+    export.add_argument("place", metavar="RUN", help=run)
+    export.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="IMAGES",
+        help="files, folders, patterns: what it is checked on (default: images of the run)",
+    )
+    _finish(export, _export, Export)
     info = commands.add_parser("info", help="what a checkpoint holds, and what it was trained for")
     info.add_argument("place", metavar="FILE", help="a checkpoint, or a run's folder")
     info.add_argument("--json", action="store_true", help="for programs")
@@ -242,6 +267,45 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     print(f"{split}: {found.summary()}")
     reporter.say(f"written: {folder}")
     return UNREAD if found.unread else 0
+
+
+_CHECKED = 8  # images
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    own = Export(**from_arguments(Export, arguments))
+    arguments.device = "cpu"  # where the file is compared
+    import torch
+
+    from pae.train import using
+    from pae.train.export import FORMATS as suffixes
+    from pae.train.export import export
+
+    _, place, model, _ = _opened(arguments, "transform")
+    items = using.expand(arguments.images)[0] if arguments.images else _own_images(place)
+    if len(items) == 1:
+        items = items * 2
+    images = torch.stack([model.transform(item) for item in items[:_CHECKED]])  # type: ignore[misc]
+    default = place.file.with_suffix(suffixes[own.format])
+    path = default if own.output is None else own.output
+    worst = export(model, images, path, own.format)
+    print(f"{path}: logits of {len(images)} images differ by at most {worst:.1e} of the largest")
+    return 0
+
+
+def _own_images(place: Place) -> list[Any]:
+    """Some of the run's validation or test images, where it says where they lie."""
+    from pae.train.loop import load_task
+
+    if place.run is None:
+        raise ValueError(f"{place.file}: no run beside it; give --images, real ones to compare on")
+    options = place.run.read_config()
+    if options.data is not None and not os.path.isdir(options.data):
+        raise ValueError(f"{options.data} is gone, the run's images; give --images to compare on")
+    task = load_task(options)
+    split = task.val or task.test or task.train
+    step = max(1, len(split) // _CHECKED)
+    return [split.items[i] for i in range(0, len(split), step)]
 
 
 def _info(arguments: argparse.Namespace) -> int:

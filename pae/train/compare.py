@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pae.train.callbacks import Callback
 from pae.train.data import Task
 from pae.train.declared import declared
 from pae.train.loop import train
@@ -48,12 +50,14 @@ def compare(
     reporter: Reporter,
     *,
     resume: str | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> list[dict[str, Any]]:
     """Runs every entry in its own folder below `folder`, one after the other.
 
     Args:
         options, task, accelerator, reporter: as for `train`.
         folder: a `RunFolder`; results.csv gets the table, curves.png all curves.
+        callbacks: as for `train`, of every run in turn.
         resume: as for `train`: finished entries are taken as they are, the others go on.
     Returns:
         The results, one dict per entry.
@@ -78,6 +82,7 @@ def compare(
                         accelerator,
                         reporter,
                         name=title,
+                        callbacks=callbacks,
                         resume=resume if run.config.is_file() else None,
                         sibling=_record(next(iter(runs.values()))) if results else None,
                     )

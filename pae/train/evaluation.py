@@ -206,7 +206,7 @@ def read_labelled(
     root = Path(os.path.expanduser(folder))
     if not root.is_dir():
         raise ValueError(f"--data {shown(folder)}: no such folder")
-    own, splits = read_layout(root)
+    own, splits, _ = read_layout(root)
     alone = list(splits) == ["train"] and not any(
         (root / name).exists() for name in ("train", "training", "Train", "train.json")
     )

@@ -8,12 +8,13 @@ resumed run repeats, bit for bit on a CPU, what the uninterrupted one would have
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +27,7 @@ import pae
 from pae.backbones import named
 from pae.train import embedded, methods, pixels, record
 from pae.train.average import Average
+from pae.train.callbacks import Callback
 from pae.train.clips import read_clips
 from pae.train.data import Images, Task, read_folder
 from pae.train.declared import declared
@@ -112,6 +114,7 @@ def train(
     features: Features | None = None,
     on_start: OnStart | None = None,
     on_backward: OnBackward | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Trains one method and tests the checkpoint that `options.keep` names.
 
@@ -134,6 +137,7 @@ def train(
             values and before anything is made of them.
         on_backward: called as `on_backward(module, update)` after every backward pass, before
             gradients are clipped and used; updates count from 0.
+        callbacks: told of the run's moments, in the main process.
     Returns:
         dict with "name", "trained_parameters", "val_accuracy" (None where all images are trained
         on), "best_epoch" (the tested one), "tested" (in words), "test_accuracy" (None where nothing
@@ -153,11 +157,22 @@ def train(
         if finished is not None and not (untested and test and task.test):
             return finished
         place = options, task, folder, accelerator, reporter
-        return _Run(*place, name, resume, on_start, on_backward, sibling, test, features).train()
+        run = _Run(*place, name, resume, on_start, on_backward, sibling, test, features)
+        run.callbacks = list(callbacks) if run.main else []
+        try:
+            for callback in run.callbacks:
+                config = dataclasses.asdict(options)
+                callback.on_train_begin(run.module, config, folder.path)
+            return run.train()
+        finally:
+            for callback in run.callbacks:
+                callback.close()
 
 
 class _Run:
     """The state of one run between steps; every method keeps it consistent."""
+
+    callbacks: Sequence[Callback] = ()
 
     def __init__(
         self,
@@ -644,6 +659,8 @@ class _Run:
                 self.folder.write_metrics(self.rows)
             except OSError as error:  # the state, which was saved, has the rows too
                 self.reporter.warn(f"{self.folder.metrics_json} was not written: {error}")
+        for callback in self.callbacks:
+            callback.on_epoch_end(self.module, dict(self.rows[-1]))
 
     def _is_kept(self, accuracy: float | None, loss: float | None) -> bool:
         """Whether best.safetensors takes this epoch."""
@@ -680,6 +697,8 @@ class _Run:
         if self.main:
             self.reporter.curves(self.folder.curves, {self.name: self.rows}, {self.name: result})
             self.folder.write_metrics(self.rows, result)  # last: it marks the run as finished
+        for callback in self.callbacks:
+            callback.on_train_end(self.module, dict(result))
         self.accelerator.wait_for_everyone()
         return result
 

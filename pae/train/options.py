@@ -24,6 +24,7 @@ KEEPS = ("best", "last")
 SCHEDULERS = ("cosine", "step", "poly", "vpt", "none")
 AMPS = ("auto", "bf16", "fp16", "no")
 DEVICES = ("auto", "cpu", "cuda")
+TRACKERS = ("tensorboard", "wandb", "trackio")  # of those that accelerate writes to
 HEAD_INITS = ("default", "vpt")
 OWN_POOL = "own"
 # models that may lie in a folder
@@ -502,6 +503,12 @@ class Launch:
     )
     previous_state: bool = _folder(
         False, "with --resume: go on from the state before the last one", negated=False
+    )
+    log_with: str | None = _folder(
+        None,
+        "also log to a tracker, whose package must be installed",
+        choices=TRACKERS,
+        unset="the run's folder alone",
     )
     quiet: bool = _folder(False, "print the result only", negated=False)
     debug: bool = _folder(False, "show tracebacks", negated=False)

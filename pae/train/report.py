@@ -6,6 +6,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -66,7 +67,8 @@ class Reporter:
     def progress(self, text: str, total: int, done: int = 0) -> Iterator[Advance]:
         """A bar of `total` steps; yields a function (advance=1, text=None)."""
         # a bar drawn into a file or a pipe is noise
-        if not (self.active and not self.quiet and self._console.is_terminal):
+        shown = self._console.is_terminal or _in_notebook(self._console)
+        if not (self.active and not self.quiet and shown):
             yield lambda advance=1, text=None: None
             return
         from rich import progress
@@ -124,6 +126,11 @@ _COSTS = (
 def shown(accuracy: float | None) -> str:
     """For people; a dash where there were no images to measure it by."""
     return "-" if accuracy is None else f"{accuracy:.3f}"
+
+
+def _in_notebook(console: Any) -> bool:
+    """Whether rich can move a bar in a notebook, which needs ipywidgets."""
+    return console.is_jupyter and find_spec("ipywidgets") is not None
 
 
 class _Stream:

@@ -25,6 +25,7 @@ from pae.backbones import named
 from pae.choices import LEGACY
 from pae.errors import CheckpointError, UnsupportedBackbone, one_line
 from pae.files import from_json
+from pae.serving import Served
 from pae.tensorfile import read_tensors, require_digest
 from pae.train import methods, pixels
 from pae.train.clips import read_frames
@@ -74,7 +75,12 @@ def find(run: str | Path, which: str = "best") -> Place:
     if not done:
         begun = " yet" if folder.config.is_file() else ""
         raise ValueError(f"{shown(run)}: holds no {which}.safetensors{begun}; give a run's folder")
-    best, result = max(done, key=lambda pair: pair[1]["val_accuracy"])
+    if len(done) > 1 and any(result["val_accuracy"] is None for _, result in done):
+        raise ValueError(
+            f"{shown(run)}: holds {len(done)} runs, not all with validation; give one: "
+            f"{some([r.path.name for r, _ in done])}"
+        )
+    best, result = max(done, key=lambda pair: pair[1]["val_accuracy"] or 0.0)
     note = None
     if len(done) > 1:
         note = (
@@ -368,7 +374,7 @@ class Transform:
             ) from None
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) float32 of uint8, on the device of `pixels`."""
+        """(B, C, H, W) float32 of what `pixels` gives, on its device."""
         device = pixels.device
         return pixels.float() * self.scale.to(device) + self.shift.to(device)
 
@@ -640,3 +646,40 @@ def match(classes: Sequence[str], names: Sequence[str], where: str) -> list[int]
                 f"{near(name, number) or f' ({some(list(classes))})'}"
             )
     return [number[name] for name in names]
+
+
+# ---- many tasks
+
+
+def serve_many(
+    models: Sequence[pae.PromptedViT | str | Path],
+    backbone: nn.Module | str | None = None,
+    **options: Any,
+) -> Served:
+    """Many tasks on one backbone, images of all of them in one batch: `served(images, tasks)`.
+
+    The same logits as one model per task, from one pass of the backbone over the batch.
+
+    Args:
+        models: per task a `PromptedViT`, a checkpoint, or a run's folder. Checkpoints share one
+            backbone, that of the first, or `backbone`.
+        backbone, options: as of `pae.load`, for the checkpoints.
+
+    Returns:
+        A `pae.serving.Served`.
+
+    Raises:
+        CheckpointError, ValueError: as `pae.load`; and as `Served`, naming the task, where prompts
+            cannot be shared.
+    """
+    loaded: list[pae.PromptedViT] = []
+    for number, item in enumerate(models):
+        if not isinstance(item, (str, Path)):
+            loaded.append(item)
+            continue
+        model = load(item, backbone, **options)
+        if not isinstance(model, pae.PromptedViT):
+            raise ValueError(f"task {number}: {item} holds a whole model, and shares no backbone")
+        backbone = model.backbone  # the others go onto the same one
+        loaded.append(model)
+    return Served(loaded)

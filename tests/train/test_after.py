@@ -18,6 +18,7 @@ from pae.backbones import named
 from pae.train import evaluation, methods, pixels, using
 from pae.train.cli import main
 from pae.train.data import Images, read_folder
+from pae.train.export import export
 from pae.train.runfolder import RunFolder
 from tests import tiny
 from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, error_line, save_shades
@@ -404,6 +405,91 @@ def test_unreadable_labelled_images_count_nowhere(runs, shades):
     assert found.count == 1 and [item for item, _ in found.unread] == items[1:]
     assert "1 images could not be read" in found.summary()
     assert found.rows[1]["predicted"] is None and "No such file" in found.rows[1]["error"]
+
+
+# ---- export
+
+
+def trained(family, **changes):
+    """A model with prompts of trained size, of few pixels and blocks."""
+    vit = tiny.backbone(dtype=torch.float32, depth=2, **changes)
+    model = pae.PromptedViT(vit, family).eval().requires_grad_(False)
+    for p in model.prompts.parameters():
+        p.add_(0.3 * torch.randn_like(p))
+    model.task = pae.TaskInfo(classes=tuple("abcde"))
+    return model
+
+
+def test_export_to_onnx(tmp_path):
+    import onnxruntime
+
+    model, path = trained(pae.prompts.VPTDeep(3)), tmp_path / "new" / "a.onnx"
+    assert export(model, torch.randn(3, 3, 16, 16), path, "onnx") < 1e-6
+    assert [f.name for f in path.parent.iterdir()] == ["a.onnx"]
+    session = onnxruntime.InferenceSession(str(path))
+    about = session.get_modelmeta().custom_metadata_map["pae"]
+    assert json.loads(about)["classes"] == list("abcde")
+    for count in (1, 2, 7):
+        images = torch.randn(count, 3, 16, 16)
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_export_of_a_run(runs, shades, tmp_path, capsys, method):
+    """Compared on images of its own data; one of another path where there is no run beside it."""
+    out = str(tmp_path / "a.pt2")
+    command = ["export", str(runs / method), "--format", "torch-export", "--output", out]
+    assert main([*command, "--quiet"]) == 0
+    assert "logits of 7 images differ by at most" in capsys.readouterr().out
+    extra = {"pae.json": ""}
+    program = torch.export.load(out, extra_files=extra).module()
+    assert json.loads(extra["pae.json"])["classes"] == ["dark", "light", "middle"]
+    model = pae.load(runs / method)
+    images = torch.stack([model.transform(path) for path in read_folder(shades).test.items])
+    torch.testing.assert_close(program(images), model(images), rtol=0, atol=1e-5)
+
+
+def test_export_without_images_is_refused(runs, shades, alone, capsys):
+    command = ["export", alone("linear"), "--format", "torch-export", "--quiet"]
+    assert "give --images, real ones to compare on" in error_line(capsys, command)
+    image = str(shades / "test" / "dark" / "00.png")
+    assert main([*command, "--images", image]) == 0
+    assert Path(alone("linear")).with_suffix(".pt2").is_file()
+
+
+def test_what_cannot_be_exported_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    class Reads(pae.prompts.VPTDeep):
+        def block_prompts(self, index, x):
+            rows = super().block_prompts(index, x)
+            return rows + 1 if float(rows.sum()) > 0 else rows
+
+    images = torch.randn(2, 3, 16, 16)
+    with pytest.raises(ValueError, match="Reads cannot be exported: "):
+        export(trained(Reads(3)), images, tmp_path / "a.pt2", "torch-export")
+    for family in (pae.prompts.VAPT, pae.prompts.E2VPT):
+        with pytest.raises(ValueError, match=f"^{family.__name__} cannot be exported: "):
+            export(trained(tiny.small(family)), images, tmp_path / "a.pt2", "torch-export")
+    model, path = trained(pae.prompts.VPTDeep(3)), tmp_path / "b.pt2"
+    path.write_text("former")
+    load = torch.export.load
+    with monkeypatch.context() as patch:
+
+        class Off:
+            def __init__(self, file):
+                self.module = lambda: lambda x: load(file).module()(x) + 3e-5
+
+        patch.setattr(torch.export, "load", Off)
+        with pytest.raises(ArithmeticError, match="VPTDeep gives logits that differ by"):
+            export(model, images, path, "torch-export")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxscript", None)
+        with pytest.raises(ImportError, match=r'needs onnxscript: pip install "pae\[export\]"'):
+            export(model, images, path, "onnx")
+    for wrong, words in (((images, "tflite"), "format must be"), ((images[:1], "onnx"), "two")):
+        with pytest.raises(ValueError, match=words):
+            export(model, wrong[0], path, wrong[1])
+    assert path.read_text() == "former" and [f.name for f in tmp_path.iterdir()] == ["b.pt2"]
 
 
 # ---- info
