@@ -2,7 +2,8 @@
 
 Blocks without a title run one after the other in one namespace. A block whose title is a path is
 that file of the repository, as the page adds it: it is written to a folder that its package is
-searched in as well. A block behind `<!-- snippet: needs a GPU -->` is only compiled without one.
+searched in as well. A block behind `<!-- snippet: needs a GPU -->`, or needs a package by its name,
+is only compiled without it.
 
 A reader has images, labels, pretrained and published weights, and launches under torchrun. Here
 all are random, and `timm.create_model` makes a small backbone for whatever name it is given; see
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -33,10 +35,9 @@ from timm.models.vision_transformer import VisionTransformer
 import pae
 
 ROOT = Path(__file__).parent.parent
-NEEDS_GPU = "<!-- snippet: needs a GPU -->\n"
 ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 _BLOCK = re.compile(
-    rf"(?P<gpu>{re.escape(NEEDS_GPU)})?"
+    r"(?:<!-- snippet: needs (?P<needs>a GPU|\w+) -->\n)?"
     r'^(?P<margin> *)```python(?: title="(?P<title>[^"]+)")?\n(?P<code>.*?)^(?P=margin)```$',
     re.MULTILINE | re.DOTALL,
 )
@@ -50,7 +51,14 @@ class Snippet:
     line: int
     title: str | None
     code: str
-    needs_gpu: bool
+    needs: str | None  # "a GPU", or a package
+
+    @property
+    def can_run(self) -> bool:
+        """Whether what it needs is here; it is compiled all the same."""
+        if self.needs == "a GPU":
+            return torch.cuda.is_available()
+        return self.needs is None or importlib.util.find_spec(self.needs) is not None
 
     def compiled(self):
         """Code whose tracebacks point at the page."""
@@ -66,7 +74,7 @@ def snippets(page: Path) -> list[Snippet]:
             text.count("\n", 0, match.start("code")) + 1,
             match["title"],
             textwrap.dedent(match["code"]),
-            match["gpu"] is not None,
+            match["needs"],
         )
         for match in _BLOCK.finditer(text)
     ]
@@ -162,7 +170,7 @@ def run(page: Path, folder: Path) -> int:
         try:
             for snippet in found:
                 code = snippet.compiled()
-                if not snippet.title and (torch.cuda.is_available() or not snippet.needs_gpu):
+                if not snippet.title and snippet.can_run:
                     exec(code, namespace)
         finally:
             os.chdir(before)
