@@ -9,6 +9,7 @@ are one product, of whose columns each image takes those of its task.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,10 @@ class Served(nn.Module):
             pool other than "image"; a head that is no linear layer.
     """
 
+    weight: Tensor
+    bias: Tensor
+    columns: Tensor
+
     def __init__(self, models: Sequence[PromptedViT]) -> None:
         super().__init__()
         models = list(models)
@@ -83,7 +88,7 @@ class Served(nn.Module):
             model.prompts.start_forward()
             given.append([model.prompts.block_prompts(i, x) for i in range(shape.depth)])
         for i in range(shape.depth):
-            sets = [x[0, :0] if rows[i] is None else rows[i] for rows in given]
+            sets = [x[0, :0] if (own := rows[i]) is None else own for rows in given]
             most = max(len(rows) for rows in sets)
             filled = [torch.cat([r, r.new_zeros(most - len(r), r.shape[-1])]) for r in sets]
             wide = torch.promote_types(like.dtype, torch.float32)
@@ -203,9 +208,9 @@ def _check(number: int, model: PromptedViT, first: PromptedViT) -> None:
 
 
 def _weight(head: nn.Module) -> Tensor:
-    return head.weight.detach()  # type: ignore[union-attr, operator]
+    return cast(nn.Linear, head).weight.detach()
 
 
 def _bias(head: nn.Module) -> Tensor:
-    bias, weight = head.bias, _weight(head)
-    return weight.new_zeros(len(weight)) if bias is None else bias.detach()  # type: ignore
+    bias, weight = cast(nn.Linear, head).bias, _weight(head)
+    return weight.new_zeros(len(weight)) if bias is None else bias.detach()

@@ -299,8 +299,9 @@ def _run(
                 results = compare.compare(options, *place, resume=resume, callbacks=watching)
             else:
                 name = folder.facts().get("name") if resume else None  # a part of a comparison
-                more = {"resume": resume, "callbacks": watching}
-                results = [loop.train(options, *place, name=name, **more)]
+                results = [
+                    loop.train(options, *place, name=name, resume=resume, callbacks=watching)
+                ]
         except (loop.Interrupted, KeyboardInterrupt):
             if accelerator.is_main_process:
                 began = folder.config.is_file()

@@ -366,7 +366,7 @@ class Transform:
         """
         decoded = decode(image, self.ranges)
         try:
-            return cast(Tensor, self.geometry(decoded))
+            return self.geometry(decoded)
         except (MemoryError, OSError, ValueError) as error:
             raise ValueError(
                 f"{decoded.width} x {decoded.height} pixels cannot be resized and cut: "
