@@ -45,7 +45,7 @@ class Served(nn.Module):
         ValueError: naming the number of the task: another backbone, or what cannot be shared:
             prompts that depend on images (VAPT), live in the sequence (VPT-shallow, LSPT), change
             rows (iVPT) or come as keys and values (E2VPT, APT); a trained part of the backbone; a
-            pool other than "image"; a head that is no linear layer.
+            pool other than "image"; a head that is no linear layer; a backbone in windows (Swin).
     """
 
     weight: Tensor
@@ -181,6 +181,8 @@ def _check(number: int, model: PromptedViT, first: PromptedViT) -> None:
     who = f"task {number}"
     if not isinstance(model, PromptedViT):
         raise ValueError(f"{who} must be a PromptedViT, got {type(model).__name__}")
+    if model.view.shape.widths:
+        raise ValueError(f"{who}: its backbone works in windows (Swin), which have no prompt sets")
     family, base = model.eval().prompts, PromptFamily
     name = type(family).__name__
     reasons = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 
 import pae
@@ -154,6 +155,15 @@ def test_what_cannot_be_shared_is_named(message, kind, more):
     with pytest.raises(ValueError) as caught:
         pae.serve_many(made)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_windows_are_refused():
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=16, depths=(1, 1),
+        num_heads=(2, 2),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="task 0: its backbone works in windows"):
+        pae.serve_many([pae.PromptedViT(swin, pae.prompts.VPTDeep(2), num_classes=3)])
 
 
 def test_wrong_tasks_are_named():
