@@ -219,7 +219,11 @@ def draw_curves(
     if len(runs) > 1 or results:
         first.legend(frameon=False)
     if results:
-        style = {"color": "grey", "markeredgecolor": "black", "linestyle": "none"}
+        style: dict[str, Any] = {
+            "color": "grey",
+            "markeredgecolor": "black",
+            "linestyle": "none",
+        }
         marks = [
             Line2D([], [], marker="o", markersize=9, fillstyle="none", label="kept epoch", **style),
             Line2D([], [], marker="*", markersize=11, label="its test accuracy", **style),

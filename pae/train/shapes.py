@@ -31,7 +31,8 @@ def count(number: int) -> tuple[np.ndarray, list[int]]:
     images, labels = np.empty((number, SIDE, SIDE), np.uint8), []
     for i in range(number):
         draw = np.random.default_rng([1, i])
-        wanted, discs = i % len(COUNTS) + 1, []
+        wanted = i % len(COUNTS) + 1
+        discs: list[tuple[float, float, float]] = []
         image = np.full((SIDE, SIDE), 20 + 60 * draw.random())
         while len(discs) < wanted:
             radius = 3 + 4 * draw.random()
