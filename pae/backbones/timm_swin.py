@@ -64,6 +64,11 @@ class SwinView(BackboneView):
                     f"{self._names[i]} ({type(block).__name__}) is no block with windows of timm's "
                     "SwinTransformer"
                 )
+            if hasattr(block.attn, "logit_scale"):
+                raise UnsupportedBackbone(
+                    f"{type(module).__name__} compares rows by their cosine, which no formula here "
+                    "has: use a Swin of the first version, as swin_tiny_patch4_window7_224"
+                )
         widths = tuple(len(block.norm1.weight) for block in blocks)
         first = blocks[0].attn
         self.shape = BackboneShape(

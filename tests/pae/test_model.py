@@ -7,7 +7,6 @@ import re
 
 import pytest
 import timm
-import timm.models.vision_transformer as vision_transformer
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, VisionTransformer
@@ -413,13 +412,9 @@ def create(name, **changes):
     return timm.create_model(name, img_size=28, embed_dim=32, depth=2, num_heads=4, **changes)
 
 
-def swin():
+def later_swin():
     size = {"img_size": 56, "window_size": 7, "embed_dim": 24, "depths": (1, 1)}
-    return timm.create_model("swin_tiny_patch4_window7_224", **size, num_heads=(2, 2))
-
-
-def of_blocks(name):
-    return lambda: VisionTransformer(**SMALL, block_fn=getattr(vision_transformer, name))
+    return timm.create_model("swinv2_tiny_window8_256", **size, num_heads=(2, 2))
 
 
 def patched():
@@ -464,7 +459,7 @@ def of_one_length():
 
 
 REFUSED = {
-    "swin": (swin, "SwinTransformer has no attribute 'blocks'"),
+    "later Swin": (later_swin, "SwinTransformerV2 compares rows by their cosine"),
     "convolutions": (lambda: timm.create_model("resnet18"), "ResNet has no attribute 'blocks'"),
     "more than blocks": (
         more_than_blocks,
@@ -487,15 +482,9 @@ def test_unsupported_backbones_name_the_attribute(case):
 
 # blocks that can run on longer sequences and cannot be folded
 AS_THEY_ARE = {
-    "parallel scaling": (of_blocks("ParallelScalingBlock"), r"blocks\.0.*no attribute 'norm1"),
-    "parallel things": (of_blocks("ParallelThingsBlock"), r"blocks\.0.*no attribute 'norm1"),
     "gated attention": (
         lambda: VisionTransformer(**SMALL, attn_layer=Gated),
         r"blocks\.0\.attn\.gate is set",
-    ),
-    "differential attention": (
-        lambda: VisionTransformer(**SMALL, attn_layer="diff"),
-        r"blocks\.0\.attn\.lambda_q1 is a parameter of Block that no formula here has",
     ),
     "simple norm": (
         lambda: VisionTransformer(**SMALL, norm_layer="simplenorm"),

@@ -166,7 +166,7 @@ def test_help_reads_well_and_states_licences(capsys):
             "--num-tokens 99: 99 prompts, but --mpa-window 8 and",
         ),
         (["--method", "vpt-deep", "--model", "vit_smal_patch16_224"], "did you mean vit_small"),
-        (["--method", "vpt-deep", "--model", "swin_tiny_patch4_window7_224"], "Swin"),
+        (["--method", "vpt-deep", "--model", "swinv2_tiny_window8_256"], "Swin"),
         (["--method", "vpt-deep", "--weights", "gone.npz"], "gone.npz: no such file"),
         (["--train-size", "5000"], "at most 36 images"),
         (["--amp", "fp16"], "--amp fp16: a GPU is needed"),

@@ -81,7 +81,7 @@ def test_every_method_learns_and_leaves_a_complete_folder(shades, tmp_path, chan
     assert max(row["val_accuracy"] for row in rows) == stored["val_accuracy"]
     assert rows[stored["best_epoch"] - 1]["val_accuracy"] == stored["val_accuracy"]
     table = (tmp_path / "metrics.csv").read_text().splitlines()
-    assert len(table) == len(rows) + 1 and table[0].startswith("epoch,train_loss")
+    assert len(table) == len(rows) + 1 and table[0].startswith("epoch,images,train_loss")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["task"]["classes"] == ["dark", "light", "middle"]
