@@ -61,7 +61,7 @@ class _Apart(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, kv_prompt: Tensor) -> Tensor:
-        given = qkv, kv_prompt, None, qkv.shape[-1] ** -0.5, False, None
+        given = qkv, kv_prompt, None, qkv.shape[-1] ** -0.5, False, None, None, None
         out, lse = apart_kernels.forward(*given)
         ctx.save_for_backward(qkv, kv_prompt, out, lse)
         return out
@@ -69,7 +69,7 @@ class _Apart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
         qkv, kv_prompt, out, lse = ctx.saved_tensors
-        given = qkv, kv_prompt, None, qkv.shape[-1] ** -0.5, False, None
+        given = qkv, kv_prompt, None, qkv.shape[-1] ** -0.5, False, None, None, None
         # in whatever order PyTorch's kernels add, which is their fastest
         return apart_kernels.gradients(d_out, *given, out, lse, True)
 

@@ -218,7 +218,7 @@ def attention_half(block, stream, keys, class_only=False, steps=frozen.AS_A_BACK
     """As `pae.block.attention_half`, for all rows: the last block of one row is another's."""
     x, xhat, rstd, qkv = norm(stream.rows, stream.pending, block.norm1, block.w_qkv)
     qkv = qkv.view(*xhat.shape[:2], 3, block.num_heads, block.head_width)
-    out, lse = steps.attention(xhat, qkv, keys, class_only)
+    out, lse = steps.attention(xhat, qkv, keys, class_only, None)
     kept = frozen.AttentionKept(xhat, rstd, qkv, lse, frozen.HeadNorms())
     return x, out, kept
 

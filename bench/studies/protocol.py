@@ -187,7 +187,7 @@ class _Sparse(loop._Run):
 class _Silent(Reporter):
     """No curves either."""
 
-    def curves(self, path: Path, runs: Any) -> None:
+    def curves(self, path: Path, runs: Any, results: Any = None) -> None:
         pass
 
 

@@ -219,14 +219,10 @@ def draw_curves(
     if len(runs) > 1 or results:
         first.legend(frameon=False)
     if results:
-        style: dict[str, Any] = {
-            "color": "grey",
-            "markeredgecolor": "black",
-            "linestyle": "none",
-        }
+        grey: dict[str, Any] = {"color": "grey", "markeredgecolor": "black", "linestyle": "none"}
         marks = [
-            Line2D([], [], marker="o", markersize=9, fillstyle="none", label="kept epoch", **style),
-            Line2D([], [], marker="*", markersize=11, label="its test accuracy", **style),
+            Line2D([], [], marker="o", markersize=9, fillstyle="none", label="kept epoch", **grey),
+            Line2D([], [], marker="*", markersize=11, label="its test accuracy", **grey),
         ]
         second.legend(handles=marks, frameon=False, loc="lower right")
     return figure

@@ -33,8 +33,8 @@ keys and values. A turn of the forward's loop then has 1.9 times the instruction
 Rotary positions are a pass of their own (`pointwise.rotate_`). Turned where they are loaded, keys
 and queries would cost the forward 31 % of its loop's instructions and the backward 15 %, with 56
 instead of 32 bytes of spill (sm_90, 256 rows, both halves of a head as products of their own): by
-instructions some 45 us a block at ViT-B and B = 128, where the two passes move 308 MB. That is less
-by a third, and about 1.5 % of a block; it is not built.
+instructions two thirds of what the two passes take to move their 308 MB at ViT-B and B = 128. The
+difference is about 1.5 % of a block; it is not built.
 
 Floor at ViT-B, B = 128, P = 50, bf16: forward 155 MB over the bandwidth of a large copy, or
 26 GFLOP (rows padded to 256) over the rate of a large product; backward 310 MB and 64 GFLOP.

@@ -107,10 +107,11 @@ def test_attention_is_given_the_same(quick):
     kv = torch.zeros(1, 5, 2, 2, 64, dtype=BF16)
     out, lse = torch.zeros(4, 65, 128, dtype=BF16), torch.zeros(4, 2, 65)
     d_out = torch.zeros_like(out)
+    given = None, 1.0, False, None, None, None
 
     def step():
-        attention.forward(qkv, kv, None, 1.0, False, None)
-        attention.backward(d_out, qkv, kv, None, 1.0, False, None, out, lse, True)
+        attention.forward(qkv, kv, *given)
+        attention.backward(d_out, qkv, kv, *given, out, lse, True)
 
     names = [launch[0] for launch in both_ways(quick, step)]
     assert names == ["prompt_attention_fwd_kernel", "prompt_attention_bwd_kernel"]

@@ -186,7 +186,7 @@ def prompt_key():
     steps = _Steps(block, torch.zeros(1, 1, dtype=torch.float64))
     rows = torch.randn(2, 5, block.w_qkv.shape[1])
     qkv = torch.randn(2, 5, 3, block.num_heads, block.head_width)
-    return lambda: steps.attention(rows, qkv, steps.keys, False)
+    return lambda: steps.attention(rows, qkv, steps.keys, False, None)
 
 
 def trained_vector():

@@ -126,10 +126,10 @@ def test_opcheck(execution, layout, sets, class_only, dtype):
     opcheck(FWD, (qkv, kv, group, 1.0, class_only, weight, None, None), test_utils=quick)
 
 
-@each(OP, "dtype", other=[FP16], reference=[FP64], cpu=[BF16], sdpa=[BF16])
+@each(OP, "dtype", interpreter=[FP16], reference=[FP64], cpu=[BF16], sdpa=[BF16])
 def test_opcheck_of_places(execution, dtype):
-    qkv, kv = inputs(4, 3, dtype=dtype)
-    given = None, 1.0, False, None, *places(3, 2, 2).values()
+    qkv, kv = execution.moved(*inputs(4, 3, dtype=dtype))
+    given = None, 1.0, False, None, *execution.moved(*places(3, 2, 2).values())
     out, lse = FWD(qkv, kv, *given)
     quick = ("test_schema", "test_faketensor")
     opcheck(BWD, (out, qkv, kv, *given, out, lse, True), test_utils=quick)
