@@ -17,8 +17,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 numbers=(tests/pae tests/kernels/attention tests/kernels/test_pointwise.py
   tests/kernels/test_adaptive.py tests/kernels/koopman tests/kernels/spectrum)
-# Triton's interpreter computes with numpy, and the emulation of a GPU on its own
-here=(-q -k "not interpreter and not emulated")
+# Triton's interpreter computes with numpy, and the emulation of a GPU on its own; who takes what,
+# and in which words the rest is refused, is the same on all processors
+here=(-q -k "not interpreter and not emulated" --ignore=tests/pae/test_combinations.py
+  --ignore=tests/pae/test_adapters.py)
 
 say() { printf '\n== %s\n' "$*"; "$@"; }
 say ruff format --check .
