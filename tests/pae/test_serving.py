@@ -146,7 +146,7 @@ def refusals():
     yield "task 1: cls_token of its backbone was trained", None, {"train_backbone": "cls_token"}
 
 
-@pytest.mark.parametrize("message, kind, more", refusals())
+@pytest.mark.parametrize("message, kind, more", list(refusals()))
 def test_what_cannot_be_shared_is_named(message, kind, more):
     made = models(["vpt"])
     family = pae.prompts.VPTDeep(4) if kind is None else tiny.small(kind)
