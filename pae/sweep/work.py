@@ -67,21 +67,6 @@ def do(
             return None
         (folder.path / _TRACE).unlink(missing_ok=True)
         options = sweep.options[run.key]
-        head = {
-            "key": run.key,
-            "status": FINISHED,
-            "reason": None,
-            "error": None,
-            "task": run.task,
-            "method": run.method,
-            "values": dict(run.values),
-            "seed": run.seed,
-            "scheduler": sweep.plan.scheduler,
-            "settings": dataclasses.asdict(options),
-            "images": {},
-            "val": None,
-            "test": None,
-        }
         try:
             body = _train(sweep, records, run, folder, options, reporter, shared)
         except (loop.Interrupted, KeyboardInterrupt):
@@ -90,10 +75,29 @@ def do(
             body = _failure(folder, DIVERGED, error)
         except Exception as error:
             body = _failure(folder, FAILED, error)
-        record = {**head, **body}
+        record = {**_head(sweep, run), **body}
         records.write(record)
         _tidy(folder, record, run)
         return record
+
+
+def _head(sweep: Sweep, run: Run) -> Record:
+    """What a record has, however its run ends, in the words of one that finished."""
+    return {
+        "key": run.key,
+        "status": FINISHED,
+        "reason": None,
+        "error": None,
+        "task": run.task,
+        "method": run.method,
+        "values": dict(run.values),
+        "seed": run.seed,
+        "scheduler": sweep.plan.scheduler,
+        "settings": dataclasses.asdict(sweep.options[run.key]),
+        "images": {},
+        "val": None,
+        "test": None,
+    }
 
 
 def _train(
@@ -232,19 +236,9 @@ def _without_run(sweep: Sweep, records: Records, run: Run, status: str, reason: 
             epochs = 0
         records.write(
             {
-                "key": run.key,
+                **_head(sweep, run),
                 "status": status,
                 "reason": reason,
-                "error": None,
-                "task": run.task,
-                "method": run.method,
-                "values": dict(run.values),
-                "seed": run.seed,
-                "scheduler": sweep.plan.scheduler,
-                "settings": dataclasses.asdict(sweep.options[run.key]),
-                "images": {},
-                "val": None,
-                "test": None,
                 "epochs": epochs,
                 "versions": {"pae": pae.__version__, "code": code()},
             }

@@ -20,18 +20,8 @@ from pae.train import lock
 from pae.train.cli import main
 from pae.train.runfolder import RunFolder
 from tests import processes
-from tests.sweep.specs import SLOW, write_spec
-from tests.train.helpers import error_line, save_shades
-
-
-@pytest.fixture(scope="module")
-def shades(tmp_path_factory):
-    return save_shades(tmp_path_factory.mktemp("shades"))
-
-
-@pytest.fixture
-def spec(tmp_path, shades):
-    return lambda *text, **more: write_spec(tmp_path / "lrs.toml", shades, *text, **more)
+from tests.sweep.specs import SLOW
+from tests.train.helpers import error_line
 
 
 class StandIn:

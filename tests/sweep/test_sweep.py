@@ -18,19 +18,8 @@ from pae.train import lock, loop
 from pae.train.cli import main
 from pae.train.runfolder import RunFolder
 from tests import processes
-from tests.sweep.specs import SLOW, write_spec
+from tests.sweep.specs import SLOW
 from tests.train.helpers import ended, error_line, forked, save_shades
-
-
-@pytest.fixture(scope="module")
-def shades(tmp_path_factory):
-    return save_shades(tmp_path_factory.mktemp("shades"))
-
-
-@pytest.fixture
-def spec(tmp_path, shades):
-    """spec(top, below) writes a spec over the shades and returns its path."""
-    return lambda *text, **more: write_spec(tmp_path / "lrs.toml", shades, *text, **more)
 
 
 @pytest.fixture
