@@ -149,7 +149,7 @@ def wait_for(what, seconds=400):
 @pytest.mark.skipif("PAE_RAY" not in os.environ, reason="Ray's part takes minutes: PAE_RAY=1")
 def test_two_workers_one_killed_then_the_driver_then_all_is_finished(spec, tmp_path, monkeypatch):
     pytest.importorskip("ray", reason='Ray is not installed: pip install "pae[sweep]"')
-    path = spec('methods = ["vpt-deep"]', "[grid]\nlr = [0.003, 0.01]\n", epochs=30)
+    path = spec('methods = ["vpt-deep"]', "[grid]\nlr = [0.003, 0.01]\n", epochs=100)
     (tmp_path / "sitecustomize.py").write_text(SLOW)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(processes.ROOT)]))
     out = tmp_path / "out"
@@ -173,9 +173,9 @@ def test_two_workers_one_killed_then_the_driver_then_all_is_finished(spec, tmp_p
         driver.kill()
         wait_for(lambda: holder(first) is None and holder(second) is None)
         records.refresh()
-        assert first not in records
+        assert records.get(first) is None
     kept = epochs(first)
-    assert 0 < kept < 30
+    assert 0 < kept < 100
     (tmp_path / "sitecustomize.py").unlink()
     done = processes.run([*command, "--ray", "local", "--quiet"])
     assert "2 of 2 runs finished" in done.stdout
