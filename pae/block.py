@@ -164,9 +164,8 @@ class HeadNorms(NamedTuple):
 
 class MLPKept(NamedTuple):
     """What `mlp_half` knows: normalised rows, 1/std (none in a parallel block, whose rows are those
-    of `AttentionKept`), and of the hidden rows what the memory mode
-    keeps: themselves, the activation's derivative in 8 bits, or None; and the same two of norms
-    behind the products.
+    of `AttentionKept`), and of the hidden rows what the memory mode keeps: themselves, the
+    activation's derivative in 8 bits, or None; and the same two of norms behind the products.
     """
 
     xhat: Tensor

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import pae
 from pae.methods.nsp2 import NullSpace
-from pae.prompts import METHODS, PromptFamily, VPTDeep
+from pae.prompts import METHODS, PromptFamily
 from tests import libraries, timm_kinds, tiny
 from tests.released import Model
 from tests.tiny import assert_engines_agree, error
@@ -71,15 +71,7 @@ def inputs(name: str, module: nn.Module, batch: int = 3) -> Tensor:
 
 def prompted(name: str, family: PromptFamily | None = None, **options) -> pae.PromptedViT:
     """A model with prompts as large as its rows, and a head, in training mode."""
-    backbone = BACKBONES[name]()
-    classes = None if pae.backbones.head_name(backbone) else 5
-    family = VPTDeep(4) if family is None else family
-    model = pae.PromptedViT(backbone, family, num_classes=classes, **options).train()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.prompts.parameters():
-            p.copy_(0.7 * torch.randn(p.shape, generator=generator))
-    return model
+    return tiny.over(BACKBONES[name](), family, **options)
 
 
 def _family(name: str, method: str) -> None:

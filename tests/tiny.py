@@ -152,6 +152,18 @@ def prompted(
     return model
 
 
+def over(module: nn.Module, family=None, **options) -> pae.PromptedViT:
+    """The same over any backbone, with a head where it has none; four deep prompts by default."""
+    classes = None if pae.backbones.head_name(module) else 5
+    family = pae.prompts.VPTDeep(4) if family is None else family
+    model = pae.PromptedViT(module, family, num_classes=classes, **options).train()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.prompts.parameters():
+            p.copy_(0.7 * torch.randn(p.shape, generator=generator))
+    return model
+
+
 # small values of what families are made with
 ARGUMENTS = {"num_tokens": 4, "rank": 4, "num_proxies": 4, "num_classes": 5}
 ARGUMENTS |= {"fraction": 0.5, "num_kv": 3, "num_reinforced": 3}

@@ -23,7 +23,7 @@ from tests.libraries import (
     own_output,
     version_4,
 )
-from tests.tiny import assert_engines_agree, error, gradients, refused, small
+from tests.tiny import assert_engines_agree, error, gradients, over, refused, small
 
 pytest.importorskip("transformers", reason="pip install pae[hf]")
 pytest.importorskip("open_clip", reason="pip install pae[clip]")
@@ -37,15 +37,7 @@ FEW += ("ViViT", "torchvision", "open_clip", "open_clip, timm's EVA")
 
 def prompted(name, family=None, **more):
     """A model in training mode with prompts as large as its rows, and a head."""
-    backbone = model(name)
-    classes = None if pae.backbones.head_name(backbone) else 5
-    prompts = VPTDeep(4) if family is None else family
-    made = pae.PromptedViT(backbone, prompts, num_classes=classes, **more).train()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in made.prompts.parameters():
-            p.copy_(0.7 * torch.randn(p.shape, generator=generator))
-    return made
+    return over(model(name), family, **more)
 
 
 @pytest.mark.parametrize("name", MODELS)
