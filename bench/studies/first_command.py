@@ -194,7 +194,7 @@ def blocks(numbers: dict) -> dict[str, str]:
     return {
         "first command setting": _setting(numbers["facts"]),
         "first command table": _table(numbers["finals"]),
-        "first command short": _short(numbers["finals"]),
+        "first command short": _short(numbers["finals"], numbers["facts"]),
         "first command seeds": _seeds(numbers["finals"]),
         "first command curves": _curves(numbers["finals"]),
         "first command screens": _screens(numbers["screens"]),
@@ -254,8 +254,8 @@ def _cost(mine: list[dict]) -> dict[str, str]:
     }
 
 
-def _short(finals: list[dict]) -> str:
-    return table_of(
+def _short(finals: list[dict], facts: dict) -> str:
+    table = table_of(
         [
             {
                 "method": ARMS[arm],
@@ -267,6 +267,7 @@ def _short(finals: list[dict]) -> str:
             for arm, mine in _by_arm(finals).items()
         ]
     )
+    return f"{table}\n\n{facts['processor']}, fp32, one thread; torch {facts['torch']}."
 
 
 def _mean(records: list[dict], key: str) -> float:
