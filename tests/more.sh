@@ -10,9 +10,10 @@
 # `apt-get install g++-aarch64-linux-gnu qemu-user-static` was done.
 #
 # The long part, longer than that: machine code of all that steps, benchmarks and tests launch on
-# a GPU; the first stage of bench/gpu.sh on a CPU that stands for one, killed and gone on with; and, where
-# PAE_TTIR is an environment with ttsem (tests/kernels/ttir.py says how it is made), every Triton
-# kernel in bf16 executed from its TTIR. A last argument or more goes to each pytest, as `-x`.
+# a GPU; the first stage of bench/gpu.sh on a CPU that stands for one, killed and gone on with; where
+# Ray is installed, a sweep on a cluster whose worker and driver are killed; and, where PAE_TTIR is
+# an environment with ttsem (tests/kernels/ttir.py says how it is made), every Triton kernel in bf16
+# executed from its TTIR. A last argument or more goes to each pytest, as `-x`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 numbers=(tests/pae tests/kernels/attention tests/kernels/test_pointwise.py
@@ -44,6 +45,11 @@ for room in attention product; do
 done
 say pytest -q tests/kernels/test_triton_compile.py tests/kernels/test_gate.py -k "product or found" "$@"
 say env OMP_NUM_THREADS=1 pytest -n0 -q tests/bench/gpu_day.py "$@"
+if python -c "import ray" 2>/dev/null; then  # a worker and the driver killed, on two CPUs
+  say env OMP_NUM_THREADS=1 PAE_RAY=1 pytest -n0 -q tests/sweep/test_on_ray.py "$@"
+else
+  say echo "left out: sweeps on a Ray cluster: pip install pae[sweep]"
+fi
 if [ -n "${PAE_TTIR:-}" ]; then
   say env OMP_NUM_THREADS=1 "$PAE_TTIR/bin/python" -m pytest -n0 -q tests/kernels/ttir.py "$@"
 else
