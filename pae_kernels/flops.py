@@ -62,11 +62,14 @@ def _attention(
     group: Shape | None,
     scale: float,
     class_only: bool,
-    *_: Any,
-    **__: Any,
+    log_multiplicity: Shape | None = None,
+    bias: Shape | None = None,
+    mask: Shape | None = None,
+    causal: bool = False,
+    **_: Any,
 ) -> int:
-    """Scores and mixture: 2 products of image queries and all keys."""
-    return 2 * _attention_product(qkv, kv_prompt[1], class_only)
+    """Scores and mixture: 2 products of image queries and all keys that they see."""
+    return 2 * _attention_product(qkv, kv_prompt[1], class_only, causal)
 
 
 @_of("prompt_attention_bwd")
@@ -83,18 +86,21 @@ def _attention_backward(
     out: Shape,
     lse: Shape,
     need_qkv: bool,
+    causal: bool = False,
     **_: Any,
 ) -> int:
     """Scores again, dV, dP, dQ, dK; without a gradient of qkv the prompt columns of all but dQ."""
     if need_qkv:
-        return 5 * _attention_product(qkv, kv_prompt[1], class_only)
+        return 5 * _attention_product(qkv, kv_prompt[1], class_only, causal)
     (batch, tokens), (heads, width) = qkv[:2], qkv[3:]
     return 4 * 2 * batch * (1 if class_only else tokens) * kv_prompt[1] * heads * width
 
 
-def _attention_product(qkv: Shape, prompts: int, class_only: bool) -> int:
+def _attention_product(qkv: Shape, prompts: int, class_only: bool, causal: bool) -> int:
     batch, tokens, _, heads, width = qkv
-    return 2 * batch * (1 if class_only else tokens) * (prompts + tokens) * heads * width
+    rows = 1 if class_only else tokens
+    seen = rows * (rows + 1) // 2 if causal else rows * tokens  # pairs of image rows
+    return 2 * batch * (rows * prompts + seen) * heads * width
 
 
 @_of("token_mix_fwd")

@@ -48,14 +48,15 @@ def forward(
     log_multiplicity: Tensor | None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's."""
     # with AMX PyTorch's fused attention multiplies bf16 by tiles, several times as fast as fp32
     plain = not class_only and bias is None and mask is None
     tiles = qkv.dtype == torch.bfloat16 and plain and _multiplies_tiles()
-    if tiles or not qkv.numel():
+    if tiles or not qkv.numel() or causal:
         return reference.forward(
-            qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask
+            qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask, causal
         )
     n = reference.Sizes.of(qkv, kv_prompt, class_only)
     out = torch.empty(n.batch, n.rows, n.heads * n.width, dtype=qkv.dtype)
@@ -77,12 +78,13 @@ def backward(
     out: Tensor,
     lse: Tensor,
     need_qkv: bool,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's. The same bits at any number of threads."""
-    if not qkv.numel():
+    if not qkv.numel() or causal:
         return reference.backward(
             *(d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask),
-            *(out, lse, need_qkv),
+            *(out, lse, need_qkv, causal),
         )
     n = reference.Sizes.of(qkv, kv_prompt, class_only)
     d_qkv = torch.empty(qkv.shape if need_qkv else 0, dtype=qkv.dtype)

@@ -1,5 +1,5 @@
 """The op `prompt_attention`: signature, checks, declaration. Reads top to bottom as every op does.
-`class_attention` shows one row of its softmax.
+`class_attention` shows one row of its softmax; `row_attention` is one query of each sequence.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def prompt_attention(
     log_multiplicity: Tensor | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q [k_p; k]^T + [log m; bias + mask]) [v_p; v]: image queries over prompt and
     image keys.
@@ -54,6 +55,7 @@ def prompt_attention(
         mask: (W, N, N) float, added as well, row by row of the batch in turn: sample b has entry
             b mod W (B is a multiple of W; the W windows of an image stand together). -inf masks a
             key; no row may be masked whole.
+        causal: row i sees image rows 0 to i alone, as in CLIP's text tower, and all prompts.
 
     Returns:
         out (B, N, H d), or (B, 1, H d) for "class", in the dtype of qkv; and the log-sum-exp of
@@ -71,7 +73,7 @@ def prompt_attention(
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     group = None if group is None else group.long()
     return _prompt_attention(
-        qkv, kv_prompt, group, scale, queries == "class", log_multiplicity, bias, mask
+        qkv, kv_prompt, group, scale, queries == "class", log_multiplicity, bias, mask, causal
     )
 
 
@@ -118,6 +120,63 @@ def class_attention(
         return reference.class_attention(
             qkv, kv_prompt, lse, group, scale, log_multiplicity, bias, mask
         )
+
+
+def row_attention(
+    q: Tensor, k: Tensor, v: Tensor, row: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """softmax(scale q_b [k_b,0; ..; k_b,r]^T) [v_b,0; ..; v_b,r], r = row_b: causal attention of
+    one query of each sequence, which stands at a row of its own.
+
+    The last block of CLIP's text tower is read at the end of each text alone. Where all heads read
+    the same rows, keys and values of the heads are not needed either: with W_k taken into the query
+    (H of them, as wide as a row) and W_v behind the sum, k and v are both the rows themselves.
+
+    Args:
+        q: (B, H, d), the queries.
+        k: (B, N, H, d) keys, or (B, N, 1, d) of all heads.
+        v: (B, N, H, e) values, or (B, N, 1, e) of all heads.
+        row: (B,) int32 or int64 in [0, N): the last row that sequence b sees, its own. Not checked
+            where the tensors are not on the CPU.
+        scale: factor of the logits; d ** -0.5 when None.
+
+    Returns:
+        (B, H, e) in the dtype of q.
+
+    Gradients: q, k and v, as often as wanted; rows behind `row` get 0.
+    Numerics: softmax and products in fp32 or wider, never TF32.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what was expected.
+    """
+    if q.dim() != 3 or not q.is_floating_point():
+        raise ValueError(f"q must be a float tensor (B, H, d), got {describe(q)}")
+    batch, heads, width = q.shape
+    for name, t, tail in (("k", k, str(width)), ("v", v, "e")):
+        rows = "N" if name == "k" else k.shape[1]
+        right = t.dim() == 4 and len(t) == batch and t.shape[1] and t.shape[2] in (1, heads)
+        right = right and (t.shape[3] == width if name == "k" else t.shape[1] == rows)
+        if not right:
+            wanted = f"({batch}, {rows}, {heads} or 1, {tail})"
+            raise ValueError(f"{name} must be {wanted}, got {describe(t)}")
+        if t.dtype != q.dtype or t.device != q.device:
+            raise TypeError(f"{name} must be like q ({describe(q)}), got {describe(t)}")
+    if (
+        row.dtype not in (torch.int32, torch.int64)
+        or row.shape != (batch,)
+        or row.device != q.device
+    ):
+        wanted = f"int32 or int64 ({batch},) on {q.device}"
+        raise ValueError(f"row must be {wanted}, got {describe(row)}")
+    if row.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
+        low, high = row.aminmax()
+        if low < 0 or high >= k.shape[1]:
+            raise ValueError(
+                f"row must lie in [0, {k.shape[1]}), got {low.item()} to {high.item()}"
+            )
+    scale = width**-0.5 if scale is None else float(scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return reference.row_attention(q, k, v, row, scale).to(q.dtype)
 
 
 def _check(
@@ -197,6 +256,7 @@ def _outputs(
     log_multiplicity: Any,
     bias: Any,
     mask: Any,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     n = reference.Sizes.of(qkv, kv_prompt, class_only)
     wide = torch.promote_types(qkv.dtype, torch.float32)
@@ -214,10 +274,11 @@ def _definition(*given: Any) -> tuple[Tensor, Tensor]:
 _prompt_attention = registration.differentiable(
     "prompt_attention",
     "(Tensor qkv, Tensor kv_prompt, Tensor? group, float scale, bool class_only, "
-    "Tensor? log_multiplicity, Tensor? bias, Tensor? mask) -> (Tensor out, Tensor lse)",
+    "Tensor? log_multiplicity, Tensor? bias, Tensor? mask, bool causal=False) "
+    "-> (Tensor out, Tensor lse)",
     "(Tensor d_out, Tensor qkv, Tensor kv_prompt, Tensor? group, float scale, bool class_only, "
-    "Tensor? log_multiplicity, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, bool need_qkv) "
-    "-> (Tensor d_qkv, Tensor d_kv_prompt)",
+    "Tensor? log_multiplicity, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, bool need_qkv, "
+    "bool causal=False) -> (Tensor d_qkv, Tensor d_kv_prompt)",
     run=("forward", "backward"),
     fake=_outputs,
     definition=_definition,

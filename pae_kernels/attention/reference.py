@@ -68,6 +68,7 @@ def prompt_attention(
     log_multiplicity: Tensor | None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The definition: softmax(scale q [k_p; k]^T + [log m; bias + mask]) [v_p; v] for image
     queries, and its log-sum-exp.
@@ -78,7 +79,8 @@ def prompt_attention(
     q = q[:, :, :1] if class_only else q
     scores = scale * q @ torch.cat([k_p, k], dim=2).transpose(-1, -2)
     n = Sizes.of(qkv, kv_prompt, class_only)
-    added = _added(n, group, log_multiplicity, bias, mask)
+    later = _later(qkv, class_only, causal)
+    added = _added(n, group, log_multiplicity, bias, mask, later)
     if added is not None:
         scores = scores + added.to(scores.dtype)
     out = scores.softmax(dim=-1) @ torch.cat([v_p, v], dim=2)
@@ -111,15 +113,35 @@ def class_attention(
     return (scores - lse[:, :, :1, None].to(wide)).exp().squeeze(2)
 
 
+def row_attention(q: Tensor, k: Tensor, v: Tensor, row: Tensor, scale: float) -> Tensor:
+    """softmax(scale q_b [k_b,0; ..; k_b,row_b]^T) [v_b,0; ..], in at least fp32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    by_head = lambda t: t.transpose(1, 2).to(wide)  # (B, H or 1, N, ...)
+    q, k, v = scale * q[:, :, None].to(wide), by_head(k), by_head(v)
+    shared = k.shape[1] == 1, v.shape[1] == 1
+    scores = _heads_at_once(q, k.mT, shared[0])
+    later = torch.arange(k.shape[2], device=q.device) > row[:, None]
+    weights = scores.masked_fill(later[:, None, None], -torch.inf).softmax(dim=-1)
+    return _heads_at_once(weights, v, shared[1]).squeeze(2)
+
+
+def _heads_at_once(a: Tensor, b: Tensor, shared: bool) -> Tensor:
+    """(B, H, 1, m) times (B, H, m, n); or times (B, 1, m, n), one product for all heads."""
+    if shared:
+        return exact_matmul(a.transpose(1, 2), b).transpose(1, 2)
+    return exact_matmul(a, b)
+
+
 def _added(
     n: Sizes,
     group: Tensor | None,
     log_multiplicity: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
+    later: Tensor | None = None,
 ) -> Tensor | None:
     """All that is added to the logits, (B or 1, H or 1, N or 1, P + N), or None: log multiplicity
-    for prompts, bias and mask for image rows.
+    for prompts, bias and mask for image rows, and `later` for those that a causal row does not see.
     """
     parts = []
     if bias is not None:
@@ -130,7 +152,17 @@ def _added(
     if log_multiplicity is not None:
         per_key = take_groups(log_multiplicity, group, n.batch)
         parts.append(F.pad(per_key, (0, n.tokens))[:, None, None])
+    if later is not None:
+        parts.append(F.pad(later, (n.prompts, 0))[None, None])
     return functools.reduce(torch.add, parts) if parts else None
+
+
+def _later(qkv: Tensor, class_only: bool, causal: bool) -> Tensor | None:
+    """(N or 1, N), -inf where a row's key comes later in the sequence; None where all are seen."""
+    if not causal:
+        return None
+    rows = 1 if class_only else qkv.shape[1]
+    return torch.full((rows, qkv.shape[1]), -torch.inf, device=qkv.device).triu(1)
 
 
 def _split(
@@ -143,6 +175,13 @@ def _split(
         k_p, v_p = take_groups(kv_prompt, group, batch).permute(2, 0, 3, 1, 4)
         k, v = torch.cat([k_p, k], dim=2), torch.cat([v_p, v], dim=2)
     return (q[:, :, :1] if class_only else q), k, v
+
+
+def _skips(n: Sizes, causal: bool, *added: Tensor | None) -> bool:
+    """Whether PyTorch's fused attention is causal by itself, which it is for square scores without
+    a mask, and then leaves out what comes later.
+    """
+    return causal and n.prompts == 0 and all(t is None for t in added)
 
 
 def _fused_on_cpu(qkv: Tensor, class_only: bool) -> bool:
@@ -158,15 +197,19 @@ def forward(
     log_multiplicity: Tensor | None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, N, H d) and log-sum-exp (B, H, N), fp32 or wider."""
     n = Sizes.of(qkv, kv_prompt, class_only)
     q, k, v = _split(qkv, kv_prompt, group, class_only)
-    added = _added(n, group, log_multiplicity, bias, mask)
-    if _fused_on_cpu(qkv, class_only):
+    fused = _fused_on_cpu(qkv, class_only)
+    skips = fused and _skips(n, causal, log_multiplicity, bias, mask)
+    later = _later(qkv, class_only, causal and not skips)
+    added = _added(n, group, log_multiplicity, bias, mask, later)
+    if fused:
         added = None if added is None else added.to(q.dtype)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=added, scale=scale
+            q, k, v, is_causal=skips, attn_mask=added, scale=scale
         )
         return out.transpose(1, 2).reshape(n.batch, n.tokens, -1), lse.contiguous()
     scores = _scores(q, k, scale, added)
@@ -204,6 +247,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     need_qkv: bool,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv (empty unless `need_qkv`) and of kv_prompt (summed over each group's samples
     in fp32).
@@ -216,16 +260,19 @@ def backward(
         d_kv = _prompt_columns(d_out, qkv, kv_prompt, group, scale, class_only, weighted, out, lse)
         return qkv.new_empty(0), sum_groups(d_kv, group, n.sets).to(kv_prompt.dtype)
 
-    added = _added(n, group, log_multiplicity, bias, mask)
+    fused = _fused_on_cpu(qkv, class_only) and qkv.dtype in (torch.float32, torch.float64)
+    skips = fused and _skips(n, causal, log_multiplicity, bias, mask)
+    later = _later(qkv, class_only, causal and not skips)
+    added = _added(n, group, log_multiplicity, bias, mask, later)
     q, k, v = _split(qkv, kv_prompt, group, class_only)
     d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if class_only:
         d_qkv[:, 1:, 0] = 0
     d_kv = qkv.new_empty(n.batch, n.prompts, 2, n.heads, n.width)
-    if _fused_on_cpu(qkv, class_only) and qkv.dtype in (torch.float32, torch.float64):
+    if fused:
         added = None if added is None else added.to(q.dtype)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out, q, k, v, out, lse, 0.0, False, attn_mask=added, scale=scale
+            d_out, q, k, v, out, lse, 0.0, skips, attn_mask=added, scale=scale
         )
         _pack(grads, d_qkv, d_kv, n.prompts)
     else:

@@ -46,18 +46,18 @@ def forward(
     log_multiplicity: Tensor | None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's `forward`."""
     if bias is not None or mask is not None:
         return reference.forward(
-            qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask
+            qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask, causal
         )
-    q, k, v = (_rows(qkv, slot) for slot in range(3))
-    q = q[:, :, :1] if class_only else q
+    q, k, v = _asked(qkv, class_only, causal)
     if qkv.numel() == 0:
         wide = torch.promote_types(qkv.dtype, torch.float32)
         return q.transpose(1, 2).flatten(2).clone(), q.new_empty(q.shape[:3], dtype=wide)
-    out, lse = _fused(q, k, v, scale)
+    out, lse = _fused(q, k, v, scale, causal)
     if kv_prompt.shape[1]:
         keys, values = _prompts(kv_prompt, group)
         logits = _logits(q, keys, scale, group, log_multiplicity)
@@ -94,12 +94,13 @@ def gradients(
     out: Tensor,
     lse: Tensor,
     need_qkv: bool,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `backward`, in whatever order PyTorch's kernels add."""
     if bias is not None or mask is not None:
         return reference.backward(
             *(d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask),
-            *(out, lse, need_qkv),
+            *(out, lse, need_qkv, causal),
         )
     q = _rows(qkv, 0)[:, :, :1] if class_only else _rows(qkv, 0)
     rows_first = lambda t: t.reshape(*t.shape[:2], *qkv.shape[3:]).transpose(1, 2)
@@ -122,19 +123,26 @@ def gradients(
         return qkv.new_empty(0), d_kv
     d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if qkv.numel():
-        k, v = _rows(qkv, 1), _rows(qkv, 2)
-        from_image, d_k, d_v = _fused_backward(d_out, q, k, v, out, lse, scale)
+        _, k, v = _asked(qkv, class_only, causal)
+        from_image, d_k, d_v = _fused_backward(d_out, q, k, v, out, lse, scale, causal)
         d_q = from_image if d_q is None else d_q.add_(from_image)
         for slot, d in enumerate((d_q, d_k, d_v)):
             d_qkv[:, : d.shape[2], slot] = d.transpose(1, 2)
-        if class_only:  # queries that were not asked have none
-            d_qkv[:, 1:, 0] = 0
+            d_qkv[:, d.shape[2] :, slot] = 0  # queries that were not asked, keys that were not seen
     return d_qkv, d_kv
 
 
 def _rows(qkv: Tensor, slot: int) -> Tensor:
     """Queries, keys or values (B, H, N, d); without gradient of qkv there are queries alone."""
     return qkv[:, :, slot].transpose(1, 2)
+
+
+def _asked(qkv: Tensor, class_only: bool, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, and the keys and values of the image rows that they may see."""
+    q, k, v = (_rows(qkv, slot) for slot in range(3))
+    if not class_only:
+        return q, k, v
+    return (q[:, :, :1], k[:, :, :1], v[:, :, :1]) if causal else (q[:, :, :1], k, v)
 
 
 def _prompts(kv_prompt: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -192,37 +200,50 @@ def _flash_takes(q: Tensor) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(B, H, N, d) and log-sum-exp (B, H, N)."""
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(B, H, N, d) and log-sum-exp (B, H, N); as many keys as queries where it is causal."""
     if not q.is_cuda:
-        out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, is_causal=causal, scale=scale
+        )
     elif _flash_takes(q):
-        out, lse, *_ = _ATEN._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+        out, lse, *_ = _ATEN._scaled_dot_product_flash_attention(
+            q, k, v, is_causal=causal, scale=scale
+        )
     else:
         out, lse, *_ = _ATEN._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, scale=scale
+            q, k, v, None, True, is_causal=causal, scale=scale
         )
     return out, lse[..., : q.shape[2]]
 
 
 def _fused_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of the part of a softmax that lies in these keys."""
     given = d_out, q, k, v
     if not q.is_cuda:
         return _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
-            *given, out, lse, 0.0, False, scale=scale
+            *given, out, lse, 0.0, causal, scale=scale
         )
     no_dropout = [torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2)]
     if _flash_takes(q):
         lengths = None, None, q.shape[2], k.shape[2]
         return _ATEN._scaled_dot_product_flash_attention_backward(
-            *given, out, lse, *lengths, 0.0, False, *no_dropout, scale=scale
+            *given, out, lse, *lengths, 0.0, causal, *no_dropout, scale=scale
         )
     # its log-sum-exp has rows in whole tiles of 32; +inf is a row without weight
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
     wanted = [True, True, True, False]
     return _ATEN._scaled_dot_product_efficient_attention_backward(
-        *given, None, out, lse, *no_dropout, 0.0, wanted, scale=scale
+        *given, None, out, lse, *no_dropout, 0.0, wanted, is_causal=causal, scale=scale
     )[:3]

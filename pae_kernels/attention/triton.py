@@ -58,7 +58,7 @@ from torch import Tensor
 
 from ..ahead_of_time import Launch
 from ..launching import Launcher, power_of_2, programs
-from . import tiles
+from . import reference, tiles
 from .reference import Sizes, sum_groups
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -533,8 +533,13 @@ def forward(
     log_multiplicity: Tensor | None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's `forward`."""
+    if causal:
+        return reference.forward(
+            qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask, causal
+        )
     qkv, kv_prompt = _readable(qkv), _readable(kv_prompt)
     n = Sizes.of(qkv, kv_prompt, class_only)
     out = qkv.new_empty(n.batch, n.rows, n.heads * n.width)
@@ -568,8 +573,14 @@ def backward(
     out: Tensor,
     lse: Tensor,
     need_qkv: bool,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's `backward`."""
+    if causal:
+        return reference.backward(
+            *(d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask),
+            *(out, lse, need_qkv, causal),
+        )
     qkv, kv_prompt, d_out = _readable(qkv), _readable(kv_prompt), d_out.contiguous()
     n = Sizes.of(qkv, kv_prompt, class_only)
     fresh = torch.zeros if class_only else torch.empty  # queries that were not asked have none

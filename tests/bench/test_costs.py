@@ -264,6 +264,22 @@ def test_attention_formulas(class_only, sets):
         assert formula("prompt_attention_bwd", *back) == counted(attention.backward, *back)
 
 
+@pytest.mark.parametrize("prompts", [0, 5])
+def test_causal_attention_formulas(prompts):
+    """A row costs what one query over it and the rows before costs."""
+    draw = lambda rows: (torch.randn(2, rows, 3, 4, 8), torch.randn(1, prompts, 2, 4, 8))
+    rest = None, 0.3, False, None, None, None
+    one_by_one = [(*draw(rows), None, 0.3, True, None, None, None) for rows in range(1, 8)]
+    expected = sum(formula("prompt_attention_fwd", *args) for args in one_by_one)
+    qkv, kv = draw(7)
+    assert formula("prompt_attention_fwd", qkv, kv, *rest, True) == expected
+    given = qkv[:, :, 0].flatten(2), qkv, kv, *rest, None, None
+    assert 2 * formula("prompt_attention_bwd", *given, True, True) == 5 * expected
+    assert formula("prompt_attention_bwd", *given, False, True) == formula(
+        "prompt_attention_bwd", *given, False
+    )
+
+
 def test_adaptive_formulas():
     x, weight = torch.randn(2, 7, 8), torch.randn(3, 7)
     assert formula("token_mix_fwd", x, weight, 1e-5) == counted(adaptive.token_mix, x, weight, 1e-5)

@@ -36,6 +36,7 @@ CASES = {
     "attention": (lambda *t: prompt_attention(*t)[:1], ATTENTION),
     "attention, class row": (lambda *t: prompt_attention(*t, queries="class")[:1], ATTENTION),
     "attention, groups": (lambda *t: prompt_attention(*t, GROUP)[:1], ATTENTION),
+    "attention, causal": (lambda *t: prompt_attention(*t, causal=True)[:1], ATTENTION),
     "koopman": (koopman_losses, KOOPMAN),
     "koopman, paper": (partial(koopman_losses, formulation="paper"), KOOPMAN),
     "koopman, stacked, LayerNorm": (partial(koopman_losses, gauge="layernorm"), STACKED),

@@ -39,11 +39,14 @@ def places(tokens, heads=None, windows=None, dtype=FP32, seed=0):
     return found
 
 
-def by_definition(qkv, kv, group=None, scale=None, queries="all", log_multiplicity=None, **places):
+def by_definition(
+    qkv, kv, group=None, scale=None, queries="all", log_multiplicity=None, bias=None, mask=None,
+    causal=False,
+):  # fmt: skip
     """The formula with every softmax written out, differentiable."""
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     given = qkv, kv, group, scale, queries == "class", log_multiplicity
-    return reference.prompt_attention(*given, **places)
+    return reference.prompt_attention(*given, bias, mask, causal)
 
 
 def results(function, qkv, kv, d_out=None, **options):
@@ -111,13 +114,17 @@ def along(interpreter=(), names="", **cases):
 
 
 def sdpa(
-    qkv, kv, group=None, scale=None, queries="all", log_multiplicity=None, bias=None, mask=None
-):
+    qkv, kv, group=None, scale=None, queries="all", log_multiplicity=None, bias=None, mask=None,
+    causal=False,
+):  # fmt: skip
     """PyTorch's attention over concatenated keys, and nothing for the log-sum-exp."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     q = q[:, :, :1] if queries == "class" else q
     k_p, v_p = reference.take_groups(kv, group, len(qkv)).permute(2, 0, 3, 1, 4)
     n = reference.Sizes.of(qkv, kv, queries == "class")
+    if causal:
+        mask = torch.zeros(1, n.tokens, n.tokens).to(q) if mask is None else mask
+        mask = mask + torch.ones_like(mask).tril().log()
     added = reference._added(n, group, log_multiplicity, bias, mask)
     if added is not None:
         added = added.to(q.dtype).expand(*q.shape[:3], -1)

@@ -1,0 +1,320 @@
+"""Causal prompt_attention in every execution, and row_attention, one query of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from pae_kernels import prompt_attention, row_attention
+from tests.errors import error
+from tests.kernels.attention.cases import (
+    BWD,
+    FWD,
+    OP,
+    along,
+    assert_as_defined,
+    by_definition,
+    check,
+    each_path,
+    force,
+    inputs,
+    places,
+    results,
+)
+from tests.kernels.executions import BF16, FP16, FP32, FP64, each
+from tests.properties import examples
+
+
+def triangle(tokens):
+    """(1, N, N): a mask that hides what comes later."""
+    return torch.ones(1, tokens, tokens, dtype=FP64).tril().log()
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("queries", ["all", "class"])
+@pytest.mark.parametrize("prompts", [0, 3])
+@pytest.mark.parametrize("placed", [False, True])
+def test_the_definition_is_a_mask_of_a_triangle(placed, prompts, queries):
+    """Row 0 alone, "class", sees itself and prompts."""
+    qkv, kv = inputs(2, 5, prompts)
+    given = places(5, 2, 2, FP64) if placed else {"mask": torch.zeros(1, 5, 5)}
+    got = results(by_definition, qkv, kv, queries=queries, causal=True, **given)
+    given["mask"] = given["mask"] + triangle(5)
+    expected = results(by_definition, qkv, kv, queries=queries, **given)
+    plain = results(by_definition, qkv, kv, queries=queries)
+    for a, b, other in zip(got, expected, plain, strict=True):
+        assert torch.equal(a, b)
+        assert other.numel() == 0 or error(other, b) > 1e-2
+
+
+SHAPES = [  # with tiles of 16 rows; the last ends on a diagonal tile of one row
+    (2, 1, 0, 2, 16),
+    (1, 1, 7, 1, 16),
+    (2, 33, 0, 1, 16),
+    (1, 31, 18, 2, 16),
+    (1, 20, 4, 1, 20),
+    (1, 17, 16, 1, 72),
+]
+TEXT = [(2, 77, 0, 2, 64), (3, 24, 4, 2, 64), (1, 77, 50, 1, 80), (2, 45, 0, 1, 5)]
+
+
+@along(
+    [(shape, (FP32, FP16)[i % 2], "all") for i, shape in enumerate(SHAPES)]
+    + [(SHAPES[3], FP32, "class")],
+    "shape, dtype, queries",
+    reference=[
+        (shape, dtype, queries)
+        for shape in TEXT
+        for dtype in (FP64, FP32, BF16)
+        for queries in (("all", "class") if shape[2] else ("all",))
+    ],
+    cpu=[
+        *((shape, dtype, "all") for shape in (*SHAPES, *TEXT) for dtype in (FP32,)),
+        ((1, 260, 9, 1, 16), FP32, "all"),
+        (SHAPES[3], FP32, "class"),
+    ],
+    sdpa=[
+        (shape, dtype, queries)
+        for shape, dtype in ((TEXT[0], FP32), (TEXT[1], BF16), (TEXT[2], FP32))
+        for queries in ("all", "class")
+    ],
+    gpu=[
+        *(((4, *shape), dtype, "all") for dtype in (BF16, FP16, FP32)
+          for shape in ((77, 0, 8, 64), (24, 16, 8, 64), (197, 50, 12, 64), (577, 10, 4, 80))),
+        ((4, 77, 16, 8, 64), BF16, "class"),
+    ],
+)  # fmt: skip
+def test_shapes(execution, path, shape, dtype, queries):
+    check(execution, *inputs(*shape, dtype=dtype), queries=queries, causal=True)
+
+
+@each(OP, "dtype", interpreter=[FP32, FP16])
+def test_tiles_that_ship(execution, dtype):
+    check(execution, *inputs(1, 70, 5, 1, 64, dtype=dtype), causal=True)
+
+
+@each(OP, on=["reference", "interpreter", "cpu", "sdpa"])
+def test_any_shape(execution):
+    """With all that may be given beside it."""
+
+    @examples(execution.pick(interpreter=15, other=30))
+    @given(
+        batch=st.integers(1, 3),
+        tokens=st.integers(1, 40),
+        prompts=st.integers(0, 20),
+        width=st.integers(1, 20),
+        sets=st.sampled_from(["shared", "per_image", "grouped"]),
+        queries=st.sampled_from(["all", "class"]),
+        weighted=st.booleans(),
+        heads_placed=st.sampled_from([None, None, 1, 2]),
+        windows=st.sampled_from([None, None, 1, 0]),
+        scale=st.sampled_from([None, 1.0, -0.3]),
+        dtype=st.sampled_from(execution.dtypes[:2]),
+        path=st.sampled_from(["whole", "split"]),
+        block_n=st.sampled_from([16, 32]),
+        images=st.integers(1, 3),
+    )
+    def any_shape(
+        batch, tokens, prompts, width, sets, weighted, heads_placed, windows, dtype, path, block_n,
+        images, **options,
+    ):  # fmt: skip
+        count = {"shared": 1, "per_image": batch, "grouped": 2}[sets]
+        qkv, kv = inputs(batch, tokens, prompts, 2, width, count, dtype)
+        if sets == "grouped":
+            options["group"] = torch.arange(batch) % 2
+        if weighted:
+            weight = torch.linspace(-1, 2, count * prompts).view(count, prompts)
+            weight[:, ::3] = -torch.inf
+            options["log_multiplicity"] = weight
+        options |= places(tokens, heads_placed, batch if windows == 0 else windows)
+        with pytest.MonkeyPatch.context() as patch:
+            force(patch, path, block_n, images)
+            assert_as_defined(qkv, kv, causal=True, **options)
+
+    any_shape()
+
+
+# ---- properties
+
+
+@along(
+    [(33, 0, 0), (33, 18, 20), (20, 5, 15)],
+    "tokens, prompts, last",
+    **{kind: [(77, 0, 23), (24, 4, 0), (77, 50, 47)] for kind in ("reference", "cpu", "sdpa")},
+    gpu=[(77, 0, 23), (77, 16, 63)],
+)
+def test_later_rows_change_nothing(execution, path, tokens, prompts, last):
+    """Not a bit of results and gradients of the rows before, nor of those of prompts."""
+    dtype = execution.pick(reference=FP32, interpreter=FP16, other=execution.dtypes[-1])
+    qkv, kv = execution.moved(*inputs(2, tokens, prompts, 2, 16, dtype=dtype))
+    d_out = torch.randn(2, tokens, 32).to(qkv)
+    d_out[:, last + 1 :] = 0
+    other = qkv.clone()
+    other[:, last + 1 :] = 30 * torch.randn(2, tokens - last - 1, 3, 2, 16).to(qkv)
+    first, second = (results(prompt_attention, t, kv, d_out, causal=True) for t in (qkv, other))
+    seen = slice(0, last + 1)
+    for a, b in ((r[0][:, seen], r2[0][:, seen]) for r, r2 in ((first, second),)):
+        assert torch.equal(a, b)
+    assert torch.equal(first[1][..., seen], second[1][..., seen])
+    assert torch.equal(first[2], second[2]) and torch.equal(first[3], second[3])
+    assert not first[2][:, last + 1 :].any()
+    cut = results(prompt_attention, qkv[:, seen], kv, d_out[:, seen], causal=True)
+    tolerance = 2e-6 if dtype == FP32 else 2e-2
+    for a, b in zip(cut, (first[0][:, seen], first[1][..., seen], first[2][:, seen], first[3])):
+        assert b.numel() == 0 or error(a, b) < tolerance
+
+
+@each_path("reference", "interpreter", "cpu", "sdpa")
+def test_prompt_gradient_alone(execution, path):
+    """The same as beside that of qkv: prompts are seen by all rows."""
+    qkv, kv = execution.moved(*inputs(2, 33, 18, 1, 16, dtype=FP32))
+    out, lse = FWD(qkv, kv, None, 0.3, False, None, None, None, True)
+    d_out = torch.randn(out.shape).to(out)
+    given = d_out, qkv, kv, None, 0.3, False, None, None, None, out, lse
+    expected, alone = (BWD(*given, need_qkv, True) for need_qkv in (True, False))
+    assert alone[0].numel() == 0 and error(alone[1], expected[1]) < 1e-6
+
+
+@each_path("reference", "interpreter", "cpu", "sdpa")
+def test_a_sum_of_two_orders(execution, path):
+    """Rows in reverse see what comes later: with a row's own key they make up all."""
+    dtype = execution.pick(reference=FP64, sdpa=FP64, other=FP32)
+    qkv, kv = inputs(1, 33, 3, 1, 16, dtype=dtype)
+    both = [prompt_attention(t, kv[:, :0], causal=True)[1].double() for t in (qkv, qkv.flip(1))]
+    own = (qkv[:, :, 0].double() * qkv[:, :, 1].double()).sum(-1).transpose(1, 2) / 4
+    every = (both[0].exp() + both[1].flip(-1).exp() - own.exp()).log()
+    assert error(every, prompt_attention(qkv, kv[:, :0])[1]) < 1e-6
+
+
+# ---- as an op
+
+
+@pytest.mark.parametrize("queries", ["all", "class"])
+@pytest.mark.parametrize("sets, group, prompts", [(1, None, 2), (2, (1, 0, 1), 2), (1, None, 0)])
+@pytest.mark.parametrize("placed", [False, True])
+def test_gradcheck(placed, sets, group, prompts, queries):
+    qkv, kv = inputs(3, 4, prompts, 2, 3, sets)
+    options = {"group": None if group is None else torch.tensor(group), "queries": queries}
+    if placed:
+        options |= places(4, 2, 3) | {"log_multiplicity": torch.rand(sets, prompts)}
+    function = lambda qkv, kv: prompt_attention(qkv, kv, causal=True, **options)[0]
+    assert torch.autograd.gradcheck(function, (qkv.requires_grad_(), kv.requires_grad_()))
+
+
+@each(OP, "dtype", interpreter=[FP16], reference=[FP64], cpu=[BF16], sdpa=[BF16])
+def test_opcheck(execution, dtype):
+    qkv, kv = execution.moved(*inputs(3, 5, dtype=dtype))
+    given = None, 1.0, False, None, None, None
+    out, lse = FWD(qkv, kv, *given, True)
+    quick = ["test_schema", "test_faketensor"]
+    opcheck(BWD, (out, qkv, kv, *given, out, lse, True, True), test_utils=quick)
+    quick += ["test_autograd_registration"] if execution.kind == "reference" else []
+    leaves = qkv.requires_grad_(), kv.requires_grad_()
+    opcheck(FWD, (*leaves, *given, True), test_utils=quick)
+
+
+def test_compiled_whole():
+    qkv, kv = inputs(dtype=FP32)
+    torch._dynamo.reset()
+    compiled = torch.compile(prompt_attention, fullgraph=True, backend="aot_eager")
+    got = results(compiled, qkv, kv, causal=True)
+    for a, b in zip(got, results(prompt_attention, qkv, kv, causal=True), strict=True):
+        assert error(a, b) < 1e-6
+
+
+# ---- one query
+
+
+def drawn(batch=3, tokens=6, heads=2, width=4, of_values=5, shared=(False, False), dtype=FP64):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(size, generator=generator, dtype=FP64).to(dtype)
+    k, v = (
+        draw(batch, tokens, 1 if one else heads, w) for one, w in zip(shared, (width, of_values))
+    )
+    return draw(batch, heads, width), k, v, torch.tensor([tokens - 1, 0, tokens // 2])[:batch]
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=str)
+def test_row_attention_is_a_row_of_causal_attention(dtype):
+    qkv, kv = inputs(3, 9, 0, 2, 8, dtype=dtype)
+    row = torch.tensor([8, 0, 5], dtype=torch.int32)
+    at = torch.arange(3), row.long()
+    whole = results(
+        lambda qkv, kv: (prompt_attention(qkv, kv, causal=True)[0][at], qkv[0, 0, 0, 0]), qkv, kv
+    )
+
+    def one(qkv, kv):
+        return row_attention(qkv[:, :, 0][at], qkv[:, :, 1], qkv[:, :, 2], row).flatten(1), row
+
+    q, k, v = (t.detach() for t in (qkv[:, :, 0][at], qkv[:, :, 1], qkv[:, :, 2]))
+    out = row_attention(q, k, v, row)
+    tolerance = {FP64: 1e-13, FP32: 1e-6, FP16: 2e-3, BF16: 1e-2}[dtype]
+    assert out.dtype == dtype and error(out.flatten(1), whole[0]) < tolerance
+    leaf = qkv.detach().requires_grad_()
+    d_out = torch.randn(out.shape, dtype=FP64, generator=torch.Generator().manual_seed(9)).to(out)
+    (grad,) = torch.autograd.grad(one(leaf, kv)[0], leaf, d_out.flatten(1))
+    assert error(grad, whole[2]) < tolerance
+    assert not grad[1, 1:].any() and not grad[2, 6:].any()
+
+
+@pytest.mark.parametrize("shared", [(False, False), (True, False), (False, True), (True, True)])
+def test_row_attention_with_rows_of_all_heads(shared):
+    q, k, v, row = drawn(shared=shared)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    function = lambda *t: row_attention(*t, row, scale=0.7)
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+    apart = [t.expand(-1, -1, 2, -1) for t in (k, v)]
+    assert error(row_attention(q, *apart, row, scale=0.7), function(q, k, v)) < 1e-13
+
+
+def test_row_attention_on_rows_themselves():
+    """W_k in the query and W_v behind the sum: as with keys and values of the heads."""
+    q, x, _, row = drawn(shared=(True, True), width=8)
+    q = q[..., :4]
+    w_k, w_v = torch.randn(2, 2, 4, 8, dtype=FP64)  # (H, d, D)
+    k, v = (torch.einsum("bnd,hed->bnhe", x[:, :, 0], w) for w in (w_k, w_v))
+    read = row_attention(torch.einsum("bhe,hed->bhd", q, w_k), x, x, row, scale=0.5)
+    out = torch.einsum("bhd,hed->bhe", read, w_v)
+    assert error(out, row_attention(q, k, v, row)) < 1e-13
+
+
+def test_row_attention_of_no_sequence_and_compiled():
+    empty = row_attention(*(t[:0] for t in drawn()))
+    assert empty.shape == (0, 2, 5)
+    given = drawn(dtype=FP32)
+    torch._dynamo.reset()
+    compiled = torch.compile(row_attention, fullgraph=True, backend="aot_eager")
+    assert error(compiled(*given), row_attention(*given)) < 1e-6
+
+
+BAD = {
+    "q is flat": (lambda q, k, v, row: (q.flatten(1), k, v, row), r"q must be .*\(B, H, d\)"),
+    "k of other heads": (
+        lambda q, k, v, row: (q, k[:, :, :0], v, row),
+        r"k must be \(3, N, 2 or 1",
+    ),
+    "k of another width": (lambda q, k, v, row: (q, k[..., 1:], v, row), r"k must be .* or 1, 4\)"),
+    "v of fewer rows": (lambda q, k, v, row: (q, k, v[:, 1:], row), r"v must be \(3, 6, 2 or 1, e"),
+    "v is wider": (lambda q, k, v, row: (q, k, v.float(), row), "v must be like q.*float32"),
+    "row is short": (lambda q, k, v, row: (q, k, v, row[1:]), r"row must be int32 or int64 \(3,\)"),
+    "row of floats": (lambda q, k, v, row: (q, k, v, row.float()), "row must be int32.*float32"),
+    "row behind": (
+        lambda q, k, v, row: (q, k, v, row + 1),
+        r"row must lie in \[0, 6\), got 1 to 6",
+    ),
+    "row before": (lambda q, k, v, row: (q, k, v, row - 1), r"row must lie in \[0, 6\), got -1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_of_row_attention(case):
+    change, message = BAD[case]
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        row_attention(*change(*drawn()))
+    assert "\n" not in str(caught.value)
