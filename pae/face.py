@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import analysis, prompts
 from .checkpoint import Checkpoint
 from .checkpoint import read as read_checkpoint
+from .clip import PromptedCLIP, PromptedText, prompted_clip
 from .errors import CheckpointError, UnsupportedBackbone
 from .graphs import graphed_step
 from .kld import KLD
@@ -52,6 +53,8 @@ __all__ = [
     "MPAResult",
     "NullSpace",
     "OfficialParts",
+    "PromptedCLIP",
+    "PromptedText",
     "PromptedViT",
     "Run",
     "TaskInfo",
@@ -67,6 +70,7 @@ __all__ = [
     "load",
     "load_official",
     "mpa_init",
+    "prompted_clip",
     "prompts",
     "push_to_hub",
     "read_checkpoint",

@@ -95,6 +95,7 @@ class PromptedViT(nn.Module):
     task: TaskInfo | None = None
     transform: Callable[[Any], Tensor] | None = None
     _pool: str = "image"
+    runs_fast = True  # what `fast_forward` looks for
 
     def __init__(
         self,
@@ -464,7 +465,7 @@ def fast_forward(model: nn.Module, images: Tensor, memory: str = "keep") -> Tens
     """model(images), in value and in every gradient, without the work that is thrown away.
 
     Args:
-        model: a `PromptedViT`, or a wrapper around one that forwards calls
+        model: a `PromptedViT` or `PromptedCLIP`, or a wrapper around one that forwards calls
             (DistributedDataParallel, torch.compile).
         images: (B, C, H, W) float, normalised as the backbone wants it; of a backbone that reads
             clips (B, T, C, H, W).
@@ -480,16 +481,19 @@ def fast_forward(model: nn.Module, images: Tensor, memory: str = "keep") -> Tens
         logits (B, classes).
 
     Raises:
-        TypeError: `model` holds no PromptedViT.
+        TypeError: `model` holds neither.
         ValueError: images of a wrong shape, size or dtype; an unknown memory mode.
         UnsupportedBackbone: the backbone is not frozen, is hooked, or was changed into something
             that cannot be folded; see `PromptedViT.plan`.
     """
     inner = model
-    while not isinstance(inner, PromptedViT):
+    while not getattr(type(inner), "runs_fast", False):
         wrapped = getattr(inner, "module", getattr(inner, "_orig_mod", None))
         if not isinstance(wrapped, nn.Module):
-            raise TypeError(f"model must be a PromptedViT or wrap one, got {type(model).__name__}")
+            raise TypeError(
+                "model must be a PromptedViT or PromptedCLIP, or wrap one, got "
+                f"{type(model).__name__}"
+            )
         inner = wrapped
     return model(images, engine="fast", memory=memory)
 

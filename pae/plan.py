@@ -31,7 +31,7 @@ from .backbones.view import (
     HOOKS,
     NO_GEOMETRY,
     UNTRAINED,
-    BackboneView,
+    BlocksView,
     BlockWeights,
     Geometry,
     Linear,
@@ -292,7 +292,7 @@ def _with(block: BlockPlan, vectors: dict[str, Tensor]) -> BlockPlan:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def fold(view: BackboneView, dtype: torch.dtype, settled: bool = True) -> FrozenPlan:
+def fold(view: BlocksView, dtype: torch.dtype, settled: bool = True) -> FrozenPlan:
     """Fold every block of `view` for products in `dtype`.
 
     Normal tensors even under inference mode: a plan built during evaluation also serves training.
@@ -573,7 +573,7 @@ class Plans:
             norm's own parameters, is no such thing.
     """
 
-    def __init__(self, view: BackboneView) -> None:
+    def __init__(self, view: BlocksView) -> None:
         if view.unproved is not None:
             view.examine()  # it may have become what can be folded
         if view.unproved is not None:
@@ -655,7 +655,7 @@ class _Seen:
         UnsupportedBackbone: naming what the fast engine would not run.
     """
 
-    def __init__(self, view: BackboneView) -> None:
+    def __init__(self, view: BlocksView) -> None:
         self._view = view
         folded = view.folded
         self._folded = list(folded.values())

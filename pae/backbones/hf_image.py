@@ -102,7 +102,7 @@ class View(PlainView):
         if geometry.rotation is not None:
             sin, cos = torch.cat([geometry.rotation] * 2, dim=-1)
             return {"position_embeddings": (cos, sin)}
-        return _nothing_more(self.blocks[0])
+        return nothing_more(self.blocks[0])
 
     @staticmethod
     def read(block: nn.Module, name: str) -> BlockWeights:
@@ -178,7 +178,7 @@ class View(PlainView):
             return super().embed(images)
         told = self._told and tuple(images.shape[-2:]) != self._size
         embeddings = self.base.embeddings
-        more = _nothing_more(embeddings) | ({"interpolate_pos_encoding": True} if told else {})
+        more = nothing_more(embeddings) | ({"interpolate_pos_encoding": True} if told else {})
         rows = embeddings(images, **more)
         return self._before(rows[0] if isinstance(rows, tuple) else rows)
 
@@ -260,7 +260,7 @@ def _scale(read: BlockReader, number: int) -> Tensor | None:
     return read.layer_scale(name) if read.has(name) else None
 
 
-def _nothing_more(module: nn.Module) -> dict[str, Any]:
+def nothing_more(module: nn.Module) -> dict[str, Any]:
     """None for everything beside the first argument that its forward must be given."""
     _, *others = inspect.signature(module.forward).parameters.values()
     named = (p for p in others if p.kind is p.POSITIONAL_OR_KEYWORD)

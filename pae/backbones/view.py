@@ -297,11 +297,13 @@ class Geometry:
         bias: (H or 1, N, N), what is added to the logits of rows that there are without prompts,
             or None. Prompts, which stand behind the first `at` rows, have none.
         at: rows of the prefix.
+        causal: whether a row sees none behind it.
     """
 
     rotation: Tensor | None = None
     bias: Tensor | None = None
     at: int = 0
+    causal: bool = False
 
     def mixed(self) -> Geometry:
         """With prompts that meet other images' windows, where there are windows."""
@@ -356,7 +358,115 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-class BackboneView(ABC):
+class BlocksView(ABC):
+    """Frozen transformer blocks in a row, each proved to be its formula: what a plan is made of.
+
+    Attributes:
+        module: what they belong to.
+        shape: its sizes, of which `block_widths` and `widths` are read.
+        num_prefix_tokens: rows of the sequence that no rotation turns; they stand first.
+        unproved: why no block formula stands for the blocks, which then run as they are and cannot
+            be folded; None when they are proved to be their formulas.
+    """
+
+    module: nn.Module
+    shape: Any
+    num_prefix_tokens: int
+    unproved: str | None = None
+
+    @abstractmethod
+    def examine(self) -> None:
+        """Prove all blocks, or leave in `unproved` why there is nothing to prove."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, in order."""
+
+    @property
+    def folded(self) -> dict[str, nn.Module]:
+        """All modules that a plan is made of, and what to call them."""
+        return {f"blocks.{i}": block for i, block in enumerate(self.blocks)}
+
+    @property
+    def mergings(self) -> dict[int, nn.Module]:
+        """What stands between two stages, by the block behind it."""
+        return {}
+
+    def read_merging(self, index: int) -> Merging:
+        """Neutral weights of the merging before block `index`; raises as `read_block`."""
+        raise KeyError(index)
+
+    @property
+    @abstractmethod
+    def reads_class_only(self) -> bool:
+        """Whether only row 0 of the last block's output reaches the head, or a hook on the way."""
+
+    @property
+    @abstractmethod
+    def readout_parts(self) -> list[Any]:
+        """What `reads_class_only` follows from: the same objects, the same answer."""
+
+    @property
+    def like(self) -> Tensor:
+        """A frozen weight: the device and dtype of all of them."""
+        return next(self.blocks[0].parameters())
+
+    @abstractmethod
+    def read_block(self, index: int) -> BlockWeights:
+        """Neutral weights of one block; raises UnsupportedBackbone naming what does not fit."""
+
+    def prove_blocks(self) -> None:
+        """Raise UnsupportedBackbone unless every block can be read and computes its formula, as far
+        as the prefix and four rows of two images tell.
+        """
+        for i, block in enumerate(self.blocks):
+            with evaluating(block):
+                _prove(self, i, 2, self.num_prefix_tokens + 4)
+
+    def prove_lengths(self, lengths: Sequence[int]) -> None:
+        """Raise UnsupportedBackbone unless every block, in the mode it is in, computes its formula
+        on sequences of its length, to within what fp64 leaves of a difference.
+        """
+        if len(self.blocks) != len(lengths):
+            raise UnsupportedBackbone(
+                f"the backbone has {len(self.blocks)} blocks, and the prompts were made for "
+                f"{len(lengths)}: build a new model"
+            )
+        for i, rows in enumerate(lengths):
+            _prove(self, i, 1, rows, torch.float64)
+
+    def geometry(self, size: tuple[int, int]) -> list[Geometry]:
+        """What each block is given beside the rows of images of this size."""
+        return [NO_GEOMETRY] * len(self.blocks)
+
+    def block_arguments(self, geometry: Geometry, rows: int) -> dict[str, Any]:
+        """Keyword arguments of a block's own forward on so many rows, with `geometry` for the last
+        of them.
+        """
+        return {}
+
+    def proof(self, index: int, rows: int) -> tuple[int, Geometry]:
+        """On how many rows, about as many as that, the block is compared with its formula, and what
+        it is given then: any angles.
+        """
+        weights = self.read_block(index)
+        if not weights.rotation:
+            return rows, NO_GEOMETRY
+        width = weights.proj.weight.shape[1] // weights.num_heads
+        angles = random_rows(rows - self.num_prefix_tokens, width // 2)
+        return rows, Geometry(torch.stack([angles.sin(), angles.cos()]))
+
+    def as_given(self, rows: Tensor, geometry: Geometry) -> Tensor:
+        """Rows (B, N, D) as a block's own forward takes them."""
+        return rows
+
+    def formula(self, weights: BlockWeights, x: Tensor, geometry: Geometry) -> Tensor:
+        """A block in plain PyTorch, unfolded."""
+        return apply_block(weights, x, geometry)
+
+
+class BackboneView(BlocksView):
     """What pae reads of a frozen backbone: its stem, its blocks, its readout.
 
     Attributes:
@@ -416,16 +526,6 @@ class BackboneView(ABC):
 
     @property
     @abstractmethod
-    def reads_class_only(self) -> bool:
-        """Whether only row 0 of the last block's output reaches the head, or a hook on the way."""
-
-    @property
-    @abstractmethod
-    def readout_parts(self) -> list[Any]:
-        """What `reads_class_only` follows from: the same objects, the same answer."""
-
-    @property
-    @abstractmethod
     def pools_not(self) -> str | None:
         """What the readout does other than to take the mean or the maximum of all rows behind the
         prefix that it is given, in words; None when it does just that.
@@ -434,25 +534,6 @@ class BackboneView(ABC):
     @abstractmethod
     def num_rows(self, size: tuple[int, int]) -> int:
         """Rows that the stem makes of images of this size, prefix tokens included."""
-
-    @property
-    @abstractmethod
-    def blocks(self) -> list[nn.Module]:
-        """The transformer blocks, in order."""
-
-    @property
-    def folded(self) -> dict[str, nn.Module]:
-        """All modules that a plan is made of, and what to call them."""
-        return {f"blocks.{i}": block for i, block in enumerate(self.blocks)}
-
-    @property
-    def mergings(self) -> dict[int, nn.Module]:
-        """What stands between two stages, by the block behind it."""
-        return {}
-
-    def read_merging(self, index: int) -> Merging:
-        """Neutral weights of the merging before block `index`; raises as `read_block`."""
-        raise KeyError(index)
 
     @property
     @abstractmethod
@@ -470,15 +551,6 @@ class BackboneView(ABC):
     def pads_images(self) -> bool:
         """Whether the stem takes images whose sides the patch does not divide."""
 
-    @property
-    def like(self) -> Tensor:
-        """A frozen weight: the device and dtype of all of them."""
-        return next(self.blocks[0].parameters())
-
-    @abstractmethod
-    def read_block(self, index: int) -> BlockWeights:
-        """Neutral weights of one block; raises UnsupportedBackbone naming what does not fit."""
-
     def examine(self) -> None:
         """Prove all blocks, or leave in `unproved` why there is nothing to prove, when they run as
         they are on longer sequences.
@@ -495,26 +567,6 @@ class BackboneView(ABC):
             _run_as_it_is(self)
         finally:
             self._examining = False
-
-    def prove_blocks(self) -> None:
-        """Raise UnsupportedBackbone unless every block can be read and computes its formula, as far
-        as the prefix and four rows of two images tell.
-        """
-        for i, block in enumerate(self.blocks):
-            with evaluating(block):
-                _prove(self, i, 2, self.num_prefix_tokens + 4)
-
-    def prove_lengths(self, lengths: Sequence[int]) -> None:
-        """Raise UnsupportedBackbone unless every block, in the mode it is in, computes its formula
-        on sequences of its length, to within what fp64 leaves of a difference.
-        """
-        if len(self.blocks) != len(lengths):
-            raise UnsupportedBackbone(
-                f"the backbone has {len(self.blocks)} blocks, and the prompts were made for "
-                f"{len(lengths)}: build a new model"
-            )
-        for i, rows in enumerate(lengths):
-            _prove(self, i, 1, rows, torch.float64)
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
@@ -537,10 +589,6 @@ class BackboneView(ABC):
         """`embed` from what `patch_convolution` gives for images of this size: (B, patches, D), row
         by row.
         """
-
-    def geometry(self, size: tuple[int, int]) -> list[Geometry]:
-        """What each block is given beside the rows of images of this size."""
-        return [NO_GEOMETRY] * len(self.blocks)
 
     def _remembered(
         self,
@@ -565,31 +613,6 @@ class BackboneView(ABC):
         if self._known is None or self._known[0] != seen:
             self._known = seen, make(size)
         return self._known[1]
-
-    def block_arguments(self, geometry: Geometry, rows: int) -> dict[str, Any]:
-        """Keyword arguments of a block's own forward on so many rows, with `geometry` for the last
-        of them.
-        """
-        return {}
-
-    def proof(self, index: int, rows: int) -> tuple[int, Geometry]:
-        """On how many rows, about as many as that, the block is compared with its formula, and what
-        it is given then: any angles.
-        """
-        weights = self.read_block(index)
-        if not weights.rotation:
-            return rows, NO_GEOMETRY
-        width = weights.proj.weight.shape[1] // weights.num_heads
-        angles = random_rows(rows - self.num_prefix_tokens, width // 2)
-        return rows, Geometry(torch.stack([angles.sin(), angles.cos()]))
-
-    def as_given(self, rows: Tensor, geometry: Geometry) -> Tensor:
-        """Rows (B, N, D) as a block's own forward takes them."""
-        return rows
-
-    def formula(self, weights: BlockWeights, x: Tensor, geometry: Geometry) -> Tensor:
-        """A block in plain PyTorch, unfolded."""
-        return apply_block(weights, x, geometry)
 
     def enter(self, index: int, x: Tensor, geometry: Sequence[Geometry]) -> Tensor:
         """Rows (B, P + N, D) that leave block `index` - 1, as they enter block `index`: merged
@@ -856,7 +879,7 @@ def _run_as_it_is(view: BackboneView) -> None:
                 both, alone = (view.run_block(i, rows, own[i]) for rows in (longer, longer[:1]))
                 if both.shape != longer.shape:
                     raise ValueError(f"blocks.{i} gives rows of another shape")
-                if not _near(both[:1], alone):
+                if not is_near(both[:1], alone):
                     raise ValueError(f"blocks.{i} mixes the images of a batch")
                 x = view.run_block(i, x, own[i])
             head, got = view.head, view.readout(x)
@@ -866,20 +889,20 @@ def _run_as_it_is(view: BackboneView) -> None:
             raise UnsupportedBackbone(
                 f"{view.unproved}; nor do the blocks run as they are with prompts: {reason}"
             ) from error
-    if not _near(got, expected):
+    if not is_near(got, expected):
         raise UnsupportedBackbone(
             f"{view.unproved}; and the backbone is more than a stem, blocks and a readout"
         )
 
 
-def _near(got: Tensor, expected: Tensor) -> bool:
+def is_near(got: Tensor, expected: Tensor) -> bool:
     """Whether they differ by no more than rounding; of shapes alone nothing can be said."""
     near = 64 * torch.finfo(expected.dtype).eps
     return expected.device.type == "meta" or bool((got - expected).norm() <= near * expected.norm())
 
 
 def _prove(
-    view: BackboneView, index: int, batch: int, count: int, dtype: torch.dtype | None = None
+    view: BlocksView, index: int, batch: int, count: int, dtype: torch.dtype | None = None
 ) -> None:
     """Run a block and its formula on the same (batch, count) rows; raise when they differ by more
     than rounding. `dtype`: to compute in; that of the weights, 32 bits at least, when None.

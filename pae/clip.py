@@ -1,0 +1,503 @@
+"""Two towers, one model: an image tower with prompts and a text tower with learned context.
+
+    logits = exp(logit_scale) normalise(image features) normalise(text features)^T + logit_bias
+
+Nothing is trained but prompts and context (and what a `PromptedViT` trains beside them); there is
+no head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backbones.clip_text import TextView, read_text
+from .choices import ENGINES
+from .kld import KLD
+from .model import PromptedViT
+from .prompts import PromptFamily, VPTDeep
+from .prompts.base import check_choice
+
+POSITIONS = ("end", "middle")
+
+
+class PromptedText(nn.Module):
+    """A frozen text tower with learned rows in front of the names of classes.
+
+    The sequences are [start, context rows, class name, the rest, end token, padding]: context rows
+    stand in the place of place-holder tokens and get their positions. The tower is taken over:
+    frozen, kept in eval mode.
+
+    Args:
+        text: a model with a text tower, see `pae.backbones.clip_text.read_text`, or its view.
+        context: what the learned rows come from, unused before: a module with `num_tokens` (n),
+            `position` ("end": all rows in front of the class name; "middle": n // 2 of them, the
+            others behind it), `bind(width)`, and `rows()`, which gives (n, D), or (C, n, D) where
+            classes have their own. None: no learned rows.
+        tokens: int64 (C, N), one text per class, padded as the tower is used to, with n
+            place-holders behind the start token, whatever the position.
+        name_lengths: for "middle": how many tokens each class name has, which stands right behind
+            the place-holders.
+
+    Attributes:
+        view: what pae reads of the tower. backbone: the tower's own modules and parameters.
+        context: as given. tokens: (C, N), the place-holders where the context's rows go.
+        live: (C, n), where those are. ends: (C,), the row that each text is read at.
+
+    Raises:
+        UnsupportedBackbone: the tower is none that is read.
+        TypeError, ValueError: naming the argument, what it was and what was expected.
+    """
+
+    tokens: Tensor
+    live: Tensor
+    ends: Tensor
+    context: Any
+
+    def __init__(
+        self,
+        text: nn.Module | TextView,
+        context: nn.Module | None,
+        tokens: Tensor,
+        name_lengths: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.view = view = read_text(text)
+        view.check_tokens(tokens)
+        count = 0 if context is None else _count(context)
+        position = "end" if context is None else getattr(context, "position", "")
+        check_choice("context.position", position, POSITIONS)
+        like = view.like
+        tokens = tokens.to(like.device)
+        ends = view.eot(tokens)
+        lengths = _name_lengths(position, count, name_lengths, len(tokens))
+        least = view.starts + count + torch.tensor(lengths, device=like.device)
+        if bool((short := ends < least).any()):
+            at = int(short.int().argmax())
+            raise ValueError(
+                f"tokens[{at}] ends at row {int(ends[at])}, expected a class name behind "
+                f"{view.starts + count} rows, and an end token at row {int(least[at])} or later"
+            )
+        live, tokens = _places(
+            tokens, view.starts, count, lengths if position == "middle" else None
+        )
+        self.context = context
+        if context is not None:
+            self.context.bind(view.shape.width)
+            self.context.to(like.device, like.dtype)
+        self.backbone = view.module.requires_grad_(False).eval()
+        for name, buffer in (("tokens", tokens), ("live", live), ("ends", ends)):
+            self.register_buffer(name, buffer, persistent=False)
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.tokens)
+
+    def train(self, mode: bool = True) -> PromptedText:
+        """Training mode for the context; the tower always stays in eval mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def rows(self) -> Tensor | None:
+        """The context's rows (n, D), or (C, n, D), in the tower's dtype; None without any."""
+        if self.context is None or self.live.shape[1] == 0:
+            return None
+        rows = self.context.rows()
+        (classes, count), width = self.live.shape, self.view.shape.width
+        if tuple(rows.shape) not in ((count, width), (classes, count, width)):
+            raise ValueError(
+                f"context.rows() must be ({count}, {width}) or ({classes}, {count}, {width}), got "
+                f"{tuple(rows.shape)}"
+            )
+        return rows.to(self.view.like.dtype)
+
+    def embed(self) -> Tensor:
+        """What enters the first block, (C, N, D), the context's rows in their places."""
+        rows, x = self.rows(), self.view.tokens(self.tokens)
+        if rows is not None:
+            at = self.live[..., None].expand(-1, -1, x.shape[-1])
+            x = x.scatter(1, at, rows.expand(at.shape))
+        return self.view.place(x)
+
+    def forward(self, engine: str = "reference") -> Tensor:
+        """Text features (C, E) of unit length, in at least fp32.
+
+        Args:
+            engine: "reference" runs the tower's own blocks on all rows.
+
+        Raises:
+            ValueError: an unknown engine, or rows of another shape.
+        """
+        check_choice("engine", engine, ENGINES)
+        return _unit(self.view.read_rows(self.embed(), self.ends))
+
+
+class PromptedCLIP(nn.Module):
+    """An image tower and a text tower that share a space of features.
+
+    Args:
+        vision: its head, which maps to the space of the text's features, is frozen: CLIP's image
+            projection, or an identity.
+        text: the classes.
+        logit_scale: logarithm of the scores' factor, a number or a tensor of one; frozen.
+        logit_bias: added to the scores (SigLIP's), frozen; or None.
+        pair: what made the prompts of both, where they belong together: a module with `image` (the
+            family of `vision`) and `text` (the context of `text`); it may have
+            `see_features(image_features, text_features, labels)`, which `loss` calls in training,
+            and `penalty()`.
+        class_names: names in the order of the texts; kept in files.
+
+    Attributes:
+        vision, text, pair: the parts. logit_scale, logit_bias: buffers. class_names: a tuple, or
+            None.
+
+    Raises:
+        TypeError, ValueError: on parts of a wrong type, or that do not go together.
+    """
+
+    runs_fast = True  # what `pae.fast_forward` looks for
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+    pair: Any
+
+    def __init__(
+        self,
+        vision: PromptedViT,
+        text: PromptedText,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        pair: nn.Module | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(vision, PromptedViT):
+            raise TypeError(f"vision must be a PromptedViT, got {type(vision).__name__}")
+        if not isinstance(text, PromptedText):
+            raise TypeError(f"text must be a PromptedText, got {type(text).__name__}")
+        if pair is not None and (
+            getattr(pair, "image", None) is not vision.prompts
+            or getattr(pair, "text", None) is not text.context
+        ):
+            raise ValueError("pair.image and pair.text must be the prompts of vision and text")
+        names = None if class_names is None else tuple(class_names)
+        if names is not None and len(names) != text.num_classes:
+            raise ValueError(
+                f"class_names must be {text.num_classes} like the texts, got {len(names)}"
+            )
+        wide, own = text.view.shape.feature_width, _width_of(vision)
+        if own != wide:
+            raise ValueError(
+                f"vision must give features of the text's width, {wide}, got {own}: its head must "
+                "be CLIP's image projection"
+            )
+        self.vision, self.text, self.pair, self.class_names = vision, text, pair, names
+        vision.head.requires_grad_(False)
+        if pair is not None:
+            pair.to(vision.device, vision.view.like.dtype)
+        for name, value in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
+            self.register_buffer(name, None if value is None else _scalar(name, value, vision))
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.text.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        """Of the towers."""
+        return self.vision.device
+
+    def features(self, images: Tensor, engine: str = "reference", memory: str = "keep") -> Tensor:
+        """Image features (B, E) of unit length, in at least fp32; arguments and errors as those of
+        `PromptedViT.forward`.
+        """
+        return _unit(self.vision(images, engine, memory))
+
+    def text_features(self, engine: str = "reference") -> Tensor:
+        """Text features (C, E) of unit length; see `PromptedText.forward`."""
+        return self.text(engine)
+
+    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Scores (B, C) of unit features, in at least fp32."""
+        with _no_autocast(image_features.device):
+            found = self.logit_scale.exp() * (image_features @ text_features.T)
+            return found if self.logit_bias is None else found + self.logit_bias
+
+    def forward(self, images: Tensor, engine: str = "reference", memory: str = "keep") -> Tensor:
+        """Logits (B, C) of images (B, 3, H, W).
+
+        Args:
+            engine: "reference" runs the towers' own blocks; "fast" is `pae.fast_forward`.
+            memory: of the image tower, see `pae.fast_forward`.
+
+        Raises:
+            ValueError, UnsupportedBackbone: as `PromptedViT.forward`.
+        """
+        return self.logits(self.features(images, engine, memory), self.text_features(engine))
+
+    def loss(
+        self, images: Tensor, labels: Tensor, engine: str = "reference", memory: str = "keep"
+    ) -> Tensor:
+        """Scalar to minimise: cross-entropy of the logits and `penalty`, after the family has seen
+        the labels and the pair the features.
+
+        Args:
+            labels: (B,) int64 in [0, C).
+            images, engine, memory: as in `forward`.
+        """
+        if self.training:
+            self.vision.prompts.see_labels(labels)
+        found, texts = self.features(images, engine, memory), self.text_features(engine)
+        if self.training and hasattr(self.pair, "see_features"):
+            self.pair.see_features(found, texts, labels)
+        return F.cross_entropy(self.logits(found, texts), labels) + self.penalty()
+
+    def penalty(self) -> Tensor:
+        """Scalar to add to the training loss: that of `vision`, and the pair's own; 0 in eval
+        mode.
+        """
+        total = self.vision.penalty()
+        own = getattr(self.pair, "penalty", None)
+        if not self.training or own is None:
+            return total
+        found = own()
+        return total if found is None else total + found
+
+
+def prompted_clip(
+    clip: Any,
+    image_prompts: PromptFamily | None = None,
+    text_prompts: nn.Module | None = None,
+    class_names: Sequence[str] = (),
+    template: str | None = None,
+    tokenizer: Callable[..., Any] | None = None,
+    *,
+    pair: Any = None,
+    kld: KLD | None = None,
+    train_backbone: str | Sequence[str] = (),
+) -> PromptedCLIP:
+    """`PromptedCLIP` of a CLIP or SigLIP model of open_clip or transformers, which is taken over.
+
+    Args:
+        clip: open_clip's `CLIP` or `CustomTextCLIP`, transformers' `CLIPModel` or `SiglipModel`.
+        image_prompts: an unused family; None: no prompts in the image tower.
+        text_prompts: an unused context, see `PromptedText`; None: no learned rows.
+        class_names: one per class.
+        template: the text of a class, "{}" for its name. None: "a photo of a {}." without learned
+            rows, and "{}." with them, which stand in the place of the words before the name.
+        tokenizer: of the texts: one of transformers, or a function of a list of texts that gives
+            int64 (C, N), start and end tokens included (open_clip's `get_tokenizer`). None:
+            open_clip's own where the model has its vocabulary.
+        pair: instead of both prompts, see `PromptedCLIP`.
+        kld, train_backbone: as in `PromptedViT`.
+
+    Raises:
+        UnsupportedBackbone: the model is none of these, or a tower that is not read.
+        TypeError, ValueError: naming the argument, what it was and what was expected.
+    """
+    if pair is not None:
+        if image_prompts is not None or text_prompts is not None:
+            raise ValueError("pair must be None beside image_prompts or text_prompts: it has both")
+        image_prompts, text_prompts = pair.image, pair.text
+    image_prompts = VPTDeep(0) if image_prompts is None else image_prompts
+    view = read_text(clip)
+    tower, projection = _image_side(clip)
+    made = tokenised(view, class_names, template, tokenizer, text_prompts, clip)
+    text = PromptedText(view, text_prompts, *made)
+    width = view.shape.feature_width
+    vision = PromptedViT(tower, image_prompts, kld, width, train_backbone=train_backbone)
+    vision.head = projection.requires_grad_(False)
+    bias = getattr(clip, "logit_bias", None)
+    return PromptedCLIP(vision, text, clip.logit_scale, bias, pair, class_names)
+
+
+def tokenised(
+    view: TextView,
+    class_names: Sequence[str],
+    template: str | None,
+    tokenizer: Callable[..., Any] | None,
+    context: nn.Module | None,
+    model: nn.Module,
+) -> tuple[Tensor, list[int] | None]:
+    """Token ids (C, N) with place-holders for the context's rows, and the lengths of the class
+    names where its position asks for them: what `PromptedText` is made of.
+
+    Raises:
+        TypeError, ValueError: as `prompted_clip`.
+    """
+    names = _checked_names(class_names)
+    count = 0 if context is None else _count(context)
+    template = ("{}." if count else "a photo of a {}.") if template is None else template
+    if not isinstance(template, str) or template.count("{}") != 1:
+        raise ValueError(
+            f"template must be a text with one {{}} for the class name, got {template!r}"
+        )
+    take = _tokenizer_of(view, tokenizer, model)
+    ids = take([template.replace("{}", name) for name in names])
+    rows = view.shape.num_tokens
+    room = rows - count
+    full = view.eot(ids) >= room if view.end is not None else (ids[:, room:] != ids[:, -1:]).any(1)
+    if bool(full.any()):
+        at = int(full.int().argmax())
+        raise ValueError(
+            f"class_names[{at}], {names[at]!r}, with template {template!r} and {count} context "
+            f"rows has no room in the {rows} rows of the text tower: shorten one of them"
+        )
+    ids = ids[:, :rows]
+    held = ids[:1, view.starts : view.starts + 1].expand(len(ids), count)
+    ids = torch.cat([ids[:, : view.starts], held, ids[:, view.starts : room]], dim=1)
+    if context is None or getattr(context, "position", None) != "middle":
+        return ids, None
+    if not template.startswith("{}"):
+        raise ValueError(
+            "template must begin with {} where the context's position is 'middle', got "
+            f"{template!r}"
+        )
+    if view.end is None:
+        raise ValueError("context.position must be 'end' for a text tower without an end token")
+    return ids, (view.eot(take(list(names))) - view.starts).tolist()
+
+
+def _checked_names(class_names: Sequence[str]) -> list[str]:
+    if isinstance(class_names, str) or not isinstance(class_names, Sequence) or not class_names:
+        raise ValueError(f"class_names must be a list of at least one name, got {class_names!r}")
+    for i, name in enumerate(class_names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"class_names[{i}] must be a name that is not empty, got {name!r}")
+    return list(class_names)
+
+
+def _tokenizer_of(
+    view: TextView, tokenizer: Callable[..., Any] | None, model: nn.Module
+) -> Callable[[list[str]], Tensor]:
+    """Texts to ids (C, N or more), on the CPU, that are not cut."""
+    rows = view.shape.num_tokens
+    if tokenizer is None:
+        if not type(model).__module__.startswith("open_clip") or view.shape.vocabulary != 49408:
+            raise ValueError(
+                "tokenizer must be given, the one that the text tower was trained with: "
+                "open_clip.get_tokenizer(name), or transformers.AutoTokenizer.from_pretrained(name)"
+            )
+        from open_clip.tokenizer import SimpleTokenizer
+
+        tokenizer = SimpleTokenizer(context_length=rows)
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer must be callable, got {type(tokenizer).__name__}")
+    theirs: Any = tokenizer
+    padded = {"padding": "max_length", "max_length": rows, "return_tensors": "pt"}
+    # asked for one row more, open_clip's cut what does not fit, and it is seen
+    longer = {"context_length": rows + 1} if hasattr(theirs, "context_length") else {}
+
+    def take(texts: list[str]) -> Tensor:
+        if hasattr(
+            theirs, "pad_token_id"
+        ):  # of transformers, whose long texts are left as they are
+            lists = theirs(texts)["input_ids"]
+            if max(map(len, lists)) > rows:
+                at = max(range(len(texts)), key=lambda i: len(lists[i]))
+                raise ValueError(
+                    f"the text {texts[at]!r} has {len(lists[at])} tokens, and the text tower "
+                    f"{rows} rows: shorten it"
+                )
+            found = theirs(texts, **padded)["input_ids"]
+        else:
+            found = theirs(texts, **longer)
+        if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(texts):
+            raise ValueError(
+                f"tokenizer must give int64 ({len(texts)}, {rows}) of {len(texts)} texts, got "
+                f"{tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__}"
+            )
+        if found.shape[1] < rows:
+            raise ValueError(
+                f"tokenizer must pad its texts to the {rows} rows of the text tower, got "
+                f"{found.shape[1]}"
+            )
+        return found.long().cpu()
+
+    return take
+
+
+def _image_side(clip: Any) -> tuple[nn.Module, nn.Module]:
+    """The image tower of a model, and the projection behind its features."""
+    if hasattr(clip, "visual"):
+        return clip.visual, nn.Identity()
+    if not hasattr(clip, "vision_model"):
+        raise ValueError(
+            f"clip must have an image tower, got {type(clip).__name__}: give the whole model, or "
+            "build PromptedText and PromptedCLIP by themselves"
+        )
+    return clip.vision_model, getattr(clip, "visual_projection", nn.Identity())
+
+
+def _count(context: nn.Module) -> int:
+    """n of a context."""
+    count = getattr(context, "num_tokens", None)
+    if type(count) is not int or count < 0:
+        raise TypeError(
+            f"{type(context).__name__}.num_tokens must be an integer of at least 0, got {count!r}"
+        )
+    return count
+
+
+def _name_lengths(
+    position: str, count: int, given: Sequence[int] | None, classes: int
+) -> list[int]:
+    """Tokens of each class name; the least that there must be where nobody needs to know."""
+    if position == "end" or count == 0:
+        return [1] * classes
+    lengths = [] if given is None else list(given)
+    if len(lengths) != classes or not all(type(n) is int and n > 0 for n in lengths):
+        raise ValueError(
+            f"name_lengths must be {classes} positive integers where context.position is 'middle', "
+            f"got {given}"
+        )
+    return lengths
+
+
+def _places(
+    tokens: Tensor, starts: int, count: int, lengths: list[int] | None
+) -> tuple[Tensor, Tensor]:
+    """Where live rows go, (C, n), and the tokens (C, N) in that order; `lengths`: of the names
+    that stand in the middle of them.
+    """
+    live = torch.arange(starts, starts + count, device=tokens.device).repeat(len(tokens), 1)
+    if lengths is None:
+        return live, tokens
+    middle, behind, tokens = starts + count // 2, starts + count, tokens.clone()
+    for row, places, length in zip(tokens, live, lengths):
+        moved = torch.cat([row[behind : behind + length], row[middle:behind]])
+        row[middle : behind + length] = moved
+        places[count // 2 :] += length
+    return live, tokens
+
+
+def _width_of(vision: PromptedViT) -> int:
+    """Of what it gives."""
+    width = vision.view.feature_width
+    with torch.no_grad():
+        return vision.head(vision.view.like.new_zeros(1, width)).shape[-1]
+
+
+def _scalar(name: str, value: Tensor | float, vision: PromptedViT) -> Tensor:
+    found = torch.as_tensor(value, device=vision.device).detach().clone()
+    if found.numel() != 1:
+        raise ValueError(f"{name} must be one number, got {tuple(found.shape)}")
+    return found.reshape(()).to(torch.promote_types(vision.view.like.dtype, torch.float32))
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Of length 1, in at least fp32."""
+    with _no_autocast(features.device):
+        wide = features.to(torch.promote_types(features.dtype, torch.float32))
+        return F.normalize(wide, dim=-1)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, enabled=False)
