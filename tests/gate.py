@@ -246,18 +246,14 @@ def _bound(column: str, budget: list[int], known: bool) -> int:
     return int(most * (1 + ROOM_ELSEWHERE)) + more
 
 
-def faults(name: str, now: Figures, architecture: int, odd: bool = False) -> Iterator[str]:
-    """What is wrong with a launch whatever its budget, each in one line.
-
-    Args:
-        odd: its layouts may be some that no step has; what it spills is left to its budget.
-    """
+def faults(name: str, now: Figures, architecture: int) -> Iterator[str]:
+    """What is wrong with a launch whatever its budget, each in one line."""
     at = f"{name}, sm_{architecture}"
     if not now.programs:
         yield f"{at}: {now.registers} registers, {now.shared} bytes shared: no program fits"
     if now.tf32 and "PRECISION=tf32x3" not in name:
         yield f"{at}: {now.tf32} products round fp32 to TF32"
-    if not odd and now.spilled > SPILLED_ELSEWHERE and "16" in name.split()[1]:
+    if now.spilled > SPILLED_ELSEWHERE and "16" in name.split()[1]:
         yield f"{at}: a thread spills {now.spilled} bytes"
 
 
@@ -349,7 +345,7 @@ def main(arguments: list[str] | None = None) -> int:
             if given.words:
                 print(f"{name}, sm_{architecture}, {tile_of(chosen[name])}")
                 print("   ", ", ".join(f"{c} {v}" for c, v in vars(figures).items() if v))
-            said += faults(name, figures, architecture, odd=given.tests)
+            said += faults(name, figures, architecture)
             if given.tests:
                 continue
             said += complaints(name, figures, budgets.get(name, {}), architecture)

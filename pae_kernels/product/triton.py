@@ -61,7 +61,8 @@ class Tile(NamedTuple):
         return {"m": self.block_m, "n": self.block_n, "k": self.block_k, "s": self.slice}[letter]
 
 
-# (sm_90 and newer, 16 bits) -> tile
+# (by TMA on sm_90 or sm_100, 16 bits) -> tile. With pointers, the addresses of a wider tile's odd
+# rows would leave its sums no registers
 TILES = {
     (True, True): Tile(128, 256, 64, 64, 8, 3),
     (False, True): Tile(128, 128, 32, 64, 8, 4),
@@ -277,8 +278,8 @@ def _launch(
     """
     (first, _), (made, _) = tiled[0], tiled[-1]
     gpu, narrow = gpus.of(first.device), first.element_size() == 2
-    tile = TILES[gpu.large, narrow]
     tma = _has_tma(first.device) and all(_fits_tma(t) for t, _ in tiled)
+    tile = TILES[tma and gpu.large, narrow]
     given = [_described(t, tile, sides) if tma else t for t, sides in tiled]
     tiles = programs(made.shape[0], tile.block_m) * programs(made.shape[1], tile.block_n)
     constants = {**switches, "TMA": tma, "OUT": _TRITON[first.dtype], **_constants(tile)}
