@@ -3,6 +3,9 @@
 Nothing is imported, so that the command line can list and check them before torch is loaded.
 """
 
+# what a run learns
+TASKS = ("classification", "segmentation", "clip")
+
 ENGINES = ("fast", "reference")
 # whose rows of the last block a pooling readout takes
 POOLS = ("image", "all", "prompts")

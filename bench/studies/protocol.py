@@ -175,9 +175,9 @@ def pieces(study: Study, found: Found) -> Iterator[Piece]:
 class _Sparse(loop._Run):
     """Validates every `VALIDATE` epochs, and saves no state: a run that is killed begins again."""
 
-    def _evaluate(self, data: Any) -> tuple[float, float]:
+    def _evaluate(self, data: Any) -> Any:
         if data is self.val_data and (self.epoch + 1) % VALIDATE:
-            return 0.0, -1.0  # worse than any
+            return {"loss": 0.0, "accuracy": -1.0}, self._no_sums()  # worse than any
         return super()._evaluate(data)
 
     def _save(self) -> None:

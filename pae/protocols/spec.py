@@ -109,7 +109,7 @@ def write_spec(
 
 
 def _tasks(protocol: str, name: str, folder: Path, shots: Sequence[int]) -> list[dict[str, Any]]:
-    place = {"data": str(folder.absolute()), "task": name}
+    place = {"data": str(folder.absolute()), "protocol_task": name}
     if protocol != "few-shot":
         return [{"title": name, **place}]
     return [

@@ -26,6 +26,7 @@ from pae.sweep.records import Records
 from pae.sweep.shared import Shared
 from pae.sweep.spec import Sweep
 from pae.train import lock
+from pae.train.scores import score_of
 
 Report = Callable[[dict[str, Any]], None]
 RETRIES = 3  # of a trial whose process died
@@ -109,7 +110,7 @@ def _trial(
 
     def on_epoch(row: dict[str, Any]) -> None:
         if tells:
-            report({"val": row["val_accuracy"], "epoch": row["epoch"]})
+            report({"val": score_of(row), "epoch": row["epoch"]})
 
     with contextlib.suppress(lock.InUse):
         shared = Shared(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -466,7 +466,7 @@ def rehearse(sweep: Sweep, keys: set[str] | None = None) -> None:
     Raises:
         ValueError: naming file and option.
     """
-    from pae.train import methods
+    from pae.train import tasks
 
     seen = set()
     for key, options in sweep.options.items():
@@ -478,4 +478,4 @@ def rehearse(sweep: Sweep, keys: set[str] | None = None) -> None:
         mark = repr(same)
         if mark not in seen:
             seen.add(mark)
-            methods.rehearse(options.resolved(sweep.given[key]), sweep.given[key])
+            tasks.kind_of(options.resolved(sweep.given[key])).rehearse(sweep.given[key])

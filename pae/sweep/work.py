@@ -32,6 +32,7 @@ from pae.train.declared import declared
 from pae.train.options import Options
 from pae.train.report import Reporter
 from pae.train.runfolder import Rows, RunFolder
+from pae.train.scores import score_of
 
 OnEpoch = Callable[[dict[str, Any]], None]
 _TRACE = "error.txt"
@@ -135,13 +136,13 @@ def _train(
         "classes": len(facts["task"]["classes"]),
         "image_size": facts["image_size"],
         "backbone": facts["backbone"],
-        "val": result["val_accuracy"],
+        "val": score_of(result),
         "val_loss": best["val_loss"],
         "best_epoch": result["best_epoch"],
-        "val_last": rows[-1]["val_accuracy"],
+        "val_last": score_of(rows[-1]),
         "val_loss_last": rows[-1]["val_loss"],
         "epochs": len(rows),
-        "test": result["test_accuracy"],
+        "test": score_of(result, "test"),
         "parameters": result["trained_parameters"],
         "parameters_without_head": result["trained_parameters"] - result["head_parameters"],
         "seconds": result["seconds"],

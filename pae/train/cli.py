@@ -270,7 +270,7 @@ def _run(
         folder: of the run to go on with; None makes a new one.
         resume: as for `loop.train`.
     """
-    from pae.train import compare, loop, methods
+    from pae.train import compare, loop, tasks
     from pae.train.callbacks import Tracker
     from pae.train.report import Reporter
 
@@ -282,7 +282,7 @@ def _run(
         name = folder.facts().get("task", {}).get("name", folder.path.name)
         return _show(reporter, name, options, folder, results)
     for _, _, each in compare.entries(options) if options.is_comparison else [("", "", options)]:
-        methods.rehearse(each, given)
+        tasks.kind_of(each).rehearse(given)
     accelerator = loop.make_accelerator(options)
     reporter = Reporter(accelerator.is_main_process, launch.quiet)
     with reporter.warnings(), loop.handled(loop.interrupt), contextlib.ExitStack() as stack:

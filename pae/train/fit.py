@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pae.train import cli, loop, methods, runfolder, using
+from pae.train import cli, loop, runfolder, tasks, using
 from pae.train.callbacks import Callback, Tracker
 from pae.train.declared import declared, near
 from pae.train.options import Options, combine, find_config, read_config
@@ -117,7 +117,7 @@ def fit(
                 return Run(folder.path)
         else:
             runfolder.check_output(str(output))
-    methods.rehearse(resolved, given)
+    tasks.kind_of(resolved).rehearse(given)
     accelerator = _accelerator(resolved)
     reporter = Reporter(accelerator.is_main_process, quiet)
     with reporter.warnings(), contextlib.ExitStack() as stack:

@@ -20,23 +20,21 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pae
-from pae.backbones import named
-from pae.train import embedded, methods, pixels, record
+from pae.train import methods, pixels, record
 from pae.train.average import Average
 from pae.train.callbacks import Callback
-from pae.train.clips import read_clips
-from pae.train.data import Images, Task, read_folder
+from pae.train.data import Task
 from pae.train.declared import declared
 from pae.train.images import Ranges
 from pae.train.memory import Peak
 from pae.train.options import Options
-from pae.train.protocols import read_task
 from pae.train.report import Advance, Reporter, shown
 from pae.train.runfolder import Rows, RunFolder
+from pae.train.scores import score_of
+from pae.train.tasks import Shown, kind_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,32 +63,18 @@ class _Asked(Exception):
 
 # what `load_task` reads
 TASK_OPTIONS = (
-    *("dataset", "data", "protocol", "task", "shots", "draw", "train_on"),
+    *("task", "dataset", "data", "protocol", "protocol_task", "shots", "draw", "train_on"),
     *("train_size", "val_size", "test_size", "split_seed", "seed"),
 )
 
 
 def load_task(options: Options) -> Task:
-    """The `Task` that the options name: an embedded set or a folder.
+    """The `Task` that the options name, read as their `--task` reads it.
 
     Raises:
-        ValueError, FetchError: as `read_folder`, `protocols.read_task` and `embedded.load_task`.
+        ValueError, FetchError: naming the folder, the file or the set.
     """
-    sizes = {"train_size": options.train_size, "val_size": options.val_size}
-    seed = options.seed if options.split_seed is None else options.split_seed
-    if (frames := named.frames_of(options.model)) is not None:
-        assert options.data is not None  # rehearsed
-        task = read_clips(options.data, frames, **sizes, seed=seed, workers=options.workers)
-    elif options.protocol is not None:
-        task = read_task(options, sizes, seed)
-    elif options.data is not None:
-        task = read_folder(options.data, **sizes, seed=seed)
-    else:
-        assert options.dataset is not None  # resolved options have one of the two
-        task = embedded.load_task(options.dataset, **sizes, seed=seed)
-    if options.test_size is not None:
-        task = task.with_fewer_tests(options.test_size)
-    return task.joined() if options.train_on == "trainval" else task
+    return kind_of(options).read()
 
 
 def make_accelerator(options: Options) -> Accelerator:
@@ -153,7 +137,7 @@ def train(
     """
     with folder.held() if accelerator.is_main_process else contextlib.nullcontext():
         finished = None if resume is None else folder.result()
-        untested = finished is not None and finished["test_accuracy"] is None
+        untested = finished is not None and score_of(finished, "test") is None
         if finished is not None and not (untested and test and task.test):
             return finished
         place = options, task, folder, accelerator, reporter
@@ -205,9 +189,9 @@ class _Run:
         self.features: Features = {} if features is None else features
         saved = None if resume is None else self._read_state(resume)
         set_seed(options.seed)
-        module = methods.build_method(options, len(task.classes), say=reporter.say)
-        self.module = module.to(accelerator.device)
-        self.prompted = self.module if isinstance(self.module, pae.PromptedViT) else None
+        self.kind, self.task = kind_of(options), task
+        self.module = self.kind.build(task, reporter.say).to(accelerator.device)
+        self.prompted = self.kind.prompted(self.module)
         self.data_config = self._data_config()
         side = self.data_config["input_size"][-1]
         self.record = record.describe(options, task, self._backbone(), side)
@@ -215,8 +199,8 @@ class _Run:
         self.train_data, self.val_data, self.test_data = self._data(task)
         self.batches = math.ceil(len(self.train_data) / options.batch_size)  # of an epoch
         self.drawn = len(self.train_data)  # images of an epoch
-        self.labels = torch.tensor(task.train.labels)
         if options.per_class is not None:
+            self.labels = torch.tensor(task.train.labels)
             self.drawn = self.batches * options.batch_size
             self._epoch_batches(0)  # which may refuse
         if saved is None:
@@ -225,6 +209,7 @@ class _Run:
                 self._align()
             if options.spt:
                 self._take_tokens()
+            self.kind.start(self.module, lambda: self.train_data.batches(self._every_image(0)))
             if on_start is not None:
                 on_start(self.module)
         # DDP copies the parameters of process 0 to all; from here on each draws its own dropout
@@ -249,7 +234,7 @@ class _Run:
 
         self.epoch = self.step = self.updates = 0  # all counted in finished units
         self.rows: Rows = []
-        # (accuracy, -loss, epoch) of what best.safetensors holds
+        # (score, -loss, epoch) of what best.safetensors holds
         self.best: tuple[float | None, float | None, int] | None = None
         self.seconds = 0.0  # spent before this process took over
         self.sums = self._no_sums()
@@ -284,14 +269,14 @@ class _Run:
                         self._save()
                         self._write_last()
                     raise Interrupted from None
-                row = self.rows[-1]
-                advance(0, f"{self.name}: val {shown(row['val_accuracy'])}")
+                row, score = self.rows[-1], self.kind.score
+                advance(0, f"{self.name}: val {shown(row[f'val_{score}'])}")
                 if self.epoch % max(1, options.epochs // 10) and self.epoch < options.epochs:
                     continue  # some ten lines say how it goes; metrics.csv has them all
                 reporter.say(
                     f"{self.name}  epoch {row['epoch']}/{options.epochs}"
-                    f"  loss {row['train_loss']:.4f}  train {row['train_accuracy']:.3f}"
-                    f"  val {shown(row['val_accuracy'])}  {row['seconds']:.1f} s"
+                    f"  loss {row['train_loss']:.4f}  train {row[f'train_{score}']:.3f}"
+                    f"  val {shown(row[f'val_{score}'])}  {row['seconds']:.1f} s"
                 )
         try:
             return self._finish()
@@ -310,35 +295,21 @@ class _Run:
             mean=tuple(mean),
             std=tuple(std),
             interpolation=self.interpolation,
-            **pixels.evaluation_crop(options.augment, config),
+            **self.kind.evaluation_crop(config),
             integer_white=ranges.integer,
             real_white=ranges.real,
             backbone=methods.portable(methods.recipe(options)),
         )
 
-        frames = named.frames_of(options.model)
-
-        def pipeline(images: Images, training: bool) -> pixels.Pipeline:
-            transform, is_random = pixels.make_transform(
-                options.augment,
-                training,
-                size[0],
-                self.interpolation,
-                config,
-                options.rand_augment,
-            )
-            split = pixels.PixelSplit(
-                *(images, transform, is_random, options.seed, options.workers),
-                ranges=ranges,
-                frames=frames,
-            )
-            return pixels.Pipeline(split, mean, std, self.accelerator.device, options.workers)
-
-        linear = options.method == "linear"
+        shown = Shown(
+            *(config, size, self.interpolation, ranges),
+            *(mean, std, self.accelerator.device),
+        )
+        linear = isinstance(self.module, methods.LinearProbe)
         splits = {"train": task.train, "val": task.val, "test": task.test if self.test else None}
         # features are computed once, so a probe sees the images as evaluation shows them
         makes = {
-            name: partial(pipeline, images, training=name == "train" and not linear)
+            name: partial(self.kind.pipeline, images, name == "train" and not linear, shown)
             for name, images in splits.items()
             if images
         }
@@ -485,7 +456,9 @@ class _Run:
         if self.prompted is not None and self.step == 0:
             self.settled = False  # until the first step: what starts an epoch must not start twice
             counted = [indices for indices, weight in shares if weight > 0]
-            self._start_prompts(self.prompted, counted or [indices for indices, _ in shares[:1]])
+            self._start_prompts(
+                self.prompted.prompts, counted or [indices for indices, _ in shares[:1]]
+            )
         data = self.train_data.batches([indices for indices, _ in shares], self.epoch)
         every = self.options.save_every_steps
         for (inputs, labels), (_, weight) in zip(data, shares, strict=True):
@@ -505,8 +478,9 @@ class _Run:
             self.prompted.prompts.see_labels(labels)
             if weight == 0:  # an image of another process's share, counted there
                 gathered = self.prompted.prompts.rank_state()
-        logits = self.wrapped(inputs, engine=self.options.engine)
-        loss, penalty = self._criterion(logits, labels), self.module.penalty()
+        outputs = self.kind.forward(self.wrapped, inputs)
+        loss = self.kind.loss(self.module, outputs, labels)
+        penalty = self.module.penalty()
         self.losses.append((loss.detach(), penalty.detach()))
         self.accelerator.backward(loss * weight + penalty)
         if self.on_backward is not None:
@@ -518,8 +492,8 @@ class _Run:
             self.prompted.prompts.load_rank_state(gathered)
         self._after_step()
         if weight > 0:
-            hits = (logits.argmax(1) == labels).sum()
-            self.sums += torch.stack([loss.detach() * len(labels), hits])
+            with torch.no_grad():
+                self.sums += self.kind.sums(self.module, outputs, labels, loss)
 
     def _look(self, at_once: bool) -> None:
         """Between two steps: raises if a loss was not finite, or if the run was asked to stop.
@@ -571,9 +545,9 @@ class _Run:
         kept = f"; {self.folder.path} keeps epoch {self.epoch}" if self.epoch else ""
         return ArithmeticError(f"{what}; try a lower --lr than {options.lr:g}{more}{kept}")
 
-    def _start_prompts(self, module: pae.PromptedViT, batches: list[Tensor]) -> None:
+    def _start_prompts(self, prompts: pae.prompts.PromptFamily, batches: list[Tensor]) -> None:
         """Lets the family look at the training data before an epoch, if it wants to."""
-        prompts = module.prompts
+        module: Any = self.module
 
         def passes() -> Iterator[tuple[Tensor, Tensor]]:
             return self.train_data.batches(batches, self.epoch)
@@ -581,16 +555,12 @@ class _Run:
         def losses() -> Iterator[tuple[Tensor, int]]:
             for images, labels in passes():
                 with self.accelerator.autocast():
-                    logits = module(images, engine=self.options.engine)
-                yield self._criterion(logits.float(), labels), len(labels)
+                    outputs = self.kind.forward(module, images)
+                yield self.kind.loss(module, _float(outputs), labels), len(labels)
 
-        prompts.remap(module, passes())
+        prompts.remap(self.prompted, passes())
         last_loss = self.rows[-1]["train_loss"] if self.rows else None
         prompts.start_of_epoch(losses, list(module.head.parameters()), last_loss)
-
-    def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The training loss, a mean over the images; validation and test know no smoothing."""
-        return F.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
 
     def _clip(self) -> None:
         """PAE clips the regulariser's gradients to norm 10; the options clip all, after that."""
@@ -623,11 +593,12 @@ class _Run:
 
     def _finish_epoch(self) -> None:
         """Validates, keeps the best, writes metrics and state."""
-        loss, accuracy = self._means(self.sums, self.drawn)
-        val_loss = val_accuracy = None
+        train, _ = self._means(self.sums, self.drawn)
+        val: dict[str, Any] = dict.fromkeys(self.kind.metrics)
         if self.val_data:
             with self._averaged():
-                val_loss, val_accuracy = self._evaluate(self.val_data)
+                val, _ = self._evaluate(self.val_data)
+        val_loss, score = val["loss"], val[self.kind.score]
         if val_loss is not None and not math.isfinite(val_loss):
             raise self._stopped(f"the validation loss of epoch {self.epoch + 1} is {val_loss}")
         self.settled = False
@@ -636,16 +607,14 @@ class _Run:
             {
                 "epoch": self.epoch,
                 "images": self.epoch * self.drawn,
-                "train_loss": loss,
-                "train_accuracy": accuracy,
-                "val_loss": val_loss,
-                "val_accuracy": val_accuracy,
+                **{f"train_{name}": value for name, value in train.items()},
+                **{f"val_{name}": value for name, value in val.items()},
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "seconds": round(self._elapsed(), 3),
             }
         )
-        if self._is_kept(val_accuracy, val_loss):
-            self.best = (val_accuracy, val_loss and -val_loss, self.epoch)
+        if self._is_kept(score, val_loss):
+            self.best = (score, val_loss and -val_loss, self.epoch)
             if self.main:
                 with self._averaged():
                     self.module.save(self.folder.best)
@@ -662,11 +631,11 @@ class _Run:
         for callback in self.callbacks:
             callback.on_epoch_end(self.module, dict(self.rows[-1]))
 
-    def _is_kept(self, accuracy: float | None, loss: float | None) -> bool:
+    def _is_kept(self, score: float | None, loss: float | None) -> bool:
         """Whether best.safetensors takes this epoch."""
-        if self.options.keep == "last" or accuracy is None or loss is None:
+        if self.options.keep == "last" or score is None or loss is None:
             return self.epoch == self.options.epochs
-        return self.best is None or (accuracy, -loss) > cast(Any, self.best[:2])
+        return self.best is None or (score, -loss) > cast(Any, self.best[:2])
 
     def _finish(self) -> dict[str, Any]:
         """Tests the checkpoint that is kept; writes the result, which marks the run as finished."""
@@ -674,21 +643,25 @@ class _Run:
         self.accelerator.wait_for_everyone()
         self.module.load(self.folder.best)
         assert self.best is not None  # there was an epoch
-        accuracy, _, epoch = self.best
-        test = None
+        epoch, names = self.best[2], self.kind.metrics[1:]
+        val = {name: self.rows[epoch - 1][f"val_{name}"] for name in names}
+        test: dict[str, Any] = dict.fromkeys(names)
+        details: dict[str, Any] = {}
         if self.test_data:
-            loss, test = self._evaluate(self.test_data)
-            if not math.isfinite(loss):
+            test, sums = self._evaluate(self.test_data)
+            if not math.isfinite(loss := test.pop("loss")):
                 raise self._stopped(f"the loss of the test images is {loss} in epoch {epoch}")
+            details = self.kind.details(sums, self.task)
         result = {
             "name": self.name,
             "method": self.options.method,
             "trained_parameters": methods.trained_parameters(self.module),
             "head_parameters": methods.head_parameters(self.module),
-            "val_accuracy": accuracy,
+            **{f"val_{name}": value for name, value in val.items()},
             "best_epoch": epoch,
             "tested": "last epoch" if self.options.keep == "last" else "epoch of best validation",
-            "test_accuracy": test,
+            **{f"test_{name}": value for name, value in test.items()},
+            **details,
             "seconds": round(self._elapsed(), 3),
             "passes": self._passes() + self.aligned["mpa_passes"],
             **self.aligned,
@@ -703,8 +676,10 @@ class _Run:
         return result
 
     @torch.no_grad()
-    def _evaluate(self, data: Any) -> tuple[float, float]:
-        """(mean loss, accuracy) over a split, each process taking its part."""
+    def _evaluate(self, data: Any) -> tuple[dict[str, float], Tensor]:
+        """`Kind.metrics` of a split, and the sums that they are made of; each process takes its
+        part.
+        """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         index_lists = pixels.sequential_batches(len(data), self.options.batch_size)[rank::world]
         self.wrapped.eval()
@@ -712,9 +687,8 @@ class _Run:
         for inputs, labels in data.batches(index_lists):
             if self.signals.seen and self.accelerator.num_processes == 1:
                 raise _Asked  # it may take long, and whoever asked may not wait
-            logits = self._evaluation_model()(inputs, engine=self.options.engine)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
+            model = self._evaluation_model()
+            sums += self.kind.sums(self.module, self.kind.forward(model, inputs), labels)
         return self._means(sums, len(data))
 
     def _passes(self) -> int:
@@ -726,7 +700,7 @@ class _Run:
         train = len(self.train_data)
         val = len(self.val_data) if self.val_data else 0
         test = len(self.test_data) if self.test_data else 0
-        if self.options.method == "linear":  # the features, once
+        if isinstance(self.module, methods.LinearProbe):  # the features, once
             return train + val + test
         of_a_step = 3 if self.options.method == "full" else 2
         return self.options.epochs * (of_a_step * self.drawn + val) + test
@@ -735,13 +709,13 @@ class _Run:
         # parts differ in length by a batch, so the wrapper, which waits for all, must not be asked
         return self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=True)
 
-    def _means(self, sums: Tensor, count: int) -> tuple[float, float]:
-        loss, hits = self.accelerator.reduce(sums, "sum").tolist()
-        return loss / count, hits / count
+    def _means(self, sums: Tensor, count: int) -> tuple[dict[str, float], Tensor]:
+        total = cast(Tensor, self.accelerator.reduce(sums, "sum"))
+        return dict(zip(self.kind.metrics, self.kind.means(total, count), strict=True)), total
 
     def _no_sums(self) -> Tensor:
-        """Sums over the images seen: loss, hits. On the device, so that no step waits for them."""
-        return torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        """On the device, so that no step waits for them."""
+        return self.kind.no_sums().to(self.accelerator.device)
 
     def _elapsed(self) -> float:
         return self.seconds + time.perf_counter() - self.began
@@ -929,6 +903,13 @@ def _make_scheduler(
     )
     scheduler.step_update(0)
     return scheduler
+
+
+def _float(outputs: Any) -> Any:
+    """In fp32, as accelerate gives what a wrapped module makes under autocast."""
+    from accelerate.utils import convert_to_fp32
+
+    return convert_to_fp32(outputs)
 
 
 def _device_name(device: torch.device) -> str:

@@ -79,13 +79,18 @@ class Options:
         " (FGVC); of clips train/CLASS/*.npy",
         metavar="FOLDER",
     )
+    task: str = _images(
+        "classification",
+        "what is learned: a class per image; segmentation, a class per pixel; clip, two towers",
+        choices=choices.TASKS,
+    )
     protocol: str | None = _images(
         None,
         "the folder is a task of it, or holds its tasks: classes, splits and pixels are those of "
         "the protocol, or it is said",
         choices=PROTOCOLS,
     )
-    task: str | None = _images(
+    protocol_task: str | None = _images(
         None,
         "task of the protocol, by any of its names",
         metavar="NAME",
@@ -418,8 +423,8 @@ class Options:
         both("clip_norm", "clip_value")
         if self.protocol is not None and self.data is None:
             raise ValueError(f"{called('protocol')} needs --data, a folder of its tasks")
-        for name in ("task", "shots", "draw"):
-            needs = "few-shot" if name != "task" else self.protocol or PROTOCOLS[0]
+        for name in ("protocol_task", "shots", "draw"):
+            needs = "few-shot" if name != "protocol_task" else self.protocol or PROTOCOLS[0]
             if getattr(self, name) and self.protocol != needs:
                 raise ValueError(f"{called(name)} needs --protocol {needs}")
         if self.protocol == "few-shot" and self.shots is None:
@@ -611,7 +616,16 @@ def read_options(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name, or a value that an option does not take.
     """
-    return read_table(path, table, Options, _FORMER_NAMES, _FORMER_WORDS)
+    return read_table(path, renamed(table), Options, _FORMER_NAMES, _FORMER_WORDS)
+
+
+def renamed(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`table`, in which a protocol's task, once called task, has its name of today."""
+    former = table.get("task", choices.TASKS[0])
+    if former in choices.TASKS or not (former is None or table.get("protocol")):
+        return table
+    rest = {name: value for name, value in table.items() if name != "task"}
+    return rest if former is None else {**rest, "protocol_task": former}
 
 
 def combine(

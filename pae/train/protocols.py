@@ -34,7 +34,7 @@ def read_task(options: Options, sizes: Mapping[str, int | None], seed: int) -> T
     """The task that options with a protocol name.
 
     Args:
-        options: with `protocol` and `data`; `task`, `shots`, `draw`.
+        options: with `protocol` and `data`; `protocol_task`, `shots`, `draw`.
         sizes: `train_size` and `val_size`, as for `read_folder`.
         seed: of cuts.
     Raises:
@@ -43,7 +43,7 @@ def read_task(options: Options, sizes: Mapping[str, int | None], seed: int) -> T
     """
     assert options.protocol is not None and options.data is not None
     protocol = PROTOCOLS[options.protocol]
-    known, folder = find(protocol, Path(os.path.expanduser(options.data)), options.task)
+    known, folder = find(protocol, Path(os.path.expanduser(options.data)), options.protocol_task)
     if options.protocol == "few-shot":
         assert options.shots is not None
         task = _few_shot(known, folder, options.shots, options.draw)
@@ -73,7 +73,7 @@ def find(protocol: Protocol, root: Path, name: str | None = None) -> tuple[Known
             there = ", ".join(listed(protocol, root)) or "none is here"
             raise ValueError(
                 f"--data {shown(root)}: its name is no task of {protocol.title}; say which with "
-                f"--task ({there})"
+                f"--protocol-task ({there})"
             )
         return known, root
     known = protocol.find(name)

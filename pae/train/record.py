@@ -22,7 +22,7 @@ from torch import nn
 
 from pae.checkpoint import backbone_name, fingerprint
 from pae.train.data import Images, Task
-from pae.train.options import Options
+from pae.train.options import Options, renamed
 from pae.version import __version__
 
 Record = dict[str, Any]
@@ -106,6 +106,7 @@ def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """In words, what differs between two tables of options; where one has no such option, it is of
     another version, and nothing is said.
     """
+    was = renamed(was)
     for name in now:
         if name in was and name not in CHANGEABLE and was[name] != now[name]:
             yield f"{name} {_shown(was[name])}, now {_shown(now[name])}"
@@ -134,15 +135,27 @@ def _split(images: Images, root: str | None) -> Record:
     inside = None if root is None else os.path.join(root, "")
     stride, seen = max(1, len(images) // 1000), set()
     for number, (item, label) in enumerate(zip(images.items, images.labels, strict=True)):
-        if isinstance(item, np.ndarray):
-            digest.update(f"{item.dtype}{item.shape}".encode())
-            digest.update(np.ascontiguousarray(item).data)
+        masked = isinstance(label, (str, os.PathLike, np.ndarray))
+        size_counts = number % stride == 0 or (not masked and label not in seen)
+        _add(digest, item, inside, size_counts)
+        if masked:
+            digest.update(b"\0")
+            _add(digest, label, inside, size_counts)
+            digest.update(b"\n")
         else:
-            path = os.fspath(item)
-            digest.update(os.fsencode(path.removeprefix(inside) if inside else path))
-            if number % stride == 0 or label not in seen:
-                seen.add(label)
-                with contextlib.suppress(OSError):  # whoever reads it will say so
-                    digest.update(f"\0{os.path.getsize(path)}".encode())
-        digest.update(f"\0{label}\n".encode())
+            seen.add(label)
+            digest.update(f"\0{label}\n".encode())
     return {"images": len(images), "digest": digest.hexdigest()}
+
+
+def _add(digest: Any, item: Any, inside: str | None, size_counts: bool) -> None:
+    """An image or a mask: pixels, or the place of a file and, where that counts, its size."""
+    if isinstance(item, np.ndarray):
+        digest.update(f"{item.dtype}{item.shape}".encode())
+        digest.update(np.ascontiguousarray(item).data)
+        return
+    path = os.fspath(item)
+    digest.update(os.fsencode(path.removeprefix(inside) if inside else path))
+    if size_counts:
+        with contextlib.suppress(OSError):  # whoever reads it will say so
+            digest.update(f"\0{os.path.getsize(path)}".encode())

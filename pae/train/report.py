@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from pae.files import write_atomically
+from pae.train.scores import NAMES, metric_of, score_of
 
 Advance = Callable[..., None]  # (steps=1, text=None): moves a progress bar
 
@@ -89,8 +90,8 @@ class Reporter:
         Args:
             title: above the table.
             results: dicts with "name", "trained_parameters", "val_accuracy" and "test_accuracy" (or
-                None), "seconds", and "passes", "mpa_passes", "mpa_seconds" (an older pae wrote
-                none).
+                None; or the task's own score in their place), "seconds", and "passes",
+                "mpa_passes", "mpa_seconds" (an older pae wrote none).
         """
         if not self.active:
             return
@@ -100,13 +101,16 @@ class Reporter:
         table = Table(title=title, title_justify="left", caption=_COSTS, caption_justify="left")
         table.add_column("method")
         # short enough for a terminal of 80 columns
-        for name in ("val acc", "test acc", "trained", "passes", "seconds", "MPA s"):
+        metric = metric_of(results[0])
+        short = {"accuracy": "acc", "mean_iou": "mIoU"}.get(metric, metric)
+        heads = (f"val {short}", f"test {short}", "trained", "passes", "seconds", "MPA s")
+        for name in heads:
             table.add_column(name, justify="right")
         for result in results:
-            test, passes = result["test_accuracy"], result.get("passes")
+            test, passes = score_of(result, "test"), result.get("passes")
             table.add_row(
                 result["name"],
-                shown(result["val_accuracy"]),
+                shown(score_of(result)),
                 shown(test),
                 f"{result['trained_parameters']:,}",
                 "-" if passes is None else f"{passes:,}",
@@ -170,8 +174,8 @@ def plot_curves(
 def draw_curves(
     runs: Mapping[str, list[dict[str, Any]]], results: Mapping[str, Mapping[str, Any]]
 ) -> Any:
-    """Training loss and validation accuracy, a line per run, over axes that mean the same for all
-    of them: training images seen, and seconds. A matplotlib `Figure`.
+    """Training loss and validation accuracy (or the task's own score), a line per run, over axes
+    that mean the same for all of them: training images seen, and seconds. A matplotlib `Figure`.
 
     A ring is the epoch that was kept, a star what it reached on test images.
 
@@ -188,10 +192,12 @@ def draw_curves(
     FigureCanvasAgg(figure)  # no display, and no global pyplot state
     counted = all("images" in row for rows in runs.values() for row in rows)
     seen, axis = ("images", "training images seen") if counted else ("epoch", "epoch")
+    metric = next((metric_of(row) for rows in runs.values() for row in rows), "accuracy")
+    score, title = f"val_{metric}", NAMES.get(metric, metric)
     panels = (
         (seen, "train_loss", axis, "training loss"),
-        (seen, "val_accuracy", axis, "validation accuracy"),
-        ("seconds", "val_accuracy", "seconds, validation included", "validation accuracy"),
+        (seen, score, axis, f"validation {title}"),
+        ("seconds", score, "seconds, validation included", f"validation {title}"),
     )
     for axes, (x, y, below, title) in zip(figure.subplots(1, 3), panels):
         for number, (name, rows) in enumerate(runs.items()):
@@ -201,11 +207,11 @@ def draw_curves(
             axes.plot(places, [row[y] for row in rows], color=colour, marker=".", label=name)
             result = results.get(name, {})
             kept = [row for row in rows if row["epoch"] == result.get("best_epoch")]
-            if y == "val_accuracy":
+            if y == score:
                 style = {"color": colour, "markeredgecolor": "black", "linestyle": "none"}
                 for row in kept:
                     axes.plot(row[x], row[y], marker="o", markersize=9, fillstyle="none", **style)
-                test = result.get("test_accuracy")
+                test = result.get(f"test_{metric}")
                 if test is not None and rows:
                     place = kept[0][x] if kept else places[-1]
                     axes.plot(place, test, marker="*", markersize=11, **style)
@@ -222,7 +228,7 @@ def draw_curves(
         grey: dict[str, Any] = {"color": "grey", "markeredgecolor": "black", "linestyle": "none"}
         marks = [
             Line2D([], [], marker="o", markersize=9, fillstyle="none", label="kept epoch", **grey),
-            Line2D([], [], marker="*", markersize=11, label="its test accuracy", **grey),
+            Line2D([], [], marker="*", markersize=11, label=f"its test {title}", **grey),
         ]
         second.legend(handles=marks, frameon=False, loc="lower right")
     return figure

@@ -35,6 +35,7 @@ from pae.train.listing import shown, some
 from pae.train.options import Options
 from pae.train.resize import LegacyBilinear
 from pae.train.runfolder import RunFolder
+from pae.train.scores import score_of
 
 Loaded: TypeAlias = "pae.PromptedViT | methods.FullFineTuning"
 WHICH = ("best", "last")
@@ -75,17 +76,17 @@ def find(run: str | Path, which: str = "best") -> Place:
     if not done:
         begun = " yet" if folder.config.is_file() else ""
         raise ValueError(f"{shown(run)}: holds no {which}.safetensors{begun}; give a run's folder")
-    if len(done) > 1 and any(result["val_accuracy"] is None for _, result in done):
+    if len(done) > 1 and any(score_of(result) is None for _, result in done):
         raise ValueError(
             f"{shown(run)}: holds {len(done)} runs, not all with validation; give one: "
             f"{some([r.path.name for r, _ in done])}"
         )
-    best, result = max(done, key=lambda pair: pair[1]["val_accuracy"] or 0.0)
+    best, result = max(done, key=lambda pair: score_of(pair[1]) or 0.0)
     note = None
     if len(done) > 1:
         note = (
             f"{path} holds {len(done)} runs: taking {best.path.name}, the best on validation "
-            f"images ({result['val_accuracy']:.3f})"
+            f"images ({score_of(result):.3f})"
         )
     return Place(getattr(best, which), best, note)
 

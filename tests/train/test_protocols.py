@@ -25,7 +25,10 @@ from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, error_line, save_shad
 
 def task_of(protocol, root, task=None, shots=None, draw=0, seed=0):
     """The task, and what was said."""
-    options = SimpleNamespace(protocol=protocol, data=str(root), task=task, shots=shots, draw=draw)
+    options = SimpleNamespace(
+        **{"protocol": protocol, "data": str(root), "protocol_task": task},
+        **{"shots": shots, "draw": draw},
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = read_task(options, {"train_size": None, "val_size": None}, seed)
@@ -121,7 +124,7 @@ def test_a_root_of_tasks_under_any_of_their_names(tmp_path):
     vtab_name = 'dsprites(predicted_attribute="label_orientation",num_classes=16)'
     assert task_of("vtab1k", root, f"vtab-{vtab_name}")[0].name == "dsprites_orientation"
     line = refused("vtab1k", root)
-    assert "is no task of VTAB-1k; say which with --task (cifar100, pets, svhn" in line
+    assert "is no task of VTAB-1k; say which with --protocol-task (cifar100, pets, svhn" in line
     line = refused("vtab1k", root, task="dmlab")
     assert "no folder of dmlab (dmlab); found cifar100, pets" in line
     assert "expected one of cifar100" in refused("vtab1k", root, task="imagenet")
@@ -365,7 +368,7 @@ def test_pixels_are_kept_as_they_come(tmp_path):
     "line, message",
     [
         ("--protocol vtab1k", "--protocol vtab1k needs --data"),
-        ("--data . --task svhn", "--task svhn needs --protocol vtab1k"),
+        ("--data . --protocol-task svhn", "--protocol-task svhn needs --protocol vtab1k"),
         ("--data . --protocol vtab1k --shots 4", "--shots 4 needs --protocol few-shot"),
         ("--data . --protocol few-shot", "--protocol few-shot needs --shots"),
         ("--train-on trainval --keep best", "the last one is tested"),
@@ -420,7 +423,7 @@ def test_the_last_epoch_is_tested_where_a_protocol_says_so(shades, tmp_path, mon
 
     def evaluate(self, data):
         tested.append({k: v.clone() for k, v in self.module.trained_state().items()})
-        return 1.0, next(accuracies)
+        return {"loss": 1.0, "accuracy": next(accuracies)}, self._no_sums()
 
     monkeypatch.setattr(loop._Run, "_evaluate", evaluate)
     _, metrics = run(shades, tmp_path / "run", "--keep", "last", "--lr", "0.1")
@@ -433,7 +436,7 @@ def test_the_last_epoch_is_tested_where_a_protocol_says_so(shades, tmp_path, mon
 
 def test_a_run_of_a_protocol_says_what_its_pixels_are(tmp_path, capsys):
     root = vtab(tmp_path / "vtab" / "svhn", (0, 1, 2, 0), (1, 2), (0, 1), suffix="jpg").parent
-    flags = ["--protocol", "vtab1k", "--task", "svhn", "--interpolation", "tf1-bilinear"]
+    flags = ["--protocol", "vtab1k", "--protocol-task", "svhn", "--interpolation", "tf1-bilinear"]
     flags += ["--norm", "none"]
     config, _ = run(root, tmp_path / "run", *flags, "--train-on", "trainval")
     assert config["task"]["name"] == "svhn" and len(config["task"]["classes"]) == 10

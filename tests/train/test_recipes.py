@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from pae.train import loop, methods, pixels
 from pae.train.options import Options
 from pae.train.runfolder import RunFolder
+from pae.train.tasks import kind_of
 from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, assert_same_run, numbers, save_shades
 from tests.train.test_options import nothing_loaded, refusal
 from tests.train.test_train_loop import RANKS, Stop, one_thread, run, settings, stop_after
@@ -25,11 +26,9 @@ def shades(tmp_path_factory):
     return save_shades(tmp_path_factory.mktemp("shades"))  # 29 for training: 4 steps of 8
 
 
-def with_options(**changes):
-    """A run that has its options, and nothing else."""
-    bare = object.__new__(loop._Run)
-    bare.options = Options(**changes)
-    return bare
+def classify(**changes):
+    """The task of these options."""
+    return kind_of(Options(**changes))
 
 
 def note(monkeypatch, name, before=None, after=None):
@@ -79,9 +78,9 @@ def test_smoothing_spreads_a_share_of_the_target():
     logits = torch.tensor([[2.0, 0.0, -1.0]])
     logs = [value - math.log(math.exp(2) + 1 + math.exp(-1)) for value in (2.0, 0.0, -1.0)]
     smooth = -(0.7 * logs[1] + 0.3 * sum(logs) / 3)
-    found = with_options(label_smoothing=0.3)._criterion(logits, torch.tensor([1]))
-    assert float(found) == pytest.approx(smooth)
-    assert float(with_options()._criterion(logits, torch.tensor([1]))) == pytest.approx(-logs[1])
+    given = None, logits, torch.tensor([1])
+    assert float(classify(label_smoothing=0.3).loss(*given)) == pytest.approx(smooth)
+    assert float(classify().loss(*given)) == pytest.approx(-logs[1])
 
 
 def test_smoothing_is_of_the_training_loss_alone(shades, tmp_path):
