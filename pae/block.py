@@ -128,13 +128,19 @@ class Steps:
         return rows, kept if code is None else code
 
     def attention(
-        self, xhat: Tensor, qkv: Tensor, keys: Keys, class_only: bool, bias: Tensor | None
+        self,
+        xhat: Tensor,
+        qkv: Tensor,
+        keys: Keys,
+        class_only: bool,
+        bias: Tensor | None,
+        causal: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """(B, N or 1, H d) and log-sum-exp (B, H, N or 1) of attention over prompts and rows, with
-        `bias` (H or 1, N, N) added to the logits of rows.
+        `bias` (H or 1, N, N) added to the logits of rows; causal: over none behind each.
         """
         return torch.ops.pae.prompt_attention_fwd(
-            qkv, keys.kv, keys.group, 1.0, class_only, keys.log_multiplicity, bias, None
+            qkv, keys.kv, keys.group, 1.0, class_only, keys.log_multiplicity, bias, None, causal
         )
 
 
@@ -191,7 +197,8 @@ def attention_half(
     x, xhat, rstd = _sum_and_norm(stream.rows, stream.pending, block.norm1, block.w_qkv.dtype)
     qkv, head_norms = project(block, xhat, steps)
     if block.windows is None:
-        out, lse = steps.attention(xhat, qkv, keys, class_only, _placed(block, x))
+        bias = _placed(block, x)
+        out, lse = steps.attention(xhat, qkv, keys, class_only, bias, block.causal)
     else:
         out, lse = windows.forward(qkv, keys.kv, keys.group, *_cut(block.windows))
     kept = AttentionKept(xhat, rstd, qkv, lse, head_norms)
@@ -534,7 +541,7 @@ class FrozenBlock(torch.autograd.Function):
             if block.windows is None:
                 d_qkv, d_kv = torch.ops.pae.prompt_attention_bwd(
                     *(d_out, qkv, kept.kv, kept.group, 1.0, ctx.class_only),
-                    *(kept.log_multiplicity, _placed(block, qkv), None, *known),
+                    *(kept.log_multiplicity, _placed(block, qkv), None, *known, block.causal),
                 )
             else:
                 given = qkv, kept.kv, kept.group, *_cut(block.windows)
@@ -572,6 +579,7 @@ class _ClassKept(NamedTuple):
 
     normed: Tensor
     group: Tensor | None
+    row: Tensor | None
     xhat1: Tensor
     rstd1: Tensor
     probs: Tensor
@@ -582,7 +590,8 @@ class _ClassKept(NamedTuple):
 
 class ClassBlock(torch.autograd.Function):
     """The last block when only the class row is read: x + pending, normalised prompt rows (G, P, D)
-    -> (B, 1, D).
+    -> (B, 1, D). With `row` (B,) int64 it is that row of each sequence, which in a causal block
+    sees none behind it; not in a parallel one.
 
     With one query a row's key is never needed: q.(W_k x_j + b_k) = (W_k^T q).x_j + const, and the
     constant drops out of the softmax; values are projected after the weighted sum. So no key or
@@ -601,6 +610,7 @@ class ClassBlock(torch.autograd.Function):
         normed: Tensor,
         group: Tensor | None,
         log_multiplicity: Tensor | None,
+        row: Tensor | None,
         block: BlockPlan,
         *trained: Tensor,
     ) -> Tensor:
@@ -610,7 +620,8 @@ class ClassBlock(torch.autograd.Function):
         dtype = w_q.dtype
         x, xhat, rstd = _sum_and_norm(x, pending, block.norm1, dtype)
         wide = rstd.dtype
-        q = F.linear(scaled(xhat[:, 0], block.gain1), w_q.flatten(0, 1), b_q)
+        asking = xhat[:, 0] if row is None else _rows_at(xhat, row)
+        q = F.linear(scaled(asking, block.gain1), w_q.flatten(0, 1), b_q)
         own = _per_head(q.view(batch, heads, d), w_k).to(wide)  # (B, H, D)
         qk = scaled(own, block.gain1)
 
@@ -623,14 +634,18 @@ class ClassBlock(torch.autograd.Function):
         bias = _placed(block, xhat)
         if bias is not None:
             scores[..., count:] += bias[:, 0].to(wide)
+        if row is not None and block.causal:
+            behind = torch.arange(xhat.shape[1], device=row.device) > row[:, None]
+            scores[..., count:].masked_fill_(behind[:, None], -torch.inf)
         probs = scores.softmax(dim=-1)  # (B, H, P + N)
         mixed = _of_parts(probs, *parts)  # (B, H, D)
         read = scaled(mixed, block.gain1).to(dtype)
         out = (_per_head(read, w_v.transpose(1, 2)).flatten(1) + b_v)[:, None]
         entered = _read_twice(block, xhat, class_only=True)
-        y, rows, second = mlp_half(block, x[:, :1], out, "keep", AS_A_BACKWARD_NEEDS, entered)
+        x = x[:, :1] if row is None else _rows_at(x, row)[:, None]
+        y, rows, second = mlp_half(block, x, out, "keep", AS_A_BACKWARD_NEEDS, entered)
         kept = mixed if "gain1" in block.trained else None, out if block.norm_out else None
-        ctx.save_for_backward(normed, group, xhat, rstd, probs, own, *kept, *second)
+        ctx.save_for_backward(normed, group, row, xhat, rstd, probs, own, *kept, *second)
         ctx.block = block
         return _sum(y, rows)
 
@@ -665,7 +680,7 @@ class ClassBlock(torch.autograd.Function):
                 d_normed = sum_groups(d_normed, group, len(normed)).to(normed.dtype)
             need_x = ctx.needs_input_grad[0]
             if not need_x and _BEFORE_ATTENTION.isdisjoint(block.trained):
-                return None, None, d_normed, None, None, None, *sums.found()
+                return None, None, d_normed, None, None, None, None, *sums.found()
             d_qk = _of_parts(d_scores, prompts, rows)
             d_qk = sums.behind_gain("gain1", block.gain1, d_qk, kept.qk).to(dtype)
             d_q = _per_head(d_qk, w_k.transpose(1, 2)).flatten(1)
@@ -673,15 +688,26 @@ class ClassBlock(torch.autograd.Function):
             sums.over_rows("b_qkv", torch.cat([d_q, torch.zeros_like(d_q), d_v], dim=1))
             d_first = (d_q @ w_q.flatten(0, 1))[:, None]
             d_first = d_first if d_beside is None else d_first + d_beside
-            d_first = sums.behind_gain("gain1", block.gain1, d_first, xhat[:, :1])
+            first = xhat[:, :1] if kept.row is None else _rows_at(xhat, kept.row)[:, None]
+            d_first = sums.behind_gain("gain1", block.gain1, d_first, first)
             dx = d_pending = None
             if need_x:
                 d_xhat = exact_matmul(reads[:, count:], sources)
-                d_xhat[:, :1] += d_first
-                dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
+                if kept.row is None:
+                    d_xhat[:, :1] += d_first
+                    dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
+                else:
+                    at = torch.arange(batch, device=dy.device), kept.row
+                    d_xhat[at] += d_first[:, 0]
+                    dy = torch.zeros_like(d_xhat, dtype=dy.dtype).index_put_(at, dy[:, 0])
                 dx, d_pending = _norm_backward(block.norm1, d_xhat, xhat, kept.rstd1, dy)
         d_pending = d_pending if ctx.needs_input_grad[1] else None
-        return dx, d_pending, d_normed, None, None, None, *sums.found()
+        return dx, d_pending, d_normed, None, None, None, None, *sums.found()
+
+
+def _rows_at(rows: Tensor, at: Tensor) -> Tensor:
+    """(B, D): rows `at` (B,) of (B, N, D)."""
+    return rows[torch.arange(len(rows), device=at.device), at]
 
 
 class _KeyedKept(NamedTuple):

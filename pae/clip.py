@@ -17,11 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones.clip_text import TextView, read_text
+from .backbones.view import added_to
 from .choices import ENGINES
+from .engine import check_memory
 from .kld import KLD
-from .model import PromptedViT
+from .model import PromptedViT, uncompiled
+from .plan import BOOKKEEPING, FrozenPlan, Plans, wanted_dtype
 from .prompts import PromptFamily, VPTDeep
 from .prompts.base import check_choice
+from .text import Constants, Layout, constants, walk
 
 POSITIONS = ("end", "middle")
 
@@ -58,6 +62,9 @@ class PromptedText(nn.Module):
     live: Tensor
     ends: Tensor
     context: Any
+    _plans: Plans | None
+    _first: tuple[list[Any], Constants] | None
+    _kept: tuple[list[Any], Tensor] | None
 
     def __init__(
         self,
@@ -93,6 +100,9 @@ class PromptedText(nn.Module):
         self.backbone = view.module.requires_grad_(False).eval()
         for name, buffer in (("tokens", tokens), ("live", live), ("ends", ends)):
             self.register_buffer(name, buffer, persistent=False)
+        self._layout = Layout.of(tokens, live, ends, view.causal)
+        self._pair: tuple[nn.Module, ...] = ()  # in a tuple: no part of this module
+        self.drop_plans()
 
     @property
     def num_classes(self) -> int:
@@ -120,23 +130,127 @@ class PromptedText(nn.Module):
 
     def embed(self) -> Tensor:
         """What enters the first block, (C, N, D), the context's rows in their places."""
-        rows, x = self.rows(), self.view.tokens(self.tokens)
-        if rows is not None:
-            at = self.live[..., None].expand(-1, -1, x.shape[-1])
-            x = x.scatter(1, at, rows.expand(at.shape))
-        return self.view.place(x)
+        rows = self.rows()
+        return self._embed(rows, slice(None), slice(0, self.tokens.shape[1]), slice(None))
 
-    def forward(self, engine: str = "reference") -> Tensor:
+    def _embed(self, rows: Tensor | None, classes: slice, part: slice, learned: slice) -> Tensor:
+        """Rows `part` of these classes, with those `learned` of the context's rows in them."""
+        x = self.view.tokens(self.tokens[classes, part])
+        at = self.live[classes, learned, None] - part.start
+        if rows is not None and at.shape[1]:
+            at = at.expand(-1, -1, x.shape[-1])
+            x = x.scatter(1, at, rows[..., learned, :].expand(at.shape))
+        return self.view.place(x, part.start)
+
+    def forward(self, engine: str = "reference", memory: str = "keep") -> Tensor:
         """Text features (C, E) of unit length, in at least fp32.
 
+        What cannot change is computed once: features without learned rows, and in eval mode those
+        that are asked for without a gradient, are kept until a parameter, a buffer or an attribute
+        of tower, context or pair is replaced, moved or written in place. Writes through `.data`
+        leave no trace that PyTorch records: call `drop_plans` after those.
+
         Args:
-            engine: "reference" runs the tower's own blocks on all rows.
+            engine: "reference" runs the tower's own blocks on all rows, "fast" what `pae.text`
+                says.
+            memory: for "fast", see `pae.fast_forward`.
 
         Raises:
-            ValueError: an unknown engine, or rows of another shape.
+            ValueError: an unknown engine or memory mode, or rows of another shape.
+            UnsupportedBackbone: from "fast", as `PromptedViT.plan`.
         """
         check_choice("engine", engine, ENGINES)
-        return _unit(self.view.read_rows(self.embed(), self.ends))
+        check_memory(memory)
+        if not self._is_constant():
+            return self._features(engine, memory)
+        state = self._state(engine)
+        if state is None:
+            return self._features(engine, memory)
+        if self._kept is None or not _unchanged(self._kept[0], state):
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = state, self._features(engine, memory)
+        return self._kept[1]
+
+    def _features(self, engine: str, memory: str) -> Tensor:
+        if engine == "reference":
+            return _unit(self.view.read_rows(self.embed(), self.ends))
+        return _unit(self.view.readout(self._fast_rows(memory)))
+
+    def _fast_rows(self, memory: str) -> Tensor:
+        """The rows at which texts are read, (C, D), behind the last block."""
+        plan, rows = self.plan(), self.rows()
+        layout = self._layout
+        if rows is not None and rows.dim() == 3:
+            layout = layout.of_own_rows()
+        start, end = layout.constant, layout.shared
+        with _no_autocast(self.tokens.device):
+            one, every = slice(0, 1), slice(None)
+            known = self._constants(plan, start)
+            shared = self._embed(rows, one, slice(start, end), slice(0, layout.learned))
+            own = slice(end, layout.length)
+            own = self._embed(rows, every, own, slice(layout.learned, None))
+            return walk(plan, known, shared, own, self.ends - end, memory)
+
+    @uncompiled
+    def plan(self, dtype: torch.dtype | None = None) -> FrozenPlan:
+        """The folded tower for products in `dtype` (autocast's dtype, else the tower's, when None);
+        kept and refused as `PromptedViT.plan`.
+        """
+        dtype = wanted_dtype(self.view.like) if dtype is None else dtype
+        if self._plans is None or not self._plans.current():
+            self._plans, self._first = Plans(self.view), None
+        lengths = (self._layout.length,) * self.view.shape.depth
+        return self._plans.plan(dtype, lengths, (0, 0))
+
+    @uncompiled
+    def _constants(self, plan: FrozenPlan, count: int) -> Constants:
+        """Of the first `count` rows."""
+        tables = self.view.table.weight, self.view.positions
+        state = [plan, count, *map(_version, tables)]
+        if self._first is None or not _unchanged(self._first[0], state):
+            x = self._embed(None, slice(0, 1), slice(0, count), slice(0, 0))
+            self._first = state, constants(plan, x)
+        return self._first[1]
+
+    def drop_plans(self) -> None:
+        """Forget the folded tower and the features that were kept."""
+        self._plans = self._first = self._kept = None
+
+    def _is_constant(self) -> bool:
+        """Whether features are the same until something is written."""
+        if torch.compiler.is_compiling() or any(
+            p.requires_grad for p in self.backbone.parameters()
+        ):
+            return False
+        if self.context is None:
+            return True
+        parameters = (p for part in self._sources() for p in part.parameters())
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        return not self.training and not trains
+
+    def _sources(self) -> list[nn.Module]:
+        """Whose parameters the context's rows are made of."""
+        return [part for part in (self.context, *self._pair) if part is not None]
+
+    def _state(self, engine: str) -> list[Any] | None:
+        """All that features follow from; None where that cannot be known."""
+        device = self.tokens.device
+        found = [engine, device, wanted_dtype(self.view.like), self.tokens, self.live, self.ends]
+        for module in (m for part in (self.backbone, *self._sources()) for m in part.modules()):
+            if added_to(module):
+                return None
+            own = vars(module)
+            found += [type(module), type(module).forward]
+            found += [value for name, value in own.items() if name not in BOOKKEEPING]
+            for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+                if tensor is not None and tensor.is_inference():
+                    return None
+                found.append(_version(tensor))
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # copies carry no folded plans and no features: those belong to the original's weights
+        return {**self.__dict__, "_plans": None, "_first": None, "_kept": None}
 
 
 class PromptedCLIP(nn.Module):
@@ -200,6 +314,7 @@ class PromptedCLIP(nn.Module):
         self.vision, self.text, self.pair, self.class_names = vision, text, pair, names
         vision.head.requires_grad_(False)
         if pair is not None:
+            text._pair = (pair,)
             pair.to(vision.device, vision.view.like.dtype)
         for name, value in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
             self.register_buffer(name, None if value is None else _scalar(name, value, vision))
@@ -220,9 +335,11 @@ class PromptedCLIP(nn.Module):
         """
         return _unit(self.vision(images, engine, memory))
 
-    def text_features(self, engine: str = "reference") -> Tensor:
-        """Text features (C, E) of unit length; see `PromptedText.forward`."""
-        return self.text(engine)
+    def text_features(self, engine: str = "reference", memory: str = "keep") -> Tensor:
+        """Text features (C, E) of unit length; arguments and errors as those of `PromptedText`'s
+        forward.
+        """
+        return self.text(engine, memory)
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Scores (B, C) of unit features, in at least fp32."""
@@ -240,7 +357,9 @@ class PromptedCLIP(nn.Module):
         Raises:
             ValueError, UnsupportedBackbone: as `PromptedViT.forward`.
         """
-        return self.logits(self.features(images, engine, memory), self.text_features(engine))
+        return self.logits(
+            self.features(images, engine, memory), self.text_features(engine, memory)
+        )
 
     def loss(
         self, images: Tensor, labels: Tensor, engine: str = "reference", memory: str = "keep"
@@ -254,7 +373,7 @@ class PromptedCLIP(nn.Module):
         """
         if self.training:
             self.vision.prompts.see_labels(labels)
-        found, texts = self.features(images, engine, memory), self.text_features(engine)
+        found, texts = self.features(images, engine, memory), self.text_features(engine, memory)
         if self.training and hasattr(self.pair, "see_features"):
             self.pair.see_features(found, texts, labels)
         return F.cross_entropy(self.logits(found, texts), labels) + self.penalty()
@@ -497,6 +616,24 @@ def _unit(features: Tensor) -> Tensor:
     with _no_autocast(features.device):
         wide = features.to(torch.promote_types(features.dtype, torch.float32))
         return F.normalize(wide, dim=-1)
+
+
+def _version(tensor: Tensor | None) -> tuple[Any, ...]:
+    """Another one when a tensor is replaced or written in place; it is held, so that no later one
+    takes its place.
+    """
+    return () if tensor is None else (tensor, tensor.data_ptr(), tensor._version, tensor.dtype)
+
+
+def _unchanged(before: list[Any], now: list[Any]) -> bool:
+    """Whether states are the same: objects by identity, what `_version` gave by its parts."""
+
+    def same(a: Any, b: Any) -> bool:
+        if type(a) is tuple and type(b) is tuple:
+            return len(a) == len(b) and all(map(same, a, b))
+        return a is b or (type(a) is type(b) and type(a) in (int, float, str, bool) and a == b)
+
+    return len(before) == len(now) and all(map(same, before, now))
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:

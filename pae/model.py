@@ -18,7 +18,7 @@ from . import engine as fast
 from .backbones import BackboneView, read_backbone, trained
 from .choices import ENGINES, POOLS
 from .kld import KLD
-from .plan import FrozenPlan, Plans
+from .plan import FrozenPlan, Plans, wanted_dtype
 from .prompts import PromptFamily
 from .prompts.base import check_choice
 from .prompts.contracts import check_rows
@@ -32,13 +32,13 @@ from .sequence import (
 )
 from .task import TaskInfo
 
-_uncompiled = partial(
+uncompiled = partial(
     torch.compiler.disable,
     reason="pae folds the frozen backbone outside of graphs: leave out fullgraph=True, or use "
     'engine="reference"',
 )
-_uncompiled_run = _uncompiled(fast.run)
-_uncompiled_windows = _uncompiled(windows.run)
+_uncompiled_run = uncompiled(fast.run)
+_uncompiled_windows = uncompiled(windows.run)
 
 
 class PromptedViT(nn.Module):
@@ -342,7 +342,7 @@ class PromptedViT(nn.Module):
             if params
         ]
 
-    @_uncompiled
+    @uncompiled
     def plan(
         self,
         dtype: torch.dtype | None = None,
@@ -370,11 +370,7 @@ class PromptedViT(nn.Module):
                 dropout in training mode, or a formula that cannot be folded; or that the call is
                 inside a torch.func transform, forward-mode differentiation, tracing or export.
         """
-        like = self.view.like
-        if dtype is None:
-            kind, dtype = like.device.type, like.dtype
-            if torch.is_autocast_enabled(kind) and dtype != torch.float64:  # autocast skips fp64
-                dtype = torch.get_autocast_dtype(kind)
+        dtype = wanted_dtype(self.view.like) if dtype is None else dtype
         plans = self._plans
         if plans is None or not plans.current():
             plans = self._plans = Plans(self.view)

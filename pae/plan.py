@@ -87,6 +87,8 @@ class BlockPlan:
     queries and keys of the last n rows are turned, entry i of a head with i + d/2. order: (d,) the
     place in the backbone's heads of each entry of a query or key here, where it is another.
 
+    causal: a row sees no row behind it.
+
     gain1 and gain2 (D,), in at least fp32: trained scales of the two norms, by which normalised
     rows are multiplied before w_qkv and w_fc1; None where they are in the weight. trained: names of
     those of its vectors that have a gradient ("b_fc1", "gain1", "q_norm.weight", ...).
@@ -125,6 +127,7 @@ class BlockPlan:
     windows: Windows | None = None
     padding: Tensor | None = None
     fill: Tensor | None = None
+    causal: bool = False
 
     def product(self, name: str) -> tuple[Tensor, Tensor]:
         """Weight and bias of "qkv", "proj", "fc1" or "fc2"."""
@@ -217,7 +220,7 @@ class FrozenPlan:
                 continue
             rotation = None if g.rotation is None else g.rotation.to(wide)
             bias = None if g.bias is None else replace(g, bias=g.bias.to(wide))
-            blocks.append(replace(block, rotation=rotation, bias=bias))
+            blocks.append(replace(block, rotation=rotation, bias=bias, causal=g.causal))
         return replace(self, blocks=blocks)
 
     def only(self, start: int, stop: int) -> FrozenPlan:
@@ -560,6 +563,14 @@ def _unfolded(
     return HeadNorm((scale * weight).to(like.dtype), (scale * bias).to(like.dtype), plain)
 
 
+def wanted_dtype(like: Tensor) -> torch.dtype:
+    """Of products with a frozen weight: autocast's, else its own."""
+    kind, dtype = like.device.type, like.dtype
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:  # autocast skips fp64
+        return torch.get_autocast_dtype(kind)
+    return dtype
+
+
 # ---- a plan belongs to what was folded
 
 
@@ -641,7 +652,7 @@ class Plans:
         return list(self._plans)
 
 
-_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 
 
 class _Seen:
@@ -717,7 +728,7 @@ class _Seen:
 
 def _reader(attributes: dict[str, Any]) -> Callable[[], tuple[Any, ...]]:
     """Reads the values of the attributes that a module has beyond those of every module."""
-    names = [name for name in attributes if name not in _BOOKKEEPING]
+    names = [name for name in attributes if name not in BOOKKEEPING]
     get = itemgetter(*names)  # "training" is always there
     return (lambda: get(attributes)) if len(names) > 1 else lambda: (get(attributes),)
 

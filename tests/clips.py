@@ -85,12 +85,13 @@ CLIPS: dict[str, Callable[[], nn.Module]] = {
     "open_clip, layer scale": _open_clip("CustomTextCLIP", ls_init_value=0.1),
     "open_clip, SigLIP": _open_clip("CustomTextCLIP", bias=-2.0, **SIGLIP),
 }
+MORE = {"open_clip, one block": _open_clip("CLIP", layers=1)}
 CAUSAL = [name for name in CLIPS if not name.endswith("SigLIP")]
 
 
 def clip(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """One of `CLIPS`, in eval mode; its scale is 3."""
-    made: Any = filled(CLIPS[name]())
+    made: Any = filled((CLIPS | MORE)[name]())
     with torch.no_grad():
         for part in made.modules():
             if isinstance(part, nn.LayerNorm):

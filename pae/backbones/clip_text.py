@@ -131,9 +131,9 @@ class TextView(BlocksView):
         """(C, n, D): the rows of tokens, no position added yet."""
         return self.table(token_ids).to(self.like.dtype)
 
-    def place(self, rows: Tensor) -> Tensor:
-        """Rows (C, n, D) with the positions of the first n added."""
-        return rows + self.positions[: rows.shape[1]].to(rows.dtype)
+    def place(self, rows: Tensor, start: int = 0) -> Tensor:
+        """Rows (C, n, D), which stand at `start`, with their positions added."""
+        return rows + self.positions[start : start + rows.shape[1]].to(rows.dtype)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """What enters the first block, (C, n, D), of token ids (C, n)."""

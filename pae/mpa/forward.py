@@ -157,10 +157,16 @@ class _Steps(frozen.Steps):
         return pointwise.activation_(hidden, kind), None
 
     def attention(
-        self, xhat: Tensor, qkv: Tensor, keys: frozen.Keys, class_only: bool, bias: Tensor | None
+        self,
+        xhat: Tensor,
+        qkv: Tensor,
+        keys: frozen.Keys,
+        class_only: bool,
+        bias: Tensor | None,
+        causal: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        if not _has_flash_with_lse(xhat):
-            return super().attention(xhat, qkv, keys, class_only, bias)
+        if causal or not _has_flash_with_lse(xhat):
+            return super().attention(xhat, qkv, keys, class_only, bias, causal)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         added = None if bias is None else bias[None].to(q.dtype)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

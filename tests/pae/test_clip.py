@@ -1,5 +1,6 @@
 """Two towers: the text tower's view against the models themselves, textbook and fast engine."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 
 import pae
 from pae.backbones.clip_text import read_text
+from pae.prompts import VPTDeep
 from tests import clips
 from tests.clips import CAUSAL, CLIPS, NAMES, Context, clip, prompted
 from tests.errors import error
 from tests.libraries import images
-from tests.tiny import refused
+from tests.tiny import assert_engines_agree, refused
 
 pytest.importorskip("transformers", reason="pip install pae[hf]")
 pytest.importorskip("open_clip", reason="pip install pae[clip]")
@@ -104,6 +106,39 @@ def test_parameters_are_the_models_own():
     assert frozen <= own
     made.float()
     assert made.text.view.positions.dtype == torch.float32 == model.positional_embedding.dtype
+
+
+# ---- the fast engine
+
+SHAPES = {
+    "rows in front": {},
+    "around the name": {"text": Context(4, "middle")},
+    "one row around": {"text": Context(1, "middle")},
+    "rows of each class": {"text": Context(4, classes=len(NAMES))},
+    "of each class, around": {"text": Context(3, "middle", classes=len(NAMES))},
+    "no rows": {"text": Context(0)},
+    "a common word behind": {"template": "very {} indeed"},
+    "the first word is common": {"text": Context(3, "middle"), "names": ["red cat", "red oak"]},
+    "one class": {"names": ["tree frog"]},
+    "deep images": {"image": VPTDeep(3)},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_engines_agree(shape, dtype):
+    made = prompted(dtype=dtype, **copy.deepcopy(SHAPES[shape]))
+    assert_engines_agree(made, images().to(dtype))
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+def test_engines_agree_on_every_tower(name, memory):
+    assert_engines_agree(prompted(name), images(), memory=memory)
+
+
+def test_one_block():
+    assert_engines_agree(prompted("open_clip, one block"), images())
 
 
 # ---- what is refused
