@@ -25,7 +25,7 @@ from .model import PromptedViT, uncompiled
 from .plan import BOOKKEEPING, FrozenPlan, Plans, wanted_dtype
 from .prompts import PromptFamily, VPTDeep
 from .prompts.base import check_choice
-from .text import Constants, Layout, constants, walk
+from .text import Constants, Layout, constants, groups_of, walk
 
 POSITIONS = ("end", "middle")
 
@@ -65,6 +65,7 @@ class PromptedText(nn.Module):
     _plans: Plans | None
     _first: tuple[list[Any], Constants] | None
     _kept: tuple[list[Any], Tensor] | None
+    _grouped: tuple[Any, Any] | None
 
     def __init__(
         self,
@@ -133,12 +134,15 @@ class PromptedText(nn.Module):
         rows = self.rows()
         return self._embed(rows, slice(None), slice(0, self.tokens.shape[1]), slice(None))
 
-    def _embed(self, rows: Tensor | None, classes: slice, part: slice, learned: slice) -> Tensor:
+    def _embed(
+        self, rows: Tensor | None, classes: slice | Tensor, part: slice, learned: slice
+    ) -> Tensor:
         """Rows `part` of these classes, with those `learned` of the context's rows in them."""
         x = self.view.tokens(self.tokens[classes, part])
         at = self.live[classes, learned, None] - part.start
         if rows is not None and at.shape[1]:
             at = at.expand(-1, -1, x.shape[-1])
+            rows = rows[classes] if rows.dim() == 3 else rows
             x = x.scatter(1, at, rows[..., learned, :].expand(at.shape))
         return self.view.place(x, part.start)
 
@@ -183,13 +187,35 @@ class PromptedText(nn.Module):
         if rows is not None and rows.dim() == 3:
             layout = layout.of_own_rows()
         start, end = layout.constant, layout.shared
+        in_front, behind = slice(0, layout.learned), slice(layout.learned, None)
+        groups, order = self._groups()
+        own, at = [], []
         with _no_autocast(self.tokens.device):
-            one, every = slice(0, 1), slice(None)
             known = self._constants(plan, start)
-            shared = self._embed(rows, one, slice(start, end), slice(0, layout.learned))
-            own = slice(end, layout.length)
-            own = self._embed(rows, every, own, slice(layout.learned, None))
-            return walk(plan, known, shared, own, self.ends - end, memory)
+            shared = self._embed(rows, slice(0, 1), slice(start, end), in_front)
+            for classes, length in groups:
+                own.append(self._embed(rows, classes, slice(end, length), behind))
+                at.append(self.ends[classes] - end)
+            found = walk(plan, known, shared, own, at, memory)
+            return found[0] if order is None else torch.cat(found)[order]
+
+    @uncompiled
+    def _groups(self) -> tuple[list[tuple[Any, int]], Tensor | None]:
+        """The classes in groups that run together, and how many rows each group has; where each
+        class is among those of all groups, None where they are in order.
+        """
+        device = self.tokens.device
+        if self._grouped is None or self._grouped[0] != device:
+            lengths = self._layout.lengths
+            groups = groups_of(lengths, device.type)
+            if len(groups) == 1:
+                made: Any = [(slice(None), max(lengths))], None
+            else:
+                indices = [torch.tensor(group, device=device) for group in groups]
+                longest = [max(lengths[i] for i in group) for group in groups]
+                made = list(zip(indices, longest)), torch.cat(indices).argsort()
+            self._grouped = device, made
+        return self._grouped[1]
 
     @uncompiled
     def plan(self, dtype: torch.dtype | None = None) -> FrozenPlan:
@@ -199,7 +225,7 @@ class PromptedText(nn.Module):
         dtype = wanted_dtype(self.view.like) if dtype is None else dtype
         if self._plans is None or not self._plans.current():
             self._plans, self._first = Plans(self.view), None
-        lengths = (self._layout.length,) * self.view.shape.depth
+        lengths = (max(self._layout.lengths),) * self.view.shape.depth
         return self._plans.plan(dtype, lengths, (0, 0))
 
     @uncompiled
@@ -214,7 +240,7 @@ class PromptedText(nn.Module):
 
     def drop_plans(self) -> None:
         """Forget the folded tower and the features that were kept."""
-        self._plans = self._first = self._kept = None
+        self._plans = self._first = self._kept = self._grouped = None
 
     def _is_constant(self) -> bool:
         """Whether features are the same until something is written."""
@@ -250,7 +276,7 @@ class PromptedText(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # copies carry no folded plans and no features: those belong to the original's weights
-        return {**self.__dict__, "_plans": None, "_first": None, "_kept": None}
+        return {**self.__dict__, "_plans": None, "_first": None, "_kept": None, "_grouped": None}
 
 
 class PromptedCLIP(nn.Module):

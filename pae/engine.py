@@ -136,8 +136,8 @@ def walk(
         if only and block.absorbs_keys and head_kv is None:
             normed = normalise(rows, block.norm1, plan.dtype)
             trained = block.vectors()
-            given = normed, group, log_multiplicity, None, block
-            return ClassBlock.apply(x, pending, *given, *trained)
+            keys = normed, group, log_multiplicity, None
+            return ClassBlock.apply(x, pending, *keys, block, *trained)
         if kv is None:
             kv = keys_values(block, normalise(rows, block.norm1, plan.dtype))
         if head_kv is not None:

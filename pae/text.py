@@ -1,6 +1,7 @@
 """The walk through a text tower: what CLIP computes of the texts of all classes, and this does not.
 
-- Rows behind the last end token: no row before them sees them.
+- Rows behind the end token of a text: no row before them sees them. Texts of about one length run
+  together, in as many groups as pay.
 - Rows that all classes begin with, once per class: they see nothing that differs. Those before the
   first learned row are constants of every block; shared learned rows, and whatever common words
   follow, run once, and the classes read their keys and values as those of prompts.
@@ -13,6 +14,7 @@ Where rows see each other (SigLIP), only the last block is left to skip.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +29,13 @@ class Layout:
     """Where the sequences of all classes begin to differ, and where they end.
 
     Attributes:
-        length: rows from which on nobody reads any.
+        lengths: rows of each sequence from which on nobody reads any.
         constant: first rows that are the same for all classes and see no learned row.
         shared: first rows that are the same for all classes where the learned ones are.
         learned: how many of the learned rows are among those.
     """
 
-    length: int
+    lengths: tuple[int, ...]
     constant: int
     shared: int
     learned: int
@@ -42,7 +44,7 @@ class Layout:
     def of(cls, tokens: Tensor, live: Tensor, ends: Tensor, causal: bool) -> Layout:
         """Of token ids (C, N), places of learned rows (C, n) and the rows that are read (C,)."""
         if not causal:
-            return cls(tokens.shape[1], 0, 0, 0)
+            return cls((tokens.shape[1],) * len(tokens), 0, 0, 0)
         count = live.shape[1]
         marks = tokens.scatter(
             1, live, -1 - torch.arange(count, device=live.device).expand_as(live)
@@ -53,11 +55,11 @@ class Layout:
         )  # each keeps the row it is read at
         first = int(live.min()) if count else shared
         learned = int((live[0] < shared).sum())
-        return cls(int(ends.max()) + 1, min(first, shared), shared, learned)
+        return cls(tuple((ends + 1).tolist()), min(first, shared), shared, learned)
 
     def of_own_rows(self) -> Layout:
         """Where each class has learned rows of its own."""
-        return Layout(self.length, self.constant, self.constant, 0)
+        return Layout(self.lengths, self.constant, self.constant, 0)
 
 
 @dataclass(frozen=True)
@@ -87,25 +89,60 @@ def constants(plan: FrozenPlan, x: Tensor) -> Constants:
 
 
 def walk(
-    plan: FrozenPlan, known: Constants, shared: Tensor, own: Tensor, at: Tensor, memory: str
-) -> Tensor:
-    """The rows at which texts are read, (C, D), behind the last block.
+    plan: FrozenPlan,
+    known: Constants,
+    shared: Tensor,
+    own: Sequence[Tensor],
+    at: Sequence[Tensor],
+    memory: str,
+) -> list[Tensor]:
+    """The rows at which texts are read, (C, D) of each group, behind the last block.
 
     Args:
         known: of the rows that stand first.
         shared: (1, s, D), embedded rows of all classes, which stand behind those; s may be 0.
-        own: (C, m, D), embedded rows of each class.
-        at: (C,) int64, which of its own rows a class is read at.
+        own: of each group (C, m, D), embedded rows of each class.
+        at: of each group (C,) int64, which of its own rows a class is read at.
         memory: see `pae.fast_forward`.
     """
-    first, streams = Stream(shared.contiguous()), Stream(own.contiguous())
+    first, groups = Stream(shared.contiguous()), [Stream(x.contiguous()) for x in own]
     for block, constant in zip(plan.blocks[:-1], known.kv):
         normed = normalise(first.sum(), block.norm1, plan.dtype)
         kv = torch.cat([constant, keys_values(block, normed)], dim=1)
         more = None, None, block, memory, False, False
-        streams = Stream(*FrozenBlock.apply(*streams[:2], kv, *more))
+        groups = [Stream(*FrozenBlock.apply(x, pending, kv, *more)) for x, pending, _ in groups]
         if shared.shape[1]:
             first = Stream(*FrozenBlock.apply(*first[:2], constant, *more))
     last = plan.blocks[-1]
     normed = torch.cat([known.normed, normalise(first.sum(), last.norm1, plan.dtype)], dim=1)
-    return ClassBlock.apply(*streams[:2], normed, None, None, at, last)[:, 0]
+    given = normed, None, None
+    return [ClassBlock.apply(*s[:2], *given, row, last)[:, 0] for s, row in zip(groups, at)]
+
+
+# what one more group costs, in rows that run through all blocks: on a CPU to read the weights, on
+# a GPU to launch
+_GROUP = {"cpu": 32}
+_GROUP_ELSEWHERE = 4096
+
+
+def groups_of(lengths: Sequence[int], device_type: str) -> list[list[int]]:
+    """Sequences of these lengths in groups, each padded to its longest, so that rows and what
+    groups cost beside them are fewest. Indices, each once.
+    """
+    cost = _GROUP.get(device_type, _GROUP_ELSEWHERE)
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    ends = [
+        e
+        for e in range(1, len(order) + 1)
+        if e == len(order) or lengths[order[e]] > lengths[order[e - 1]]
+    ]
+    best: dict[int, tuple[int, int]] = {0: (0, 0)}  # where a group ends: least cost, its beginning
+    for end in ends:
+        longest = lengths[order[end - 1]]
+        best[end] = min((c + cost + (end - b) * longest, b) for b, (c, _) in best.items())
+    found, end = [], len(order)
+    while end:
+        begin = best[end][1]
+        found.append(order[begin:end])
+        end = begin
+    return found[::-1]

@@ -2,11 +2,13 @@
 
 import copy
 from functools import partial
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 
 import pae
+from pae import text
 from pae.backbones.clip_text import read_text
 from pae.prompts import VPTDeep
 from tests import clips
@@ -135,6 +137,53 @@ def test_engines_agree(shape, dtype):
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_engines_agree_on_every_tower(name, memory):
     assert_engines_agree(prompted(name), images(), memory=memory)
+
+
+GROUPED = ["rows in front", "around the name", "rows of each class", "no rows"]
+
+
+@pytest.mark.parametrize("shape", GROUPED)
+def test_engines_agree_where_lengths_run_apart(shape, monkeypatch):
+    monkeypatch.setitem(text._GROUP, "cpu", 0)
+    made = prompted(**copy.deepcopy(SHAPES[shape]))
+    assert len(made.text._groups()[0]) == 3
+    assert_engines_agree(made, images())
+
+
+def test_groups_are_the_cheapest():
+    """Against all ways to cut the sorted lengths."""
+    generator = torch.Generator().manual_seed(0)
+    for count in range(1, 9):
+        lengths = torch.randint(2, 60, (count,), generator=generator).tolist()
+        groups = text.groups_of(lengths, "cpu")
+        assert sorted(i for group in groups for i in group) == list(range(count))
+
+        def cost(parts):
+            return sum(32 + len(part) * max(part) for part in parts)
+
+        ordered = sorted(lengths)
+        least = min(
+            cost([ordered[a:b] for a, b in pairwise([0, *cuts, count])])
+            for size in range(count)
+            for cuts in combinations(range(1, count), size)
+        )
+        assert cost([[lengths[i] for i in group] for group in groups]) == least
+    assert len(text.groups_of([5, 50] * 20, "cuda")) == 1
+
+
+def test_what_runs_once():
+    """Rows of the layout: start row, shared rows, and where each text ends."""
+    layout = prompted().text._layout
+    assert (layout.constant, layout.shared, layout.learned) == (1, 5, 4)
+    assert layout.lengths == (8, 9, 11, 8)
+    layout = prompted(text=Context(4, "middle")).text._layout
+    assert (layout.constant, layout.shared, layout.learned) == (1, 3, 2)
+    layout = prompted(names=["tree frog"]).text._layout
+    assert (layout.constant, layout.shared, layout.lengths) == (1, 8, (9,))
+    layout = prompted(text=Context(0)).text._layout
+    assert (layout.constant, layout.shared) == (5, 5)
+    layout = prompted("open_clip, SigLIP").text._layout
+    assert (layout.constant, layout.shared, layout.lengths) == (0, 0, (20,) * 4)
 
 
 def test_one_block():
