@@ -70,6 +70,16 @@ def test_memory_modes(kind, memory):
     assert_engines_agree(model, images(model.backbone), memory=memory)
 
 
+@pytest.mark.parametrize("kind", ["eva02-b", "dinov3", "mixed", "beit, one bias", "relpos"])
+def test_one_row_that_is_read_asks_alone(kind, monkeypatch):
+    """Queries and values of all rows are formed in two of three blocks."""
+    project, seen = frozen.project, []
+    monkeypatch.setattr(frozen, "project", lambda *given: seen.append(1) or project(*given))
+    model = prompted(kind)
+    assert_engines_agree(model, images(model.backbone))
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize(
     "kind", ["eva02-s", "dinov3", "mixed with norms of heads", "beit", "parallel things"]
 )
