@@ -2,6 +2,8 @@
 
 import ast
 import io
+import json
+import posixpath
 import re
 import socket
 import sys
@@ -201,7 +203,32 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     with mock.patch.object(socket.socket, "connect", side_effect=OSError("no network here")):
         build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
-    return {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.html")}
+    pages = [p for p in folder.rglob("*") if p.suffix in (".html", ".js")]
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in pages}
+
+
+def test_search_works_without_a_server(site):
+    """A page that is opened from a disk may fetch no index and start no worker: the index is a
+    script, which holds all pages, and a stand-in for the worker stands before the theme's script.
+    """
+    script = site["search/search_index.js"]
+    assert script.startswith("var __index = {")
+    index = json.loads(script.removeprefix("var __index = "))
+    found = {entry["location"].partition("#")[0] or "index.html" for entry in index["docs"]}
+    pages = {name: page for name, page in site.items() if name.endswith(".html")}
+    assert found == pages.keys() - {"404.html"} and len(found) > 15
+    texts = " ".join(word for entry in index["docs"] for word in entry["text"].split())
+    assert "fast_forward" in texts and "sets that attention picks per image" in texts
+    assert "file:" in site["iframe-worker.js"]
+    for name, page in pages.items():
+        if name == "404.html":  # of a server alone, whose addresses are absolute
+            continue
+        scripts = re.findall(r"""<script src=["']?([^"'> ]+)""", page)
+        local = [posixpath.normpath(posixpath.join(posixpath.dirname(name), s)) for s in scripts]
+        theme = next(i for i, s in enumerate(local) if "/bundle." in s)
+        assert local.index("iframe-worker.js") < theme, name
+        worker = re.search(r'"search": ?"([^"]+)"', page)[1]
+        assert posixpath.normpath(posixpath.join(posixpath.dirname(name), worker)) in site
 
 
 def test_a_figure_may_only_be_missing_where_nothing_is_measured():
@@ -217,6 +244,8 @@ def test_a_figure_may_only_be_missing_where_nothing_is_measured():
 
 def test_site_loads_nothing_from_elsewhere(site):
     for name, page in site.items():
+        if not name.endswith(".html"):
+            continue
         tags = re.findall(r"<(?:script|link|img|iframe)[^>]*>", page)
         assert not [tag for tag in tags if re.search(r"""(src|href)=["']?(https?:)?//""", tag)], (
             name
