@@ -3,7 +3,9 @@ own task.
 
 The backbone runs once over the whole batch. Prompts of all tasks are prompt sets of the attention,
 picked per image by a group index; their keys and values are constants and are formed once. Heads
-are one product, of whose columns each image takes those of its task.
+are one product, of whose columns each image takes those of its task. Nothing follows: sums and
+activations happen in place, and on a CPU in fp32 the blocks' weights are laid out once for products
+of as many images as run at a time.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .block import Stream, keys_values, normalise
+from .block import Keys, Stream, forward, keys_values, normalise
 from .checkpoint import fingerprint, position_fingerprint
 from .engine import BlockPrompts, walk
+from .inference import InPlace
 from .model import PromptedViT
 from .plan import FrozenPlan
 from .prompts import PromptFamily
@@ -72,7 +75,7 @@ class Served(nn.Module):
         for number, count in enumerate(counts):
             columns[number, :count] = torch.arange(count) + sum(counts[:number])
         self.register_buffer("columns", columns.to(self.first.device))
-        self._known: tuple[FrozenPlan, list[BlockPrompts]] | None = None
+        self._known: tuple[FrozenPlan, list[BlockPrompts], list[InPlace]] | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -99,8 +102,10 @@ class Served(nn.Module):
             ragged = any(len(rows) < most for rows in sets)
             self.register_buffer(f"absent_{i}", absent if ragged else None)
 
-    def _prompts(self, plan: FrozenPlan) -> list[BlockPrompts]:
-        """Per block the sets of all tasks, with the keys and values that `plan` gives them."""
+    def _of(self, plan: FrozenPlan) -> tuple[list[BlockPrompts], list[InPlace]]:
+        """Per block the sets of all tasks, with the keys and values that `plan` gives them, and how
+        it is run.
+        """
         if self._known is None or self._known[0] is not plan:
             found = []
             for i, block in enumerate(plan.now().blocks):
@@ -108,8 +113,12 @@ class Served(nn.Module):
                 if rows is not None:
                     kv = keys_values(block, normalise(rows, block.norm1, plan.dtype))
                 found.append(BlockPrompts(rows, None, getattr(self, f"absent_{i}"), kv=kv))
-            self._known = plan, found
-        return self._known[1]
+            self._known = plan, found, [InPlace() for _ in found]
+        return self._known[1:]
+
+    def __getstate__(self) -> dict:
+        # as of a PromptedViT: copies form their own
+        return {**self.__dict__, "_known": None}
 
     @torch.no_grad()
     def forward(self, images: Tensor, tasks: Tensor | Sequence[int]) -> Tensor:
@@ -163,13 +172,23 @@ class Served(nn.Module):
         plan = self.first.plan(size=(height, width))
         x = view.embed(images)
         with torch.autocast(x.device.type, enabled=False):
-            known = self._prompts(plan)
-
-            def enter(i: int, stream: Stream) -> tuple[Stream, BlockPrompts]:
-                prompts = known[i]
-                return stream, prompts if prompts.rows is None else prompts._replace(group=group)
-
-            rows = walk(plan.now(), x, enter, plan.class_only)
+            known, steps = self._of(plan)
+            known = [p if p.rows is None else p._replace(group=group) for p in known]
+            now, last = plan.now(), len(known) - 1
+            stream = Stream(x.contiguous())
+            for block, prompts, how in zip(now.blocks[:last], known, steps):
+                if x.device.type == "cpu" and len(x) == _ON_CPU:  # others run as the weights lie
+                    how.lay_out(block, x.shape[:2].numel())
+                keys = None
+                if prompts.kv is not None:
+                    keys = Keys(prompts.kv, prompts.group, prompts.log_multiplicity)
+                stream = forward(block, stream, keys, how)
+            rows = walk(
+                now.only(last, last + 1),
+                stream.sum(),
+                lambda _, stream: (stream, known[last]),
+                plan.class_only,
+            )
         if not plan.class_only:
             rows = pooled_rows(rows, view.num_prefix_tokens, 0, "image")
         logits = F.linear(view.readout(rows), self.weight, self.bias)

@@ -1,10 +1,13 @@
 """Many tasks in one batch (`pae.serve_many`) beside switching among models of one task each.
 
 Switching has its best form: all models share one backbone object, images are sorted by task, and
-each task present in the batch is one `pae.fast_forward` on its images. Both give the same logits,
-which is checked before anything is timed. Process time, one thread, in turns.
+each task present in the batch is one `pae.fast_forward` on its images. "even" batches have as many
+images of every task, which is best for switching; in "drawn" ones each image's task is drawn. The
+served batch is never sorted. Both give the same logits, which is checked before anything is timed.
+Process time, one thread, in turns; a cell is one process, and replaces its row in the file.
 
-    python -m bench.studies.serving [--seconds 60] [--output bench/results/serving.json]
+    python -m bench.studies.serving --batch 64 --prompts 50 [--drawn] [--seconds 60]
+        [--model vit_small_patch16_224] [--output bench/results/serving.json]
 """
 
 from __future__ import annotations
@@ -24,14 +27,12 @@ import pae
 from pae.files import write_atomically
 
 TASKS, CLASSES = 8, 100
-PROMPTS = (10, 50)
-BATCHES = (8, 64)
 
 
-def models(prompts: int) -> list[pae.PromptedViT]:
-    """`TASKS` tasks on one ViT-B/16, with random weights: times do not depend on them."""
+def models(name: str, prompts: int) -> list[pae.PromptedViT]:
+    """`TASKS` tasks on one backbone, with random weights: times do not depend on them."""
     torch.manual_seed(0)
-    vit = timm.create_model("vit_base_patch16_224", pretrained=False)
+    vit = timm.create_model(name, pretrained=False)
     made = []
     for _ in range(TASKS):
         model = pae.PromptedViT(vit, pae.prompts.VPTDeep(prompts), num_classes=CLASSES).eval()
@@ -40,60 +41,80 @@ def models(prompts: int) -> list[pae.PromptedViT]:
     return made
 
 
-def switching(made: list[pae.PromptedViT], images: Tensor, tasks: list[int]) -> Tensor:
-    """Task by task; `tasks` are sorted, so that each has a slice."""
-    parts = []
-    for task in sorted(set(tasks)):
-        first = tasks.index(task)
-        parts.append(pae.fast_forward(made[task], images[first : first + tasks.count(task)]))
-    return torch.cat(parts)
+def switching(made: list[pae.PromptedViT], images: Tensor, tasks: Tensor) -> Tensor:
+    """Task by task: sorting, a forward each, and back into the order of the batch."""
+    order = tasks.argsort(stable=True)
+    counts = tasks.bincount(minlength=len(made)).tolist()
+    parts = images[order].split([count for count in counts if count])
+    present = [model for model, count in zip(made, counts) if count]
+    logits = torch.cat([pae.fast_forward(m, part) for m, part in zip(present, parts)])
+    return torch.empty_like(logits).index_copy_(0, order, logits)
 
 
-@torch.inference_mode()
-def measured(prompts: int, batch: int, seconds: float) -> dict:
-    """Median seconds of both, over as many rounds as fit, at least three."""
-    made = models(prompts)
+def tasks_of(batch: int, drawn: bool) -> Tensor:
+    """(batch,) in no order: equally many of each task, or each image's drawn by itself."""
+    generator = torch.Generator().manual_seed(1)
+    if drawn:
+        return torch.randint(TASKS, (batch,), generator=generator)
+    return (torch.arange(batch) % TASKS)[torch.randperm(batch, generator=generator)]
+
+
+@torch.no_grad()
+def measured(name: str, prompts: int, batch: int, drawn: bool, seconds: float) -> dict:
+    """Median seconds of both and of their ratio, over as many rounds as fit, at least three."""
+    made = models(name, prompts)
     served = pae.serve_many(made)
-    images, tasks = torch.randn(batch, 3, 224, 224), sorted(i % TASKS for i in range(batch))
+    images, tasks = torch.randn(batch, 3, 224, 224), tasks_of(batch, drawn)
     one, many = switching(made, images, tasks), served(images, tasks)
     off = float((many - one).norm() / one.norm())
-    assert off < 1e-6, off
+    assert off < 2e-6, off
     spent: dict[str, list[float]] = {"switching": [], "served": []}
+    calls = {
+        "switching": lambda: switching(made, images, tasks),
+        "served": lambda: served(images, tasks),
+    }
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(spent["served"]) < 3:
-        for name, call in (
-            ("switching", lambda: switching(made, images, tasks)),
-            ("served", lambda: served(images, tasks)),
-        ):
+    while len(spent["served"]) < 3 or time.perf_counter() < end:
+        for kind, call in calls.items():
             began = time.process_time()
             call()
-            spent[name].append(time.process_time() - began)
-    found = {f"{name}_s": round(statistics.median(times), 4) for name, times in spent.items()}
-    found["ratio"] = round(found["switching_s"] / found["served_s"], 3)
-    return {"prompts": prompts, "batch": batch, "rounds": len(spent["served"]), "off": off, **found}
+            spent[kind].append(time.process_time() - began)
+    ratios = sorted(a / b for a, b in zip(spent["switching"], spent["served"]))
+    return {
+        **{"model": name, "batch": batch, "tasks": "drawn" if drawn else "even"},
+        **{"prompts": prompts, "rounds": len(ratios), "off": off},
+        **{f"{kind}_s": round(statistics.median(times), 4) for kind, times in spent.items()},
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_least": round(ratios[0], 3),
+        "ratio_most": round(ratios[-1], 3),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="in all")
+    parser.add_argument("--model", default="vit_small_patch16_224")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--drawn", action="store_true")
+    parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    cells = [(p, b) for b in BATCHES for p in PROMPTS]
-    share = arguments.seconds / sum(b for _, b in cells)
-    rows = []
-    for prompts, batch in cells:
-        rows.append(measured(prompts, batch, share * batch))
-        print(rows[-1], flush=True)
-    if arguments.output:
-        table = {
-            "what": f"{TASKS} tasks, ViT-B/16 224, fp32, {CLASSES} classes each, one thread",
-            "machine": platform.processor() or platform.machine(),
-            "versions": {"torch": str(torch.__version__), "pae": pae.__version__},
-            "rows": rows,
-        }
-        text = json.dumps(table, indent=1) + "\n"
-        write_atomically(arguments.output, lambda file: file.write_text(text))
+    row = measured(given.model, given.prompts, given.batch, given.drawn, given.seconds)
+    print(row, flush=True)
+    if given.output is None:
+        return
+    rows = json.loads(given.output.read_text())["rows"] if given.output.is_file() else []
+    cell = ("model", "batch", "tasks", "prompts")
+    rows = [old for old in rows if any(old[key] != row[key] for key in cell)] + [row]
+    table = {
+        "what": f"{TASKS} tasks, 224 pixels, fp32, {CLASSES} classes each, one thread",
+        "machine": platform.processor() or platform.machine(),
+        "versions": {"torch": str(torch.__version__), "pae": pae.__version__},
+        "rows": sorted(rows, key=lambda r: [str(r[key]).zfill(4) for key in cell]),
+    }
+    text = json.dumps(table, indent=1) + "\n"
+    write_atomically(given.output, lambda file: file.write_text(text))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pae_kernels import pointwise
 from pae_kernels.precision import exact_products
 
 from .. import block as frozen
 from ..engine import BlockPrompts, walk
+from ..inference import InPlace
 from ..model import PromptedViT
 from ..plan import BlockPlan
 from ..sequence import insert_rows, pooled_rows
@@ -102,18 +102,15 @@ class ZeroPromptForward:
         return walk(self._plan.only(i, i + 1), x, lambda _, stream: (stream, prompts), class_only)
 
 
-class _Steps(frozen.Steps):
-    """A block whose keys are linear and with one prompt key, in place and laid out.
+class _Steps(InPlace):
+    """A block whose keys are linear and with one prompt key.
 
     Args:
         log_count: (1, 1) fp64, log P; None without a prompt key.
     """
 
-    overwrites = True
-
     def __init__(self, plan: BlockPlan, log_count: Tensor | None) -> None:
-        self._rows = 0
-        self._laid_out: dict[str, Tensor] = {}
+        super().__init__()
         self.keys = frozen.no_keys(plan)
         self._has_key = log_count is not None
         if log_count is None:
@@ -128,33 +125,6 @@ class _Steps(frozen.Steps):
         b_q = plan.b_qkv[:own].double().view(heads, width)
         self._w_logit = torch.einsum("hd,hdk->hk", k, w_q).to(plan.w_qkv)
         self._b_logit = ((k * b_q).sum(1) + log_count[0]).to(plan.w_qkv)
-
-    def lay_out(self, block: BlockPlan, rows: int) -> None:
-        """Weights in MKL's own order for products of `rows` rows, where there is such an order."""
-        if rows == self._rows:
-            return
-        self._rows, self._laid_out = rows, {}
-        if rows and _mkl_can_pack(block.w_qkv):
-            for name in ("qkv", "proj", "fc1", "fc2"):
-                weight, _ = block.product(name)
-                self._laid_out[name] = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-
-    def product(self, rows: Tensor, block: BlockPlan, name: str) -> Tensor:
-        if not self._fits(rows, name):
-            return super().product(rows, block, name)
-        return torch.ops.mkl._mkl_linear(
-            rows, self._laid_out[name], *block.product(name), self._rows
-        )
-
-    def add(
-        self, x: Tensor, rows: Tensor, block: BlockPlan, name: str, overwrite: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        if self._fits(rows, name) and x.dtype == rows.dtype:  # which is fp32
-            return x.add_(self.product(rows, block, name)), None
-        return super().add(x, rows, block, name, overwrite)
-
-    def activation(self, hidden: Tensor, kind: str, code: bool) -> tuple[Tensor, Tensor | None]:
-        return pointwise.activation_(hidden, kind), None
 
     def attention(
         self,
@@ -180,17 +150,9 @@ class _Steps(frozen.Steps):
             out = out.lerp_(keys.kv[0, 0, 1], share[..., None])
         return out.flatten(2), lse
 
-    def _fits(self, rows: Tensor, name: str) -> bool:
-        return name in self._laid_out and rows.shape[:2].numel() == self._rows
-
 
 def _has_flash_with_lse(rows: Tensor) -> bool:
     """Whether PyTorch's fused attention for this device hands out lse at no cost; where it does not
     run, the op of `pae_kernels` takes the key with its log multiplicity.
     """
     return rows.device.type == "cpu"
-
-
-def _mkl_can_pack(weight: Tensor) -> bool:
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return on_cpu and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import pae
+from pae import inference
 from pae.mpa import forward as mpa_forward
 from pae.mpa import losses as mpa_losses
 from pae.mpa.forward import ZeroPromptForward
@@ -84,7 +85,7 @@ def test_weights_laid_out_for_one_size_serve_all(feature):
             laid_out.expect(rows, times)
             for size in (4, 6):
                 assert error(laid_out(x[:size].clone()), plain(x[:size].clone())) < 1e-5
-    if mpa_forward._mkl_can_pack(x) and feature != "qk_norm":
+    if inference._mkl_can_pack(x) and feature != "qk_norm":
         laid_out.expect(64, mpa_forward._WORTH_PACKING // 64)
         assert len(laid_out._steps[0]._laid_out) == 4
     laid_out.expect(64, mpa_forward._WORTH_PACKING // 64 - 1)
