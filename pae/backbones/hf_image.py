@@ -207,6 +207,11 @@ class View(PlainView):
     # ---- readout
 
     def own_output(self, images: Tensor) -> Tensor:
+        if self._masks:  # its own forward is a part of pretraining
+            rows = self.embed(images)
+            for i in range(len(self.blocks)):
+                rows = self.run_block(i, rows)
+            return self.readout(rows)
         told = self._told and tuple(images.shape[-2:]) != self._size
         out = self.module(images, **({"interpolate_pos_encoding": True} if told else {}))
         for name in ("logits", "image_embeds", "pooler_output"):

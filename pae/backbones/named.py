@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..foreign import first_line, listed
+from ..errors import CheckpointError
+from ..foreign import first_line, listed, read_weights_file
 from . import hf
+from .weights import tables_of
 
 SOURCES = ("hf", "open_clip")
 
@@ -57,6 +59,9 @@ def load_named(
     skeleton: bool = False,
     say: Say | None = None,
     kind: str | None = None,
+    weights: str | Path | None = None,
+    drop_path: float = 0.0,
+    backbone_dropout: float = 0.0,
 ) -> nn.Module:
     """The backbone of that name, in fp32. A classifier of it is the one that its weights were
     published with, and a random one where the file has none: give `PromptedViT` num_classes.
@@ -72,20 +77,32 @@ def load_named(
         say: told in one line what was not taken of the file, and what was not in it.
         kind: the class in transformers; None: as the weights were published, or the one that reads
             what was pretrained with more around it.
+        weights: a file of them, instead of those of that name: a state dict of the same class.
+        drop_path, backbone_dropout: rates of what drops blocks, and values of rows, in training
+            mode; 0 leaves those of the model as they are.
 
     Raises:
         ValueError: no such model, one that is not read, weights that lack a part of it, another
-            image size than the model takes.
+            image size than the model takes, a rate that it has no place for.
+        CheckpointError: the file of weights cannot be read.
         ImportError: its library is not installed.
     """
     source, _, place = name.partition(":")
     tell = say or (lambda line: None)
     try:
         if source == "hf":
-            model, facts = _from_transformers(place, pretrained, skeleton, tell, kind)
+            rates = {"drop_path_rate": drop_path, "hidden_dropout_prob": backbone_dropout}
+            model, facts = _from_transformers(
+                place, pretrained, skeleton, tell, kind, weights, rates
+            )
         else:
-            model, facts = _from_open_clip(place, pretrained, skeleton)
-    except (ImportError, _Refused):
+            if drop_path or backbone_dropout:
+                raise _Refused(
+                    f"{'drop_path' if drop_path else 'backbone_dropout'} has no place in the "
+                    f"towers of open_clip, {name}: leave it out"
+                )
+            model, facts = _from_open_clip(place, pretrained, skeleton, weights)
+    except (ImportError, CheckpointError, _Refused):
         raise
     except Exception as error:  # the libraries and the hub raise whatever their parts raise
         raise ValueError(f"{name}: {first_line(error)}") from error
@@ -146,18 +163,36 @@ def _known(place: str, kind: str | None = None) -> tuple[Any, str]:
 
 
 def _from_transformers(
-    place: str, pretrained: bool, skeleton: bool, say: Say, kind_name: str | None
+    place: str,
+    pretrained: bool,
+    skeleton: bool,
+    say: Say,
+    kind_name: str | None,
+    weights: str | Path | None,
+    rates: dict[str, float],
 ) -> tuple[Any, dict[str, Any]]:
     config, name = _known(place, kind_name)
     kind = getattr(_library("transformers", "hf"), name)
     own = config
     if "VisionModel" in name:  # beside a text model
         own = getattr(config, "vision_config", config)
-    if pretrained and not skeleton:
-        model = _filled(kind, place, say)
-    else:
+    for attribute, rate in rates.items():
+        if rate and not hasattr(own, attribute):
+            option = "drop_path" if attribute == "drop_path_rate" else "backbone_dropout"
+            raise _Refused(
+                f"{option} has no place in {name} of transformers, hf:{place}: leave it out"
+            )
+        if rate:
+            setattr(own, attribute, rate)
+    given = {"config": own} if any(rates.values()) else {}
+    if skeleton or not (pretrained or weights):
         with torch.device("meta") if skeleton else contextlib.nullcontext():
             model = kind(own)
+    elif weights is None:
+        model = _filled(kind, f"hf:{place}", say, place, **given)
+    else:
+        state = _state_dict(weights, kind(own))
+        model = _filled(kind, f"weights {weights}", say, None, config=own, state_dict=state)
     seen = getattr(config, "vision_config", config)
     patch = getattr(seen, "patch_size", None)
     patch = tuple(seen.tubelet_size[1:]) if patch is None else _pair(patch)
@@ -165,26 +200,38 @@ def _from_transformers(
     return model, {**facts, "patch": patch, "resizes": not hasattr(seen, "num_frames")}
 
 
-def _filled(kind: Any, place: str, say: Say) -> nn.Module:
-    """A model with weights, every one of which is in the file."""
+def _filled(kind: Any, called: str, say: Say, place: str | None, **given: Any) -> nn.Module:
+    """A model with weights, every one of which is in the file: of `place`, or `given`."""
+    given["output_loading_info"] = True
     with _quietly():
-        model, found = kind.from_pretrained(place, output_loading_info=True)
+        model, found = kind.from_pretrained(place, **given)
         lacking = _lacking(model, found)
         if any(key.startswith("pooler.dense") for key in lacking):
-            model, found = kind.from_pretrained(
-                place, output_loading_info=True, add_pooling_layer=False
-            )
+            model, found = kind.from_pretrained(place, add_pooling_layer=False, **given)
             lacking = _lacking(model, found)
-            say(f"hf:{place}: no pooler in the file: the features are the class row")
+            say(f"{called}: no pooler in the file: the features are the class row")
     fresh = [key for key in lacking if key.startswith(("fc_norm.", "pooler.layernorm."))]
     if fresh:
-        say(f"hf:{place}: a new norm behind the mean of the rows")
+        say(f"{called}: a new norm behind the mean of the rows")
     if missing := [key for key in lacking if key not in fresh]:
-        raise _Refused(f"hf:{place}: the weights lack {listed(missing, _MOST)}")
+        raise _Refused(f"{called}: the weights lack {listed(missing, _MOST)}")
     left = sorted({key.partition(".")[0] for key in found["unexpected_keys"]})
     if left:
-        say(f"hf:{place}: not taken of the file: {listed(left, _MOST)}")
+        say(f"{called}: not taken of the file: {listed(left, _MOST)}")
     return model
+
+
+def _state_dict(weights: str | Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Of the state dicts in a file, the one that shares most names with a model's.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds none.
+    """
+    own = set(model.state_dict())
+    tables = [table for _, table, _ in tables_of(read_weights_file(weights) or {}, str(weights))]
+    if not tables:
+        raise CheckpointError(f"weights {weights}: expected a state dict, found none")
+    return max(tables, key=lambda table: len(own & table.keys()))
 
 
 def _lacking(model: nn.Module, found: dict[str, Any]) -> list[str]:
@@ -245,7 +292,9 @@ def _processing(place: str, channels: int, size: tuple[int, int]) -> dict[str, A
 # ---- open_clip
 
 
-def _from_open_clip(place: str, pretrained: bool, skeleton: bool) -> tuple[Any, dict[str, Any]]:
+def _from_open_clip(
+    place: str, pretrained: bool, skeleton: bool, given: str | Path | None
+) -> tuple[Any, dict[str, Any]]:
     library = _library("open_clip", "clip")
     name, tag = place, None
     if not place.startswith(("hf-hub:", "local-dir:")):
@@ -254,12 +303,12 @@ def _from_open_clip(place: str, pretrained: bool, skeleton: bool) -> tuple[Any, 
         if name not in known:
             raise _Refused(f"open_clip:{place}: open_clip has no model {name}")
         tags = library.list_pretrained_tags_by_model(name)
-        if pretrained and tag not in tags:
+        if pretrained and given is None and tag not in tags:
             raise _Refused(
                 f"open_clip:{place}: expected open_clip:{name}/TAG, one of "
                 f"{', '.join(tags) or 'none'}; or give --no-pretrained"
             )
-    weights = pretrained and not skeleton
+    weights = pretrained and given is None and not skeleton
     device = "meta" if skeleton else "cpu"
     with torch.device(device) if skeleton else contextlib.nullcontext():
         model = library.create_model(
@@ -269,6 +318,11 @@ def _from_open_clip(place: str, pretrained: bool, skeleton: bool) -> tuple[Any, 
             require_pretrained=weights,
             device=device,
         )
+    if given is not None and not skeleton:
+        found = library.load_checkpoint(model, str(given), strict=False)
+        missing = [key for key in getattr(found, "missing_keys", ()) if key.startswith("visual.")]
+        if missing:
+            raise _Refused(f"weights {given}: they lack {listed(missing, _MOST)}")
     tower = model.visual
     said = tower.preprocess_cfg
     modes = {"shortest": "center", "longest": "border", "squash": "squash"}

@@ -154,7 +154,7 @@ def has_norm_of_a_mean(source: str | Path | Mapping[str, Any]) -> bool:
         content: Mapping[str, Any] | None = source
     else:  # some formats have no names without values
         content = read_weights_file(source, values=False) or read_weights_file(source)
-    names = [name for _, table, _ in _tables(content or {}, "") for name in table]
+    names = [name for _, table, _ in tables_of(content or {}, "") for name in table]
     ends = {match[1] for name in names if (match := _FINAL_NORM.search(name))}
     return ends == {"fc_norm"}
 
@@ -198,7 +198,7 @@ def _load_tables(
     head = _head_names(model)
     needed = [key for key in own if not key.startswith(head)]
     candidates, others = [], 0
-    for path, table, strange in _tables(content, name):
+    for path, table, strange in tables_of(content, name):
         others += strange
         candidates += [
             _candidate(model, path, table, prefix, values) for prefix in _prefixes(table)
@@ -230,7 +230,7 @@ def _load_tables(
     return LoadedWeights(name, len(needed), where, chosen.prefix, chosen.layout, remarks, unread)
 
 
-def _tables(
+def tables_of(
     content: Mapping[str, Any], name: str, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor], int]]:
     """(keys to it, {name: tensor}, number of its other entries) of every state dict of a file."""
@@ -240,7 +240,7 @@ def _tables(
         tensor = as_tensor(value)
         if isinstance(value, Mapping):
             if key in _CONTAINERS and len(path) < 4:
-                yield from _tables(value, name, (*path, key))
+                yield from tables_of(value, name, (*path, key))
         elif tensor is not None and isinstance(key, str):
             plain = _WRAPPERS.sub("", key)
             if plain in table:

@@ -21,6 +21,7 @@ from pae.train.images import Ranges, map_images
 from pae.train.listing import entries, is_folder, shown
 
 _SPLITS = ("train", "val", "test")
+SUFFIX = ".npy"
 _VIDEOS = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 _WAY_OUT = (
     "pae decodes no video: np.save its frames, uint8 (T, H, W, 3), e.g. those of "
@@ -73,6 +74,32 @@ def read_clips(
     return replace(task, ranges=Ranges())  # 8 bits have no other
 
 
+def read_labelled(root: Path) -> tuple[list[str], dict[str, Images], bool]:
+    """The clips of a folder that is not trained on, of its `train/`, `val/` and `test/`, or of
+    class folders alone, as "train". Files are not opened.
+
+    Returns:
+        The names of all classes, the splits, and whether they are class folders alone.
+
+    Raises:
+        ValueError: as `read_clips`.
+    """
+    names = {entry.name for entry in entries(root) if is_folder(entry)}
+    places = {split: root / split for split in _SPLITS if split in names}
+    alone = not places
+    places = places or {"train": root}
+    folders = [entry for place in places.values() for entry in entries(place) if is_folder(entry)]
+    classes = sorted({entry.name for entry in folders})
+    if not classes:
+        raise ValueError(f"--data {shown(root)}: expected <class>/*.npy for a model of clips")
+    return classes, {split: _read(place, classes) for split, place in places.items()}, alone
+
+
+def is_clip(name: str) -> bool:
+    """Whether a file of that name may be one."""
+    return name.lower().endswith(SUFFIX)
+
+
 def _read(folder: Path, classes: Sequence[str]) -> Images:
     paths, labels = [], []
     for entry in entries(folder):
@@ -82,11 +109,7 @@ def _read(folder: Path, classes: Sequence[str]) -> Images:
             raise ValueError(f"{shown(entry.path)}: the training clips have no such class")
         own = [Path(inner.path) for inner in entries(entry.path)]
         for path in own:
-            suffix = path.suffix.lower()
-            if suffix in _VIDEOS:
-                raise ValueError(f"{shown(path)}: {_WAY_OUT}")
-            if suffix != ".npy":
-                raise ValueError(f"{shown(path)}: expected .npy files of clips alone")
+            _refuse_others(path)
         if not own:
             raise ValueError(f"{shown(entry.path)}: class without clips")
         paths += own
@@ -94,9 +117,18 @@ def _read(folder: Path, classes: Sequence[str]) -> Images:
     return Images(paths, labels)
 
 
+def _refuse_others(path: Path) -> None:
+    if path.suffix.lower() in _VIDEOS:
+        raise ValueError(f"{shown(path)}: {_WAY_OUT}")
+    if not is_clip(path.name):
+        raise ValueError(f"{shown(path)}: expected .npy files of clips alone")
+
+
 def _opened(item: Path | np.ndarray, frames: int) -> np.ndarray:
     """The array of a file, its values still on the disk; or an array, checked."""
     path = "of an array" if isinstance(item, np.ndarray) else item
+    if not isinstance(item, np.ndarray):
+        _refuse_others(Path(item))
     try:
         clip: Any = item
         if not isinstance(item, np.ndarray):

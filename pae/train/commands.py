@@ -121,7 +121,10 @@ def add(commands: Any) -> None:
     )
     predict.add_argument("place", metavar="RUN", help=run)
     predict.add_argument(
-        "images", metavar="IMAGES", nargs="+", help="files, folders (with all below), patterns"
+        "images",
+        metavar="IMAGES",
+        nargs="+",
+        help="files, folders (with all below), patterns; of a model of clips .npy files",
     )
     _finish(predict, _predict, Predict)
     evaluate = commands.add_parser(
@@ -190,10 +193,12 @@ def _predict(arguments: argparse.Namespace) -> int:
 
     if own.output not in (None, "-") and os.path.isdir(str(own.output)):
         raise ValueError(f"--output {own.output}: a folder; give a file")
-    files, others = using.expand(arguments.images)
     use, _, model, reporter = _opened(arguments, "transform", "classes")
+    of_clips = using.frames_of(model) is not None
+    files, others = using.expand(arguments.images, of_clips)
     if others:
-        reporter.say(f"{others} files without a suffix of an image are left out")
+        what = "other than .npy" if of_clips else "without a suffix of an image"
+        reporter.say(f"{others} files {what} are left out")
     classes = model.classes or ()
     rows: list[dict[str, Any]] = []
     unread = 0
@@ -237,10 +242,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from pae.train.evaluation import evaluate, read_labelled
+    from pae.train.using import frames_of
 
     use, place, model, reporter = _opened(arguments, "transform", "classes")
     with reporter.warnings():
-        images, split = read_labelled(own.data, model.classes or (), own.split)
+        of_clips = frames_of(model) is not None
+        images, split = read_labelled(own.data, model.classes or (), own.split, of_clips)
         with reporter.progress(f"evaluating on {split}", len(images)) as advance:
             how = {"batch_size": use.batch_size, "workers": use.workers, "on_image": advance}
             found = evaluate(model, images, **how)  # type: ignore[arg-type]
@@ -282,7 +289,12 @@ def _export(arguments: argparse.Namespace) -> int:
     from pae.train.export import export
 
     _, place, model, _ = _opened(arguments, "transform")
-    items = using.expand(arguments.images)[0] if arguments.images else _own_images(place)
+    if arguments.images:
+        items: list[Any] = list(
+            using.expand(arguments.images, using.frames_of(model) is not None)[0]
+        )
+    else:
+        items = _own_images(place)
     if len(items) == 1:
         items = items * 2
     images = torch.stack([model.transform(item) for item in items[:_CHECKED]])  # type: ignore[misc]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pae.files import signed, to_json, write_atomically
+from pae.train import clips
 from pae.train.data import Images
 from pae.train.layouts import read_layout
 from pae.train.listing import shown, some
@@ -191,12 +192,13 @@ def evaluate(
 
 
 def read_labelled(
-    folder: str | Path, classes: Sequence[str], split: str | None
+    folder: str | Path, classes: Sequence[str], split: str | None, of_clips: bool = False
 ) -> tuple[Images, str]:
     """The images of a folder in any layout of `pae train`, with the model's numbers as labels.
 
     Args:
         classes: of the model.
+        of_clips: it reads those, and the folder holds them.
         split: which one; None: test, or val where there is none, or all of class folders alone.
     Returns:
         The images, and which split they are; "all" of class folders alone.
@@ -206,22 +208,26 @@ def read_labelled(
     root = Path(os.path.expanduser(folder))
     if not root.is_dir():
         raise ValueError(f"--data {shown(folder)}: no such folder")
-    own, splits, _ = read_layout(root)
-    alone = list(splits) == ["train"] and not any(
-        (root / name).exists() for name in ("train", "training", "Train", "train.json")
-    )
+    if of_clips:
+        own, splits, alone = clips.read_labelled(root)
+    else:
+        own, listed, _ = read_layout(root)
+        splits = {name: Images(list(found.paths), found.labels) for name, found in listed.items()}
+        alone = list(splits) == ["train"] and not any(
+            (root / name).exists() for name in ("train", "training", "Train", "train.json")
+        )
     if split is None:
         split = next((name for name in ("test", "val") if name in splits), "train")
         if split == "train" and not alone:
             raise ValueError(
                 f"--data {shown(folder)}: has neither a test nor a val split; --split train "
-                "evaluates on its training images"
+                f"evaluates on its training {'clips' if of_clips else 'images'}"
             )
     if split not in splits:
         raise ValueError(f"--data {shown(folder)}: has no {split} split ({some(list(splits))})")
     number = match(classes, own, f"--data {shown(folder)}")
     found = splits[split]
-    images = Images(list(found.paths), [number[label] for label in found.labels])
+    images = Images(found.items, [number[label] for label in found.labels])
     return images, "all" if alone else split
 
 

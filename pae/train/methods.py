@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import pae
-from pae.backbones import named, read_backbone, trained
+from pae.backbones import BackboneView, named, read_backbone, trained
 from pae.backbones.weights import has_norm_of_a_mean
 from pae.files import to_json
 from pae.foreign import first_line
@@ -84,17 +84,15 @@ def _named_backbone(
     options: Options, num_classes: int, skeleton: bool, say: Callable[[str], None] | None
 ) -> nn.Module:
     """A model of another library, with a fresh head in the place of its own."""
-    for name in ("drop_path", "backbone_dropout", "weights"):
-        if getattr(options, name):
-            raise ValueError(f"{name} is for timm's models, not for {options.model}: leave it out")
-    if options.method == "full":
-        raise ValueError(f"method full trains timm's models, not {options.model}")
     model: Any = named.load_named(
         options.model,
         pretrained=options.pretrained,
         image_size=options.img_size,
         skeleton=skeleton,
         say=say,
+        weights=options.weights,
+        drop_path=options.drop_path,
+        backbone_dropout=options.backbone_dropout,
     )
     place = pae.backbones.head_name(model)
     if place is not None:
@@ -232,12 +230,11 @@ def start_training(module: nn.Module, options: Options) -> None:
         module: a `Method`, or a wrapper around one.
         options: its own.
     """
-    from timm.layers import DropPath
-
     module.train()
     if options.has_prompts and _drops(options):
         for part in module.modules():
-            if isinstance(part, (DropPath, nn.Dropout)):
+            # transformers has a class of its own in every file
+            if isinstance(part, nn.Dropout) or type(part).__name__.endswith("DropPath"):
                 part.train()
 
 
@@ -270,7 +267,7 @@ def build_method(
     """
     backbone = build_backbone(options, num_classes, skeleton, say)
     if options.method == "full":
-        return FullFineTuning(backbone)
+        return FullFineTuning(backbone, num_classes)
     # None keeps the default one, where there is a place for it
     has_place = pae.backbones.head_name(backbone) is not None
     new_head = num_classes if options.head_init == "vpt" or not has_place else None
@@ -520,19 +517,47 @@ class LinearProbe(nn.Module):
         self.task = self.frozen.task
 
 
-WHOLE = "timm-state-dict-2"  # the format of a whole model's file
-WHOLE_FORMATS = "timm-state-dict"  # how it begins; version 0.1 wrote no number behind
+# formats of a whole model's file, of timm and of another library; how they begin: version 0.1 wrote
+# no number behind
+WHOLE, WHOLE_OF_OTHERS = "timm-state-dict-2", "library-state-dict-2"
+WHOLE_FORMATS = ("timm-state-dict", "library-state-dict")
+# in such a file, the head of a model without a place for one
+NEW_HEAD = "new_head."
+HEADS = ("head.weight", "classifier.weight", f"{NEW_HEAD}weight")
+
+
+def is_former(format: str) -> bool:
+    """Whether a whole model's file is from a version that wrote no digest."""
+    return format not in (WHOLE, WHOLE_OF_OTHERS)
 
 
 class FullFineTuning(nn.Module):
-    """All weights of a timm model, the baseline that prompts are compared with."""
+    """All weights of a model, the baseline that prompts are compared with.
+
+    Args:
+        backbone: a model of timm with its head; or of another library, whose own forward is run.
+        num_classes: of a new head, where such a model has no place for one.
+
+    Raises:
+        UnsupportedBackbone: a model of another library that is not read.
+    """
 
     backbone: Any
+    head: nn.Linear | None
+    view: BackboneView | None
     task: pae.TaskInfo | None = None
     transform: Callable[[Any], Tensor] | None = None  # as `PromptedViT.transform`
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, num_classes: int) -> None:
         super().__init__()
+        of_timm = hasattr(backbone, "get_classifier")
+        # no part of what is trained beside the backbone: a plain attribute of no module
+        self.view = None if of_timm else read_backbone(backbone)
+        self.head = None
+        if self.view is not None and self.view.head_name is None:
+            like = self.view.like
+            self.head = nn.Linear(self.view.feature_width, num_classes)
+            self.head.to(like.device, like.dtype)
         self.backbone = backbone.requires_grad_(True)
 
     @property
@@ -543,11 +568,26 @@ class FullFineTuning(nn.Module):
     @property
     def num_classes(self) -> int:
         """Number of logits."""
-        return int(self.backbone.num_classes)
+        if self.view is None:
+            return int(self.backbone.num_classes)
+        return int(self.classifier.out_features)
+
+    @property
+    def classifier(self) -> Any:
+        """What gives the logits."""
+        if self.view is None:
+            return self.backbone.get_classifier()
+        return self.view.head if self.head is None else self.head
 
     def forward(self, images: Tensor, engine: str = "fast") -> Tensor:
-        """Logits (B, classes); both engines are timm's own forward, for no weight is frozen."""
-        return self.backbone(images)
+        """Logits (B, classes); both engines are the model's own forward, for no weight is
+        frozen.
+        """
+        if self.view is None:
+            return self.backbone(images)
+        self.view.check_images(images)
+        out = self.view.own_output(images)
+        return out if self.head is None else self.head(out)
 
     def penalty(self) -> Tensor:
         """Nothing is regularised beyond weight decay."""
@@ -557,9 +597,17 @@ class FullFineTuning(nn.Module):
         """Two groups: matrices are decayed; biases, norms and embeddings are not (timm's rule)."""
         from timm.optim import param_groups_weight_decay
 
-        skip = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        if self.view is None:
+            own = getattr(self.backbone, "no_weight_decay", tuple)()
+        else:  # what is no matrix of a product or a convolution, by its name
+            own = [
+                f"{place}.{name}" if place else name
+                for place, part in self.named_modules()
+                for name, _ in part.named_parameters(recurse=False)
+                if isinstance(part, nn.Embedding) or not (name.endswith("weight") or name == "proj")
+            ]
         groups: list[dict[str, Any]] = param_groups_weight_decay(
-            self.backbone, weight_decay, no_weight_decay_list=skip
+            self.backbone if self.view is None else self, weight_decay, no_weight_decay_list=own
         )
         return [{**group, "lr": lr} for group in groups]
 
@@ -568,13 +616,19 @@ class FullFineTuning(nn.Module):
         return self.state_dict()
 
     def save(self, path: str | Path) -> None:
-        """Writes the timm state dict as safetensors, atomically, with a digest."""
+        """Writes the model's state dict as safetensors, atomically, with a digest; a head beside it
+        as `NEW_HEAD`.
+        """
         description = {
-            "format": WHOLE,
+            "format": WHOLE if self.view is None else WHOLE_OF_OTHERS,
             "backbone": pae.checkpoint.backbone_name(self.backbone),
             "task": None if self.task is None else self.task.record(),
         }
-        write_tensors(path, self.backbone.state_dict(), {"pae": to_json(description)})
+        write_tensors(path, self._state(), {"pae": to_json(description)})
+
+    def _state(self) -> dict[str, Tensor]:
+        own = {} if self.head is None else self.head.state_dict(prefix=NEW_HEAD)
+        return {**self.backbone.state_dict(), **own}
 
     def load(self, path: str | Path) -> None:
         """Reads what `save` wrote.
@@ -583,8 +637,13 @@ class FullFineTuning(nn.Module):
             CheckpointError: unreadable or damaged file, or weights of another model.
         """
         state, texts, vouched = read_tensors(path)
-        require_digest(path, vouched, former=WHOLE not in texts.get("pae", ""))
-        self.backbone.load_state_dict(fitted(path, state, self.backbone.state_dict()))
+        known = any(name in texts.get("pae", "") for name in (WHOLE, WHOLE_OF_OTHERS))
+        require_digest(path, vouched, former=not known)
+        state = fitted(path, state, self._state())
+        beside = {n: state.pop(n) for n in list(state) if n.startswith(NEW_HEAD)}
+        self.backbone.load_state_dict(state)
+        if self.head is not None:
+            self.head.load_state_dict({n.removeprefix(NEW_HEAD): t for n, t in beside.items()})
 
 
 def load_trained_state(module: Method, state: dict[str, Tensor], where: str | Path) -> None:
@@ -621,5 +680,5 @@ def trained_parameters(module: Method) -> int:
 
 def head_parameters(module: Method) -> int:
     """Number of those of the classifier alone."""
-    head = module.backbone.get_classifier() if isinstance(module, FullFineTuning) else module.head
+    head = module.classifier if isinstance(module, FullFineTuning) else module.head
     return sum(p.numel() for p in head.parameters())

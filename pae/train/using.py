@@ -28,7 +28,7 @@ from pae.files import from_json
 from pae.serving import Served
 from pae.tensorfile import read_tensors, require_digest
 from pae.train import methods, pixels
-from pae.train.clips import read_frames
+from pae.train.clips import is_clip, read_frames
 from pae.train.declared import near
 from pae.train.images import Ranges, decode
 from pae.train.listing import shown, some
@@ -137,7 +137,7 @@ def load(
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"checkpoint {place.file} was not written by pae") from None
     if whole:
-        require_digest(place.file, vouched, former=description["format"] != methods.WHOLE)
+        require_digest(place.file, vouched, former=methods.is_former(description["format"]))
         task, found = _task_of(place.file, description.get("task")), None
     else:
         found = pae.read_checkpoint(place.file)
@@ -159,7 +159,7 @@ def load(
         task = replace(task, backbone=methods.portable(recipe))
     model.task = task
     if None not in (task.input_size, task.mean, task.std, task.interpolation, task.crop_mode):
-        frames = None if whole else cast(pae.PromptedViT, model).view.frames
+        frames = frames_of(model)
         model.transform = Transform(task) if frames is None else ClipTransform(task, frames)
     model.eval().requires_grad_(False)
     return model.to(device)
@@ -263,14 +263,14 @@ def _whole(
     task: pae.TaskInfo,
 ) -> methods.FullFineTuning:
     """A model all of whose weights are in the file."""
+    head = next((t for n, t in state.items() if n in methods.HEADS), None)
+    count = len(task.classes or ()) or (0 if head is None else len(head))
     if built is None:
-        head = next((t for n, t in state.items() if n == "head.weight"), None)
-        count = len(task.classes or ()) or (0 if head is None else len(head))
         own = {k: v for k, v in (recipe or {}).items() if k not in ("weights", "seed")}
         if own["model"] not in _WITH_WEIGHTS:
             own["pretrained"] = False
         built = _backbone(own, count)
-    model = methods.FullFineTuning(built)
+    model = methods.FullFineTuning(built, count)
     model.load(place.file)
     return model
 
@@ -447,9 +447,17 @@ def describe(place: Place) -> dict[str, Any]:
 # ---- which images
 
 
-def expand(names: Iterable[str]) -> tuple[list[Path], int]:
+def frames_of(model: Loaded) -> int | None:
+    """Of the clips that a model reads; None of one that reads images."""
+    return None if model.view is None else model.view.frames
+
+
+def expand(names: Iterable[str], of_clips: bool = False) -> tuple[list[Path], int]:
     """The image files that are named: files, folders with all below them, and patterns (which a
     shell may have left as they are). No file twice.
+
+    Args:
+        of_clips: of folders the `.npy` files are taken.
 
     Returns:
         The files, in order, and how many files of folders have no suffix of an image.
@@ -464,7 +472,7 @@ def expand(names: Iterable[str]) -> tuple[list[Path], int]:
     for name in names:
         path = Path(os.path.expanduser(name))
         if path.is_dir():
-            found, more = _below(path)
+            found, more = _below(path, of_clips)
             others += more
         elif path.exists():
             found = [path]
@@ -473,18 +481,19 @@ def expand(names: Iterable[str]) -> tuple[list[Path], int]:
             inside = [p for p in found if p.is_dir()]
             found = [p for p in found if not p.is_dir()]
             for folder in inside if not found else ():
-                more_files, more = _below(folder)
+                more_files, more = _below(folder, of_clips)
                 found, others = found + more_files, others + more
             if not found:
                 raise ValueError(f"{shown(name)}: no such file, folder or pattern of files")
         for file in found:
             files.setdefault(os.path.realpath(file), file)
     if not files:
-        raise ValueError(f"{some([str(name) for name in names])}: no image in it")
+        what = "clip (.npy)" if of_clips else "image"
+        raise ValueError(f"{some([str(name) for name in names])}: no {what} in it")
     return list(files.values()), others
 
 
-def _below(folder: Path) -> tuple[list[Path], int]:
+def _below(folder: Path, of_clips: bool) -> tuple[list[Path], int]:
     from pae.train.listing import is_hidden, is_image
 
     found: list[Path] = []
@@ -504,7 +513,7 @@ def _below(folder: Path) -> tuple[list[Path], int]:
         for name in sorted(files):
             if is_hidden(name):
                 continue
-            if is_image(name):
+            if is_clip(name) if of_clips else is_image(name):
                 found.append(Path(root, name))
             else:
                 others += 1
@@ -589,7 +598,10 @@ def _attempt(function: Callable[[Any], Tensor], item: Any) -> Tensor | ValueErro
 
 
 def _without_name(item: Any, error: ValueError) -> str:
-    return str(error).removeprefix(f"unreadable image {item}: ")
+    said = str(error)
+    for what in ("unreadable image ", "unreadable clip ", "clip ", ""):
+        said = said.removeprefix(f"{what}{item}: ")
+    return said
 
 
 def _ahead(

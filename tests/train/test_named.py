@@ -1,7 +1,10 @@
 """Models of other libraries by name: what is loaded, what is refused, and runs with them."""
 
+import csv
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +13,11 @@ import torch
 import pae
 from bench.studies import clips as moving
 from pae.backbones import named
-from pae.train import clips, pixels
+from pae.train import clips, methods, pixels, using
 from pae.train.cli import main
 from pae.train.images import Ranges
 from pae.train.models import survey
+from pae.train.options import Options
 from tests import libraries
 from tests.train.helpers import CPU_FLAGS, error_line, save_shades
 
@@ -202,6 +206,141 @@ def test_a_run_on_clips(walks, tmp_path, capsys):
     assert "(VAPT) convolves a grid of patches, and the backbone's are 2 x 4 x 4 tubes" in line
 
 
+def test_predicting_and_evaluating_clips(walks, tmp_path, capsys):
+    """Folders, patterns, files and class folders of .npy files; what is none is named."""
+    place, model = saved("VideoMAE, classes", tmp_path / "model")
+    run = ["train", "--data", str(walks), "--model", place, "--quiet", *CPU_FLAGS, "--method"]
+    assert main([*run, "linear", "--epochs", "1", "--output", str(tmp_path / "run")]) == 0
+    model = pae.load(tmp_path / "run")
+    mixed = tmp_path / "mixed"
+    shutil.copytree(walks / "test", mixed)
+    (mixed / "notes.txt").write_text("no clip")
+    np.save(mixed / "left" / "short.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    (mixed / "left" / "raw.mp4").write_bytes(b"video")
+    capsys.readouterr()
+    table = tmp_path / "out.csv"
+    assert main(["predict", str(tmp_path / "run"), str(mixed), "--output", str(table)]) == 1
+    err = capsys.readouterr().err
+    assert "2 files other than .npy are left out" in err
+    assert f"{mixed / 'left' / 'short.npy'} could not be read: 2 frames, and the model" in err
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 9 and [bool(row["error"]) for row in rows].count(True) == 1
+    for row in rows:
+        if not row["error"]:
+            shares = model(model.transform(Path(row["image"]))[None]).softmax(1)[0]
+            assert row["class_1"] == model.classes[int(shares.argmax())]
+            assert float(row["probability_1"]) == pytest.approx(float(shares.max()), abs=1e-5)
+    assert main(["predict", str(tmp_path / "run"), str(mixed / "*" / "raw.mp4")]) == 1
+    assert "pae decodes no video: np.save its frames" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    line = error_line(capsys, ["predict", str(tmp_path / "run"), str(tmp_path / "empty")])
+    assert "no clip (.npy) in it" in line
+    # labelled ones: a split of a training folder, and class folders alone
+    result = json.loads((tmp_path / "run" / "metrics.json").read_text())["result"]
+    for data, split in ((walks, "test"), (walks / "test", "all")):
+        assert main(["evaluate", str(tmp_path / "run"), "--data", str(data), "--quiet"]) == 0
+        folder = next((tmp_path / "run").glob(f"evaluation-{data.name}-{split}"))
+        found = json.loads((folder / "evaluation.json").read_text())
+        assert found["images"] == 8 and found["accuracy"] == pytest.approx(result["test_accuracy"])
+    capsys.readouterr()
+    (mixed / "notes.txt").unlink()
+    line = error_line(capsys, ["evaluate", str(tmp_path / "run"), "--data", str(mixed)])
+    assert "raw.mp4: pae decodes no video" in line
+    (mixed / "left" / "raw.mp4").unlink()
+    assert main(["evaluate", str(tmp_path / "run"), "--data", str(mixed)]) == 1
+    assert "1 images could not be read" in capsys.readouterr().out
+    (mixed / "left").rename(mixed / "up")
+    line = error_line(capsys, ["evaluate", str(tmp_path / "run"), "--data", str(mixed)])
+    assert "class 'up' is none of the model's 2 ('left', 'right')" in line
+    line = error_line(
+        capsys, ["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "empty")]
+    )
+    assert "expected <class>/*.npy for a model of clips" in line
+
+
+WHOLE = ("DINOv2, classes", "CLIP", "MAE", "BEiT, classes", "SigLIP", "VideoMAE, classes")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_all_weights_are_trained(name, tmp_path):
+    """The model's own forward, a gradient for all that it reads, and back from a file."""
+    place, _ = saved(name, tmp_path / "model")
+    options = Options(model=place, method="full")
+    full = methods.build_method(options, 3)
+    frozen = pae.PromptedViT(
+        named.load_named(place), pae.prompts.VPTDeep(0), num_classes=3
+    )  # the definition on the same weights
+    frozen.head.load_state_dict(full.classifier.state_dict())
+    x = libraries.images(2, name=name).float()
+    full.eval()
+    logits = full(x)
+    assert logits.shape == (2, 3) and full.num_classes == 3
+    assert torch.allclose(logits, frozen(x), rtol=1e-4, atol=1e-5)
+    logits.sum().backward()
+    without = [n for n, p in full.named_parameters() if p.grad is None]
+    assert all("mask_token" in n or n.startswith("backbone.layernorm") for n in without), without
+    groups = {g["weight_decay"]: g["params"] for g in full.parameter_groups(0.1, 0.2)}
+    names = {id(p): n for n, p in full.named_parameters()}
+    assert sum(map(len, groups.values())) == len(names)
+    decayed = [names[id(p)] for p in groups[0.2]]
+    assert all(n.endswith("weight") and "position_embedding" not in n for n in decayed)
+    assert not [n for n in decayed if "norm" in n] and len(decayed) > 15
+    full.task = pae.TaskInfo(classes=("a", "b", "c"), backbone=methods.recipe(options))
+    with torch.no_grad():
+        for p in full.parameters():
+            p.add_(0.01)
+    full.save(tmp_path / "whole.safetensors")
+    again = pae.load(tmp_path / "whole.safetensors")
+    assert again.classes == ("a", "b", "c") and not again.training
+    assert torch.allclose(again(x), full(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_that_trains_all_weights(shades, tmp_path, capsys):
+    """With dropped blocks, gone on with, and predicted with; the same of clips."""
+    place, _ = saved("DINOv2, classes", tmp_path / "model")
+    run = ["train", "--data", str(shades), "--model", place, "--quiet", *CPU_FLAGS]
+    run += ["--epochs", "2", "--batch-size", "6", "--lr", "0.001"]
+    full = [*run, "--method", "full", "--drop-path", "0.2", "--backbone-dropout", "0.1"]
+    assert main([*full, "--output", str(tmp_path / "full")]) == 0
+    model = pae.load(tmp_path / "full")
+    rates = [p.drop_prob for p in model.modules() if type(p).__name__ == "Dinov2DropPath"]
+    assert not rates  # what is loaded drops nothing
+    own = named.load_named(place, drop_path=0.2, backbone_dropout=0.1)
+    assert max(p.drop_prob for p in own.modules() if hasattr(p, "drop_prob")) == 0.2
+    assert {p.p for p in own.modules() if type(p) is torch.nn.Dropout} == {0.1}
+    files = sorted(shades.glob("test/*/*.png"))
+    shares = [said.probabilities for said in using.predictions(model, files)]
+    assert len(shares) == 9 and all(share.isfinite().all() for share in shares)
+    prompts = [*run, "--method", "vpt-deep", "--engine", "reference", "--drop-path", "0.2"]
+    assert main([*prompts, "--output", str(tmp_path / "vpt")]) == 0
+    capsys.readouterr()
+
+
+def test_weights_of_a_file(shades, tmp_path, capsys):
+    """Of the same class, nested as other people's files are; what they lack is named."""
+    place, _ = saved("ViT", tmp_path / "model")
+    made = libraries.MODELS["ViT"]()
+    file = tmp_path / "other.pth"
+    torch.save({"epoch": 3, "state_dict": made.state_dict()}, file)
+    found = named.load_named(place, weights=file).state_dict()
+    assert all(torch.equal(found[key], t) for key, t in made.state_dict().items())
+    run = ["train", "--data", str(shades), "--model", place, "--quiet", *CPU_FLAGS]
+    run += ["--epochs", "1", "--batch-size", "9", "--method", "vpt-deep", "--weights", str(file)]
+    assert main([*run, "--output", str(tmp_path / "run")]) == 0
+    key = next(key for key in found if key.endswith("layer.1.output.dense.weight") or
+               key.endswith("layers.1.mlp.fc2.weight"))  # fmt: skip
+    state = pae.load(tmp_path / "run").backbone.state_dict()
+    assert torch.equal(state[key], made.state_dict()[key])
+    lacking = {n: t for n, t in made.state_dict().items() if n != key}
+    torch.save(lacking, file)
+    with pytest.raises(ValueError, match=rf"other\.pth: the weights lack {re.escape(key)}$"):
+        named.load_named(place, weights=file)
+    torch.save([1, 2], file)
+    with pytest.raises(pae.CheckpointError, match=r"weights .*other\.pth: expected a state dict"):
+        named.load_named(place, weights=file)
+    capsys.readouterr()
+
+
 def test_frames_are_drawn_alike(walks):
     """A crop is the same in all frames of a clip, and another one in the next epoch."""
     task = clips.read_clips(walks, 4)
@@ -285,19 +424,16 @@ def test_refusals(shades, tmp_path, capsys):
     assert pae.load(tmp_path / "run").task.mean == (0.0, 0.0, 0.0)
     capsys.readouterr()
     place, _ = saved("ViT", tmp_path / "model")
+    rate = ("--engine", "reference", "--drop-path", "0.1")
+    (tmp_path / "no-weights").write_bytes(b"text")
     for more, message in {
-        ("--drop-path", "0.1", "--engine", "reference"): "drop_path is for timm's models",
-        (
-            "--weights",
-            str(tmp_path / "model" / "model.safetensors"),
-        ): "weights is for timm's models",
+        rate: "--drop-path 0.1: drop_path has no place in ViTModel of transformers",
+        ("--weights", str(tmp_path / "no-weights")): "no-weights",
         ("--img-size", "18"): "takes images whose side the patch divides, 4",
     }.items():
         assert message in error_line(capsys, [*flags, "--model", place, *more])
-    full = ["train", "--data", str(shades), "--method", "full", *CPU_FLAGS]
-    assert "method full trains timm's models, not hf:" in error_line(
-        capsys, [*full, "--model", place]
-    )
+    line = error_line(capsys, [*flags, "--model", "open_clip:ViT-B-32/openai", *rate])
+    assert "drop_path has no place in the towers of open_clip" in line
     (tmp_path / "empty").mkdir()
     line = error_line(capsys, [*flags, "--model", f"hf:{tmp_path / 'empty'}"])
     assert "has no config.json; give the folder that save_pretrained wrote" in line
@@ -333,6 +469,19 @@ def test_a_folder_of_open_clip(shades, tmp_path, capsys):
     state = made.visual.state_dict()
     assert all(torch.equal(p, state[n]) for n, p in tower.state_dict().items())
     assert tower.pretrained_cfg["mean"] == (0.5, 0.4, 0.3)
+    other = open_clip.CLIP(24, vision, text)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    tower = named.load_named(place, weights=tmp_path / "other.pt")
+    state = other.visual.state_dict()
+    assert all(torch.equal(p, state[n]) for n, p in tower.state_dict().items())
+    lacking = {n: t for n, t in other.state_dict().items() if n != "visual.proj"}
+    torch.save(lacking, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt: they lack visual\.proj$"):
+        named.load_named(place, weights=tmp_path / "other.pt")
+    full = methods.build_method(Options(model=place, method="full"), 3)
+    x = libraries.images(2).float()
+    expected = full.head(named.load_named(place)(x))
+    assert torch.allclose(full(x), expected, rtol=1e-4, atol=1e-5)
     flags = ["train", "--data", str(shades), "--model", place, "--quiet", *CPU_FLAGS]
     flags += ["--epochs", "1", "--batch-size", "9", "--method", "vpt-deep"]
     assert main([*flags, "--output", str(tmp_path / "run")]) == 0
