@@ -32,7 +32,6 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        required=True,
         metavar="NAME",
         help="words of pae train --method, or names of published settings",
     )
@@ -45,6 +44,12 @@ def add(commands: Any) -> None:
         help="as published (default; few-shot tunes nothing); 3 rates x 2 decays; one setting",
     )
     parser.add_argument("--model", metavar="NAME", help="of pae train")
+    parser.add_argument(
+        "--write-draws",
+        action="store_true",
+        help="few-shot: write the images of every draw as lists of file names, annotations/ in "
+        "each task's folder, from where they are read; then --methods may be left out",
+    )
     parser.add_argument("--output", metavar="FILE", help="where to write it; default: printed")
 
 
@@ -58,6 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{arguments.folder}: no such folder")
+    if arguments.write_draws:
+        _write_draws(arguments, folder)
+        if arguments.methods is None:
+            return 0
+    if arguments.methods is None:
+        raise ValueError("pae protocol needs --methods, whose runs the file lists")
     text, said = write_spec(
         arguments.protocol,
         folder,
@@ -76,3 +87,16 @@ def run(arguments: argparse.Namespace) -> int:
         write_atomically(output, lambda file: file.write_text(text, encoding="utf-8"))
         print(output)
     return 0
+
+
+def _write_draws(arguments: argparse.Namespace, root: Path) -> None:
+    from pae.protocols.spec import chosen_tasks
+    from pae.protocols.tasks import DRAWS, PROTOCOLS, SHOTS
+    from pae.train.protocols import ANNOTATIONS, write_draws
+
+    if arguments.protocol != "few-shot":
+        raise ValueError(f"--write-draws is of protocol few-shot, not {arguments.protocol}")
+    known = PROTOCOLS["few-shot"]
+    for name, folder in chosen_tasks(known, root, arguments.tasks).items():
+        new = write_draws(known.find(name), folder, arguments.shots or SHOTS, DRAWS)
+        print(f"{folder / ANNOTATIONS}: {new} new files")

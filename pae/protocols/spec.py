@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pae.protocols.tasks import PROTOCOLS, SHOTS
+from pae.protocols.tasks import DRAWS, PROTOCOLS, SHOTS, Protocol
 from pae.train.options import CONFIGS, read_config
 from pae.train.protocols import listed
 
 SEEDS = (42, 44, 82, 100, 800)
-DRAWS = (0, 1, 2)
 GRIDS = ("full", "coarse", "fixed")
 # VPT's, before they are multiplied by batch size / 256
 _RATES = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0)
@@ -54,14 +53,8 @@ def write_spec(
         ValueError: no task is there, or an unknown name.
     """
     known = PROTOCOLS[protocol]
-    folders = listed(known, root)
-    if tasks is not None:
-        wanted = [known.find(name).name for name in tasks]
-        folders = {name: folder for name, folder in folders.items() if name in wanted}
-    else:
-        wanted = [task.name for task in known.tasks]
-    if not folders:
-        raise ValueError(f"{root}: no task of {known.title} is here; expected a folder for each")
+    folders = chosen_tasks(known, root, tasks)
+    wanted = [known.find(name).name for name in tasks or [task.name for task in known.tasks]]
     missing = [name for name in wanted if name not in folders]
     few = protocol == "few-shot"
     lines = [
@@ -106,6 +99,23 @@ def write_spec(
         said.append(f"{method}: {tuned:,} runs to tune ({number} settings), {finals:,} final ones")
     said.append(f"{total:,} runs in all; at one minute each {total / 60:,.0f} hours")
     return "\n".join(lines) + "\n", said
+
+
+def chosen_tasks(
+    known: Protocol, root: Path, tasks: Sequence[str] | None = None
+) -> dict[str, Path]:
+    """{task: its folder} of those that are there, of `tasks` if these are given.
+
+    Raises:
+        ValueError: none is there, or an unknown name.
+    """
+    folders = listed(known, root)
+    if tasks is not None:
+        wanted = [known.find(name).name for name in tasks]
+        folders = {name: folder for name, folder in folders.items() if name in wanted}
+    if not folders:
+        raise ValueError(f"{root}: no task of {known.title} is here; expected a folder for each")
+    return folders
 
 
 def _tasks(protocol: str, name: str, folder: Path, shots: Sequence[int]) -> list[dict[str, Any]]:

@@ -26,6 +26,9 @@ class Task:
         lossless: whether the originals are raw pixels or PNG, so that a JPEG was made of them.
         counts: (train, val) images of the published lists.
         images: folder below the task's that the published lists are relative to.
+        tfds: its set in TensorFlow Datasets, with the configuration behind a slash.
+        version: of it that VPT ran; others may hold the images in another order.
+        cut: which of that set's images are the protocol's; a key of `CUTS`.
     """
 
     name: str
@@ -37,6 +40,9 @@ class Task:
     lossless: bool = False
     counts: tuple[int, int] | None = None
     images: str = ""
+    tfds: str = ""
+    version: str = ""
+    cut: str = ""
 
     def names(self) -> tuple[str, ...]:
         """All names it goes by."""
@@ -84,7 +90,75 @@ def _plain(name: str) -> str:
 
 
 def _vtab(name: str, group: str, folder: str, classes: int, test: int, *aliases: str) -> Task:
-    return Task(name, group, folder, classes, test, aliases, name in _LOSSLESS, (800, 200))
+    tfds, version, cut = _TFDS[name].split()
+    facts = (name, group, folder, classes, test, aliases, name in _LOSSLESS, (800, 200))
+    return Task(*facts, tfds=tfds, version=version, cut=cut)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """VTAB-1k's images in the order of a set of TensorFlow Datasets: the first 800 of "train", and
+
+    Args:
+        val: split that the 200 come from. test: split of the test images.
+        val_at: where they begin, in hundredths of that split.
+        test_at: where the test images begin: as many hundredths behind, or of a split of their own.
+    """
+
+    val: str = "train"
+    test: str = "test"
+    val_at: int = 0
+    test_at: int = 0
+
+    def slices(self, sizes: Mapping[str, int]) -> dict[str, tuple[str, int, int]]:
+        """{split: (split of the set, first, behind the last)}, of a set with so many images.
+
+        Raises:
+            KeyError: the set lacks a split.
+        """
+        val = sizes[self.val] * self.val_at // 100
+        test = sizes[self.test] * self.test_at // 100
+        if self.test == self.val == "train":
+            test += val
+        return {
+            "train": ("train", 0, 800),
+            "val": (self.val, val, val + 200),
+            "test": (self.test, test, sizes[self.test]),
+        }
+
+
+# Source: VTAB's task_adaptation/data, one file a set
+CUTS: Mapping[str, Cut] = {
+    "90": Cut(val_at=90),
+    "80": Cut(val_at=80),
+    "90-validation": Cut(val_at=90, test="validation"),
+    "validation": Cut(val="validation"),
+    "60-80": Cut(val_at=60, test="train", test_at=20),
+    "80-90": Cut(val_at=80, test="train", test_at=10),
+    "halves": Cut(val="test", test_at=50),
+}
+# sets, the versions that VPT ran, cuts
+_TFDS = {
+    "cifar100": "cifar100 3.0.2 90",
+    "caltech101": "caltech101 3.0.1 90",
+    "dtd": "dtd 3.0.1 validation",
+    "flowers102": "oxford_flowers102 2.1.1 validation",
+    "pets": "oxford_iiit_pet 3.2.0 80",
+    "svhn": "svhn_cropped 3.0.0 90",
+    "sun397": "sun397/tfds 4.0.0 validation",
+    "patch_camelyon": "patch_camelyon 2.0.0 validation",
+    "eurosat": "eurosat/rgb 2.0.0 60-80",
+    "resisc45": "resisc45 3.0.0 60-80",
+    "retinopathy": "diabetic_retinopathy_detection/btgraham-300 3.0.0 validation",
+    "clevr_count": "clevr 3.1.0 90-validation",
+    "clevr_distance": "clevr 3.1.0 90-validation",
+    "dmlab": "dmlab 2.0.1 validation",
+    "kitti_distance": "kitti 3.2.0 validation",
+    "dsprites_location": "dsprites 2.0.0 80-90",
+    "dsprites_orientation": "dsprites 2.0.0 80-90",
+    "smallnorb_azimuth": "smallnorb 2.0.0 halves",
+    "smallnorb_elevation": "smallnorb 2.0.0 halves",
+}
 
 
 # stored without loss where they come from: whatever of them is a JPEG has been encoded once more
@@ -201,7 +275,7 @@ FGVC = Protocol(
     ),
 )
 
-SHOTS = (1, 2, 4, 8, 16)
+SHOTS, DRAWS = (1, 2, 4, 8, 16), (0, 1, 2)
 FEW_SHOT = Protocol(
     "few-shot",
     "few-shot (five fine-grained sets)",

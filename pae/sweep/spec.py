@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from pae.sweep.plan import BEST_EPOCH, EPOCHS, EQUAL, LOSS, SELECT, TWO_STAGE, Cell, Group, Plan
 from pae.sweep.records import key_of
-from pae.train import record
+from pae.train import hf_data, record
 from pae.train.declared import Given, declared, near, parsed
 from pae.train.embedded import DATASETS
 from pae.train.options import COMPARE, PROMPTLESS, Options, find_config, read_config
@@ -191,7 +191,7 @@ class _Reader:
         has_own = {"data", "dataset"} & common[1].keys()
         if given is None:
             data = common[1].get("data")
-            name = Path(data).expanduser().resolve().name if data else common[1].get("dataset")
+            name = self.title(data) if data else common[1].get("dataset")
             if name is None:
                 self.refuse('expected tasks = ["digits", "folder/of/images", ...], or [tasks.NAME]')
             yield name, self.layer("tasks", {})
@@ -204,12 +204,12 @@ class _Reader:
                 folder = Path(name).expanduser()
                 if name in DATASETS:
                     name, table = name, {"dataset": name}
-                elif folder.is_dir():
-                    name, table = folder.resolve().name, {"data": name}
+                elif folder.is_dir() or hf_data.is_hf(name):
+                    name, table = self.title(name), {"data": name}
                 else:
                     self.refuse(
-                        f"tasks: {name!r}: expected a folder, or one of {', '.join(DATASETS)}"
-                        f"{near(name, DATASETS)}"
+                        f"tasks: {name!r}: expected a folder, hf:NAME, or one of "
+                        f"{', '.join(DATASETS)}{near(name, DATASETS)}"
                     )
             if name in names:
                 self.refuse(f"tasks: {name} is there twice; name them by [tasks.NAME]")
@@ -218,6 +218,13 @@ class _Reader:
             if not {"data", "dataset"} & layer[1].keys():
                 self.refuse(f'[tasks.{name}]: expected data = "FOLDER" or dataset = "NAME"')
             yield name, layer
+
+    @staticmethod
+    def title(data: str) -> str:
+        """What a task is called by its data."""
+        if hf_data.is_hf(data):
+            return hf_data.title(data)
+        return Path(data).expanduser().resolve().name
 
     def methods(self, common: Layer) -> Iterator[tuple[str, Layer, dict[str, Values]]]:
         """Name, options, and what the method varies."""

@@ -86,6 +86,12 @@ class Evaluate:
     """Of ``pae evaluate`` alone."""
 
     data: str | None = _images(None, "a folder, in any layout of pae train", metavar="FOLDER")
+    image_column: str | None = _images(
+        None, "of hf:NAME or TensorFlow Datasets: the column of the images", metavar="NAME"
+    )
+    label_column: str | None = _images(
+        None, "of hf:NAME or TensorFlow Datasets: the column of the classes", metavar="NAME"
+    )
     split: str | None = _images(
         None,
         "which of its splits",
@@ -241,20 +247,25 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise ValueError("pae evaluate needs --data FOLDER, the labelled images")
     from pathlib import Path
 
+    from pae.train import hf_data
     from pae.train.evaluation import evaluate, read_labelled
+    from pae.train.stored import Columns
     from pae.train.using import frames_of
 
     use, place, model, reporter = _opened(arguments, "transform", "classes")
+    columns = Columns(own.image_column, own.label_column)
     with reporter.warnings():
-        of_clips = frames_of(model) is not None
-        images, split = read_labelled(own.data, model.classes or (), own.split, of_clips)
+        known, of_clips = model.classes or (), frames_of(model) is not None
+        images, split = read_labelled(own.data, known, own.split, of_clips, columns)
         with reporter.progress(f"evaluating on {split}", len(images)) as advance:
             how = {"batch_size": use.batch_size, "workers": use.workers, "on_image": advance}
             found = evaluate(model, images, **how)  # type: ignore[arg-type]
-    data = Path(os.path.abspath(os.path.expanduser(own.data)))
-    default = place.file.parent / f"evaluation-{data.name}-{split}"
+    hf = hf_data.is_hf(own.data)
+    data = hf_data.absolute(own.data) if hf else os.path.abspath(os.path.expanduser(own.data))
+    called = hf_data.title(own.data) if hf else Path(data).name
+    default = place.file.parent / f"evaluation-{called}-{split}"
     folder = default if own.output is None else Path(os.path.expanduser(own.output))
-    facts = {"checkpoint": str(place.file), "data": str(data), "split": split}
+    facts = {"checkpoint": str(place.file), "data": data, "split": split}
     found.write(folder, **facts)
     for item, error in found.unread:
         reporter.warn(f"{item} could not be read: {error}")
@@ -307,12 +318,14 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _own_images(place: Place) -> list[Any]:
     """Some of the run's validation or test images, where it says where they lie."""
+    from pae.train import hf_data
     from pae.train.loop import load_task
 
     if place.run is None:
         raise ValueError(f"{place.file}: no run beside it; give --images, real ones to compare on")
     options = place.run.read_config()
-    if options.data is not None and not os.path.isdir(options.data):
+    away = options.data is not None and not os.path.isdir(options.data)
+    if away and not hf_data.is_hf(str(options.data)):
         raise ValueError(f"{options.data} is gone, the run's images; give --images to compare on")
     task = load_task(options)
     split = task.val or task.test or task.train

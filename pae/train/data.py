@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from pae.train.images import Ranges, survey
-from pae.train.layouts import TRAINVAL, Layout, read_classes, read_layout
+from pae.train.layouts import TRAINVAL, Layout, read_classes, read_data
 from pae.train.listing import shown, some
+from pae.train.stored import Columns
 
 
 @dataclass(frozen=True)
 class Images:
-    """One split: `items` are image paths (or an (N, H, W) uint8 array), `labels` are class numbers.
+    """One split: `items` are image paths, `Stored` images, or an (N, H, W) uint8 array; `labels`
+    are class numbers.
 
     Raises:
         ValueError: the two have different lengths.
@@ -240,23 +241,21 @@ def _cut(who: str, images: Images, sizes: list[int], seed: int) -> list[Images]:
 
 
 def read_folder(
-    root: str | Path, *, train_size: int | None = None, val_size: int | None = None, seed: int = 0
+    root: str | Path,
+    *,
+    train_size: int | None = None,
+    val_size: int | None = None,
+    seed: int = 0,
+    columns: Columns | None = None,
 ) -> Task:
-    """Reads a dataset folder in any of the layouts of `pae.train.layouts`.
+    """Reads a dataset folder in any of the layouts of `pae.train.layouts`, or ``hf:NAME``.
 
     Raises:
         ValueError: no such folder, no known layout, a missing split, an empty class, a class that
             the training split lacks, a listed file that is absent.
     """
-    given = str(root)
-    root = Path(os.path.expanduser(root))
-    if root.is_file():
-        raise ValueError(f"--data {shown(given)}: a file; unpack it and give its folder")
-    if not os.path.isdir(root):
-        raise ValueError(f"--data {shown(given)}: no such folder")
-    return from_layout(
-        root.resolve().name, read_layout(root), train_size=train_size, val_size=val_size, seed=seed
-    )
+    name, layout = read_data(root, columns)
+    return from_layout(name, layout, train_size=train_size, val_size=val_size, seed=seed)
 
 
 def from_layout(

@@ -19,9 +19,11 @@ from torch import Tensor
 from pae.files import signed, to_json, write_atomically
 from pae.train import clips
 from pae.train.data import Images
-from pae.train.layouts import read_layout
+from pae.train.layouts import folder_of, read_data
 from pae.train.listing import shown, some
 from pae.train.runfolder import write_bytes
+from pae.train.stored import Columns
+from pae.train.tfds import INFO
 from pae.train.using import Loaded, match, predictions, top
 
 SPLITS = ("train", "val", "test")
@@ -192,7 +194,11 @@ def evaluate(
 
 
 def read_labelled(
-    folder: str | Path, classes: Sequence[str], split: str | None, of_clips: bool = False
+    folder: str | Path,
+    classes: Sequence[str],
+    split: str | None,
+    of_clips: bool = False,
+    columns: Columns | None = None,
 ) -> tuple[Images, str]:
     """The images of a folder in any layout of `pae train`, with the model's numbers as labels.
 
@@ -200,22 +206,21 @@ def read_labelled(
         classes: of the model.
         of_clips: it reads those, and the folder holds them.
         split: which one; None: test, or val where there is none, or all of class folders alone.
+        columns: see `pae.train.layouts.read_data`.
     Returns:
         The images, and which split they are; "all" of class folders alone.
     Raises:
         ValueError: no such folder or split, or a class that the model does not know.
     """
     root = Path(os.path.expanduser(folder))
-    if not root.is_dir():
-        raise ValueError(f"--data {shown(folder)}: no such folder")
     if of_clips:
-        own, splits, alone = clips.read_labelled(root)
+        own, splits, alone = clips.read_labelled(folder_of(os.fspath(folder)))
     else:
-        own, listed, _ = read_layout(root)
+        own, listed, _ = read_data(folder, columns)[1]
         splits = {name: Images(list(found.paths), found.labels) for name, found in listed.items()}
-        alone = list(splits) == ["train"] and not any(
-            (root / name).exists() for name in ("train", "training", "Train", "train.json")
-        )
+        names = ("train", "training", "Train", "train.json", INFO)
+        alone = list(splits) == ["train"] and root.is_dir()
+        alone = alone and not any((root / name).exists() for name in names)
     if split is None:
         split = next((name for name in ("test", "val") if name in splits), "train")
         if split == "train" and not alone:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
+from pae.train.stored import open_item
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -104,7 +106,8 @@ def image_suffixes() -> frozenset[str]:
 
 @contextlib.contextmanager
 def opened(path: Any) -> Iterator[Image.Image]:
-    """The image file at `path`, its header read; what fails inside is blamed on the file.
+    """The image file at `path`, or a `Stored` one, its header read; what fails inside is blamed on
+    the file.
 
     Raises:
         ValueError: the file is no image, or damaged.
@@ -115,7 +118,7 @@ def opened(path: Any) -> Iterator[Image.Image]:
     formats = [format for format in image_formats() if format != "MPO"]
     try:
         # by name, PIL would map an uncompressed TIFF into memory, and mix its rows if it is turned
-        with open(path, "rb") as file, Image.open(file, formats=formats) as image:
+        with open_item(path) as file, Image.open(file, formats=formats) as image:
             _check(image)
             yield image
     # PIL's decoders raise whatever damaged bytes lead them into: OSError, SyntaxError, ValueError,
@@ -140,7 +143,7 @@ def _reason(path: Any, error: Exception) -> str:
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
+        with contextlib.suppress(OSError), open_item(path) as file:
             head = file.read(160)
             if not head:
                 return "the file is empty"
@@ -153,7 +156,7 @@ def _reason(path: Any, error: Exception) -> str:
         return "PIL knows no such image; convert it to PNG or JPEG, or take it out"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split()).removeprefix(f"unreadable image {path}: ")
     if isinstance(error, Image.DecompressionBombError):
         return f"{message} Make it smaller, or take it out"
     if message and isinstance(error, (OSError, SyntaxError, ValueError)):
@@ -169,7 +172,8 @@ def decode(item: Any, ranges: Ranges) -> Image.Image:
     the profile of the file where they are printing inks (CMYK), otherwise taken as sRGB.
 
     Args:
-        item: a path, a uint8 array (H, W) or (H, W, 3), or an image that PIL has opened.
+        item: a path, a `Stored`, a uint8 array (H, W) or (H, W, 3), or an image that PIL has
+            opened.
         ranges: what `survey` found in the dataset that the image belongs to.
     Raises:
         ValueError: the file is unreadable, or its values have no known meaning.

@@ -4,7 +4,9 @@
   count as ``train``);
 * VTAB-1k as NOAH wrote it: ``train800.txt``, ``val200.txt``, ``test.txt``, lines ``path label``,
   and ``train800val200.txt``, the first two in one;
-* FGVC as VPT reads it: ``train.json``, ``val.json``, ``test.json``, each ``{path: class id}``.
+* FGVC as VPT reads it: ``train.json``, ``val.json``, ``test.json``, each ``{path: class id}``;
+* TensorFlow Datasets (`pae.train.tfds`): ``dataset_info.json``, ``features.json``, TFRecords;
+* tables of Hugging Face (`pae.train.hf_data`): no folder, but ``hf:NAME``.
 
 Names of splits count in any case, with their synonyms; hidden parts of a path are left out. What is
 left out beside them, and what looks odd but can be meant, is said in one warning each.
@@ -17,12 +19,12 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pae.protocols.tasks import VTAB
-from pae.train import recompressed
+from pae.train import hf_data, recompressed, tfds
 from pae.train.listing import (
     Found,
     Key,
@@ -38,6 +40,7 @@ from pae.train.listing import (
     some,
     walk,
 )
+from pae.train.stored import Columns, Item
 
 _NAMES = {
     "train": ("train", "training"),
@@ -71,7 +74,7 @@ _EXPECTED = (
 class Listed(NamedTuple):
     """The images of one split: files, class numbers, and what identifies each file."""
 
-    paths: list[Path]
+    paths: list[Item]
     labels: list[int]
     keys: list[Key]
 
@@ -98,13 +101,54 @@ class Layout(NamedTuple):
     pixels: str | None = None
 
 
-def read_layout(root: Path) -> Layout:
+def read_data(data: str | Path, columns: Columns | None = None) -> tuple[str, Layout]:
+    """What --data names, a folder or ``hf:NAME``: what it is called, its class names and splits.
+
+    Raises:
+        ValueError: as `read_layout`; no such folder.
+    """
+    given, columns = os.fspath(data), columns or Columns()
+    if hf_data.is_hf(given):
+        return hf_data.title(given), _read_hf(given, columns)
+    root = folder_of(given)
+    layout = read_layout(root, columns)
+    place = root.resolve()
+    return (place.parent if tfds.is_version(place) else place).name, layout
+
+
+def folder_of(given: str) -> Path:
+    """The folder that --data names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    root = Path(os.path.expanduser(given))
+    if root.is_file():
+        raise ValueError(f"--data {shown(given)}: a file; unpack it and give its folder")
+    if not os.path.isdir(root):
+        raise ValueError(f"--data {shown(given)}: no such folder")
+    return root
+
+
+def read_layout(root: Path, columns: Columns | None = None) -> Layout:
     """Class names and splits of a data folder in any of the layouts above.
 
+    Args:
+        root: the folder.
+        columns: which part of a row is what, of layouts that have rows.
     Raises:
         ValueError: none of the layouts, or something in one that cannot be meant; the message
             names the file or folder.
     """
+    columns = columns or Columns()
+    if (version := tfds.locate(root)) is not None:
+        return _read_tfds(version, columns)
+    if any(columns):
+        option = "--image-column" if columns.image else "--label-column"
+        raise ValueError(
+            f"{option}: {shown(root)} has no columns; they are of --data hf:NAME, and of folders "
+            "of TensorFlow Datasets"
+        )
     files: list[str] = []
     folders: list[str] = []
     for entry in entries(root):
@@ -113,6 +157,8 @@ def read_layout(root: Path) -> Layout:
     tables = _one_per_split(root, files, ".json", _SPLIT_OF)
     splits = _one_per_split(root, folders, "", _SPLIT_OF)
     has_images = any(name.lower() in _NO_CLASSES for name in folders)
+    if {"state.json", "dataset_dict.json"} & set(files):
+        raise ValueError(f"{shown(root)}: tables of Hugging Face: give --data hf:{shown(root)}")
     if "train" in lists or (lists and has_images and not splits and "train" not in tables):
         layout = _read_vtab(root, lists)
     elif "train" in tables and ("test" in tables or "train" not in splits):
@@ -396,7 +442,9 @@ def _check_joined(file: Path, both: list[int], train: list[int], val: list[int])
     )
 
 
-def look_at_pixels(root: Path, splits: dict[str, Listed], lossless: bool | None) -> str | None:
+def look_at_pixels(
+    root: Path | str, splits: dict[str, Listed], lossless: bool | None
+) -> str | None:
     """What became of the images on their way, said where it matters; see `recompressed`."""
     try:
         found = recompressed.verdict([images.paths for images in splits.values()], lossless)
@@ -446,6 +494,120 @@ def find_images(file: Path, base: Path, names: list[str], labels: list[int]) -> 
         found.paths.append(place[0])
         found.keys.append(place[1])
     return found
+
+
+# ---- rows of tables and records
+
+
+def _read_hf(data: str, columns: Columns) -> Layout:
+    tables, image, label = hf_data.read(data, columns)
+    called = splits_of(f"--data {shown(data)}", tables)
+    found = {
+        split: (
+            hf_data.images(data, name, tables[name], image),
+            hf_data.labels(data, tables[name], label),
+        )
+        for split, name in called.items()
+    }
+    names = hf_data.class_names(tables[called["train"]].features, label)
+    if names is None:  # numbers or texts
+        values = [value for _, own in found.values() for value in own if value != -1]
+        texts = {value for value in values if isinstance(value, str)}
+        if texts and any(not isinstance(value, str) for value in values):
+            raise ValueError(f"--data {shown(data)}: column {label} mixes numbers and texts")
+        if texts:
+            names = sorted({value for value in found["train"][1] if value != -1})
+            unknown = sorted(texts - set(names))
+            if unknown:
+                raise ValueError(
+                    f"--data {shown(data)}: class {unknown[0]!r} is not in the training rows"
+                )
+            number = {name: i for i, name in enumerate(names)}
+            found = {
+                split: (items, [number.get(value, -1) for value in own])
+                for split, (items, own) in found.items()
+            }
+        else:
+            highest = max(values, default=0)
+            if highest >= max(_FEW_CLASSES, _GAPS * len(set(values))):
+                raise ValueError(
+                    f"--data {shown(data)}: column {label} has {highest} among {len(set(values))} "
+                    "different numbers; number the classes from 0, or give another --label-column"
+                )
+            names = [str(n) for n in range(highest + 1)]
+    return of_rows(f"--data {shown(data)}", names, found)
+
+
+def _read_tfds(folder: Path, columns: Columns) -> Layout:
+    info = tfds.read_info(folder)
+    image, label = tfds.columns_of(info, columns)
+    found = {
+        split: tfds_rows(info, name, image, label)
+        for split, name in splits_of(shown(folder), info.shards).items()
+    }
+    return of_rows(shown(folder), tfds.class_names(info, label), found)
+
+
+def tfds_rows(info: tfds.Info, split: str, image: str, label: str) -> tuple[list[Item], list[int]]:
+    """The images of a split of TensorFlow Datasets, with their labels; -1 where there is none."""
+    items: list[Item] = []
+    labels: list[int] = []
+    for place, example in tfds.records(info, split, [label]):
+        values = example.get(label, [-1])
+        if len(values) != 1 or type(values[0]) is not int:
+            raise ValueError(f"{place}: {label} is {str(values)[:60]}, expected one class number")
+        items.append(tfds.Record(place, image))
+        labels.append(values[0])
+    return items, labels
+
+
+def splits_of(where: str, names: Iterable[str]) -> dict[str, str]:
+    """{split: what it is called} of those that are known; says which are left out.
+
+    Raises:
+        ValueError: two are the same split, or none is for training.
+    """
+    names = list(names)
+    found: dict[str, str] = {}
+    for name in names:
+        split = _SPLIT_OF.get(name.lower()) or _VTAB_LISTS.get(name.lower())
+        if split is None:
+            continue
+        if split in found:
+            raise ValueError(f"{where}: {found[split]} and {name} are both the {split} split")
+        found[split] = name
+    if "train" not in found:
+        raise ValueError(f"{where}: missing split train (found {some(names)})")
+    if left := [name for name in names if name not in found.values()]:
+        say(f"{where}: splits left out: {some(left)}")
+    return found
+
+
+def of_rows(
+    where: str, classes: list[str], found: Mapping[str, tuple[Sequence[Item], list[int]]]
+) -> Layout:
+    """The layout of splits whose images have class numbers, -1 where they have none.
+
+    Raises:
+        ValueError: a number that is no class, or none where there should be.
+    """
+    splits = {}
+    for split, (items, labels) in found.items():
+        lacking = labels.count(-1)
+        if lacking == len(labels) and split == "test":
+            say(f"{where}: {lacking} test images without labels; going on without a test")
+            continue
+        if not labels:
+            raise ValueError(f"{where}: split {split} is empty")
+        for number, label in enumerate(labels):
+            if not 0 <= label < len(classes):
+                what = "no label" if label == -1 else f"label {label}"
+                raise ValueError(
+                    f"{where}: {shown(items[number])} of split {split} has {what}, expected "
+                    f"0..{len(classes) - 1}"
+                )
+        splits[split] = Listed(list(items), labels, [str(item) for item in items])
+    return Layout(classes, splits)
 
 
 def _visible(root: Path, file: str, names: list[str], labels: list[_Label]) -> _Table[_Label]:

@@ -26,7 +26,7 @@ from pae.files import to_json
 from pae.foreign import first_line
 from pae.mpa.incoming import prompt_count, refuse_clips
 from pae.tensorfile import fitted, read_tensors, require_digest, write_tensors
-from pae.train import embedded, pixels
+from pae.train import embedded, hf_data, pixels
 from pae.train.declared import Given, declared, fits, name_of, near
 from pae.train.options import LOCAL, OWN_POOL, Options
 
@@ -376,6 +376,8 @@ def rehearse(options: Options, given: Given | None = None) -> None:
     called = partial(options.called, given or Given())
     for name, exists, what in (("data", Path.is_dir, "folder"), ("weights", Path.is_file, "file")):
         path = getattr(options, name)
+        if name == "data" and path is not None and hf_data.is_hf(path):
+            continue  # who reads it says what is missing
         if path is not None and not exists(Path(path)):
             there = f"not a {what}" if Path(path).exists() else f"no such {what}"
             raise ValueError(f"{called(name)}: {there}")

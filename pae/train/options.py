@@ -16,6 +16,7 @@ from typing import Any
 from pae import choices
 from pae.files import check_signature
 from pae.protocols.tasks import NAMES as PROTOCOLS
+from pae.train import hf_data
 from pae.train.declared import Given, check, declared, near, option, parsed, read_table
 from pae.train.embedded import DATASETS, WEIGHTS_IMAGE_SIZE, WEIGHTS_NAME
 
@@ -76,13 +77,26 @@ class Options:
         None,
         "a folder: train/CLASS/ with optional val/ and test/; or images/ with "
         "train800.txt, val200.txt, test.txt (VTAB-1k); or train.json, val.json, test.json"
-        " (FGVC); of clips train/CLASS/*.npy",
+        " (FGVC); or TensorFlow Datasets; or hf:NAME or hf:FOLDER of Hugging Face datasets; of "
+        "clips train/CLASS/*.npy",
         metavar="FOLDER",
     )
     task: str = _images(
         "classification",
         "what is learned: a class per image; segmentation, a class per pixel; clip, two towers",
         choices=choices.TASKS,
+    )
+    image_column: str | None = _images(
+        None,
+        "data hf:NAME or TensorFlow Datasets: the column of the images",
+        metavar="NAME",
+        unset="the one of that type",
+    )
+    label_column: str | None = _images(
+        None,
+        "data hf:NAME or TensorFlow Datasets: the column of the classes",
+        metavar="NAME",
+        unset="the one of that type",
     )
     protocol: str | None = _images(
         None,
@@ -400,7 +414,9 @@ class Options:
         if self.keep is None:
             values["keep"] = "best" if self.train_on == "train" else "last"
         for name in ("data", "weights"):  # a resumed run may start elsewhere
-            if values[name] is not None:
+            if name == "data" and values[name] is not None and hf_data.is_hf(values[name]):
+                values[name] = hf_data.absolute(values[name])
+            elif values[name] is not None:
                 values[name] = os.path.abspath(os.path.expanduser(values[name]))
         found = LOCAL.fullmatch(values["model"])
         if found and (found[1] != "hf:" or os.path.isdir(os.path.expanduser(found[2]))):
@@ -423,6 +439,9 @@ class Options:
         both("clip_norm", "clip_value")
         if self.protocol is not None and self.data is None:
             raise ValueError(f"{called('protocol')} needs --data, a folder of its tasks")
+        for name in ("image_column", "label_column"):
+            if getattr(self, name) is not None and self.data is None:
+                raise ValueError(f"{called(name)} needs --data hf:NAME, or TensorFlow Datasets")
         for name in ("protocol_task", "shots", "draw"):
             needs = "few-shot" if name != "protocol_task" else self.protocol or PROTOCOLS[0]
             if getattr(self, name) and self.protocol != needs:

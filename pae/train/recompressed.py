@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pae.train.images import opened
+from pae.train.stored import Item
 
 JPEG75, JPEG, ORIGINAL, LOSSLESS = "jpeg75", "jpeg", "jpeg-original", "lossless"
 SAMPLES = 3  # files of each list that are looked at
@@ -51,7 +52,7 @@ def _is_default(image: Any) -> bool:
     return chrominance == _CHROMINANCE and JpegImagePlugin.get_sampling(image) == _HALVED
 
 
-def verdict(lists: Sequence[Sequence[Path]], lossless: bool | None) -> str:
+def verdict(lists: Sequence[Sequence[Item]], lossless: bool | None) -> str:
     """What became of the pixels on their way: one of the words above.
 
     Args:

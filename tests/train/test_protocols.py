@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,10 +24,7 @@ from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, error_line, save_shad
 
 def task_of(protocol, root, task=None, shots=None, draw=0, seed=0):
     """The task, and what was said."""
-    options = SimpleNamespace(
-        **{"protocol": protocol, "data": str(root), "protocol_task": task},
-        **{"shots": shots, "draw": draw},
-    )
+    options = Options(protocol=protocol, data=str(root), protocol_task=task, shots=shots, draw=draw)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = read_task(options, {"train_size": None, "val_size": None}, seed)
@@ -295,6 +291,63 @@ def test_shots_drawn_from_any_folder(tmp_path):
     assert not set(task.train.items) & set(task.val.items)
     assert "none is left" in refused("few-shot", folder, shots=9)
     assert FEW_SHOT.find("oxford-flowers").name == "flowers"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", ["folders", "coop"])
+def test_draws_that_were_written_are_what_is_read(tmp_path, capsys, form):
+    root = tmp_path / "few"
+    if form == "coop":
+        folder = coop(root / "oxford_pets")
+        name = "pets"
+    else:
+        counts = {"a b": 9, "c": 1, "d": 7}
+        folder = fill(root / "flowers102", train=counts, test={"a b": 2, "d": 2})
+        name = "flowers"
+    wanted = {
+        (shots, draw): task_of("few-shot", root, name, shots=shots, draw=draw)[0]
+        for shots in (1, 2)
+        for draw in (0, 1, 2)
+    }
+    command = ["protocol", "few-shot", str(root), "--write-draws", "--shots", "1", "2"]
+    assert main(command) == 0
+    assert f"{folder / 'annotations'}: 14 new files" in capsys.readouterr().out
+    elsewhere = tmp_path / "elsewhere"
+    folder.rename(elsewhere)
+    for (shots, draw), task in wanted.items():
+        found, _ = task_of("few-shot", elsewhere, name, shots=shots, draw=draw)
+        assert found.classes == task.classes and found.name == task.name
+        for split in ("train", "val", "test"):
+            was, now = getattr(task, split), getattr(found, split)
+            assert now.labels == was.labels, split
+            assert [str(p.relative_to(elsewhere)) for p in now.items] == [
+                str(p.relative_to(folder)) for p in was.items
+            ]
+    lists = elsewhere / "annotations"
+    first = lists / "train_meta.list.num_shot_1.seed_0"
+    before = first.read_text()
+    # a draw of ours in place of another is read as it stands; more shots leave it alone
+    first.write_text("".join(reversed(before.splitlines(keepends=True))))
+    reverse, _ = task_of("few-shot", elsewhere, name, shots=1)
+    assert reverse.train.labels == wanted[1, 0].train.labels[::-1]
+    elsewhere.rename(folder)
+    assert main([*command[:-2], "1", "4"]) == 0
+    assert ": 6 new files" in capsys.readouterr().out
+    assert first.exists() is False and (folder / "annotations" / first.name).read_text() != before
+    assert len(task_of("few-shot", root, name, shots=4)[0].train) == (8 if form == "coop" else 9)
+
+
+def test_draws_are_of_few_shot_and_of_files(tmp_path, capsys):
+    vtab(tmp_path / "svhn")
+    line = error_line(capsys, ["protocol", "vtab1k", str(tmp_path), "--write-draws"])
+    assert "--write-draws is of protocol few-shot, not vtab1k" in line
+    line = error_line(capsys, ["protocol", "vtab1k", str(tmp_path)])
+    assert "needs --methods" in line
+    fill(tmp_path / "flowers102", train={"a": 3, "b": 3}, test={"a": 2, "b": 2})
+    (tmp_path / "flowers102" / "train" / "a" / "x\n.png").write_bytes(b"not decoded here")
+    command = ["protocol", "few-shot", str(tmp_path), "--write-draws", "--shots", "2"]
+    line = error_line(capsys, command)
+    assert "a name that no list can hold; rename the file" in line
 
 
 # ---- the former bilinear rule

@@ -15,6 +15,7 @@ from pae.train.clips import read_clips
 from pae.train.data import Images, Task, read_folder
 from pae.train.declared import Given
 from pae.train.protocols import read_task
+from pae.train.stored import Columns
 from pae.train.tasks.kind import Kind, Shown
 
 
@@ -39,7 +40,8 @@ class Own(Kind):
         elif options.protocol is not None:
             task = read_task(options, sizes, seed)
         elif options.data is not None:
-            task = read_folder(options.data, **sizes, seed=seed)
+            columns = Columns(options.image_column, options.label_column)
+            task = read_folder(options.data, **sizes, seed=seed, columns=columns)
         else:
             assert options.dataset is not None  # resolved options have one of the two
             task = embedded.load_task(options.dataset, **sizes, seed=seed)
