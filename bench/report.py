@@ -36,6 +36,7 @@ from .studies import (
     first_command,
     int8,
     mpa_bf16,
+    small_vtab,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ SOURCES: Sources = (
     (int8, "science/int8.json"),
     (mpa_bf16, "science/mpa_bf16.json"),
     (first_command, "science/first_command.json"),
+    (small_vtab, "science/small_vtab.json"),
 )
 
 

@@ -97,6 +97,7 @@ def build(
     baseline: str | None = None,
     protocol: str | None = None,
     failed: Sequence[str] = (),
+    missing: Sequence[str] = (),
     beside: Sequence[str] | None = None,
 ) -> Table:
     """The table of `runs`.
@@ -107,6 +108,7 @@ def build(
         baseline: the label of the row that the others are compared with, task by task.
         protocol: whose groups the tasks are averaged in; by default found by their names.
         failed: runs that diverged or failed, in words, which a reader must know of.
+        missing: what is still to come, in words; then this is no result yet.
         beside: methods whose published numbers stand below the rows, all with (); None for none.
     Raises:
         ValueError: runs that cannot stand in one table; the message names two of them.
@@ -136,6 +138,8 @@ def build(
     notes += _about_published([row for row in rows if row.published])
     if failed:
         notes.append(f"Without a result: {len(failed)} runs that diverged, failed or were stopped.")
+    if missing:
+        notes.append(f"Not finished; still to come: {'; '.join(missing)}.")
     if baseline is not None:
         notes += _beside(rows, tasks, baseline)
     title = chosen.title if chosen else ", ".join(tasks[:6]) + (", ..." if len(tasks) > 6 else "")

@@ -12,8 +12,8 @@ from typing import Any
 
 from pae.errors import CheckpointError
 from pae.files import check_signature, from_json
-from pae.sweep.plan import NONE, PLAN, TWO_STAGE, read
-from pae.sweep.records import FILE, FINISHED
+from pae.sweep.plan import NONE, PLAN, TWO_STAGE, Plan, read
+from pae.sweep.records import FILE, FINISHED, Records
 from pae.train.declared import declared
 from pae.train.options import Options
 
@@ -81,6 +81,7 @@ class Collected:
     runs: list[Run]
     unfinished: list[Path]
     failed: list[str]  # runs of sweeps that diverged, failed or were stopped, in words
+    missing: list[str]  # what sweeps have not come to yet, task by task, in words
 
 
 def collect(paths: Sequence[str | Path]) -> Collected:
@@ -91,7 +92,7 @@ def collect(paths: Sequence[str | Path]) -> Collected:
     Raises:
         ValueError: nothing is there, or a file is damaged.
     """
-    found = Collected([], [], [])
+    found = Collected([], [], [], [])
     seen: set[str] = set()
     for given in paths:
         root = Path(os.path.expanduser(given))
@@ -180,6 +181,7 @@ def _add_sweep(folder: Path, found: Collected) -> None:
     """The tested runs of a sweep: of the cells that were chosen, or of all where none is."""
     try:
         plan, records = read(folder)
+        found.missing += not_yet(plan, records)
         for group in plan.groups:
             cells = group.cells if plan.select == NONE else plan.chosen(group, records)
             if not cells:
@@ -199,6 +201,25 @@ def _add_sweep(folder: Path, found: Collected) -> None:
                         found.unfinished.append(path.parent)
     except CheckpointError as error:
         raise ValueError(str(error)) from None
+
+
+def not_yet(plan: Plan, records: Records) -> list[str]:
+    """The tested runs that a sweep has not come to, in words: a line for each task."""
+    lacking: dict[str, list[str]] = {}
+    for group in plan.groups:
+        wanted = plan.finals(group, records)
+        if wanted is None:
+            lacking.setdefault(group.task, []).append(group.method)
+            continue
+        left = sum(not run.is_done(records) for run in wanted)
+        if left:
+            words = f"{group.method} ({left} of {len(wanted)} runs)"
+            lacking.setdefault(group.task, []).append(words)
+    methods = len({group.method for group in plan.groups})
+    return [
+        f"{task}, {'all methods' if len(words) == methods else ', '.join(words)}"
+        for task, words in lacking.items()
+    ]
 
 
 def _add_record(

@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"pae: {len(found.unfinished)} unfinished runs left out, e.g. {first}",
                 file=sys.stderr,
             )
-    for line in found.failed:
+    for line in (*(f"not there yet: {text}" for text in found.missing), *found.failed):
         print(f"pae: {line}", file=sys.stderr)
     table = build(
         found.runs,
@@ -86,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         baseline=arguments.baseline,
         protocol=arguments.protocol,
         failed=found.failed,
+        missing=found.missing,
         beside=arguments.published,
     )
     text = write.FORMATS[kind](table)
