@@ -6,8 +6,9 @@ The one home of its formula. Its forward is two halves,
     mlp_half         projection, second norm, fc1, activation or gate, fc2, both sums
 
 each of which also returns what a backward needs of it. `FrozenBlock` and `ClassBlock` are the two
-autograd Functions over them; `forward` keeps nothing. How products, sums, activation and attention
-are run is a `Steps`, which a caller that needs no gradient may replace.
+autograd Functions over them; `forward` keeps nothing. Where a family changes what the projection
+gives (`attention_bypass`), they stop behind it, and `MLPBlock` is the rest. How products, sums,
+activation and attention are run is a `Steps`, which a caller that needs no gradient may replace.
 
 Weights have no gradient; what of the backbone is trained are vectors (`BlockPlan.trained`), whose
 gradients are sums over all rows of what the backward forms anyway.
@@ -183,6 +184,9 @@ class MLPKept(NamedTuple):
     rstd2: Tensor | None = None
 
 
+NO_MLP = MLPKept(cast(Any, None), cast(Any, None), None)
+
+
 def attention_half(
     block: BlockPlan,
     stream: Stream,
@@ -221,6 +225,19 @@ def mlp_half(
     """
     out, _ = _before_proj(block, out)
     x, pending, post1 = _add(steps, x, out, block, "proj", block.post1, steps.overwrites)
+    return _mlp(block, x, pending, post1, memory, steps, entered)
+
+
+def _mlp(
+    block: BlockPlan,
+    x: Tensor,
+    pending: Tensor | None,
+    post1: tuple[Tensor | None, Tensor | None],
+    memory: str,
+    steps: Steps,
+    entered: Tensor | None,
+) -> tuple[Tensor, Tensor | None, MLPKept]:
+    """`mlp_half` behind the projection, whose rows are pending; post1 is what their norm knows."""
     if block.parallel:
         assert entered is not None
         y, xhat, rstd = _sum(x, pending), entered, entered.new_empty(0)
@@ -243,8 +260,30 @@ def _add(
     """As `Steps.add`, with what a norm of the product's rows knows: normalised rows and 1/std."""
     if post is None:
         return *steps.add(x, rows, block, name, overwrite), (None, None)
-    hat, rstd = _norm(steps.product(rows, block, name), post.plain)
-    return x, torch.addcmul(post.bias, hat, post.weight), (hat, rstd)
+    return x, *_behind(post, steps.product(rows, block, name))
+
+
+def _behind(
+    post: HeadNorm | None, rows: Tensor
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """A product's rows behind their norm, and what that knows."""
+    if post is None:
+        return rows, (None, None)
+    hat, rstd = _norm(rows, post.plain)
+    return torch.addcmul(post.bias, hat, post.weight), (hat, rstd)
+
+
+def _up_to_proj(
+    block: BlockPlan, x: Tensor, xhat: Tensor, out: Tensor, given: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a Function that stops there hands on: the stream's rows, the normalised rows, and what
+    the projection gives. `given`: the rows that it was called with, which it does not hand back as
+    they came; None where x and xhat are one row of each image.
+    """
+    y = AS_A_BACKWARD_NEEDS.product(_before_proj(block, out)[0], block, "proj")
+    if given is None:
+        return x.clone(), xhat.clone(), y
+    return x.clone() if x is given else x, xhat, y
 
 
 def _read_twice(block: BlockPlan, xhat: Tensor, class_only: bool) -> Tensor | None:
@@ -475,7 +514,8 @@ class FrozenBlock(torch.autograd.Function):
 
     The gradient of `pending` is that of x, in the dtype that the product before reads. With
     `class_only` the outputs are (B, 1, D). `trained` are `block.vectors()`, given apart for their
-    gradients.
+    gradients. With `stops` it is the part before `MLPBlock`, and gives (x + pending, normalised
+    rows, what the projection gives, attention).
     """
 
     @staticmethod
@@ -490,9 +530,10 @@ class FrozenBlock(torch.autograd.Function):
         memory: str,
         class_only: bool,
         wants_attention: bool,
+        stops: bool = False,
         *trained: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        keys = Keys(kv, group, log_multiplicity)
+    ) -> tuple[Tensor | None, ...]:
+        keys, given = Keys(kv, group, log_multiplicity), x
         x, out, first = attention_half(block, Stream(x, pending), keys, class_only)
         xhat, rstd, qkv, head_norms = first.xhat, first.rstd, first.qkv, first.head_norms
         attention = None
@@ -501,8 +542,15 @@ class FrozenBlock(torch.autograd.Function):
             attention = class_attention(qkv, kv, first.lse, group, scale=1.0, **options)
             attention = attention[..., kv.shape[1] :]
             ctx.mark_non_differentiable(attention)
-        entered = _read_twice(block, xhat, class_only)
-        y, rows, second = mlp_half(block, x, out, memory, AS_A_BACKWARD_NEEDS, entered)
+        made: tuple[Tensor | None, ...]
+        second = NO_MLP
+        if stops:
+            first_rows = (x, xhat[:, :1], out) if class_only else (x, xhat, out, given)
+            made = *_up_to_proj(block, *first_rows), attention
+        else:
+            entered = _read_twice(block, xhat, class_only)
+            y, rows, second = mlp_half(block, x, out, memory, AS_A_BACKWARD_NEEDS, entered)
+            made = y, rows, attention
 
         need_x = ctx.needs_input_grad[0]
         need_qkv = need_x or not _BEFORE_ATTENTION.isdisjoint(block.trained)
@@ -524,17 +572,23 @@ class FrozenBlock(torch.autograd.Function):
             ),
             *second,
         )
-        ctx.block, ctx.class_only, ctx.need_qkv = block, class_only, need_qkv
-        return y, rows, attention
+        ctx.block, ctx.class_only, ctx.need_qkv, ctx.stops = block, class_only, need_qkv, stops
+        return made
 
     @staticmethod
     @_once_differentiable
-    def backward(ctx: Any, dy: Tensor, d_rows: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *d_others: Any) -> tuple[Tensor | None, ...]:
         block, sums = ctx.block, _Sums(ctx.block)
         kept, second = _saved(_Kept, ctx.saved_tensors)
         qkv, head_norms = kept.qkv, HeadNorms(kept.q_hat, kept.q_rstd, kept.k_hat, kept.k_rstd)
         with torch.autocast(dy.device.type, enabled=False):
-            dy, d_out, d_first = _mlp_half_backward(block, dy, d_rows, kept.out, second, sums)
+            d_first = d_entered = None
+            if ctx.stops:
+                d_entered, d_proj, _ = d_others
+                d_out = _proj_backward(block, d_proj, d_proj, kept.out, sums)
+            else:
+                d_rows, _ = d_others
+                dy, d_out, d_first = _mlp_half_backward(block, dy, d_rows, kept.out, second, sums)
             if qkv is None:
                 qkv, head_norms = project(block, cast(Tensor, kept.xhat1))
             known = kept.out, kept.lse, ctx.need_qkv
@@ -561,12 +615,49 @@ class FrozenBlock(torch.autograd.Function):
                 if d_first is not None:
                     d_xhat[:, : d_first.shape[1]] += d_first
                 d_xhat = sums.behind_gain("gain1", block.gain1, d_xhat, xhat)
+                if d_entered is not None:
+                    d_xhat[:, : d_entered.shape[1]] += d_entered
                 if kept.rstd1 is not None:
                     if ctx.class_only:
                         dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
                     dx, d_pending = _norm_backward(block.norm1, d_xhat, xhat, kept.rstd1, dy)
         d_pending = d_pending if ctx.needs_input_grad[1] else None
-        return dx, d_pending, d_kv, None, None, None, None, None, None, *sums.found()
+        return dx, d_pending, d_kv, *(None,) * 7, *sums.found()
+
+
+class MLPBlock(torch.autograd.Function):
+    """A block behind its projection: x, the stream's rows (B, N, D), and y, what is added to them
+    -> rows and pending of a `Stream`. `entered`: the normalised rows that `FrozenBlock` gave, which
+    a parallel block reads; None elsewhere.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        entered: Tensor | None,
+        block: BlockPlan,
+        memory: str,
+        *trained: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        pending, post1 = _behind(block.post1, y)
+        given = block, x, pending, post1, memory, AS_A_BACKWARD_NEEDS, entered
+        rows, pending, kept = _mlp(*given)
+        ctx.save_for_backward(*kept)
+        ctx.block = block
+        return rows, pending
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, dy: Tensor, d_rows: Tensor | None) -> tuple[Tensor | None, ...]:
+        block, sums, kept = ctx.block, _Sums(ctx.block), MLPKept(*ctx.saved_tensors)
+        with torch.autocast(dy.device.type, enabled=False):
+            dx, narrow, d_entered = _up_to_mlp_backward(block, dy, d_rows, kept, sums)
+            _, d_y = _post_backward(block, "post1", dx, narrow, kept.hat1, kept.rstd1, sums)
+            if d_entered is not None:
+                d_entered = sums.behind_gain("gain1", block.gain1, d_entered, kept.xhat)
+        return dx, d_y, d_entered, None, None, *sums.found()
 
 
 class _ClassKept(NamedTuple):
@@ -598,8 +689,8 @@ class ClassBlock(torch.autograd.Function):
     value of any row is formed, prompts included; of a bias of places row 0 is read. These thin
     products run in at least fp32, never TF32. Only for blocks that neither rotate nor normalise
     queries and keys per head (`BlockPlan.absorbs_keys`): each row would have a W_k of its own.
-    `trained` as in
-    `FrozenBlock`: a trained gain scales the two thin sides, (B, H, D), and no rows.
+    `trained` and `stops` as in `FrozenBlock`, without attention: a trained gain scales the two thin
+    sides, (B, H, D), and no rows.
     """
 
     @staticmethod
@@ -612,8 +703,9 @@ class ClassBlock(torch.autograd.Function):
         log_multiplicity: Tensor | None,
         row: Tensor | None,
         block: BlockPlan,
+        stops: bool = False,
         *trained: Tensor,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, ...]:
         batch, heads, d = x.shape[0], block.num_heads, block.head_width
         w_q, w_k, w_v = block.w_qkv.view(3, heads, d, -1).unbind(0)
         b_q, _, b_v = block.b_qkv.view(3, heads * d).unbind(0)
@@ -641,17 +733,15 @@ class ClassBlock(torch.autograd.Function):
         mixed = _of_parts(probs, *parts)  # (B, H, D)
         read = scaled(mixed, block.gain1).to(dtype)
         out = (_per_head(read, w_v.transpose(1, 2)).flatten(1) + b_v)[:, None]
-        entered = _read_twice(block, xhat, class_only=True)
-        x = x[:, :1] if row is None else _rows_at(x, row)[:, None]
-        y, rows, second = mlp_half(block, x, out, "keep", AS_A_BACKWARD_NEEDS, entered)
+        made, second = _of_class_row(block, x, xhat, out, stops, row)
         kept = mixed if "gain1" in block.trained else None, out if block.norm_out else None
         ctx.save_for_backward(normed, group, row, xhat, rstd, probs, own, *kept, *second)
         ctx.block = block
-        return _sum(y, rows)
+        return made
 
     @staticmethod
     @_once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *d_others: Tensor) -> tuple[Tensor | None, ...]:
         block, sums = ctx.block, _Sums(ctx.block)
         kept, second = _saved(_ClassKept, ctx.saved_tensors)
         xhat, normed, group, probs = kept.xhat1, kept.normed, kept.group, kept.probs
@@ -659,8 +749,8 @@ class ClassBlock(torch.autograd.Function):
         w_q, w_k, w_v = block.w_qkv.view(3, heads, d, -1).unbind(0)
         dtype, wide, count = w_q.dtype, kept.rstd1.dtype, normed.shape[1]
         with torch.autocast(dy.device.type, enabled=False):
-            narrow = dy.to(dtype)
-            dy, d_out, d_beside = _mlp_half_backward(block, dy, narrow, kept.out, second, sums)
+            given = block, dy, d_others, kept.out, second, dtype, sums
+            dy, d_out, d_beside, d_entered = _of_class_row_backward(*given)
             d_out = d_out.view(batch, heads, d)
             d_mixed = _per_head(d_out, w_v).to(wide)  # (B, H, D)
             d_mixed = sums.behind_gain("gain1", block.gain1, d_mixed, kept.mixed)
@@ -680,7 +770,7 @@ class ClassBlock(torch.autograd.Function):
                 d_normed = sum_groups(d_normed, group, len(normed)).to(normed.dtype)
             need_x = ctx.needs_input_grad[0]
             if not need_x and _BEFORE_ATTENTION.isdisjoint(block.trained):
-                return None, None, d_normed, None, None, None, None, *sums.found()
+                return None, None, d_normed, *(None,) * 5, *sums.found()
             d_qk = _of_parts(d_scores, prompts, rows)
             d_qk = sums.behind_gain("gain1", block.gain1, d_qk, kept.qk).to(dtype)
             d_q = _per_head(d_qk, w_k.transpose(1, 2)).flatten(1)
@@ -690,6 +780,7 @@ class ClassBlock(torch.autograd.Function):
             d_first = d_first if d_beside is None else d_first + d_beside
             first = xhat[:, :1] if kept.row is None else _rows_at(xhat, kept.row)[:, None]
             d_first = sums.behind_gain("gain1", block.gain1, d_first, first)
+            d_first = d_first if d_entered is None else d_first + d_entered
             dx = d_pending = None
             if need_x:
                 d_xhat = exact_matmul(reads[:, count:], sources)
@@ -702,7 +793,7 @@ class ClassBlock(torch.autograd.Function):
                     dy = torch.zeros_like(d_xhat, dtype=dy.dtype).index_put_(at, dy[:, 0])
                 dx, d_pending = _norm_backward(block.norm1, d_xhat, xhat, kept.rstd1, dy)
         d_pending = d_pending if ctx.needs_input_grad[1] else None
-        return dx, d_pending, d_normed, None, None, None, None, *sums.found()
+        return dx, d_pending, d_normed, *(None,) * 5, *sums.found()
 
 
 def _rows_at(rows: Tensor, at: Tensor) -> Tensor:
@@ -736,7 +827,7 @@ class KeyedClassBlock(torch.autograd.Function):
     The keys of all rows are formed, the query of one; values are projected after the weighted sum
     as there, out = W_v (sum p_j x_j) + b_v sum p_j, beside those of the prompts. Of 12 N D^2 that
     queries, keys and values of the block cost forward and backward, 4 are left. Only for blocks
-    without trained vectors.
+    without trained vectors. `stops` as in `ClassBlock`.
     """
 
     @staticmethod
@@ -749,7 +840,8 @@ class KeyedClassBlock(torch.autograd.Function):
         log_multiplicity: Tensor | None,
         block: BlockPlan,
         memory: str,
-    ) -> Tensor:
+        stops: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
         batch, count = len(x), kv.shape[1]
         w_q, _, w_v, b_q, _, b_v = _parts_of_heads(block)
         x, xhat, rstd = _sum_and_norm(x, pending, block.norm1, w_q.dtype)
@@ -770,17 +862,16 @@ class KeyedClassBlock(torch.autograd.Function):
         out = _per_head(mixed.to(w_v.dtype), w_v.transpose(1, 2)).to(wide)
         out += of_rows.sum(-1, keepdim=True) * b_v + _along_rows(of_prompts, v_p)
         out = out.to(w_v.dtype).reshape(batch, 1, -1)
-        entered = _read_twice(block, xhat, class_only=True)
-        y, rows, second = mlp_half(block, x[:, :1], out, "keep", AS_A_BACKWARD_NEEDS, entered)
+        made, second = _of_class_row(block, x, xhat, out, stops)
         keys = [k, *of_k] if memory == "keep" else [None] * 3
         kept = xhat, rstd, probs, q, *of_q, *keys, out if block.norm_out else None
         ctx.save_for_backward(kv, group, *kept, *second)
         ctx.block = block
-        return _sum(y, rows)
+        return made
 
     @staticmethod
     @_once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *d_others: Tensor) -> tuple[Tensor | None, ...]:
         block, sums = ctx.block, _Sums(ctx.block)
         kept, second = _saved(_KeyedKept, ctx.saved_tensors)
         kv, group, xhat, probs = kept.kv, kept.group, kept.xhat1, kept.probs
@@ -788,8 +879,8 @@ class KeyedClassBlock(torch.autograd.Function):
         w_q, w_k, w_v, _, _, b_v = _parts_of_heads(block)
         dtype = w_q.dtype
         with torch.autocast(dy.device.type, enabled=False):
-            narrow = dy.to(dtype)
-            dy, d_out, d_beside = _mlp_half_backward(block, dy, narrow, kept.out, second, sums)
+            given = block, dy, d_others, kept.out, second, dtype, sums
+            dy, d_out, *d_first = _of_class_row_backward(*given)
             d_out = d_out.view(batch, *b_v.shape)
             d_mixed = _per_head(d_out, w_v).to(wide)  # (B, H, D)
             d_out, q = d_out.to(wide), kept.q.to(wide)
@@ -804,7 +895,7 @@ class KeyedClassBlock(torch.autograd.Function):
                 both = [w[..., :count].transpose(1, 2)[..., None] * of[:, None] for w, of in pairs]
                 d_kv = sum_groups(torch.stack(both, dim=2), group, len(kv)).to(kv.dtype)
             if not ctx.needs_input_grad[0]:
-                return None, None, d_kv, None, None, None, None
+                return None, None, d_kv, *(None,) * 5
             k, k_hat, k_rstd = kept.k, kept.k_hat, kept.k_rstd
             if k is None:
                 k, k_hat, k_rstd = _keys_alone(block, xhat)
@@ -818,11 +909,47 @@ class KeyedClassBlock(torch.autograd.Function):
             d_xhat = (d_k.flatten(2) @ w_k.flatten(0, 1)).to(wide)
             d_xhat += exact_matmul(probs[..., count:].transpose(1, 2), d_mixed)
             d_xhat[:, 0] += d_q.flatten(1) @ w_q.flatten(0, 1)
-            if d_beside is not None:
-                d_xhat[:, :1] += d_beside
+            for d in d_first:
+                if d is not None:
+                    d_xhat[:, :1] += d
             dy = F.pad(dy, (0, 0, 0, xhat.shape[1] - 1))
             dx, d_pending = _norm_backward(block.norm1, d_xhat, xhat, kept.rstd1, dy)
-        return dx, d_pending if ctx.needs_input_grad[1] else None, d_kv, None, None, None, None
+        return dx, d_pending if ctx.needs_input_grad[1] else None, d_kv, *(None,) * 5
+
+
+def _of_class_row(
+    block: BlockPlan,
+    x: Tensor,
+    xhat: Tensor,
+    out: Tensor,
+    stops: bool,
+    row: Tensor | None = None,
+) -> tuple[Tensor | tuple[Tensor, ...], MLPKept]:
+    """What a Function of one row, 0 or `row` (B,), gives of attention's output (B, 1, H d) for it:
+    the block's row (B, 1, D), or all three of `_up_to_proj`; and what `mlp_half` knows.
+    """
+    x, xhat = (r[:, :1] if row is None else _rows_at(r, row)[:, None] for r in (x, xhat))
+    if stops:
+        return _up_to_proj(block, x, xhat, out), NO_MLP
+    entered = _read_twice(block, xhat, class_only=True)
+    y, rows, kept = mlp_half(block, x, out, "keep", AS_A_BACKWARD_NEEDS, entered)
+    return _sum(y, rows), kept
+
+
+def _of_class_row_backward(
+    block: BlockPlan,
+    dy: Tensor,
+    d_others: tuple[Tensor, ...],
+    out: Tensor | None,
+    kept: MLPKept,
+    dtype: torch.dtype,
+    sums: _Sums,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of `_mlp_half_backward`, and that of the normalised row where it was given."""
+    if d_others:
+        d_entered, d_proj = d_others
+        return dy, _proj_backward(block, d_proj, d_proj, out, sums), None, d_entered
+    return *_mlp_half_backward(block, dy, dy.to(dtype), out, kept, sums), None
 
 
 def _parts_of_heads(block: BlockPlan) -> tuple[Tensor, ...]:
@@ -923,20 +1050,32 @@ def _mlp_half_backward(
     out, attention's output, is read where a norm stands behind it. The norms inside are computed
     again: a pass each, where kept rows would be S or 4 S elements.
     """
-    d = dy if d_rows is None else d_rows
-    beside = None
-    if block.parallel:
-        narrow = d
-        if kept.xhat is not None:
-            beside = _mlp_backward(block, dy, d, kept, sums)
-    else:
-        d = sums.behind_gain(
-            "gain2", block.gain2, _mlp_backward(block, dy, d, kept, sums), kept.xhat
-        )
-        dy, narrow = _norm_backward(block.norm2, d, kept.xhat, kept.rstd, dy)
+    dy, narrow, beside = _up_to_mlp_backward(block, dy, d_rows, kept, sums)
     d_added, narrow = _post_backward(block, "post1", dy, narrow, kept.hat1, kept.rstd1, sums)
+    return dy, _proj_backward(block, d_added, narrow, out, sums), beside
+
+
+def _up_to_mlp_backward(
+    block: BlockPlan, dy: Tensor, d_rows: Tensor | None, kept: MLPKept, sums: _Sums
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the residual stream before the second norm, of what was added to it there, in
+    the product's dtype, and of what fc1 reads in a parallel block, before its gain.
+    """
+    d = dy if d_rows is None else d_rows
+    if block.parallel:
+        return dy, d, None if kept.xhat is None else _mlp_backward(block, dy, d, kept, sums)
+    d = sums.behind_gain("gain2", block.gain2, _mlp_backward(block, dy, d, kept, sums), kept.xhat)
+    return *_norm_backward(block.norm2, d, kept.xhat, kept.rstd, dy), None
+
+
+def _proj_backward(
+    block: BlockPlan, d_added: Tensor, narrow: Tensor, out: Tensor | None, sums: _Sums
+) -> Tensor:
+    """The gradient of attention's output, of that of the projection's rows: exact, and in the
+    product's dtype.
+    """
     sums.over_rows("b_proj", d_added)
-    return dy, _before_proj_backward(block, narrow @ block.w_proj, out), beside
+    return _before_proj_backward(block, narrow @ block.w_proj, out)
 
 
 def _mlp_backward(block: BlockPlan, dy: Tensor, d: Tensor, kept: MLPKept, sums: _Sums) -> Tensor:

@@ -18,17 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backbones import BackboneView
+from .backbones.view import Bypass, Norm
 from .block import (
     MEMORY_MODES,
     ClassBlock,
     FrozenBlock,
     KeyedClassBlock,
+    MLPBlock,
     Stream,
     class_query,
     forward,
@@ -37,10 +39,10 @@ from .block import (
     normalise,
     scaled,
 )
-from .plan import FrozenPlan
+from .plan import BlockPlan, FrozenPlan
 from .prompts import PromptFamily
 from .prompts.contracts import check_rows
-from .sequence import between_blocks, insert_rows, pooled_rows, touches_rows
+from .sequence import between_blocks, bypass_of, insert_rows, pooled_rows, touches_rows
 
 
 class BlockPrompts(NamedTuple):
@@ -53,6 +55,7 @@ class BlockPrompts(NamedTuple):
         head_kv: keys and values in head space, (1 or B, P', 2, H, d), or None.
         kv: (G, P, 2, H, d), keys and values of `rows` where they are known already, or None.
         attention: whether the block hands on its class row's attention.
+        bypass: (rows that attention reads, what it adds) -> what is added instead, or None.
     """
 
     rows: Tensor | None = None
@@ -61,6 +64,7 @@ class BlockPrompts(NamedTuple):
     head_kv: Tensor | None = None
     kv: Tensor | None = None
     attention: bool = False
+    bypass: Bypass | None = None
 
 
 # before block i: the stream that enters it, changed or as it came, and the block's prompts
@@ -110,6 +114,8 @@ def run(
                 rows = rows if group is None else rows[group]
                 stream = Stream(insert_rows(stream.sum(), rows, at))
                 prompts = prompts._replace(rows=None, group=None)
+            for bypass in bypass_of(family, i):
+                prompts = prompts._replace(bypass=bypass)
             return stream, prompts
 
         x = walk(plan, x, enter, class_only, memory)
@@ -131,23 +137,54 @@ def walk(
         only = class_only and i == len(plan.blocks) - 1
         stream, prompts = enter(i, stream)
         x, pending, _ = stream
-        rows, group, log_multiplicity, head_kv, kv, attention = prompts
+        rows, group, log_multiplicity, head_kv, kv, attention, bypass = prompts
+        stops, trained = bypass is not None, block.vectors()
+        made: Any
         rows = x.new_empty(1, 0, x.shape[-1]) if rows is None else rows
         if only and block.absorbs_keys and head_kv is None:
             normed = normalise(rows, block.norm1, plan.dtype)
-            trained = block.vectors()
-            keys = normed, group, log_multiplicity, None
-            return ClassBlock.apply(x, pending, *keys, block, *trained)
+            given = x, pending, normed, group, log_multiplicity, None, block, stops
+            made = ClassBlock.apply(*given, *trained)
+            return made if bypass is None else _rest(block, bypass, "keep", *made).sum()
         if kv is None:
             kv = keys_values(block, normalise(rows, block.norm1, plan.dtype))
         if head_kv is not None:
             kv = _with_head_kv(kv, given_keys(block, head_kv).to(plan.dtype), group, len(x))
             group = None
         if only and not block.absorbs_keys and block.asks_apart(x.shape[1]):
-            return KeyedClassBlock.apply(x, pending, kv, group, log_multiplicity, block, memory)
-        given = x, pending, kv, group, log_multiplicity, block, memory, only, attention
-        stream = Stream(*FrozenBlock.apply(*given, *block.vectors()))
+            given = x, pending, kv, group, log_multiplicity, block, memory, stops
+            made = KeyedClassBlock.apply(*given)
+            return made if bypass is None else _rest(block, bypass, "keep", *made).sum()
+        given = x, pending, kv, group, log_multiplicity, block, memory, only, attention, stops
+        made = FrozenBlock.apply(*given, *trained)
+        stream = Stream(*made) if bypass is None else _rest(block, bypass, memory, *made)
     return stream.sum()
+
+
+def _rest(
+    block: BlockPlan,
+    bypass: Bypass,
+    memory: str,
+    x: Tensor,
+    xhat: Tensor,
+    y: Tensor,
+    attention: Tensor | None = None,
+) -> Stream:
+    """From what a Function of a block gives that stops behind the projection to the block's."""
+    y, entered = bypass(_affine(xhat, block.given1), y), xhat if block.parallel else None
+    made = MLPBlock.apply(x, y.contiguous(), entered, block, memory, *block.vectors())
+    return Stream(*made, attention)
+
+
+def _affine(xhat: Tensor, norm: Norm | None) -> Tensor:
+    """Normalised rows behind the norm's own affine part, in their dtype."""
+    wide = torch.promote_types(xhat.dtype, torch.float32)
+    weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    if weight is not None:
+        weight = weight.to(wide)
+        scaled = xhat * weight if bias is None else torch.addcmul(bias.to(wide), xhat, weight)
+        return scaled.to(xhat.dtype)
+    return xhat if bias is None else (xhat + bias.to(wide)).to(xhat.dtype)
 
 
 @torch.no_grad()

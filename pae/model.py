@@ -24,6 +24,7 @@ from .prompts.base import check_choice
 from .prompts.contracts import check_rows
 from .sequence import (
     between_blocks,
+    bypass_of,
     cut_rows,
     insert_rows,
     pooled_rows,
@@ -260,7 +261,7 @@ class PromptedViT(nn.Module):
             if family.reads_class_attention and i + 1 < len(view.blocks):
                 attention = view.class_attention(i, x, geometry, kv)
                 attention = cut_rows(attention.transpose(1, 2), at, count).transpose(1, 2)
-            x = view.run_block(i, x, geometry, kv)
+            x = view.run_block(i, x, geometry, kv, *bypass_of(family, i))
             if family.enters_sequence or i + 1 == len(view.blocks):
                 entered += count
             else:

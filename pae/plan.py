@@ -91,7 +91,8 @@ class BlockPlan:
 
     gain1 and gain2 (D,), in at least fp32: trained scales of the two norms, by which normalised
     rows are multiplied before w_qkv and w_fc1; None where they are in the weight. trained: names of
-    those of its vectors that have a gradient ("b_fc1", "gain1", "q_norm.weight", ...).
+    those of its vectors that have a gradient ("b_fc1", "gain1", "q_norm.weight", ...). given1: the
+    first norm as the backbone has it, its parameters themselves, for who reads rows behind it.
     """
 
     num_heads: int
@@ -128,6 +129,7 @@ class BlockPlan:
     padding: Tensor | None = None
     fill: Tensor | None = None
     causal: bool = False
+    given1: Norm | None = None
 
     def product(self, name: str) -> tuple[Tensor, Tensor]:
         """Weight and bias of "qkv", "proj", "fc1" or "fc2"."""
@@ -316,7 +318,8 @@ def fold(view: BlocksView, dtype: torch.dtype, settled: bool = True) -> FrozenPl
     if len({w.shape for w in w_each}) == 1:
         w_qkv, b_qkv = torch.stack(w_each), torch.stack(b_each)
         w_each, b_each = list(w_qkv), list(b_qkv)
-    blocks = [_fold_block(*given, dtype) for given in zip(weights, w_each, b_each)]
+    blocks = [_fold_block(*parts, dtype) for parts in zip(weights, w_each, b_each)]
+    blocks = [replace(block, given1=own.norm1) for block, own in zip(blocks, given)]
     if view.shape.widths:
         blocks = [replace(b, fill=_fill(w).to(dtype)) for w, b in zip(weights, blocks)]
     mergings = {i: _fold_merging(view.read_merging(i), dtype) for i in view.mergings}

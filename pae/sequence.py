@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .backbones.view import Bypass
 from .prompts import PromptFamily
 
 
@@ -78,3 +79,20 @@ def between_blocks(
     if index in family.observed:
         family.observe(index, cut_rows(x, at, entered), class_query(x))
     return x
+
+
+def bypass_of(family: PromptFamily, index: int) -> tuple[Bypass, ...]:
+    """What becomes of attention's rows in block `index`, or nothing."""
+    if not family.bypasses_attention:
+        return ()
+
+    def bypass(h: Tensor, y: Tensor) -> Tensor:
+        made = family.attention_bypass(index, h, y)
+        if made.shape != y.shape:
+            raise ValueError(
+                f"{type(family).__name__}.attention_bypass({index}) must give rows like y, "
+                f"{tuple(y.shape)}, got {tuple(made.shape)}"
+            )
+        return made.to(y.dtype)
+
+    return (bypass,)

@@ -208,6 +208,7 @@ def _check(number: int, model: PromptedViT, first: PromptedViT) -> None:
         "depend on the images": family.depends_on_input,
         "live in the sequence": family.enters_sequence,
         "change the image's rows": family.adjusts_rows or family.reads_class_attention,
+        "change what attention gives": family.bypasses_attention,
         "come as keys and values": type(family).head_keys_values is not base.head_keys_values,
         "are sets already": type(family).group_index is not base.group_index,
     }

@@ -65,7 +65,7 @@ def run(
             if kv is None:
                 rows = x.new_empty(1, 0, block.w_qkv.shape[1]) if rows is None else rows
                 kv = keys_values(block, normalise(rows, block.norm1, plan.dtype))
-            given = stream.rows, stream.pending, kv, group, None, block, memory, False, False
+            given = stream.rows, stream.pending, kv, group, None, block, memory, False, False, False
             stream = Stream(*FrozenBlock.apply(*given, *block.vectors()))
         x = stream.sum()
         if before is not None and before.padded:

@@ -128,6 +128,10 @@ def test_column_of_who_shares_prompts(name, monkeypatch):
         assert family.head_keys_values(0, tiny.images(model.backbone)).dim() == 4
         assert rows()[name][2] == "batch"
         return
+    if name == "ApproximatedPrompts":  # nor does anything of it stand in a sequence
+        assert family.bypasses_attention and not any(family.prompt_counts)
+        assert rows()[name][2] == "batch"
+        return
     model.eval()
     with torch.no_grad():
         for parameter in family.parameters():

@@ -323,6 +323,9 @@ class Geometry:
 
 NO_GEOMETRY = Geometry()
 
+# what attention reads, what it adds to the stream (both (B, N, D)) -> what is added instead
+Bypass = Callable[[Tensor, Tensor], Tensor]
+
 
 UNTRAINED = (
     "the fast engine trains biases and the norms' own parameters where a product or a norm is one "
@@ -621,23 +624,30 @@ class BackboneView(BlocksView):
         return x
 
     def run_block(
-        self, index: int, x: Tensor, geometry: Geometry = NO_GEOMETRY, kv: Tensor | None = None
+        self,
+        index: int,
+        x: Tensor,
+        geometry: Geometry = NO_GEOMETRY,
+        kv: Tensor | None = None,
+        bypass: Bypass | None = None,
     ) -> Tensor:
         """The block's own forward on rows (B, N, D). Its formula with `kv` (P, 2, H, d) or
-        (B, P, 2, H, d), keys and values in addition that stand as they are before attention; and
-        where the block has a bias for another number of rows.
+        (B, P, 2, H, d), keys and values in addition that stand as they are before attention; with
+        `bypass`, what becomes of attention's rows; and where the block has a bias for another
+        number of rows.
 
         Raises:
             UnsupportedBackbone: the block is not its formula where that is needed, or a part of it
                 has a hook or a replaced forward, which the formula does not run.
         """
         block = self.blocks[index]
-        if kv is None and (geometry.bias is None or geometry.bias.shape[-1] == x.shape[1]):
+        as_it_is = kv is None and bypass is None
+        if as_it_is and (geometry.bias is None or geometry.bias.shape[-1] == x.shape[1]):
             return _output(block(x, **self.block_arguments(geometry, x.shape[1])))
         self._refuse_added(index)
         if self.unproved is not None:
             raise UnsupportedBackbone(f"prompts need the block's formula here: {self.unproved}")
-        return apply_block(self.read_block(index), x, geometry, kv)
+        return apply_block(self.read_block(index), x, geometry, kv, bypass)
 
     def _refuse_added(self, index: int) -> None:
         """Raise where a part of a block does more than its formula."""
@@ -743,18 +753,26 @@ def examined(view: _View) -> _View:
 
 
 def apply_block(
-    weights: BlockWeights, x: Tensor, geometry: Geometry = NO_GEOMETRY, kv: Tensor | None = None
+    weights: BlockWeights,
+    x: Tensor,
+    geometry: Geometry = NO_GEOMETRY,
+    kv: Tensor | None = None,
+    bypass: Bypass | None = None,
 ) -> Tensor:
-    """The formula of `BlockWeights`, unfolded, in plain PyTorch; `kv` as in `run_block`."""
+    """The formula of `BlockWeights`, unfolded, in plain PyTorch; `kv`, `bypass` as in
+    `run_block`.
+    """
     w = weights
     q, k, v = heads_of(w, x, geometry, kv)
     bias = geometry.bias_of(q.shape[2], k.shape[2] - q.shape[2])
     bias = None if bias is None else bias[None].to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=w.scale)
-    return behind_attention(w, x, out.transpose(1, 2).flatten(2))
+    return behind_attention(w, x, out.transpose(1, 2).flatten(2), bypass)
 
 
-def behind_attention(w: BlockWeights, x: Tensor, out: Tensor) -> Tensor:
+def behind_attention(
+    w: BlockWeights, x: Tensor, out: Tensor, bypass: Bypass | None = None
+) -> Tensor:
     """That formula from attention's output (B, N, H d) on."""
 
     def scaled(gamma: Tensor | None, rows: Tensor) -> Tensor:
@@ -762,7 +780,9 @@ def behind_attention(w: BlockWeights, x: Tensor, out: Tensor) -> Tensor:
 
     out = _maybe(w.attn_norm, out)
     out = out if w.difference is None else w.difference(out, w.num_heads)
-    entered, x = x, x + _maybe(w.post1, scaled(w.scale1, w.proj(out)))
+    added = scaled(w.scale1, w.proj(out))
+    added = added if bypass is None else bypass(_maybe(w.norm1, x), added)
+    entered, x = x, x + _maybe(w.post1, added)
     before = _maybe(w.norm1, entered) if w.parallel else _maybe(w.norm2, x)
     hidden = w.fc1(_maybe(w.mlp_pre, before))
     act = ACTIVATIONS[w.activation]

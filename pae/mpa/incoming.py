@@ -27,6 +27,12 @@ def prompt_count(model: PromptedViT) -> int:
     if family.depends_on_input or type(family).set_prompts is PromptFamily.set_prompts:
         name = type(family).__name__
         raise ValueError(f"model.prompts ({name}) computes its prompts, so none can be set")
+    if family.bypasses_attention:
+        name = type(family).__name__
+        raise ValueError(
+            f"model.prompts ({name}) changes what attention gives (attention_bypass), and Modal "
+            "Pre-Alignment (mpa) ranks windows by frozen blocks: leave it out"
+        )
     counts = family.prompt_counts[:1] if family.enters_sequence else family.prompt_counts
     if len(set(counts)) > 1:
         raise ValueError(

@@ -1,5 +1,7 @@
 """Prompt families, one file each. One line here makes a new one known."""
 
+from .approximated import ApproximatedPrompts as ApproximatedPrompts
+from .approximated import Approximation as Approximation
 from .apt import APT as APT
 from .base import BackboneShape as BackboneShape
 from .base import PromptFamily as PromptFamily
@@ -22,6 +24,7 @@ from .vpt import VPTDeep as VPTDeep
 from .vpt import VPTShallow as VPTShallow
 
 __all__ = [
+    "Approximation",
     "METHODS",
     "BackboneShape",
     "E2VPTImportance",

@@ -88,7 +88,7 @@ class PromptFamily(nn.Module):
     Attributes:
         adjusts_rows: `adjust_rows` is overridden. reads_class_attention: `adjust_attended_rows` is
             overridden (iVPT); otherwise no class attention is computed. rewrites_rows: `next_rows`
-            is overridden (LSPT).
+            is overridden (LSPT). bypasses_attention: `attention_bypass` is (APT-VL).
 
     Some are facts that no method shows. A class says them:
 
@@ -116,6 +116,7 @@ class PromptFamily(nn.Module):
     adjusts_rows: bool = False
     reads_class_attention: bool = False
     rewrites_rows: bool = False
+    bypasses_attention: bool = False
     enters_sequence: bool = False
     depends_on_input: bool = False
     moves_prompts: bool = False
@@ -261,6 +262,23 @@ class PromptFamily(nn.Module):
         """
         raise self._unanswered("next_rows")
 
+    def attention_bypass(self, index: int, h: Tensor, y: Tensor) -> Tensor:
+        """What block `index` adds to its rows instead of attention's y.
+
+        Each row by itself: of the rows that are thrown away behind the block (prompts; in the last
+        block all but the class row, where only that is read) one engine asks and the other does
+        not, and they may come in any number.
+
+        Args:
+            h: (B, n, D), what attention reads: the rows behind the block's first norm.
+            y: (B, n, D), what attention gives for them: behind its projection and LayerScale,
+                before the norm of its output where there is one, and before the residual sum.
+
+        Returns:
+            (B, n, D), differentiable; neither h nor y changed in place.
+        """
+        raise self._unanswered("attention_bypass")
+
     @property
     def observed(self) -> frozenset[int]:
         """Blocks whose input rows `observe` is shown; overridden together with it."""
@@ -377,7 +395,8 @@ def _bound_once(bind: Callable[[Any, BackboneShape], None]) -> Callable[..., Non
             raise RuntimeError(
                 f"this {type(self).__name__} already belongs to a model; build a new one"
             )
-        if shape.widths and not vars(type(self)).get("takes_stages", False):
+        takes_stages = vars(type(self)).get("takes_stages", False) and not self.bypasses_attention
+        if shape.widths and not takes_stages:
             raise ValueError(
                 f"prompts ({type(self).__name__}) are not defined on a backbone with stages of "
                 "several widths (Swin): use VPTDeep or VPTShallow"

@@ -24,6 +24,7 @@ DERIVED = {
     "adjusts_rows": "adjust_rows",
     "reads_class_attention": "adjust_attended_rows",
     "rewrites_rows": "next_rows",
+    "bypasses_attention": "attention_bypass",
 }
 STATED = ("enters_sequence", "depends_on_input", "moves_prompts")
 QUESTIONS = (

@@ -26,6 +26,7 @@ VARIANTS = {
     "ivpt_all": lambda: p.IVPT(4, reinforced="all"),
     "ivpt_dropout": lambda: p.IVPT(4, 2, dropout=0.4, dropout_scope="sample"),
     "apt_part_dropout": lambda: p.APT(3, start=1, end=1, dropout=0.4),
+    "apt_vl_rows_dropout": lambda: p.ApproximatedPrompts(4, 2, num_rows=3, dropout=0.4),
     "e2vpt_two_tensors": lambda: p.E2VPT(4, 3, share_kv=False, dropout=0.3, kv_dropout=0.3),
     "e2vpt_masks": lambda: p.E2VPT(4, 3, masks="learned", pieces=8),
     "e2vpt_kv_alone": lambda: p.E2VPT(0, 3),

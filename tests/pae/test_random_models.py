@@ -132,6 +132,7 @@ def arguments(family: type[pae.prompts.PromptFamily], vit: dict[str, Any]) -> st
     }
     own |= {
         "APT": {"end": st.integers(0, depth - 1)},
+        "ApproximatedPrompts": {"num_tokens": st.integers(1, 4), "num_rows": COUNT},
         "BPTDeep": {"trained_bases": st.one_of(st.none(), st.integers(0, depth))},
         "BPTShallow": {"train_basis": st.booleans()},
         "DAVPT": {

@@ -42,6 +42,7 @@ RUNS = {
     "da-vpt": {"num_tokens": 3},
     "lspt": {"method_args": {"hidden": 8}},
     "apt": {},
+    "apt-vl": {},
 }
 
 
