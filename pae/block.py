@@ -643,10 +643,10 @@ class MLPBlock(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         pending, post1 = _behind(block.post1, y)
         given = block, x, pending, post1, memory, AS_A_BACKWARD_NEEDS, entered
-        rows, pending, kept = _mlp(*given)
+        rows, left, kept = _mlp(*given)
         ctx.save_for_backward(*kept)
         ctx.block = block
-        return rows, pending
+        return rows, left
 
     @staticmethod
     @_once_differentiable

@@ -140,6 +140,7 @@ def walk(
         rows, group, log_multiplicity, head_kv, kv, attention, bypass = prompts
         stops, trained = bypass is not None, block.vectors()
         made: Any
+        given: tuple[Any, ...]
         rows = x.new_empty(1, 0, x.shape[-1]) if rows is None else rows
         if only and block.absorbs_keys and head_kv is None:
             normed = normalise(rows, block.norm1, plan.dtype)
@@ -172,8 +173,9 @@ def _rest(
 ) -> Stream:
     """From what a Function of a block gives that stops behind the projection to the block's."""
     y, entered = bypass(_affine(xhat, block.given1), y), xhat if block.parallel else None
-    made = MLPBlock.apply(x, y.contiguous(), entered, block, memory, *block.vectors())
-    return Stream(*made, attention)
+    given = x, y.contiguous(), entered, block, memory
+    rows, pending = MLPBlock.apply(*given, *block.vectors())
+    return Stream(rows, pending, attention)
 
 
 def _affine(xhat: Tensor, norm: Norm | None) -> Tensor:

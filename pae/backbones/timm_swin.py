@@ -22,6 +22,7 @@ from .view import (
     NO_GEOMETRY,
     BackboneView,
     BlockWeights,
+    Bypass,
     Geometry,
     Merging,
     added_to,
@@ -252,7 +253,12 @@ class SwinView(BackboneView):
         return torch.cat([part.reduction(part.norm(prompts.repeat(1, 1, 4))), image], dim=1)
 
     def run_block(
-        self, index: int, x: Tensor, geometry: Geometry = NO_GEOMETRY, kv: Tensor | None = None
+        self,
+        index: int,
+        x: Tensor,
+        geometry: Geometry = NO_GEOMETRY,
+        kv: Tensor | None = None,
+        bypass: Bypass | None = None,
     ) -> Tensor:
         assert isinstance(geometry, Windows)
         block, grid = self.blocks[index], geometry.grid
