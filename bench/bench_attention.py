@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,9 @@ FACTOR = 2.0  # a row's error, in multiples of what the written-out softmax make
 
 
 class Shape(NamedTuple):
-    """ViT-B/16 at 224 is Shape(12, 64, 197, ...)."""
+    """ViT-B/16 at 224 is Shape(12, 64, 197, ...); CLIP's text tower, causal and with its prompts
+    among the rows, Shape(8, 64, 77, 0, ..., causal=True).
+    """
 
     heads: int
     head_width: int
@@ -32,10 +35,11 @@ class Shape(NamedTuple):
     prompts: int
     batch: int
     dtype: str
+    causal: bool = False
 
     @property
     def name(self) -> str:
-        heads = f"H{self.heads}d{self.head_width}"
+        heads = f"H{self.heads}d{self.head_width}{'/causal' if self.causal else ''}"
         return f"{heads}/N{self.tokens}/P{self.prompts}/{self.dtype}/B{self.batch}"
 
 
@@ -54,7 +58,16 @@ class Inputs:
     def run(self, attend: peers.Attend) -> list[Tensor]:
         """[out, gradient of qkv, gradient of the prompts] in the dtype of the inputs."""
         out = attend(self.qkv, self.kv)
-        return [out.detach(), *torch.autograd.grad(out, (self.qkv, self.kv), self.d_out)]
+        return [out.detach(), *gradients(out, (self.qkv, self.kv), self.d_out)]
+
+
+def gradients(
+    out: Tensor, leaves: tuple[Tensor, ...], d_out: Tensor, **options: bool
+) -> list[Tensor]:
+    """Those of the leaves; of no prompts there are none, whoever reads them."""
+    read = [t for t in leaves if t.numel()]
+    found = iter(torch.autograd.grad(out, read, d_out, **options))
+    return [next(found) if t.numel() else torch.empty_like(t) for t in leaves]
 
 
 def open_inputs(shape: Shape, kind: str, device: torch.device) -> Inputs:
@@ -69,12 +82,12 @@ def open_inputs(shape: Shape, kind: str, device: torch.device) -> Inputs:
     d_out = draw(shape.batch, shape.tokens, shape.heads * shape.head_width)
     shared = Inputs(shape, kind, qkv, kv, d_out)
     wide_qkv, wide_kv = (t.detach().double().requires_grad_() for t in (qkv, kv))
-    scale = shape.head_width**-0.5
+    given = None, shape.head_width**-0.5, False, None, None, None, shape.causal
     exact = Inputs(shape, kind, wide_qkv, wide_kv, d_out.double()).run(
-        lambda qkv, kv: reference.prompt_attention(qkv, kv, None, scale, False, None)[0]
+        lambda qkv, kv: reference.prompt_attention(qkv, kv, *given)[0]
     )
     shared.expected = dict(zip(("out", "d_qkv", "d_prompts"), exact))
-    own = errors(shared.run(peers.eager), shared.expected)
+    own = errors(shared.run(written_out(shape.causal)), shared.expected)
     shared.limits = {name: FACTOR * error for name, error in own.items()}
     return shared
 
@@ -83,7 +96,7 @@ def prepare(shared: Inputs, attend: peers.Attend) -> Runnable:
     s, leaves = shared.shape, (shared.qkv, shared.kv)
     sizes = s.batch, s.tokens, s.prompts, s.heads * s.head_width
     columns = {
-        "live_gflop": roofline.attention_flops(shared.kind, *sizes) / 1e9,
+        "live_gflop": roofline.attention_flops(shared.kind, *sizes, s.causal) / 1e9,
         "floor_mb": roofline.attention_bytes(shared.kind, *sizes, shared.qkv.element_size()) / 1e6,
     }
     kept: list[Tensor] = []  # the forward that every timed backward starts from
@@ -92,13 +105,13 @@ def prepare(shared: Inputs, attend: peers.Attend) -> Runnable:
         with torch.no_grad():
             return attend(*leaves)
 
-    def backward() -> tuple[Tensor, ...]:
+    def backward() -> list[Tensor]:
         if not kept:
             kept.append(attend(*leaves))
-        return torch.autograd.grad(kept[0], leaves, shared.d_out, retain_graph=True)
+        return gradients(kept[0], leaves, shared.d_out, retain_graph=True)
 
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(attend(*leaves), leaves, shared.d_out)
+    def both() -> list[Tensor]:
+        return gradients(attend(*leaves), leaves, shared.d_out)
 
     work = {"forward": forward, "backward": backward, "both": both}[shared.kind]
 
@@ -113,8 +126,12 @@ def prepare(shared: Inputs, attend: peers.Attend) -> Runnable:
     return Runnable(work, check, capture=True, dtype=s.dtype)
 
 
-def ours(qkv: Tensor, kv_prompt: Tensor) -> Tensor:
-    return prompt_attention(qkv, kv_prompt)[0]
+def ours(qkv: Tensor, kv_prompt: Tensor, causal: bool = False) -> Tensor:
+    return prompt_attention(qkv, kv_prompt, causal=causal)[0]
+
+
+def written_out(causal: bool) -> peers.Attend:
+    return peers.eager_causal if causal else peers.eager
 
 
 def peer(name: str, make: Callable[[], peers.Attend], left_out: str = "") -> Provider:
@@ -126,17 +143,22 @@ def peer(name: str, make: Callable[[], peers.Attend], left_out: str = "") -> Pro
     return Provider(name, start, left_out)
 
 
-def providers(settings: Settings, compile_too: bool) -> list[Provider]:
-    no_gpu, mine = settings.why_not_cuda(), lambda shared: prepare(shared, ours)
-    flash = peer(FLASH, lambda: peers.sdpa("flash"))
+def providers(settings: Settings, compile_too: bool, causal: bool) -> list[Provider]:
+    no_gpu, attend = settings.why_not_cuda(), partial(ours, causal=causal)
+    flash = peer(FLASH, lambda: peers.sdpa("flash", causal))
     return [
-        peer("eager", lambda: peers.eager),
-        flash if settings.on_gpu else peer(SDPA, peers.sdpa),
-        peer(CUDNN, lambda: peers.sdpa("cuDNN"), no_gpu),
-        peer("SDPA, prompts apart", peers.apart),
-        peer("flash-attn", peers.flash_attn, no_gpu),
+        peer("eager", lambda: written_out(causal)),
+        flash if settings.on_gpu else peer(SDPA, lambda: peers.sdpa(causal=causal)),
+        peer(CUDNN, lambda: peers.sdpa("cuDNN", causal), no_gpu),
+        peer("SDPA, prompts apart", lambda: peers.apart(causal)),
+        peer("flash-attn", lambda: peers.flash_attn(causal), no_gpu),
         peer("FlexAttention, compiled", peers.flex, settings.why_not_compile(compile_too)),
-        *ours_in_versions("prompt_attention", settings, lambda shared: shared.qkv, mine),
+        *ours_in_versions(
+            "prompt_attention",
+            settings,
+            lambda shared: shared.qkv,
+            lambda shared: prepare(shared, attend),
+        ),
     ]
 
 
@@ -152,12 +174,19 @@ CPU_SHAPES = [
     )
     for dtype in ("fp32", "bf16")
 ]
+# a text for each of 100 classes: cut behind the last end of one, and whole
+TEXTS = [
+    Shape(8, 64, tokens, 0, 100, dtype, causal=True)
+    for tokens in (24, 77)
+    for dtype in ("fp32", "bf16")
+]
 GPU_SHAPES = [
     *(Shape(12, 64, 197, prompts, 128, "bf16") for prompts in (50, 0, 10, 100, 200)),
     Shape(6, 64, 197, 50, 128, "bf16"),
     Shape(16, 64, 197, 50, 128, "bf16"),
     Shape(16, 80, 257, 50, 64, "bf16"),
     Shape(12, 64, 577, 50, 32, "bf16"),
+    *(text for text in TEXTS if text.dtype == "bf16"),
     # with --full
     Shape(12, 64, 197, 50, 16, "bf16"),
     Shape(12, 64, 1568, 50, 16, "bf16"),
@@ -171,10 +200,11 @@ def groups(settings: Settings) -> list[Group]:
         return [group(Shape(2, 16, 9, 3, 2, "fp32"), kind, settings) for kind in KINDS]
     shapes, found = GPU_SHAPES, []
     if not settings.on_gpu:
-        shapes = [s._replace(batch=settings.batch or s.batch) for s in CPU_SHAPES]
+        shapes = [*CPU_SHAPES[:6], *TEXTS, *CPU_SHAPES[6:]]
+        shapes = [s._replace(batch=settings.batch or s.batch) for s in shapes]
     for i, shape in enumerate(shapes):
         for kind in KINDS:
-            default = i == 0 or (i < 9 and kind != "both" if settings.on_gpu else i < 6)
+            default = i == 0 or (i < 11 and kind != "both" if settings.on_gpu else i < 10)
             left_out = settings.why_not_size(i == 0, default)
             found.append(group(shape, kind, settings, i == 0, left_out))
     return found
@@ -186,7 +216,7 @@ def group(
     return Group(
         name=f"attention/{kind}/{shape.name}",
         open=lambda: open_inputs(shape, kind, settings.device),
-        providers=providers(settings, compile_too),
+        providers=providers(settings, compile_too, shape.causal),
         baselines=("eager", FLASH, CUDNN) if settings.on_gpu else ("eager", SDPA),
         rounds=40 if settings.on_gpu else 7,
         unit=kind if kind != "both" else "forward and backward",

@@ -87,7 +87,11 @@ class Code:
         """
         file = json.loads(BUDGETS.read_text())
         # one launch, not the worst of what tests launch
-        single = [n for n in file["launches"] if not n.startswith("tests: ")]
+        single = [
+            name
+            for name, places in file["launches"].items()
+            if not name.startswith("tests: ") and any(p.endswith(" sm_90") for p in places)
+        ]
         fits = [n for n in single if {kernel, *words} <= {*n.split()}]
         if len(fits) > 1:
             fits = [n for n in fits if tile in n.split()]
@@ -177,7 +181,13 @@ def _padded(rows: int, tile: int) -> int:
 
 
 def _of_attention(
-    kernel: str, batch: int, tokens: int, tile: tiles.Tile, rows: int, *words: str
+    kernel: str,
+    batch: int,
+    tokens: int,
+    tile: tiles.Tile,
+    rows: int,
+    *words: str,
+    heads: int = HEADS,
 ) -> tuple[Code, float]:
     """Code of a kernel in bf16, and what it issues when each program goes over `rows` others."""
     named: tuple[str, ...] = ("PLACED=0",)
@@ -187,12 +197,12 @@ def _of_attention(
         named = *named, "bf16,fp32", "FOLDED=True"
     else:
         named = *named, "bf16,fp32,bf16,fp32", "NEED_QKV=True"
-    named = *named, "GROUPING=0", f"HEADS={HEADS}", f"WIDTH={WIDTH // HEADS}"
+    named = *named, "GROUPING=0", f"HEADS={heads}", f"WIDTH={WIDTH // HEADS}"
     code = Code.of(kernel, *named, tile=f"BLOCK_M={tile.block_m}")
     mine, step = tile.block_m, tile.block_n
     if kernel == "attention_bwd_dkv":
         mine, step = step, mine
-    programs = batch * HEADS * -(-tokens // mine)
+    programs = batch * heads * -(-tokens // mine)
     return code, code.issued(tile.warps, programs, -(-rows // step))
 
 
@@ -237,8 +247,31 @@ def attention() -> Iterator[Pass]:
             instructions=issued,
             code=code,
         )  # fmt: skip
+    for batch, tokens, heads in ((100, 77, 8), (100, 24, 8)):  # CLIP's text tower, causal
+        qkv = torch.empty(batch, tokens, 3, heads, 64, dtype=torch.bfloat16, device="meta")
+        for kind, done, short, chosen in (
+            ("forward", 2, "fwd", tiles.forward),
+            ("backward", 5, "bwd", tiles.backward_whole),
+        ):
+            tile = chosen(qkv, tokens)
+            assert tile is not None
+            sizes = batch, tokens, 0, 64 * heads
+            given = f"attention_{short}", batch, tokens, tile, tokens, "PLACED=4"
+            code, issued = _of_attention(*given, heads=heads)
+            square = batch * _padded(tokens, tile.block_m) * _padded(tokens, tile.block_n)
+            name = f"H{heads}d64/causal/N{tokens}/P0/bf16/B{batch}"
+            yield Pass(
+                f"attention {kind}, causal, {tokens} rows", f"prompt_attention_{short}_kernel",
+                mb=roofline.attention_bytes(kind, *sizes, 2) / 1e6,
+                gflop=roofline.attention_flops(kind, *sizes, causal=True) / 1e9,
+                padded_gflop=2 * done * square * 64 * heads / 1e9,
+                instructions=issued,
+                code=code,
+                row=(f"attention/{kind}/{name}", "pae"),
+            )  # fmt: skip
     batch, tokens = 32, 577  # too long for one pass: seven products, and 13 S of bytes
     keys = tokens + PROMPTS
+    qkv = torch.empty(batch, tokens, 3, HEADS, 64, dtype=torch.bfloat16, device="meta")
     tile = tiles.backward_split(qkv, tokens)
     square = batch * _padded(tokens, tile.block_m) * _padded(keys, tile.block_n) * WIDTH
     of_queries = _of_attention("attention_bwd_dq", batch, tokens, tile, keys)

@@ -22,9 +22,12 @@ PRODUCTS = {"forward": 2, "backward": 4, "both": 6}
 PASSES = {"forward": 4, "backward": 8, "both": 12}
 
 
-def attention_flops(kind: str, batch: int, tokens: int, prompts: int, width: int) -> float:
+def attention_flops(
+    kind: str, batch: int, tokens: int, prompts: int, width: int, causal: bool = False
+) -> float:
     """Of image queries over prompt and image keys; `width` is D, all heads together."""
-    return 2.0 * PRODUCTS[kind] * batch * tokens * (tokens + prompts) * width
+    seen = (tokens + 1) / 2 if causal else tokens
+    return 2.0 * PRODUCTS[kind] * batch * tokens * (seen + prompts) * width
 
 
 def attention_bytes(

@@ -40,8 +40,8 @@ BLOCKS = 3  # a first, a middle and a last one
 
 
 def of_steps(architecture: int, main: bool = False) -> Found:
-    """VPT-deep in ViT-B under autocast, every memory mode, attention of the class row, and with the
-    biases of BEiT and Swin; unless
+    """VPT-deep in ViT-B under autocast, every memory mode, attention of the class row, of
+    causal rows, and with the biases of BEiT and Swin; unless
     `main` also epilogues of its products, fp32, what per-sample prompts of VAPT add, and KLD.
     """
     with stand_in.gpu(architecture) as launches:
@@ -55,6 +55,11 @@ def of_steps(architecture: int, main: bool = False) -> Found:
         prompt_attention(qkv, kv, queries="class")[0].sum().backward()
         bias = torch.zeros(12, 197, 197, device=GPU)
         prompt_attention(qkv, kv, bias=bias)[0].sum().backward()
+        # CLIP's text tower, a text for each of 100 classes
+        for tokens in (24, 77):
+            qkv = torch.zeros(100, tokens, 3, 8, 64, dtype=torch.bfloat16, device=GPU)
+            kv = torch.zeros(1, 0, 2, 8, 64, dtype=torch.bfloat16, device=GPU)
+            prompt_attention(qkv.requires_grad_(), kv, causal=True)[0].sum().backward()
         # windows of 7 x 7 in the first stage of Swin-B, of which the shifted ones have masks
         qkv = torch.zeros(2048, 49, 3, 4, 32, dtype=torch.bfloat16, device=GPU).requires_grad_()
         kv = torch.zeros(1, 50, 2, 4, 32, dtype=torch.bfloat16, device=GPU).requires_grad_()

@@ -3,10 +3,12 @@
 
 All take packed qkv (B, N, 3, H, d) and shared prompts (1, P, 2, H, d), and return (B, N, H d).
 Autograd splits and reduces the gradients of the concatenation: that is part of what they cost.
+`causal`: rows see those before them; without prompts, as what PyTorch offers is square.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +33,10 @@ def attend_by(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
 
     def attend(qkv: Tensor, kv_prompt: Tensor) -> Tensor:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        k_p, v_p = kv_prompt.expand(len(qkv), -1, -1, -1, -1).permute(2, 0, 3, 1, 4)
-        out = kernel(q, torch.cat([k_p, k], dim=2), torch.cat([v_p, v], dim=2))
+        if kv_prompt.shape[1]:
+            k_p, v_p = kv_prompt.expand(len(qkv), -1, -1, -1, -1).permute(2, 0, 3, 1, 4)
+            k, v = torch.cat([k_p, k], dim=2), torch.cat([v_p, v], dim=2)
+        out = kernel(q, k, v)
         return out.transpose(1, 2).flatten(2)
 
     return attend
@@ -44,14 +48,22 @@ def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
 
 
-def sdpa(backend: str | None = None) -> Attend:
+@attend_by
+def eager_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same with a mask, as CLIP's text tower is written."""
+    later = torch.full((q.shape[2], k.shape[2]), -torch.inf, device=q.device).triu(1)
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + later.to(q)).softmax(dim=-1) @ v
+
+
+def sdpa(backend: str | None = None, causal: bool = False) -> Attend:
     """scaled_dot_product_attention, pinned to one of `BACKENDS` or as PyTorch chooses."""
+    attention = functools.partial(F.scaled_dot_product_attention, is_causal=causal)
     if backend is None:
-        return attend_by(F.scaled_dot_product_attention)
+        return attend_by(attention)
 
     def pinned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(BACKENDS[backend]):
-            return F.scaled_dot_product_attention(q, k, v)
+            return attention(q, k, v)
 
     return attend_by(pinned)
 
@@ -60,31 +72,33 @@ class _Apart(torch.autograd.Function):
     """Image keys by SDPA's operators, prompts by products, one softmax by their log-sum-exps."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, kv_prompt: Tensor) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, kv_prompt: Tensor, causal: bool) -> Tensor:
         given = qkv, kv_prompt, None, qkv.shape[-1] ** -0.5, False, None, None, None
-        out, lse = apart_kernels.forward(*given)
+        out, lse = apart_kernels.forward(*given, causal)
         ctx.save_for_backward(qkv, kv_prompt, out, lse)
+        ctx.causal = causal
         return out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
         qkv, kv_prompt, out, lse = ctx.saved_tensors
         given = qkv, kv_prompt, None, qkv.shape[-1] ** -0.5, False, None, None, None
         # in whatever order PyTorch's kernels add, which is their fastest
-        return apart_kernels.gradients(d_out, *given, out, lse, True)
+        return *apart_kernels.gradients(d_out, *given, out, lse, True, ctx.causal), None
 
 
-def apart() -> Attend:
+def apart(causal: bool = False) -> Attend:
     """Without a concatenation: the strongest way known to do it by PyTorch's kernels."""
-    return _Apart.apply
+    return lambda qkv, kv_prompt: _Apart.apply(qkv, kv_prompt, causal)
 
 
-def flash_attn() -> Attend:
+def flash_attn(causal: bool = False) -> Attend:
     """The package of that name, where it is installed; it takes 16 bit alone, and rows first."""
     from flash_attn import flash_attn_func
 
     def rows_first(*qkv: Tensor) -> Tensor:
-        return flash_attn_func(*(t.transpose(1, 2) for t in qkv)).transpose(1, 2)
+        rows = (t.transpose(1, 2) for t in qkv)
+        return flash_attn_func(*rows, causal=causal).transpose(1, 2)
 
     return attend_by(rows_first)
 

@@ -242,7 +242,7 @@ struct Added {
   int64_t prompts, tokens;                   // keys that have a place among the latter
   const float *log_m, *bias, *mask;          // or null
 
-  // Logits of row `i` of the image, with that; -inf behind the last key.
+  // Logits of row `i` of the image, with that; -inf behind the `keys` that it sees.
   void finish(float* row, int64_t i, int64_t keys, int64_t padded) const {
     if (log_m != nullptr)
       for (int64_t j = 0; j < prompts; j += W) store(row + j, load(row + j) + load(log_m + j));
@@ -281,7 +281,7 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 struct Room {
   static constexpr int64_t MOST_ROWS = 96;
 
-  int64_t keys, wide, padded, line, block;
+  int64_t keys, wide, padded, line, block, later;
   float *q, *k, *v, *kt, *logits, *rows, *log_m;     // of both directions
   float *vt, *d_out, *d_logits, *dk, *dv;            // of the backward
   int64_t size = 0;
@@ -291,9 +291,12 @@ struct Room {
     wide = round_up(p.width, 16);
     padded = round_up(keys, 16);
     line = padded | 16;  // an odd number of cache lines: a column's entries fall in all sets
-    // rows of queries at a time, whose logits take up to 128 KB; a multiple of all tiles' rows
+    // of causal rows, before row i + 1: prompts and those up to its own
+    later = p.causal ? p.prompts : keys;
+    // rows of queries at a time, whose logits take up to 128 KB; a multiple of all tiles' rows. Of
+    // causal rows few, which see about as much
     block = 24;
-    while (2 * block <= MOST_ROWS && 2 * block * line <= 32768 && block < p.rows) block *= 2;
+    while (!p.causal && 2 * block <= MOST_ROWS && 2 * block * line <= 32768 && block < p.rows) block *= 2;
     auto take = [&](int64_t count) {
       float* piece = memory == nullptr ? nullptr : memory + size;
       size += round_up(count, 16);
@@ -313,6 +316,9 @@ struct Room {
     dk = take(keys * wide);
     dv = take(keys * wide);
   }
+
+  // Keys that the first `rows` rows see between them.
+  int64_t seen(int64_t rows) const { return smaller(keys, later + rows); }
 };
 
 // One head of one image, packed, and what is added to its logits.
@@ -352,18 +358,18 @@ void attention_fwd_unit(const pae_cpu_attention_params& p, int64_t unit, float* 
   float* lse = p.lse + unit * p.rows;
   for (int64_t from = 0; from < p.rows; from += room.block) {
     const int64_t rows = smaller(p.rows - from, room.block);
-    multiply<false>(rows, room.padded, p.width, {room.q + from * wide, wide}, {room.kt, line},
+    const int64_t seen = room.seen(from + rows), padded = round_up(seen, 16);
+    multiply<false>(rows, padded, p.width, {room.q + from * wide, wide}, {room.kt, line},
                     room.logits, line, false);
     float shares[Room::MOST_ROWS];
     for (int64_t i = 0; i < rows; ++i) {
       float most, *logits = room.logits + i * line;
-      added.finish(logits, from + i, room.keys, room.padded);
-      const float sum = softmax_row(logits, room.padded, most);
+      added.finish(logits, from + i, room.seen(from + i + 1), padded);
+      const float sum = softmax_row(logits, padded, most);
       lse[from + i] = most + std::log(sum);
       shares[i] = 1.0f / sum;
     }
-    multiply<false>(rows, wide, room.keys, {room.logits, line}, {room.v, wide}, room.rows, wide,
-                    false);
+    multiply<false>(rows, wide, seen, {room.logits, line}, {room.v, wide}, room.rows, wide, false);
     Rows{rows, p.width, wide}.unpack(
         room.rows, [&](int64_t i) { return shares[i]; }, out + from * row, row);
   }
@@ -398,17 +404,17 @@ void attention_bwd_unit(const pae_cpu_attention_params& p, int64_t unit, float* 
     const float* lse = p.lse + (image * p.heads + head) * p.rows;
     for (int64_t from = 0; from < p.rows; from += room.block) {
       const int64_t rows = smaller(p.rows - from, room.block);
+      const int64_t seen = room.seen(from + rows), padded = round_up(seen, 16);
       const float *q = room.q + from * wide, *d_out = room.d_out + from * wide;
-      multiply<false>(rows, room.padded, p.width, {q, wide}, {room.kt, line}, room.logits, line,
+      multiply<false>(rows, padded, p.width, {q, wide}, {room.kt, line}, room.logits, line, false);
+      multiply<false>(rows, padded, p.width, {d_out, wide}, {room.vt, line}, room.d_logits, line,
                       false);
-      multiply<false>(rows, room.padded, p.width, {d_out, wide}, {room.vt, line}, room.d_logits,
-                      line, false);
       for (int64_t i = 0; i < rows; ++i) {
         float *probs = room.logits + i * line, *grads = room.d_logits + i * line;
-        added.finish(probs, from + i, room.keys, room.padded);
+        added.finish(probs, from + i, room.seen(from + i + 1), padded);
         F along = {}, sum = {};
         if (whole_rows) {
-          for (int64_t j = 0; j < room.padded; j += W) {
+          for (int64_t j = 0; j < padded; j += W) {
             const F e = exponential_or_0(load(probs + j) - lse[from + i]);
             store(probs + j, e);
             sum += e;
@@ -416,7 +422,7 @@ void attention_bwd_unit(const pae_cpu_attention_params& p, int64_t unit, float* 
           }
           // the sum is 1 but for the rounding of `lse`, which would be left over in sums of `grads`
           const float delta = folded(along, plus) / folded(sum, plus);
-          for (int64_t j = 0; j < room.padded; j += W)
+          for (int64_t j = 0; j < padded; j += W)
             store(grads + j, load(probs + j) * (load(grads + j) - delta));
           continue;
         }
@@ -424,17 +430,17 @@ void attention_bwd_unit(const pae_cpu_attention_params& p, int64_t unit, float* 
           along += load(d_out + i * wide + c) * v.load(out + (from + i) * row + c);
         });
         const float delta = folded(along, plus);
-        for (int64_t j = 0; j < room.padded; j += W) {
+        for (int64_t j = 0; j < padded; j += W) {
           const F e = exponential_or_0(load(probs + j) - lse[from + i]);
           store(probs + j, e);
           store(grads + j, e * (load(grads + j) - delta));
         }
       }
       const Matrix probs{room.logits, line}, grads{room.d_logits, line};
-      multiply<true>(room.keys, wide, rows, probs, {d_out, wide}, room.dv, wide, true);
-      multiply<true>(room.keys, wide, rows, grads, {q, wide}, room.dk, wide, true);
+      multiply<true>(seen, wide, rows, probs, {d_out, wide}, room.dv, wide, true);
+      multiply<true>(seen, wide, rows, grads, {q, wide}, room.dk, wide, true);
       if (!all) continue;
-      multiply<false>(rows, wide, room.keys, grads, {room.k, wide}, room.rows, wide, false);
+      multiply<false>(rows, wide, seen, grads, {room.k, wide}, room.rows, wide, false);
       Rows{rows, p.width, wide}.unpack(
           room.rows, [&](int64_t) { return p.scale; }, d_rows + from * 3 * row, 3 * row);
     }

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define PAE_CPU_ABI_VERSION 3
+#define PAE_CPU_ABI_VERSION 4
 
 #define PAE_API __attribute__((visibility("default")))
 
@@ -120,7 +120,8 @@ PAE_API uint32_t pae_sizeof_cpu_rotate_params(void);
  *   logits = scale q k^T + bias,  lse = log sum exp(logits),  out = exp(logits - lse) v.
  * The `width` entries of a row lie side by side, everything else at distances in entries. The
  * first `rows` rows of an image ask. In the backward, without d_qkv, keys and values of image rows
- * are not read; with it, the queries' part of it is written for those rows alone. */
+ * are not read; with it, the queries' part of it is written for those rows alone. Of causal rows,
+ * each sees those before it and itself, and all prompts. */
 typedef struct pae_cpu_attention_params {
   uint32_t struct_size;
   int32_t threads;
@@ -144,6 +145,7 @@ typedef struct pae_cpu_attention_params {
   const void* d_out;
   void* d_qkv; /* (batch, tokens, 3, heads, width), or null */
   float* d_kv; /* (batch / images rounded up, prompts, 2, heads, width) */
+  int32_t causal, reserved;
 } pae_cpu_attention_params;
 PAE_API int pae_cpu_attention_fwd(const pae_cpu_attention_params* p, void* stream);
 PAE_API int pae_cpu_attention_bwd(const pae_cpu_attention_params* p, void* stream);

@@ -31,6 +31,7 @@ _Attention = native.params(
     **dict.fromkeys(("bias_head", "windows"), native.INT64),
     **dict.fromkeys(("images", "d_out_image", "d_out_row"), native.INT64),
     **dict.fromkeys(("d_out", "d_qkv", "d_kv"), native.POINTER),
+    **dict.fromkeys(("causal", "reserved"), native.INT32),
 )
 
 
@@ -54,14 +55,15 @@ def forward(
     # with AMX PyTorch's fused attention multiplies bf16 by tiles, several times as fast as fp32
     plain = not class_only and bias is None and mask is None
     tiles = qkv.dtype == torch.bfloat16 and plain and _multiplies_tiles()
-    if tiles or not qkv.numel() or causal:
+    if tiles or not qkv.numel():
         return reference.forward(
             qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask, causal
         )
     n = reference.Sizes.of(qkv, kv_prompt, class_only)
     out = torch.empty(n.batch, n.rows, n.heads * n.width, dtype=qkv.dtype)
     lse = torch.empty(n.batch, n.heads, n.rows, dtype=torch.float32)
-    _call("fwd", n, qkv, kv_prompt, group, scale, log_multiplicity, bias, mask, out, lse)
+    given = qkv, kv_prompt, group, scale, log_multiplicity, bias, mask
+    _call("fwd", n, *given, out, lse, causal=causal)
     return out, lse
 
 
@@ -81,7 +83,7 @@ def backward(
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's. The same bits at any number of threads."""
-    if not qkv.numel() or causal:
+    if not qkv.numel():
         return reference.backward(
             *(d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask),
             *(out, lse, need_qkv, causal),
@@ -97,6 +99,7 @@ def backward(
     _call(
         *("bwd", n, qkv, kv_prompt, group, scale, log_multiplicity, bias, mask, out, lse),
         images=images,
+        causal=causal,
         d_out=d_out,
         d_out_image=d_out.stride(0),
         d_out_row=d_out.stride(1),

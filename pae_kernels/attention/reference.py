@@ -177,11 +177,11 @@ def _split(
     return (q[:, :, :1] if class_only else q), k, v
 
 
-def _skips(n: Sizes, causal: bool, *added: Tensor | None) -> bool:
-    """Whether PyTorch's fused attention is causal by itself, which it is for square scores without
-    a mask, and then leaves out what comes later.
+def _skips(n: Sizes, causal: bool, scale: float, *added: Tensor | None) -> bool:
+    """Whether PyTorch's fused attention is causal by itself, and then leaves out what comes later:
+    of square scores without a mask, and no negative scale, by which it multiplies its own -inf.
     """
-    return causal and n.prompts == 0 and all(t is None for t in added)
+    return causal and scale > 0 and n.prompts == 0 and all(t is None for t in added)
 
 
 def _fused_on_cpu(qkv: Tensor, class_only: bool) -> bool:
@@ -203,7 +203,7 @@ def forward(
     n = Sizes.of(qkv, kv_prompt, class_only)
     q, k, v = _split(qkv, kv_prompt, group, class_only)
     fused = _fused_on_cpu(qkv, class_only)
-    skips = fused and _skips(n, causal, log_multiplicity, bias, mask)
+    skips = fused and _skips(n, causal, scale, log_multiplicity, bias, mask)
     later = _later(qkv, class_only, causal and not skips)
     added = _added(n, group, log_multiplicity, bias, mask, later)
     if fused:
@@ -261,7 +261,7 @@ def backward(
         return qkv.new_empty(0), sum_groups(d_kv, group, n.sets).to(kv_prompt.dtype)
 
     fused = _fused_on_cpu(qkv, class_only) and qkv.dtype in (torch.float32, torch.float64)
-    skips = fused and _skips(n, causal, log_multiplicity, bias, mask)
+    skips = fused and _skips(n, causal, scale, log_multiplicity, bias, mask)
     later = _later(qkv, class_only, causal and not skips)
     added = _added(n, group, log_multiplicity, bias, mask, later)
     q, k, v = _split(qkv, kv_prompt, group, class_only)

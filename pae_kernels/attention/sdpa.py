@@ -18,7 +18,8 @@ Flash attention, or the memory-efficient one, and not cuDNN: PyTorch refuses cuD
 bits are asked for twice ("cuDNN SDPA is not deterministic"), as `backward` does, and cuDNN 9.25 and
 9.26 are reported to return NaN in dK and dV for one query, the class row, of strongly negative lse.
 
-With `bias` or `mask`, which flash attention does not take, the reference runs.
+With `bias` or `mask`, which flash attention does not take, the reference runs; and of causal rows
+with a scale that is not positive, by which PyTorch multiplies the -inf of what comes later.
 
 HBM traffic: the logits of prompts, B H N P in fp32, twice; out and dQ once more than the kernels.
 On a GPU PyTorch's backward adds to dQ in any order; `backward` has it keep to one.
@@ -49,7 +50,7 @@ def forward(
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the reference's `forward`."""
-    if bias is not None or mask is not None:
+    if bias is not None or mask is not None or (causal and scale <= 0):
         return reference.forward(
             qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask, causal
         )
@@ -97,7 +98,7 @@ def gradients(
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `backward`, in whatever order PyTorch's kernels add."""
-    if bias is not None or mask is not None:
+    if bias is not None or mask is not None or (causal and scale <= 0):
         return reference.backward(
             *(d_out, qkv, kv_prompt, group, scale, class_only, log_multiplicity, bias, mask),
             *(out, lse, need_qkv, causal),

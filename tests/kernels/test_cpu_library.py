@@ -213,22 +213,26 @@ def test_every_instruction_set(isa, width, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_attention_on_every_instruction_set(isa, dtype, width):
     """Every number of rows of a tile, and of vectors in it: 23 rows, 19 to 128 keys."""
-    for tokens, prompts in ((23, 20), (1, 18), (59, 69), (110, 5)):
+    for tokens, prompts, causal in (
+        *((23, 20, False), (1, 18, False), (59, 69, False), (110, 5, False)),
+        *((24, 0, True), (59, 6, True)),
+    ):
         qkv = rows(2, tokens, 3, 2, width, dtype=dtype)
         kv, d_out = rows(1, prompts, 2, 2, width, dtype=dtype, seed=1), rows(2, tokens, 2 * width)
         bias = rows(1, prompts, seed=3)
         bias[:, 1::4] = -torch.inf
         d_out = d_out.to(dtype)
-        out, lse = attention.forward(qkv, kv, None, 0.3, False, bias)
+        out, lse = attention.forward(qkv, kv, None, 0.3, False, bias, None, None, causal)
         given = d_out, qkv, kv, None, 0.3, False, bias, None, None, out, lse
         leaves = qkv.double().requires_grad_(), kv.double().requires_grad_()
-        exact, exact_lse = attention_reference.prompt_attention(*leaves, None, 0.3, False, bias)
+        options = None, 0.3, False, bias, None, None, causal
+        exact, exact_lse = attention_reference.prompt_attention(*leaves, *options)
         exact_grads = torch.autograd.grad(exact, leaves, d_out.double())
         limit = {FP32: 2e-6, BF16: 5e-3}[dtype]
         assert error(out, exact) < limit and error(lse, exact_lse) < 1e-6
         for need_qkv in (True, False):
-            grads = attention.backward(*given, need_qkv)
-            assert error(grads[1], exact_grads[1]) < limit
+            grads = attention.backward(*given, need_qkv, causal)
+            assert prompts == 0 or error(grads[1], exact_grads[1]) < limit
             assert not need_qkv or error(grads[0], exact_grads[0]) < limit
             assert not grads[1][:, 1::4].any()
 

@@ -65,10 +65,11 @@ def test_the_definition_itself():
     windows=st.sampled_from([None, 1, "all"]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
     scale=st.sampled_from([None, 1.0, 0.3]),
+    causal=st.booleans(),
     seed=st.integers(0, 99),
 )
 @example(
-    1, 3, 3, 2, 17, "shared", "class", False, None, None, torch.float32, 1.0, 77
+    1, 3, 3, 2, 17, "shared", "class", False, None, None, torch.float32, 1.0, False, 77
 )  # d_qkv cancels
 def test_equals_the_definition(
     batch,
@@ -83,12 +84,13 @@ def test_equals_the_definition(
     windows,
     dtype,
     scale,
+    causal,
     seed,
 ):
     count = {"shared": 1, "per_sample": batch, "grouped": 3}[sets]
     qkv, kv = inputs(batch, tokens, prompts, heads, width, count, dtype, seed)
     generator = torch.Generator().manual_seed(seed)
-    options = {"queries": queries, "scale": scale}
+    options = {"queries": queries, "scale": scale, "causal": causal}
     if sets == "grouped":
         options["group"] = torch.randint(3, (batch,), generator=generator)
     if weighted:
@@ -232,6 +234,7 @@ def test_any_shape(execution):
         heads_placed=st.sampled_from([None, 1, 0]),
         windows=st.sampled_from([None, 1, 0]),
         scale=st.sampled_from([None, 1.0, -0.3]),
+        causal=st.booleans(),
         dtype=st.sampled_from(execution.dtypes),
         path=st.sampled_from(["whole", "split"]),
         block_n=st.sampled_from([16, 32]),
