@@ -52,6 +52,7 @@ class Checkpoint:
         pool: whose rows the readout pooled, as in `PromptedViT`; "image" where the file is older
             than that.
         task: what the model was trained for, or None.
+        dense: of a `PromptedSegmenter` what `DenseHeads.describe` says; None of all others.
         train_backbone: what of the backbone is trained, as `PromptedViT.trained_backbone` says it.
         versions: of pae, torch and timm, which wrote it.
         extra: the further texts given to `save`.
@@ -69,6 +70,7 @@ class Checkpoint:
     kld: dict[str, Any] | None
     pool: str
     task: TaskInfo | None
+    dense: dict[str, Any] | None
     train_backbone: tuple[str, ...]
     versions: dict[str, str]
     extra: dict[str, str]
@@ -84,6 +86,7 @@ class Trained(Protocol):
     pool: str
     task: TaskInfo | None
     trained_backbone: tuple[str, ...]
+    head: nn.Module
 
     @property
     def num_classes(self) -> int: ...
@@ -212,7 +215,15 @@ def save(
         description["train_backbone"] = list(model.trained_backbone)
     if (source := _source(model.backbone)) is not None:
         description["source"] = source
+    if (dense := _dense(model)) is not None:
+        description["dense"] = dense
     write_tensors(path, state, {**(extra or {}), _TEXT: to_json(description)})
+
+
+def _dense(model: Trained) -> dict[str, Any] | None:
+    """What the heads of a `PromptedSegmenter` are; None of another head."""
+    describe = getattr(model.head, "describe", None)
+    return None if describe is None else cast(Any, describe)()
 
 
 # ---- reading
@@ -263,6 +274,7 @@ def read(path: str | Path) -> Checkpoint:
         kld=meta["kld"],
         pool=meta["pool"],
         task=task,
+        dense=meta.get("dense"),
         train_backbone=tuple(meta["train_backbone"]),
         versions=meta.get("versions", {}),
         extra=texts,
@@ -312,12 +324,21 @@ def load(model: Trained, path: str | Path, other_size: bool = False) -> None:
             "train_backbone, or use PromptedViT.from_file"
         )
     _check_backbone(found, model.backbone, other_size)
+    if found.dense != (own := _dense(model)):
+        raise CheckpointError(
+            f"checkpoint {path} holds {_heads(found.dense)}, and this model has {_heads(own)}: "
+            "build it with the same, or use PromptedSegmenter.from_file"
+        )
     if found.pool != model.pool:
         raise CheckpointError(
             f"checkpoint {path} was trained with pool={found.pool!r}, and the model has "
             f"{model.pool!r}: set model.pool, or build the model with from_file"
         )
     _fill(model, found)
+
+
+def _heads(dense: dict[str, Any] | None) -> str:
+    return "a head for features" if dense is None else f"heads for dense prediction {dense}"
 
 
 def _listed(entries: tuple[str, ...]) -> str:
@@ -332,6 +353,11 @@ def build(
     if not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone must be a torch.nn.Module, got {type(backbone).__name__}")
     found = read(path)
+    if found.dense is not None and isinstance(cls, type):
+        raise CheckpointError(
+            f"checkpoint {path} holds {_heads(found.dense)}: use PromptedSegmenter.from_file, or "
+            "pae.load"
+        )
     _check_backbone(found, backbone, other_size)
     try:
         family = prompts.build(found.prompts["name"], found.prompts["config"])

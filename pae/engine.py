@@ -16,7 +16,7 @@ The block itself is in `block`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -88,20 +88,57 @@ def run(
     Raises:
         ValueError: an unknown memory mode.
     """
+    joins = pool != "image" and not family.enters_sequence  # for the last block alone
+    x, entered, _ = _prompted(plan, view, family, x, memory, plan.class_only, joins)
+    return x if plan.class_only else pooled_rows(x, view.num_prefix_tokens, entered, pool)
+
+
+def run_to(
+    plan: FrozenPlan,
+    view: BackboneView,
+    family: PromptFamily,
+    x: Tensor,
+    memory: str,
+    blocks: Sequence[int],
+) -> list[Tensor]:
+    """As `run`, but the outputs of these blocks (ascending), each (B, n, D) with prompts and prefix
+    cut off; what stands behind the last of them is not run.
+    """
+    return _prompted(plan, view, family, x, memory, False, False, blocks)[2]
+
+
+def _prompted(
+    plan: FrozenPlan,
+    view: BackboneView,
+    family: PromptFamily,
+    x: Tensor,
+    memory: str,
+    class_only: bool,
+    joins: bool,
+    blocks: Sequence[int] = (),
+) -> tuple[Tensor, int, list[Tensor]]:
+    """What leaves the last block, the prompt rows in it, and the image rows that leave `blocks`.
+
+    Args:
+        joins: prompts of the last block are rows of the sequence there.
+    """
     check_memory(memory)
     family.start_forward()
-    at, class_only, last = view.num_prefix_tokens, plan.class_only, len(plan.blocks) - 1
-    joins = pool != "image" and not family.enters_sequence  # for the last block alone
+    at, last, found = view.num_prefix_tokens, len(plan.blocks) - 1, []
+    end = blocks[-1] if blocks else last
     with torch.autocast(x.device.type, enabled=False):
         plan, entered = plan.now(), 0
         if family.enters_sequence:
             rows = family.block_prompts(0, x)
             if rows is not None:
                 x, entered = insert_rows(x, rows, at), rows.shape[-2]
-        ask = answers(plan, family, x, last if class_only or joins else last + 1)
+        ask = answers(plan, family, x, last if class_only or joins else end + 1)
 
         def enter(i: int, stream: Stream) -> tuple[Stream, BlockPrompts]:
             nonlocal entered
+            if i - 1 in blocks:  # summed once, for both who read it
+                stream = stream._replace(rows=stream.sum(), pending=None)
+                found.append(stream.rows[:, at + entered :])
             if touches_rows(family, i):
                 query = partial(class_query, plan.blocks[i])
                 rows = between_blocks(family, i, stream.sum(), at, entered, stream.attention, query)
@@ -118,8 +155,10 @@ def run(
                 prompts = prompts._replace(bypass=bypass)
             return stream, prompts
 
-        x = walk(plan, x, enter, class_only, memory)
-    return x if class_only else pooled_rows(x, at, entered, pool)
+        x = walk(plan.only(0, end + 1) if blocks else plan, x, enter, class_only, memory)
+        if blocks:
+            found.append(x[:, at + entered :])
+    return x, entered, found
 
 
 def walk(

@@ -7,6 +7,7 @@ from . import analysis, prompts
 from .checkpoint import Checkpoint
 from .checkpoint import read as read_checkpoint
 from .clip import PromptedCLIP, PromptedText, prompted_clip
+from .dense import SETRPUP, LinearHead, PromptedSegmenter
 from .errors import CheckpointError, UnsupportedBackbone
 from .graphs import graphed_step
 from .kld import KLD
@@ -47,13 +48,16 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "KLD",
+    "SETRPUP",
     "Callback",
     "Checkpoint",
     "CheckpointError",
+    "LinearHead",
     "MPAResult",
     "NullSpace",
     "OfficialParts",
     "PromptedCLIP",
+    "PromptedSegmenter",
     "PromptedText",
     "PromptedViT",
     "Run",

@@ -5,8 +5,9 @@ definition.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ uncompiled = partial(
 )
 _uncompiled_run = uncompiled(fast.run)
 _uncompiled_windows = uncompiled(windows.run)
+_uncompiled_run_to = uncompiled(fast.run_to)
+_uncompiled_windows_to = uncompiled(windows.run_to)
 
 
 class PromptedViT(nn.Module):
@@ -220,6 +223,50 @@ class PromptedViT(nn.Module):
 
     def features(self, images: Tensor, engine: str = "reference", memory: str = "keep") -> Tensor:
         """What the head reads, (B, F); arguments and errors as in `forward`."""
+        self._check(images, engine)
+        view, at = self.view, self.view.num_prefix_tokens
+        if engine == "fast":
+            # an observer leaves what it saw per thread, which breaks a graph: outside of the walk,
+            # since PyTorch 2.11 cannot go on from a break inside
+            run = _uncompiled_run if self.prompts.observed else fast.run
+            run = _uncompiled_windows if view.shape.widths else run
+            rows = run(*self._given(images), memory, self._pool)
+        else:
+            x, entered, _ = self._reference(images)
+            rows = pooled_rows(x, at, entered, self._pool)
+        features = view.readout(rows)
+        self.prompts.observe_features(features)
+        return features
+
+    def forward_features(
+        self,
+        images: Tensor,
+        out_blocks: Sequence[int],
+        engine: str = "reference",
+        memory: str = "keep",
+    ) -> list[Tensor]:
+        """The image's rows as blocks leave them, for dense prediction: per block (B, n, D), row by
+        row of the patch grid, prompts and prefix tokens cut off, with no norm behind them.
+
+        Blocks behind the last of `out_blocks` are not run. Where blocks look into windows (Swin)
+        each has the grid and the width of its stage.
+
+        Args:
+            images, engine, memory: as in `forward`.
+            out_blocks: numbers of blocks, ascending; negative ones count from the end.
+
+        Raises:
+            ValueError: as `forward`, or a number that is no block's, comes twice or out of order.
+        """
+        self._check(images, engine)
+        blocks = blocks_of("out_blocks", out_blocks, len(self.view.blocks))
+        if engine != "fast":
+            return self._reference(images, blocks)[2]
+        run = _uncompiled_run_to if self.prompts.observed else fast.run_to
+        run = _uncompiled_windows_to if self.view.shape.widths else run
+        return run(*self._given(images), memory, blocks)
+
+    def _check(self, images: Tensor, engine: str) -> None:
         if self.trained_backbone and not torch.compiler.is_compiling():
             trained.hold(self.backbone, self.trained_backbone)
         if getattr(self, "_is_replica", False):
@@ -228,18 +275,22 @@ class PromptedViT(nn.Module):
                 "no backbone of their own: use DistributedDataParallel"
             )
         self.view.check_images(images)
-        if engine == "fast":
-            height, width = images.shape[-2:]
-            plan = self.plan(size=(height, width), settled=False)
-            x = self.view.embed(images)
-            # an observer leaves what it saw per thread, which breaks a graph: outside of the walk,
-            # since PyTorch 2.11 cannot go on from a break inside
-            run = _uncompiled_run if self.prompts.observed else fast.run
-            run = _uncompiled_windows if self.view.shape.widths else run
-            rows = run(plan, self.view, self.prompts, x, memory, self._pool)
-            return self._shown(self.view.readout(rows))
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
+
+    def _given(self, images: Tensor) -> tuple[FrozenPlan, BackboneView, PromptFamily, Tensor]:
+        """What the fast engine walks."""
+        height, width = images.shape[-2:]
+        plan = self.plan(size=(height, width), settled=False)
+        return plan, self.view, self.prompts, self.view.embed(images)
+
+    def _reference(
+        self, images: Tensor, blocks: Sequence[int] = ()
+    ) -> tuple[Tensor, int, list[Tensor]]:
+        """What leaves the last block, the prompt rows in it, and the image rows that leave
+        `blocks`, behind the last of which nothing is run.
+        """
+        found: list[Tensor] = []
         view, family, at = self.view, self.prompts, self.view.num_prefix_tokens
         family.start_forward()
         x, entered, attention = view.embed(images), 0, None
@@ -266,11 +317,12 @@ class PromptedViT(nn.Module):
                 entered += count
             else:
                 x = cut_rows(x, at, count)
-        return self._shown(view.readout(pooled_rows(x, at, entered, self._pool)))
-
-    def _shown(self, features: Tensor) -> Tensor:
-        self.prompts.observe_features(features)
-        return features
+            if i in blocks:
+                found.append(x[:, at + entered :])
+                if len(found) == len(blocks):
+                    _ask_the_rest(family, i, x)
+                    break
+        return x, entered, found
 
     def penalty(self) -> Tensor:
         """Scalar to add to the training loss: KLD's two terms and the family's own; 0 in eval mode.
@@ -493,6 +545,33 @@ def fast_forward(model: nn.Module, images: Tensor, memory: str = "keep") -> Tens
             )
         inner = wrapped
     return model(images, engine="fast", memory=memory)
+
+
+def blocks_of(name: str, blocks: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Numbers of blocks in [0, depth), negative ones counted from the end, or raise ValueError
+    unless they are ascending.
+    """
+    given = list(blocks) if isinstance(blocks, Iterable) and not isinstance(blocks, str) else None
+    if not given or any(type(block) is not int for block in given):
+        raise ValueError(f"{name} must be numbers of blocks, got {blocks!r}")
+    if wrong := [block for block in given if not -depth <= block < depth]:
+        raise ValueError(f"{name} must lie in [{-depth}, {depth}), got {wrong[0]}")
+    found = tuple(block % depth for block in given)
+    if any(a >= b for a, b in pairwise(found)):
+        kind = "each once" if len(set(found)) < len(found) else "ascending"
+        raise ValueError(f"{name} must be {kind}, got {given}")
+    return found
+
+
+def _ask_the_rest(family: PromptFamily, index: int, x: Tensor) -> None:
+    """Prompts behind block `index`, which nobody reads: where the fast engine asks for all at once
+    their dropout is drawn, and both engines leave the same random stream.
+    """
+    if family.depends_on_input or family.enters_sequence:
+        return
+    for i in range(index + 1, len(family.prompt_counts)):
+        family.block_prompts(i, x)
+        family.head_keys_values(i, x)
 
 
 def check_pool(pool: str, view: BackboneView, prompts: PromptFamily) -> None:

@@ -10,6 +10,7 @@ where they live on (VPT-shallow; the last block where they are pooled), once per
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -36,19 +37,45 @@ def run(
     pool: str = "image",
 ) -> Tensor:
     """As `engine.run`, for families that are defined on stages."""
+    joins = pool != "image" and not family.enters_sequence  # for the last block alone
+    x, live, _ = _prompted(plan, family, x, memory, joins)
+    return pooled_rows(x, 0, live, pool)
+
+
+def run_to(
+    plan: FrozenPlan,
+    view: BackboneView,
+    family: PromptFamily,
+    x: Tensor,
+    memory: str,
+    blocks: Sequence[int],
+) -> list[Tensor]:
+    """As `engine.run_to`; rows row by row of each block's own grid."""
+    return _prompted(plan, family, x, memory, False, blocks)[2]
+
+
+def _prompted(
+    plan: FrozenPlan,
+    family: PromptFamily,
+    x: Tensor,
+    memory: str,
+    joins: bool,
+    blocks: Sequence[int] = (),
+) -> tuple[Tensor, int, list[Tensor]]:
+    """As the engine's."""
     check_memory(memory)
     family.start_forward()
-    last = len(plan.blocks) - 1
-    joins = pool != "image" and not family.enters_sequence  # for the last block alone
+    last, found = len(plan.blocks) - 1, []
+    end = blocks[-1] if blocks else last
     with torch.autocast(x.device.type, enabled=False):
         live = 0
         if family.enters_sequence:
             rows = family.block_prompts(0, x)
             if rows is not None:
                 x, live = insert_rows(x, rows, 0), rows.shape[-2]
-        ask = answers(plan, family, x, last if joins else last + 1)
+        ask = answers(plan, family, x, last if joins else end + 1)
         stream, before = Stream(x.contiguous()), None
-        for i, block in enumerate(plan.blocks):
+        for i, block in enumerate(plan.blocks[: end + 1]):
             assert block.windows is not None
             cut, merging = Cut.of(block.windows), plan.mergings.get(i)
             if family.mixes_windows:
@@ -67,10 +94,13 @@ def run(
                 kv = keys_values(block, normalise(rows, block.norm1, plan.dtype))
             given = stream.rows, stream.pending, kv, group, None, block, memory, False, False, False
             stream = Stream(*FrozenBlock.apply(*given, *block.vectors()))
+            if i in blocks:  # summed once, for both who read it
+                stream = Stream(stream.sum())
+                found.append(_moved(stream.rows, live, cut, Cut(cut.grid))[:, live:])
         x = stream.sum()
         if before is not None and before.padded:
             x = _moved(x, live, before, Cut(before.grid))
-    return pooled_rows(x, 0, live, pool)
+    return x, live, found
 
 
 # ---- rows change places

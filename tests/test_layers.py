@@ -190,13 +190,16 @@ def test_import_draws_no_random_number(imports):
 def test_public_names():
     assert set(pae.__all__) == {
         "KLD",
+        "SETRPUP",
         "Callback",
         "Checkpoint",
         "CheckpointError",
+        "LinearHead",
         "MPAResult",
         "NullSpace",
         "OfficialParts",
         "PromptedCLIP",
+        "PromptedSegmenter",
         "PromptedText",
         "PromptedViT",
         "Run",
