@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,10 @@ class KLD(nn.Module):
     - `first_block=True`. The prompts of block 0 begin the evolution, as the text's sums over all
       layers may mean it: one pair more, and in mode "layerwise" one operator more.
 
+    On a backbone with stages (Swin) the two blocks of a pair are of one stage: between stages
+    widths differ, and what a prompt would be pulled towards is not defined. Each stage has a lift
+    of its own; K and L are of lifted states, which all have `dim` entries, and stay as they are.
+
     It depends on parameters alone, so it may run beside the forward: `pae.graphed_step` puts it on
     a stream of its own inside the captured step. In a loop of one's own, on a GPU, compute
     `model.penalty()` under `torch.cuda.stream(side)` after `side.wait_stream(main)`, and let
@@ -61,7 +67,8 @@ class KLD(nn.Module):
         first_block: whether block 0 takes part. It must then have as many prompts as the others.
 
     Attributes:
-        lift: bias-free `nn.Linear(D, dim)`, the map U, in PyTorch's initialisation.
+        lift: bias-free `nn.Linear(D, dim)`, the map U, in PyTorch's initialisation. None on a
+            backbone with stages, which has `lifts` instead, one for each stage that has a pair.
         K, L: (dim, dim), or one per block that takes part: (depth - 1, dim, dim), with the first
             block (depth, dim, dim). Identity at first. None until `bind`, like lift.
 
@@ -72,6 +79,7 @@ class KLD(nn.Module):
     """
 
     lift: nn.Linear
+    lifts: nn.ModuleList | None
     K: nn.Parameter
     L: nn.Parameter
 
@@ -98,22 +106,50 @@ class KLD(nn.Module):
             raise TypeError(f"first_block must be True or False, got {first_block!r}")
         self.first_block = first_block
         self.depth: int | None = None
+        self._stages: list[range] = []
         self.register_module("lift", None)
+        self.register_module("lifts", None)
         self.register_parameter("K", None)
         self.register_parameter("L", None)
 
-    def bind(self, depth: int, width: int) -> None:
-        """Allocate `lift`, `K` and `L` for a backbone of `depth` blocks of width `width`."""
+    def bind(self, depth: int, width: int, widths: Sequence[int] = ()) -> None:
+        """Allocate `lift`, `K` and `L` for a backbone of `depth` blocks of width `width`.
+
+        Args:
+            widths: of all blocks, where there are stages.
+
+        Raises:
+            ValueError: no two blocks that take part are of one stage.
+        """
         if self.depth is not None:
             raise RuntimeError("this KLD already belongs to a model; build a new one")
         depth, width = _check_size("depth", depth), _check_size("width", width)
+        lifted = [run for run in self.runs(depth, widths) if len(run) > 1]
+        if widths and not lifted:
+            raise ValueError(
+                f"kld pairs blocks of one stage, and no two {self._taking_part} have one width, "
+                f"got widths {tuple(widths)}: leave kld out (None)"
+            )
         self.depth = depth
-        self.lift = nn.Linear(width, self.dim, bias=False)
+        if widths:
+            self._stages = lifted
+            lifts = [nn.Linear(widths[run[0]], self.dim, bias=False) for run in lifted]
+            self.lifts = nn.ModuleList(lifts)
+        else:
+            self.lift = nn.Linear(width, self.dim, bias=False)
         identity = torch.eye(self.dim)
         if self.mode == "layerwise":
             identity = identity.repeat(depth - self._first, 1, 1)
         self.K = nn.Parameter(identity.clone())
         self.L = nn.Parameter(identity.clone())
+
+    def runs(self, depth: int, widths: Sequence[int] = ()) -> list[range]:
+        """Blocks that take part, by stages: a pair is two neighbours of one of them."""
+        if not widths:
+            return [range(self._first, depth)]
+        blocks = range(self._first, depth)
+        found = [list(run) for _, run in groupby(blocks, key=lambda i: widths[i])]
+        return [range(run[0], run[-1] + 1) for run in found]
 
     def operators(self) -> tuple[Tensor, Tensor]:
         """K and L as `terms` reads them: (dim, dim), or one per block that takes part."""
@@ -136,14 +172,16 @@ class KLD(nn.Module):
             RuntimeError: not bound.
             ValueError: the prompts do not fit, or their number differs between blocks.
         """
-        rows = self._blocks_of(prompts)
         K, L = self.operators()
-        dtype = torch.promote_types(torch.promote_types(rows.dtype, K.dtype), torch.float32)
-        rows, lift, K, L = (t.to(dtype) for t in (rows, self.lift.weight, K, L))
-        consistency, lyapunov = koopman_losses(
-            rows, lift, K, L, self.formulation, self.gauge, self.gauge_eps
-        )
-        return self.consistency_weight * consistency, self.lyapunov_weight * lyapunov
+        total: list[Tensor] = []
+        for blocks, lift, rows in self._parts(prompts):
+            dtype = torch.promote_types(torch.promote_types(rows.dtype, K.dtype), torch.float32)
+            own = slice(blocks.start - self._first, blocks.stop - self._first)
+            of_pairs = [t if t.dim() == 2 else t[own] for t in (K, L)]
+            z, U, A, F = (t.to(dtype) for t in (rows, lift.weight, *of_pairs))
+            terms = koopman_losses(z, U, A, F, self.formulation, self.gauge, self.gauge_eps)
+            total = [a + b for a, b in zip(total, terms)] if total else list(terms)
+        return self.consistency_weight * total[0], self.lyapunov_weight * total[1]
 
     def clip_gradients(self, max_norm: float = 10.0) -> Tensor:
         """Scale the gradients of lift, K and L together by min(1, max_norm / (norm + 1e-6)).
@@ -174,8 +212,14 @@ class KLD(nn.Module):
         """Number of the first block that takes part."""
         return 0 if self.first_block else 1
 
-    def _blocks_of(self, prompts: Tensor | Sequence[Tensor | None]) -> Tensor:
-        """Prompts of the blocks that take part, as one tensor (blocks, P, D)."""
+    @property
+    def _taking_part(self) -> str:
+        return "blocks" if self.first_block else "blocks but the first"
+
+    def _parts(
+        self, prompts: Tensor | Sequence[Tensor | None]
+    ) -> Iterator[tuple[range, nn.Linear, Tensor]]:
+        """Of each stage the blocks that take part, their lift, and their prompts (blocks, P, D)."""
         if self.depth is None:
             raise RuntimeError(
                 "KLD is not bound: call bind(depth, width) or give it to PromptedViT"
@@ -184,18 +228,33 @@ class KLD(nn.Module):
             raise TypeError(f"prompts must be a tensor or a list of tensors, got {prompts!r}")
         if len(prompts) != self.depth:
             raise ValueError(f"prompts must hold {self.depth} blocks, got {len(prompts)}")
-        width = self.lift.in_features
-        rows = prompts[self._first :]
+        if self.lifts is not None:
+            for blocks, own in zip(self._stages, self.lifts):
+                where, lift = f"blocks {blocks.start} to {blocks.stop - 1}", cast(nn.Linear, own)
+                yield blocks, lift, self._stacked(prompts, blocks, lift, where, "")
+        else:
+            but = "" if self.first_block else " but the first"
+            blocks = range(self._first, self.depth)
+            yield blocks, self.lift, self._stacked(prompts, blocks, self.lift, "every block", but)
+
+    @staticmethod
+    def _stacked(
+        prompts: Tensor | Sequence[Tensor | None],
+        blocks: range,
+        lift: nn.Linear,
+        where: str,
+        but: str,
+    ) -> Tensor:
+        width, rows = lift.in_features, prompts[blocks.start : blocks.stop]
         shapes = [None if p is None else tuple(p.shape) for p in rows]
         if any(s is None or len(s) != 2 or s[0] == 0 or s[1] != width for s in shapes):
-            raise ValueError(f"prompts must be (P >= 1, {width}) in every block, got {shapes}")
+            raise ValueError(f"prompts must be (P >= 1, {width}) in {where}, got {shapes}")
         if len(set(shapes)) > 1:
-            but = "" if self.first_block else " but the first"
-            raise ValueError(f"prompts must have the same P in every block{but}, got {shapes}")
+            raise ValueError(f"prompts must have the same P in {where}{but}, got {shapes}")
         if isinstance(rows, Tensor):
             return rows
         given = [p for p in rows if p is not None]
-        return torch.stack(given) if given else self.lift.weight.new_empty(0, 1, width)
+        return torch.stack(given) if given else lift.weight.new_empty(0, 1, width)
 
 
 def _check_size(name: str, value: int) -> int:

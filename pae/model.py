@@ -147,24 +147,21 @@ class PromptedViT(nn.Module):
                 "kld pairs prompt j of a block with prompt j of the next, and prompts "
                 f"({type(prompts).__name__}) moves prompts between blocks"
             )
-        if kld is not None and self.view.shape.widths:
-            raise ValueError(
-                "kld lifts the prompts of all blocks by one map, and the stages of "
-                f"{type(backbone).__name__} have several widths: leave kld out (None)"
-            )
         prompts.bind(self.view.shape)
         if type(prompts).head_keys_values is not PromptFamily.head_keys_values:
             _check_heads(self.view, prompts)
         check_pool(pool, self.view, prompts)
         if kld is not None:
-            counts = prompts.prompt_counts
-            if len(set(counts if kld.first_block else counts[1:])) != 1 or counts[-1] == 0:
+            counts, shape = prompts.prompt_counts, self.view.shape
+            of_runs = [{counts[i] for i in run} for run in kld.runs(shape.depth, shape.widths)]
+            if any(len(found) != 1 or 0 in found for found in of_runs):
                 which = "" if kld.first_block else " after the first"
+                which += " of a stage" if shape.widths else ""
                 raise ValueError(
                     "kld pairs the prompts of neighbouring blocks, which needs the same number of "
                     f"prompts (at least one) in every block{which}, got {counts}"
                 )
-            kld.bind(self.view.shape.depth, self.view.shape.width)
+            kld.bind(shape.depth, shape.width, shape.widths)
             kld.to(like.device, like.dtype)
         self.view.take_head()
         self.backbone = backbone.requires_grad_(False).eval()

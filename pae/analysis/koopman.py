@@ -98,7 +98,13 @@ def analyse(
         ValueError: the prompts do not fit kld, fewer than two blocks take part, rank is out of
             range, or a tensor is not finite.
     """
-    rows = kld._blocks_of(prompts).detach().cpu().double()
+    if kld.lifts is not None:
+        raise ValueError(
+            "kld must have one lift for all blocks, and on a backbone with stages it has "
+            f"{len(kld.lifts)}, which give no one walk of states"
+        )
+    [(_, lift, own)] = kld._parts(prompts)
+    rows = own.detach().cpu().double()
     pairs = len(rows) - 1
     if pairs < 1:
         raise ValueError(f"prompts must have two blocks that take part in kld, got {len(rows)}")
@@ -112,7 +118,7 @@ def analyse(
             raise ValueError(f"{name} must be finite, got NaN or inf")
     if kld.gauge == "layernorm":
         rows = F.layer_norm(rows, rows.shape[-1:], eps=kld.gauge_eps)
-    states = rows @ kld.lift.weight.detach().cpu().double().mT  # (m + 1, P, k)
+    states = rows @ lift.weight.detach().cpu().double().mT  # (m + 1, P, k)
 
     eigenvalues, modes = _modes(K)
     condition, departure = _condition(modes), _departure(K, eigenvalues)

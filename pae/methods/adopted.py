@@ -209,7 +209,7 @@ class _SharedKLD(KLD):
             )
         self._given = inner.koopman_in, *(getattr(inner, name) for name in names)
 
-    def bind(self, depth: int, width: int) -> None:
+    def bind(self, depth: int, width: int, widths: Sequence[int] = ()) -> None:
         lift, K, L = self._given
         stacked = self.mode == "layerwise"
         counts = {len(K), len(L)} if stacked else set()
