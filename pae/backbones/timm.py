@@ -8,14 +8,40 @@ from torch import nn
 
 from ..errors import UnsupportedBackbone
 from .timm_bias import BiasView
+from .timm_cait import CaitView
 from .timm_eva import EvaView
 from .timm_naflex import NaFlexView
 from .timm_swin import SwinView
 from .timm_vit import TimmView
 from .view import BackboneView, examined
 
+# Containers without a place for prompts, told by an attribute: a row is more there than one of a
+# sequence.
+_NO_PLACE = {
+    "cls_attn_blocks": "its blocks convolve the grid of their rows (local patch interaction)",
+    "local_up_to_layer": "its blocks weigh rows by places in a square grid (positional attention)",
+    "post_network": "its first blocks weigh the neighbours of each place (outlook attention)",
+    "unroll": "its blocks pool queries within squares of a grid (mask units)",
+    "pixel_pos": "its blocks look at the pixels of each row's patch",
+    "neck": "its blocks cut a grid of rows into windows, with biases for its places",
+    "transformers": "a convolution of the grid of rows stands between its stages",
+}
+
+
+def _refusal(module: nn.Module, missing: str) -> str:
+    """Why a container without that attribute is not taken."""
+    name = type(module).__name__
+    for attribute, reason in _NO_PLACE.items():
+        if hasattr(module, attribute):
+            return f"{name} has no place for prompts: {reason}"
+    if any(part.endswith("logit_scale") for part, _ in module.named_parameters()):
+        return f"{name} compares rows by their cosine, which no formula here has"
+    return f"{name} has no attribute {missing!r}, which a plain timm ViT has"
+
 
 def _kind(module: nn.Module) -> type[TimmView]:
+    if hasattr(module, "blocks_token_only"):
+        return CaitView
     if hasattr(module, "rope_mixed"):
         return EvaView
     if hasattr(module, "rel_pos_bias") or hasattr(module, "shared_rel_pos"):
@@ -44,9 +70,7 @@ def read_backbone(module: nn.Module) -> BackboneView:
     kind = _kind(module)
     for attribute in kind.needs.split():
         if not hasattr(module, attribute):
-            raise UnsupportedBackbone(
-                f"{name} has no attribute {attribute!r}, which a plain timm ViT has"
-            )
+            raise UnsupportedBackbone(_refusal(module, attribute))
     for attribute in () if kind.takes_more else ("rope", "rel_pos_bias", "shared_rel_pos_bias"):
         if getattr(module, attribute, None) is not None:
             raise UnsupportedBackbone(
