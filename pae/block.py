@@ -383,7 +383,7 @@ def project(
     elif block.rotation is not None:
         pointwise.rotate_(qkv, block.rotation)
     if block.padding is not None:
-        qkv[:, block.padding] = cast(Tensor, block.fill)
+        qkv[:, block.padding] = cast(Tensor, block.fill).view(qkv.shape[2:])
     return qkv, stats
 
 
@@ -603,6 +603,7 @@ class FrozenBlock(torch.autograd.Function):
             dx = d_pending = None
             if ctx.need_qkv:
                 if block.padding is not None:
+                    sums.over_rows("fill", d_qkv[:, block.padding].flatten(2))
                     d_qkv[:, block.padding] = 0
                 if block.rotation is not None:
                     pointwise.rotate_(d_qkv, block.rotation, back=True)

@@ -82,7 +82,7 @@ class BlockPlan:
 
     bias: what is added to the logits, by the places of rows in the image, or None. windows: what
     stands instead where the block looks into windows. Some of their rows may be padding, which has
-    `fill` (3, H, d) for its query, key and value: padding (m,) counts them from the last row back.
+    `fill` (3 H d,) for its query, key and value: padding (m,) counts them from the last row back.
     rotation: (2, n, d/2) or (2, H, n, d/2), sine and cosine in at least fp32, of the images' size:
     queries and keys of the last n rows are turned, entry i of a head with i + d/2. order: (d,) the
     place in the backbone's heads of each entry of a query or key here, where it is another.
@@ -171,12 +171,13 @@ class BlockPlan:
 @dataclass(frozen=True)
 class MergingPlan:
     """Folded constants of what stands between two stages: weight (out, 4 C) and bias (out,) act on
-    normalised rows.
+    normalised rows. own: its weights unfolded, where one of them is trained and not folded.
     """
 
     norm: PlainNorm
     weight: Tensor
     bias: Tensor
+    own: Merging | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,9 @@ class FrozenPlan:
         blocks = list(self.blocks)
         for i, vectors in self.trained.now(self.dtype).items():
             blocks[i] = _with(blocks[i], vectors)
-        b_qkv = torch.stack([block.b_qkv for block in blocks])
+        b_qkv = self.b_qkv
+        if b_qkv.numel():  # else the blocks have several widths
+            b_qkv = torch.stack([block.b_qkv for block in blocks])
         return replace(self, blocks=blocks, b_qkv=b_qkv, trained=None)
 
     def placed(self, geometry: list[Geometry]) -> FrozenPlan:
@@ -311,6 +314,8 @@ def fold(view: BlocksView, dtype: torch.dtype, settled: bool = True) -> FrozenPl
     if not settled:
         weights = [_without_trained(w) for w in given]
         vectors = [v for i, w in enumerate(given) for v in _trained_vectors(i, w, weights[i])]
+        if view.shape.widths:
+            vectors += [v for i, w in enumerate(given) for v in _trained_fill(i, w, weights[i])]
         trained = TrainedVectors(vectors) if vectors else None
     qkv = [_fold_qkv(w) for w in weights]
     w_each, b_each = [w.to(dtype) for w, _ in qkv], [b.to(dtype) for _, b in qkv]
@@ -322,21 +327,30 @@ def fold(view: BlocksView, dtype: torch.dtype, settled: bool = True) -> FrozenPl
     blocks = [replace(block, given1=own.norm1) for block, own in zip(blocks, given)]
     if view.shape.widths:
         blocks = [replace(b, fill=_fill(w).to(dtype)) for w, b in zip(weights, blocks)]
-    mergings = {i: _fold_merging(view.read_merging(i), dtype) for i in view.mergings}
+    mergings = {i: _fold_merging(view.read_merging(i), dtype, settled) for i in view.mergings}
     return FrozenPlan(dtype, blocks, w_qkv, b_qkv, view.reads_class_only, trained, mergings)
 
 
 def _fill(w: BlockWeights) -> Tensor:
-    """(3, H, d): what becomes of a row of zeros behind the norm."""
-    bias = Linear(w.qkv.weight, w.qkv.bias)
-    fill = _behind_norm(None, bias)[1].view(3, w.num_heads, -1)
-    fill[0] *= w.scale
+    """(3 H d,): what becomes of a row of zeros behind the norm."""
+    fill = _behind_norm(None, w.qkv)[1]
+    fill[: len(fill) // 3] *= w.scale
     return fill
 
 
-def _fold_merging(merging: Merging, dtype: torch.dtype) -> MergingPlan:
+def _trained_fill(block: int, w: BlockWeights, fixed: BlockWeights) -> list[TrainedVector]:
+    """Of a block whose `fill` is trained: with the bias, and with no shift of a norm."""
+    own, base = _trained_bias(w.qkv), _fill(fixed)
+    after = torch.ones_like(base)
+    after[: len(after) // 3] = w.scale
+    return [] if own is None else [TrainedVector(block, "fill", base, after, own)]
+
+
+def _fold_merging(merging: Merging, dtype: torch.dtype, settled: bool) -> MergingPlan:
     weight, bias = _behind_norm(merging.norm, merging.reduction)
-    return MergingPlan(_plain(merging.norm), weight.to(dtype), bias.to(dtype))
+    live = not settled and any(_trained(t) is not None for t in merging.trainable())
+    own = merging if live else None
+    return MergingPlan(_plain(merging.norm), weight.to(dtype), bias.to(dtype), own)
 
 
 def _trained(tensor: Tensor | None) -> Tensor | None:
@@ -681,8 +695,9 @@ class _Seen:
         _refuse_surroundings()
         for at, part in folded.items():
             _refuse_dropout(at, part)
-        weights = [] if view.shape.widths else map(view.read_block, range(len(view.blocks)))
-        may = {id(t) for w in weights for t in w.trainable()}
+        vectors = [view.read_block(i).trainable() for i in range(len(view.blocks))]
+        between = [view.read_merging(i).trainable() for i in view.mergings]
+        may = {id(t) for own in (*vectors, *between) for t in own}
         for name, module in named:
             _refuse(name, module, may)
         modules = [module for _, module in named]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backbones import BackboneView
+from .backbones.view import Norm
 from .backbones.windows import Windows, places
 from .block import FrozenBlock, Stream, keys_values, normalise
 from .engine import answers, check_memory
@@ -68,7 +69,7 @@ def _prompted(
     last, found = len(plan.blocks) - 1, []
     end = blocks[-1] if blocks else last
     with torch.autocast(x.device.type, enabled=False):
-        live = 0
+        plan, live = plan.now(), 0
         if family.enters_sequence:
             rows = family.block_prompts(0, x)
             if rows is not None:
@@ -198,5 +199,17 @@ def _moved(
     fours = fours.unflatten(1, (-1, 4)).flatten(2)
     if live:
         fours = torch.cat([prompts.repeat(1, 1, 4), fours], dim=1)
-    normed = normalise(fours, merging.norm, merging.weight.dtype)
-    return F.linear(normed, merging.weight, merging.bias).to(x.dtype)
+    dtype, own = merging.weight.dtype, merging.own
+    if own is None:
+        normed = normalise(fours, merging.norm, dtype)
+        return F.linear(normed, merging.weight, merging.bias).to(x.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    bias = own.reduction.bias
+    rows = _affine(normalise(fours, merging.norm, wide), own.norm).to(dtype)
+    rows = F.linear(rows, own.reduction.weight.to(dtype), None if bias is None else bias.to(dtype))
+    return rows.to(x.dtype)
+
+
+def _affine(rows: Tensor, norm: Norm) -> Tensor:
+    rows = rows if norm.weight is None else rows * norm.weight
+    return rows if norm.bias is None else rows + norm.bias

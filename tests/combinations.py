@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 import pae
@@ -35,6 +36,9 @@ def _timm(kind: str) -> Callable[[], nn.Module]:
 def _other(name: str) -> Callable[[], nn.Module]:
     return lambda: libraries.model(name)
 
+
+SWIN = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 16, "num_classes": 5}
+SWIN |= {"depths": (2, 2), "num_heads": (2, 4)}
 
 # one of each kind of container, block or readout
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
@@ -58,6 +62,7 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "open_clip": _other("open_clip"),
     "torchvision": _other("torchvision"),
     "released VPT": lambda: Model(count=0).double().eval(),
+    "timm Swin": lambda: tiny.filled(SwinTransformer(**SWIN)).double().eval(),
 }
 
 

@@ -78,7 +78,6 @@ def named(view: BackboneView, asked: str | Iterable[str]) -> tuple[str, ...]:
     several = [asked] if isinstance(asked, str) else list(asked)
     if not several:
         return ()
-    view.require_one_width("train_backbone")
     own = view.module.named_parameters()
     head = f"{view.head_name}."
     parameters = {name: p for name, p in own if not name.startswith(head)}

@@ -280,6 +280,11 @@ class Merging:
     norm: Norm
     reduction: Linear
 
+    def trainable(self) -> list[Tensor]:
+        """What may be trained of it: all."""
+        own = self.norm.weight, self.norm.bias, self.reduction.weight, self.reduction.bias
+        return [t for t in own if t is not None]
+
     def __call__(self, rows: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, N, C) of an image's grid to (B, N / 4, out)."""
         rows = F.pad(rows.unflatten(1, grid), (0, 0, 0, grid[1] % 2, 0, grid[0] % 2))

@@ -23,7 +23,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pae
-from tests import tiny
+from tests import combinations, tiny
 from tests.tiny import assert_engines_agree, error, prompted
 
 PAGE = Path(__file__).parents[2] / "docs" / "contract.md"
@@ -152,6 +152,15 @@ def trained(part):
         return torch.autograd.grad(loss(model, x, engine), wanted)
 
     return check
+
+
+@row("trained biases and norms of Swin, of what stands between its stages too")
+def _(engine):
+    which = ["biases", "layers.*norm*"]
+    model = tiny.over(combinations.BACKBONES["timm Swin"](), train_backbone=which)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    return torch.autograd.grad(loss(model, x, engine), wanted)
 
 
 ROWS["trained biases of blocks (BitFit)"] = trained("bias")

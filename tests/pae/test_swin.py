@@ -1,6 +1,7 @@
 """Prompts on timm's Swin v1: the released numbers, and both engines on models of every kind."""
 
 import json
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
@@ -254,10 +255,6 @@ def test_names_of_timm(name):
     assert models.asked(name).engine == "fast"
 
 
-def test_a_later_swin_is_refused():
-    assert models.asked("swinv2_tiny_window8_256").engine == "none"
-
-
 def test_initial_prompts_have_the_range_of_the_first_width():
     model = pae.PromptedViT(small(), VPTDeep(50))
     bound = (6 / (3 * 2 * 2 + 8)) ** 0.5
@@ -281,6 +278,106 @@ def test_a_plan_follows_the_backbone():
     assert_engines_agree(model, images)
 
 
+# ---- trained with the prompts
+
+TRAINED = {
+    "biases": "biases",
+    "da-vpt+": "da-vpt+",
+    "norms": ["layers.*norm*", "norm.*"],
+    "between stages": ["layers.1.downsample.*"],
+    "one alone": ["layers.1.blocks.1.attn.qkv.bias"],
+}
+
+
+def also_training(which, kind="plain", family="deep", dtype=torch.float64):
+    swin = small(kind, dtype)
+    depth = sum(len(stage.blocks) for stage in swin.layers)
+    model = pae.PromptedViT(swin, FAMILIES[family](depth), pool="all", train_backbone=which)
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        model.prompts.tokens.copy_(0.7 * torch.randn(model.prompts.tokens.shape, generator=draw))
+    size = model.view.default_size
+    return model.train(), torch.randn(3, 3, *size, generator=draw, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["plain", "padded", "one_stage", "no_qkv_bias"])
+@pytest.mark.parametrize("which", TRAINED)
+def test_engines_agree_on_what_else_is_trained(which, kind):
+    names = [name for name, _ in small(kind).named_parameters()]
+    patterns = TRAINED[which]
+    if isinstance(patterns, list) and not any(fnmatchcase(n, p) for n in names for p in patterns):
+        refused(ValueError, "neither one of", lambda: also_training(patterns, kind))
+        return
+    if isinstance(patterns, list):
+        patterns = [p for p in patterns if any(fnmatchcase(n, p) for n in names)]
+    model, images = also_training(patterns, kind)
+    assert_engines_agree(model, images)
+
+
+@pytest.mark.parametrize("family", ["shallow", "faithful", "none"])
+def test_biases_with_other_prompts(family):
+    assert_engines_agree(*also_training("biases", "padded", family))
+
+
+def test_trained_biases_reach_the_padding():
+    """Rows of padding have the bias for their key and value: its gradient has their part."""
+    model, images = also_training(["layers.*.blocks.*.attn.qkv.bias"], "padded")
+    assert_engines_agree(model, images, memory="recompute")
+    bias = model.backbone.layers[0].blocks[0].attn.qkv.bias
+    before = pae.fast_forward(model, images)
+    with torch.no_grad():
+        bias.add_(0.1)
+    assert error(pae.fast_forward(model, images), before) > 1e-4
+    assert_engines_agree(model, images)
+
+
+# ---- KLD
+
+
+@pytest.mark.parametrize("mode", ["global", "layerwise"])
+@pytest.mark.parametrize("first", [False, True])
+def test_kld_pairs_blocks_of_one_stage(mode, first):
+    """As one KLD for each stage with its own lift, of the same K and L."""
+    kld = pae.KLD(6, mode, first_block=first)
+    model = pae.PromptedViT(small("three_stages"), VPTDeep([2, 3, 3, 3, 1, 1]), kld).train()
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in kld.parameters():
+            p.copy_(torch.randn(p.shape, generator=draw))
+    rows, begin = model.prompts.raw_prompts(), 0 if first else 1
+    expected = 0
+    for lift, blocks in zip(kld.lifts, (range(1, 4), range(4, 6)), strict=True):
+        alone = pae.KLD(6, mode, first_block=True)
+        alone.bind(len(blocks), lift.in_features)
+        alone.double().lift.weight = lift.weight
+        own = slice(blocks.start - begin, blocks.stop - begin)
+        alone.K, alone.L = (
+            torch.nn.Parameter(t if t.dim() == 2 else t[own]) for t in (kld.K, kld.L)
+        )
+        expected = expected + sum(alone.terms([rows[i] for i in blocks]))
+    penalty = model.penalty()
+    assert error(penalty, expected) < 1e-12
+    penalty.backward()
+    assert all(p.grad.norm() > 0 for p in kld.parameters())
+
+
+def test_kld_of_two_blocks_of_the_first_stage():
+    """Which is a pair with `first_block` alone."""
+    with_first = pae.PromptedViT(small(), VPTDeep(2), pae.KLD(6, first_block=True))
+    assert [lift.in_features for lift in with_first.kld.lifts] == [8, 16]
+    without = pae.PromptedViT(small(), VPTDeep(2), pae.KLD(6))
+    assert [lift.in_features for lift in without.kld.lifts] == [16]
+
+
+def test_kld_checkpoint(tmp_path):
+    model = pae.PromptedViT(small(), VPTDeep(2), pae.KLD(6)).train()
+    with torch.no_grad():
+        model.kld.K.mul_(1.5)
+    model.save(tmp_path / "a.safetensors")
+    again = pae.PromptedViT.from_file(tmp_path / "a.safetensors", small()).train()
+    assert torch.equal(again.penalty(), model.penalty())
+
+
 # ---- what is refused
 
 
@@ -300,12 +397,26 @@ def test_refusals():
         lambda: pae.PromptedViT(small(), Narrow(4)),
     )
     refused(
-        ValueError, "leave kld out (None)", lambda: pae.PromptedViT(small(), VPTDeep(4), pae.KLD(8))
+        ValueError,
+        "kld pairs blocks of one stage, and no two blocks but the first have one width, got widths "
+        "(8, 8)",
+        lambda: pae.PromptedViT(small("one_stage"), VPTDeep(4), pae.KLD(8)),
     )
     refused(
-        pae.UnsupportedBackbone,
-        "train_backbone needs blocks of one width",
-        lambda: pae.PromptedViT(small(), VPTDeep(4), train_backbone="biases"),
+        ValueError,
+        "in every block after the first of a stage, got [2, 2, 2, 1]",
+        lambda: pae.PromptedViT(small(), VPTDeep([2, 2, 2, 1]), pae.KLD(8)),
+    )
+    kld = pae.PromptedViT(small(), VPTDeep(4), pae.KLD(8)).kld
+    refused(
+        ValueError,
+        "kld must have one lift for all blocks",
+        lambda: pae.analysis.analyse(kld, [torch.zeros(4, 8)] * 4),
+    )
+    refused(
+        ValueError,
+        "matrices, LayerScale and all others",
+        lambda: also_training(["layers.0.blocks.0.attn.relative_position_bias_table"]),
     )
     refused(
         ValueError,
@@ -326,9 +437,9 @@ def test_refusals():
         lambda: pae.condense(model, images, torch.tensor([0, 1, 2]), keep=0.5),
     )
     refused(pae.UnsupportedBackbone, "load_official needs", lambda: pae.load_official(model, {}))
-    model.backbone.layers[0].blocks[0].norm1.bias.requires_grad_(True)
+    model.backbone.layers[0].blocks[0].mlp.fc1.weight.requires_grad_(True)
     refused(
         pae.UnsupportedBackbone,
-        "layers.0.blocks.0.norm1.bias requires a gradient",
+        "layers.0.blocks.0.mlp.fc1.weight requires a gradient",
         lambda: pae.fast_forward(model, images),
     )
