@@ -42,7 +42,14 @@ from .block import (
 from .plan import BlockPlan, FrozenPlan
 from .prompts import PromptFamily
 from .prompts.contracts import check_rows
-from .sequence import between_blocks, bypass_of, insert_rows, pooled_rows, touches_rows
+from .sequence import (
+    between_blocks,
+    bypass_of,
+    entering,
+    insert_rows,
+    pooled_rows,
+    touches_rows,
+)
 
 
 class BlockPrompts(NamedTuple):
@@ -131,7 +138,7 @@ def _prompted(
         if family.enters_sequence:
             rows = family.block_prompts(0, x)
             if rows is not None:
-                x, entered = insert_rows(x, rows, at), rows.shape[-2]
+                x, entered = insert_rows(x, entering(family, view, rows), at), rows.shape[-2]
         ask = answers(plan, family, x, last if class_only or joins else end + 1)
 
         def enter(i: int, stream: Stream) -> tuple[Stream, BlockPrompts]:

@@ -27,6 +27,7 @@ from .sequence import (
     between_blocks,
     bypass_of,
     cut_rows,
+    entering,
     insert_rows,
     pooled_rows,
     sequence_lengths,
@@ -305,6 +306,7 @@ class PromptedViT(nn.Module):
             if rows is not None:
                 group, count = family.group_index(x), rows.shape[-2]
                 check_rows(family, i, rows, group)
+                rows = entering(family, view, rows)
                 x = insert_rows(x, rows if group is None else rows[group], at)
             if family.reads_class_attention and i + 1 < len(view.blocks):
                 attention = view.class_attention(i, x, geometry, kv)

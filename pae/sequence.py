@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .backbones.view import Bypass
+from .backbones.view import BackboneView, Bypass
 from .prompts import PromptFamily
 
 
@@ -43,6 +43,12 @@ def sequence_lengths(family: PromptFamily, rows: int) -> tuple[int, ...]:
     if family.enters_sequence:
         return (rows + counts[0],) * len(counts)
     return tuple([rows + count for count in counts])
+
+
+def entering(family: PromptFamily, view: BackboneView, rows: Tensor) -> Tensor:
+    """Rows that join the sequence, as they stand in front of the first block."""
+    norm = view.stem_norm if family.enters_before_norm else None
+    return rows if norm is None else norm(rows)
 
 
 def touches_rows(family: PromptFamily, index: int) -> bool:

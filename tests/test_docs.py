@@ -59,6 +59,13 @@ def test_every_family_has_a_row():
     assert classes - {"PromptFamily"} == set(table)
 
 
+def test_every_pair_has_a_row():
+    """In the table of pairs, whose rows begin otherwise."""
+    text = (ROOT / "docs" / "families.md").read_text()
+    found = dict(re.findall(r"^\| (\w+) \| `([a-z-]+)` \|", text, re.MULTILINE))
+    assert found == {pair.__name__: method for method, pair in pae.prompts.PAIRS.items()}
+
+
 def made(name, kld=None):
     family = getattr(pae.prompts, name)(*ARGUMENTS.get(name, (4,)))
     return pae.PromptedViT(tiny.backbone(dtype=torch.float32), family, kld).train()

@@ -200,9 +200,12 @@ class View(PlainView):
             rows = torch.cat([rows[:, :1], registers, rows[:, 1:]], dim=1)
         return self._before(rows)
 
+    @property
+    def stem_norm(self) -> nn.Module | None:
+        return getattr(self.base, "pre_layrnorm", None)  # their spelling
+
     def _before(self, rows: Tensor) -> Tensor:
-        norm = getattr(self.base, "pre_layrnorm", None)  # their spelling
-        return rows if norm is None else norm(rows)
+        return rows if self.stem_norm is None else self.stem_norm(rows)
 
     # ---- readout
 

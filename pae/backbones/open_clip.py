@@ -86,6 +86,10 @@ class View(PlainView):
     def stem(self) -> nn.Module:
         return self._tower.conv1
 
+    @property
+    def stem_norm(self) -> nn.Module | None:
+        return self._tower.ln_pre
+
     def embed(self, images: Tensor) -> Tensor:
         return self._tower._embeds(images)
 

@@ -157,6 +157,10 @@ class TimmView(BackboneView):
                 self._post = False
                 raise error from None
 
+    @property
+    def stem_norm(self) -> nn.Module | None:
+        return getattr(self._vit, "norm_pre", None)
+
     def embed(self, images: Tensor) -> Tensor:
         m = self._vit
         x = m._pos_embed(m.patch_embed(images))

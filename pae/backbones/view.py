@@ -501,6 +501,13 @@ class BackboneView(BlocksView):
     head_name: str | None = "head"
 
     @property
+    def stem_norm(self) -> nn.Module | None:
+        """What `embed` does last, to every row by itself: the norm in front of the first block, or
+        None where there is none.
+        """
+        return None
+
+    @property
     def class_token(self) -> Tensor | None:
         """The parameter that row 0 is made of, where there is one."""
         return None

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,9 @@ class PromptFamily(nn.Module):
         enters_sequence: prompt rows given at block 0 stay in the sequence through all blocks
             (VPT-shallow). Otherwise the rows of block i are only read as keys and values of block i
             and then cut off.
+        enters_before_norm: those rows join ahead of the norm that stands in front of the first
+            block (CLIP's), which then acts on them too (UPT); on a backbone without one that is no
+            difference.
         depends_on_input: `block_prompts`, `head_keys_values` or `group_index` reads the values of
             `x` (not only its batch size).
         moves_prompts: prompts change their block in training (PRO-VPT), so `prompt_counts` change
@@ -118,6 +122,7 @@ class PromptFamily(nn.Module):
     rewrites_rows: bool = False
     bypasses_attention: bool = False
     enters_sequence: bool = False
+    enters_before_norm: bool = False
     depends_on_input: bool = False
     moves_prompts: bool = False
     takes_stages: bool = False
@@ -171,18 +176,7 @@ class PromptFamily(nn.Module):
         Raises:
             TypeError: an argument is kept under another name or not at all, or is no JSON value.
         """
-        found = {}
-        for name, parameter in inspect.signature(type(self)).parameters.items():
-            owner = f"{type(self).__name__}.config()"
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                raise TypeError(f"{owner} must be overridden: the constructor takes *{name}")
-            if not hasattr(self, name):
-                raise TypeError(
-                    f"{owner} needs argument {name!r} as an attribute of that name: keep it, or "
-                    "override config"
-                )
-            found[name] = _as_json(getattr(self, name), f"{owner}: argument {name!r}")
-        return found
+        return as_config(self)
 
     def extra_repr(self) -> str:
         try:
@@ -414,6 +408,24 @@ def _bound_once(bind: Callable[[Any, BackboneShape], None]) -> Callable[..., Non
     return bound
 
 
+def as_config(owner: Any) -> dict[str, Any]:
+    """Constructor arguments of a family, or of what is made like one, from the attributes of the
+    same names; see `PromptFamily.config`.
+    """
+    found = {}
+    for name, parameter in inspect.signature(type(owner)).parameters.items():
+        where = f"{type(owner).__name__}.config()"
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise TypeError(f"{where} must be overridden: the constructor takes *{name}")
+        if not hasattr(owner, name):
+            raise TypeError(
+                f"{where} needs argument {name!r} as an attribute of that name: keep it, or "
+                "override config"
+            )
+        found[name] = _as_json(getattr(owner, name), f"{where}: argument {name!r}")
+    return found
+
+
 def _as_json(value: Any, what: str) -> Any:
     """A copy of `value` as JSON gives it back, tuples as lists; TypeError where there is none."""
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -452,6 +464,13 @@ def check_probability(name: str, value: float) -> float:
     """Return `value` as a float, or raise unless it lies in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+    return float(value)
+
+
+def check_number(name: str, value: float) -> float:
+    """Return `value` as a float, or raise unless it is finite and at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
     return float(value)
 
 

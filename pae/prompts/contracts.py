@@ -26,7 +26,7 @@ DERIVED = {
     "rewrites_rows": "next_rows",
     "bypasses_attention": "attention_bypass",
 }
-STATED = ("enters_sequence", "depends_on_input", "moves_prompts")
+STATED = ("enters_sequence", "enters_before_norm", "depends_on_input", "moves_prompts")
 QUESTIONS = (
     "bind", "config", "prompt_counts", "block_prompts", "all_prompts", "group_index",
     "head_keys_values", *DERIVED.values(), "observed", "observe", "observe_features",
@@ -169,6 +169,11 @@ def _check_together(owner: Any, cls: type[PromptFamily], base: type[PromptFamily
         raise TypeError(
             f"{name}.next_rows would never be asked, because enters_sequence is False and no rows "
             "live on: set enters_sequence = True in the class"
+        )
+    if says("enters_before_norm") and owner.enters_sequence is False:
+        raise TypeError(
+            f"{name}.enters_before_norm is True and enters_sequence is False: rows that do not "
+            "join the sequence pass no norm in front of it; leave it out"
         )
     if says("moves_prompts") and not any(says(hook) for hook in BETWEEN_STEPS):
         raise TypeError(

@@ -62,6 +62,36 @@ def register(method: str) -> Callable[[_Family], _Family]:
     return add
 
 
+PAIRS: dict[str, type] = {}
+"""Method name, as in `pae train --task clip --method`, to the class of its pair of prompts."""
+
+_Pair = TypeVar("_Pair", bound=type)
+
+
+def register_pair(method: str) -> Callable[[_Pair], _Pair]:
+    """A class decorator: make a `Pair` of prompts known by `method`, as `register` does a family.
+
+    Args:
+        method: lower-case letters, digits and hyphens, not the name of a family.
+
+    Raises:
+        ValueError: another form of name, or one that is taken.
+    """
+    if not isinstance(method, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", method):
+        raise ValueError(
+            f"method must be lower-case letters, digits and hyphens like 'upt-deep', got {method!r}"
+        )
+
+    def add(pair: _Pair) -> _Pair:
+        taken = METHODS.get(method) or PAIRS.get(method)
+        if method in _NOT_FAMILIES or (taken is not None and _path(taken) != _path(pair)):
+            raise ValueError(f"method {method!r} of {_path(pair)} is taken; choose another name")
+        PAIRS[method] = pair
+        return pair
+
+    return add
+
+
 def build(name: str, config: Mapping[str, Any]) -> PromptFamily:
     """Build a family from its class name and `config()`, as stored in checkpoints.
 
