@@ -77,7 +77,15 @@ class Checkpoint:
     state: dict[str, Tensor]
 
 
-class Trained(Protocol):
+class Fillable(Protocol):
+    """What takes the tensors of a checkpoint."""
+
+    def trained_state(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
+
+
+class Trained(Fillable, Protocol):
     """What a checkpoint reads and writes of a `PromptedViT`."""
 
     backbone: nn.Module
@@ -90,10 +98,6 @@ class Trained(Protocol):
 
     @property
     def num_classes(self) -> int: ...
-
-    def trained_state(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
 
 
 _Model = TypeVar("_Model", bound=Trained)
@@ -168,7 +172,34 @@ def _image_size(backbone: nn.Module) -> tuple[int, int] | None:
     return None if size is None else (int(size[0]), int(size[1]))
 
 
+def identity(backbone: nn.Module, trained: Collection[str] = ()) -> dict[str, str]:
+    """What a file knows of a frozen module: its name and both fingerprints."""
+    return {
+        "backbone": backbone_name(backbone),
+        "fingerprint": fingerprint(backbone, trained),
+        "positions": position_fingerprint(backbone, trained),
+    }
+
+
 # ---- writing
+
+
+def versions() -> dict[str, str]:
+    """Of what writes a file."""
+    import timm
+
+    return {"pae": __version__, "torch": torch.__version__, "timm": timm.__version__}
+
+
+def finite(path: str | Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state`, or ValueError where the file could not be loaded again."""
+    for name, tensor in state.items():
+        if bad := not_finite(tensor):
+            raise ValueError(
+                f"{path}: not written, as {name} holds NaN or infinity in {bad} of "
+                f"{tensor.numel()} values"
+            )
+    return state
 
 
 def save(
@@ -178,8 +209,6 @@ def save(
     task: TaskInfo | None = None,
 ) -> None:
     """See `PromptedViT.save`."""
-    import timm
-
     task = model.task if task is None else task
     if task is not None and not isinstance(task, TaskInfo):
         raise ValueError(f"task must be a pae.TaskInfo or None, got {type(task).__name__}")
@@ -190,26 +219,18 @@ def save(
         )
     if _TEXT in (extra or {}):
         raise ValueError(f"extra: the name {_TEXT!r} is taken by the description of the checkpoint")
-    state = model.trained_state()
-    for name, tensor in state.items():
-        if bad := not_finite(tensor):
-            raise ValueError(
-                f"{path}: not written, as {name} holds NaN or infinity in {bad} of "
-                f"{tensor.numel()} values"
-            )
+    state = finite(path, model.trained_state())
     trained = names(model.trained_backbone)
     description: dict[str, Any] = {
         "format": FORMAT,
-        "backbone": backbone_name(model.backbone),
-        "fingerprint": fingerprint(model.backbone, trained),
-        "positions": position_fingerprint(model.backbone, trained),
+        **identity(model.backbone, trained),
         "image_size": _image_size(model.backbone),
         "num_classes": model.num_classes,
         "prompts": {"name": type(model.prompts).__name__, "config": model.prompts.config()},
         "kld": None if model.kld is None else model.kld.config(),
         "pool": model.pool,
         "task": None if task is None else task.record(),
-        "versions": {"pae": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        "versions": versions(),
     }
     if model.trained_backbone:
         description["train_backbone"] = list(model.trained_backbone)
@@ -334,7 +355,8 @@ def load(model: Trained, path: str | Path, other_size: bool = False) -> None:
             f"checkpoint {path} was trained with pool={found.pool!r}, and the model has "
             f"{model.pool!r}: set model.pool, or build the model with from_file"
         )
-    _fill(model, found)
+    fill(model, found.path, found.state)
+    model.task = found.task
 
 
 def _heads(dense: dict[str, Any] | None) -> str:
@@ -381,7 +403,8 @@ def build(
             raise CheckpointError(
                 f"checkpoint {path} does not fit this backbone: {one_line(error)}"
             ) from error
-        _fill(model, found)
+        fill(model, found.path, found.state)
+        model.task = found.task
     return model
 
 
@@ -443,10 +466,10 @@ def _argument(size: tuple[int, int]) -> str:
     return str(size[0] if size[0] == size[1] else size)
 
 
-def _fill(model: Trained, found: Checkpoint) -> None:
+def fill(model: Fillable, path: Path, state: Mapping[str, Tensor]) -> None:
     """Puts the tensors into the model, all or none."""
     own = model.trained_state()
-    new = fitted(found.path, found.state, own)
+    new = fitted(path, state, own)
     before = {name: tensor.clone() for name, tensor in own.items()}
     try:
         model.load_state_dict(new, strict=False)  # a backbone is no part of it
@@ -455,6 +478,5 @@ def _fill(model: Trained, found: Checkpoint) -> None:
         if not isinstance(error, Exception):
             raise
         raise CheckpointError(
-            f"checkpoint {found.path} does not fit this model: {one_line(error)}"
+            f"checkpoint {path} does not fit this model: {one_line(error)}"
         ) from error
-    model.task = found.task

@@ -8,14 +8,16 @@ no head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import clip_file
 from .backbones.clip_text import TextView, read_text
 from .backbones.view import added_to
 from .choices import ENGINES
@@ -25,7 +27,11 @@ from .model import PromptedViT, uncompiled
 from .plan import BOOKKEEPING, FrozenPlan, Plans, wanted_dtype
 from .prompts import PromptFamily, VPTDeep
 from .prompts.base import check_choice
+from .task import TaskInfo
 from .text import Constants, Layout, constants, groups_of, walk
+
+if TYPE_CHECKING:
+    from .mpa import MPAResult
 
 POSITIONS = ("end", "middle")
 
@@ -260,8 +266,8 @@ class PromptedText(nn.Module):
 
     def _state(self, engine: str) -> list[Any] | None:
         """All that features follow from; None where that cannot be known."""
-        device = self.tokens.device
-        found = [engine, device, wanted_dtype(self.view.like), self.tokens, self.live, self.ends]
+        found = [engine, self.tokens.device, wanted_dtype(self.view.like)]
+        found += map(_version, (self.tokens, self.live, self.ends))
         for module in (m for part in (self.backbone, *self._sources()) for m in part.modules()):
             if added_to(module):
                 return None
@@ -296,7 +302,7 @@ class PromptedCLIP(nn.Module):
 
     Attributes:
         vision, text, pair: the parts. logit_scale, logit_bias: buffers. class_names: a tuple, or
-            None.
+            None. task: what it is trained for, or None; see `PromptedViT`.
 
     Raises:
         TypeError, ValueError: on parts of a wrong type, or that do not go together.
@@ -306,6 +312,7 @@ class PromptedCLIP(nn.Module):
     logit_scale: Tensor
     logit_bias: Tensor | None
     pair: Any
+    task: TaskInfo | None = None
 
     def __init__(
         self,
@@ -414,6 +421,113 @@ class PromptedCLIP(nn.Module):
             return total
         found = own()
         return total if found is None else total + found
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
+        """Trainable parameters as torch.optim takes them: "prompts", "kld" and "backbone" of the
+        image tower (see `PromptedViT.parameter_groups`), "text" (the context's) and "pair" (what
+        it has besides); empty groups are left out.
+
+        Raises:
+            ValueError: as `PromptedViT.parameter_groups`.
+        """
+        heads = ("head", "head_bias")  # the projection, which is frozen
+        groups = self.vision.parameter_groups(lr, weight_decay)
+        groups = [group for group in groups if group["name"] not in heads]
+        seen = {id(p) for group in groups for p in group["params"]}
+        for name, part in (("text", self.text.context), ("pair", self.pair)):
+            own = [] if part is None else [p for p in part.parameters() if id(p) not in seen]
+            seen |= {id(p) for p in own}
+            if own:
+                group = {"name": name, "params": own, "lr": lr, "weight_decay": weight_decay}
+                groups.append(group)
+        return groups
+
+    def mpa_init(
+        self, images: Tensor | Iterable, labels: Tensor | None = None, **options: Any
+    ) -> MPAResult:
+        """`pae.mpa_init` of the image prompts; its head is the contrast with the texts' features as
+        they are now, as for every batch.
+
+        Args:
+            images, labels, options: as in `pae.mpa_init`; labels in [0, C).
+
+        Raises:
+            TypeError, ValueError: as `pae.mpa_init`.
+        """
+        from .mpa import mpa_init
+
+        training, head = self.text.training, self.vision.head
+        try:
+            self.text.eval()
+            with torch.no_grad():
+                self.vision.head = _Contrast(self, self.text_features("fast"))
+            return mpa_init(self.vision, images, labels, **options)
+        finally:
+            self.vision.head = head
+            self.text.train(training)
+
+    def drop_plans(self) -> None:
+        """Forget the folded towers and the text features that were kept."""
+        self.vision.drop_plans()
+        self.text.drop_plans()
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What training changes, by name: prompts, context, what the pair has besides, KLD, and of
+        the image tower what is trained.
+        """
+        state = {f"vision.{name}": t for name, t in self.vision.trained_state().items()}
+        state = {name: t for name, t in state.items() if not name.startswith("vision.head.")}
+        parts = [("text.context", self.text.context, ()), ("pair", self.pair, ("image.", "text."))]
+        for name, part, shared in parts:
+            own = {} if part is None else part.state_dict()
+            state |= {f"{name}.{n}": t for n, t in own.items() if not n.startswith(shared)}
+        return state
+
+    def save(
+        self,
+        path: str | Path,
+        extra: Mapping[str, str] | None = None,
+        task: TaskInfo | None = None,
+    ) -> None:
+        """Write the trained parts to a safetensors file, atomically, with fingerprints of both
+        towers, the names of the classes, and a digest of all.
+
+        Args:
+            path, extra, task: as in `PromptedViT.save`.
+
+        Raises:
+            ValueError, OSError: as `PromptedViT.save`.
+        """
+        clip_file.save(self, path, extra, task)
+
+    def load(self, path: str | Path, other_classes: bool = False) -> PromptedCLIP:
+        """Read trained parts written by `save` into this model: all of them, or none on an error.
+
+        Args:
+            path: the file.
+            other_classes: take it also when it was trained on other classes than the model's.
+
+        Raises:
+            CheckpointError: unreadable, incomplete or damaged file, other towers or classes, or
+                parts that do not fit.
+        """
+        clip_file.load(self, path, other_classes)
+        return self
+
+
+class _Contrast(nn.Module):
+    """A head that scores features against texts."""
+
+    def __init__(self, model: PromptedCLIP, texts: Tensor) -> None:
+        super().__init__()
+        self.projection, self.out_features = model.vision.head, len(texts)
+        self._score = model.logits
+        self.register_buffer("texts", texts)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B, C) of what the image tower's head reads."""
+        texts: Any = self.texts
+        return self._score(_unit(self.projection(features)), texts)
 
 
 def prompted_clip(
@@ -654,10 +768,12 @@ def _version(tensor: Tensor | None) -> tuple[Any, ...]:
 def _unchanged(before: list[Any], now: list[Any]) -> bool:
     """Whether states are the same: objects by identity, what `_version` gave by its parts."""
 
+    plain = (int, float, str, bool, torch.device)
+
     def same(a: Any, b: Any) -> bool:
         if type(a) is tuple and type(b) is tuple:
             return len(a) == len(b) and all(map(same, a, b))
-        return a is b or (type(a) is type(b) and type(a) in (int, float, str, bool) and a == b)
+        return a is b or (type(a) is type(b) and type(a) in plain and a == b)
 
     return len(before) == len(now) and all(map(same, before, now))
 

@@ -1,6 +1,7 @@
 """Two towers: the text tower's view against the models themselves, textbook and fast engine."""
 
 import copy
+import pickle
 from functools import partial
 from itertools import combinations, pairwise
 
@@ -10,12 +11,12 @@ import torch
 import pae
 from pae import text
 from pae.backbones.clip_text import read_text
-from pae.prompts import VPTDeep
+from pae.prompts import METHODS, VPTDeep
 from tests import clips
 from tests.clips import CAUSAL, CLIPS, NAMES, Context, clip, prompted
 from tests.errors import error
 from tests.libraries import images
-from tests.tiny import assert_engines_agree, refused
+from tests.tiny import assert_engines_agree, gradients, refused, small
 
 pytest.importorskip("transformers", reason="pip install pae[hf]")
 pytest.importorskip("open_clip", reason="pip install pae[clip]")
@@ -188,6 +189,291 @@ def test_what_runs_once():
 
 def test_one_block():
     assert_engines_agree(prompted("open_clip, one block"), images())
+
+
+@pytest.mark.parametrize("engine", ["reference", "fast"])
+@pytest.mark.parametrize("seed", range(3))
+def test_autocast(engine, seed):
+    """bf16 products: the fast engine is as near to the truth as the blocks themselves."""
+    made = prompted("transformers", dtype=torch.float32)
+    with torch.no_grad():
+        made.text.context.vectors.add_(0.1 * seed)
+    wide = copy.deepcopy(made).double()
+    truth, exact = gradients(wide, images(), "reference")
+
+    def off(engine):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, grads = gradients(made, images().float(), engine)
+        assert logits.dtype == torch.float32
+        return error(logits, truth), error(
+            grads["text.context.vectors"], exact["text.context.vectors"]
+        )
+
+    theirs, ours = off("reference"), off("fast")
+    assert min(theirs + ours) > 1e-4  # it did run in 16 bits
+    assert all(a < 2 * b for a, b in zip(ours, theirs)), (ours, theirs)
+
+
+def test_a_tower_that_was_changed_is_folded_again_or_refused():
+    made, x = prompted(), images()
+    before = made(x, engine="fast")
+    block = made.text.view.blocks[1]
+    with torch.no_grad():
+        block.mlp.c_fc.weight.mul_(1.1)
+        made.text.view.table.weight.mul_(1.1)
+        made.text.view.positions.add_(0.1)
+    assert_engines_agree(made, x)
+    assert error(made(x, engine="fast"), before) > 1e-3
+    block.ln_1.register_forward_hook(lambda *_: None)
+    message = "blocks.1.ln_1 has a forward hook: the fast engine would not run it"
+    refused(pae.UnsupportedBackbone, message, partial(made, x, engine="fast"))
+
+
+def test_copies_stand_alone():
+    made, x = prompted().eval(), images()
+    expected = pae.fast_forward(made, x)
+    twin = pickle.loads(pickle.dumps(made))
+    for other in (copy.deepcopy(made), twin):
+        assert torch.equal(pae.fast_forward(other, x), expected)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(1.1)
+        assert error(pae.fast_forward(other, x), other(x)) < 1e-12
+        assert error(other(x), expected) > 1e-3
+    assert torch.equal(pae.fast_forward(made, x), expected)
+
+
+# ---- features that are kept
+
+
+def count_texts(made, monkeypatch):
+    """How often text features are computed, one entry each time."""
+    seen, own = [], type(made.text)._features
+
+    def counted(self, *given):
+        seen.append(given)
+        return own(self, *given)
+
+    monkeypatch.setattr(type(made.text), "_features", counted)
+    return seen
+
+
+CHANGES = {
+    "context": lambda m: m.text.context.vectors.mul_(1.1),
+    "context replaced": lambda m: setattr(
+        m.text.context, "vectors", torch.nn.Parameter(1.1 * m.text.context.vectors)
+    ),
+    "an attribute": lambda m: setattr(m.text.context, "scale", 2.0),
+    "a block": lambda m: m.text.view.blocks[0].ln_1.weight.mul_(1.1),
+    "positions": lambda m: m.text.view.positions.mul_(1.1),
+    "readout": lambda m: m.text.view.readers[1][0].mul_(2),
+}
+
+
+@pytest.mark.parametrize("engine", ["reference", "fast"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_features_are_never_stale(engine, change, monkeypatch):
+    class Scaled(Context):
+        scale = 1.0
+
+        def rows(self):
+            return self.scale * super().rows()
+
+    made = prompted(text=Scaled(), names=["big cat", "tree"]).eval()
+    seen = count_texts(made, monkeypatch)
+    with torch.no_grad():
+        first = made.text_features(engine)
+        assert made.text_features(engine) is first and len(seen) == 1
+        CHANGES[change](made)
+        fresh = made.text_features(engine)
+        assert len(seen) == 2 and error(fresh, first) > 1e-4
+        assert error(fresh, made.text._features(engine, "keep")) == 0
+
+
+def test_when_features_are_computed(monkeypatch):
+    made, x = prompted(), images()
+    seen = count_texts(made, monkeypatch)
+    made(x), made(x)
+    assert len(seen) == 2  # once a step
+    made.eval()
+    assert made(x).requires_grad and len(seen) == 3  # somebody asks for gradients
+    with torch.inference_mode():
+        made(x), made(x), made(x, engine="fast"), made(x, engine="fast")
+    assert len(seen) == 5
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        made(x)
+    assert len(seen) == 6
+    with torch.no_grad():
+        made(x)  # that were made under inference mode
+        made.text.backbone.ln_final.register_forward_hook(lambda *_: None)
+        made(x), made(x)  # a hook wants to see every forward
+    made.text.train()
+    with torch.no_grad():
+        made(x)
+
+
+def test_texts_without_learned_rows_are_features_once(monkeypatch):
+    """In training too, and they serve a step after an evaluation under inference mode."""
+    x = images()
+    made = pae.prompted_clip(clip("open_clip"), VPTDeep(3), None, NAMES, tokenizer=clips.Words())
+    seen = count_texts(made, monkeypatch)
+    with torch.inference_mode():
+        made(x, engine="fast")
+    for _ in range(2):
+        made.train().loss(x, torch.tensor([0, 1, 2]), engine="fast").backward()
+    assert len(seen) == 1 and made.vision.prompts.tokens.grad.abs().sum() > 0
+    assert_engines_agree(made, x)
+
+
+# ---- loss, pairs, and what goes on in an image tower
+
+
+class Pair(torch.nn.Module):
+    """Both prompts of one generator, and a term that reads the features."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = VPTDeep(2), Rows(3)
+        self.seed = self.text.seed = torch.nn.Parameter(torch.ones(1))
+        self.seen = None
+
+    def see_features(self, found, texts, labels):
+        self.seen = found, texts, labels
+
+    def penalty(self):
+        found, texts, labels = self.seen
+        return (found - texts[labels]).square().mean()
+
+
+class Rows(Context):
+    def rows(self):
+        return self.seed * super().rows()
+
+
+@pytest.mark.parametrize("engine", ["reference", "fast"])
+def test_a_pair(engine):
+    made, x, labels = prompted(pair=Pair()), images(), torch.tensor([2, 0, 2])
+    loss = made.loss(x, labels, engine)
+    found, texts = made.features(x), made.text_features()
+    for f in (found, texts):
+        assert error(f.norm(dim=1), torch.ones(len(f)).double()) < 1e-12
+    expected = torch.nn.functional.cross_entropy(20.085536923187668 * found @ texts.T, labels)
+    expected = expected + (found - texts[labels]).square().mean()
+    assert error(loss, expected) < 1e-12
+    loss.backward()
+    assert made.pair.seed.grad.abs() > 0
+    groups = {g["name"]: g for g in made.parameter_groups(0.1, 5e-4)}
+    assert {n: len(g["params"]) for n, g in groups.items()} == {"prompts": 1, "text": 2}
+    made.pair.seen = None
+    made.eval().loss(x, labels)
+    assert made.pair.seen is None  # there is no training
+
+
+def test_a_pairs_parameter_outside_of_the_context_makes_features_anew():
+    made = prompted(pair=Pair()).eval()
+    with torch.no_grad():
+        first = made.text_features("fast")
+        made.pair.seed.mul_(1.5)
+        assert error(made.text_features("fast"), first) > 1e-3
+
+
+@pytest.mark.parametrize("family", list(METHODS.values()), ids=list(METHODS))
+def test_every_family_on_the_image_tower(family):
+    made = prompted("transformers", image=small(family, num_classes=4))
+    made.vision.prompts.see_labels(torch.tensor([1, 0, 3]))
+    assert_engines_agree(made, images())
+
+
+def test_koopman_lyapunov_on_the_image_tower():
+    made = prompted(image=VPTDeep(3), kld=pae.KLD(8))
+    x, labels = images(), torch.tensor([2, 0, 1])
+    plain = torch.nn.functional.cross_entropy(made(x, engine="fast"), labels)
+    loss = made.loss(x, labels, "fast")
+    assert error(loss - plain, sum(made.vision.kld.terms(made.vision.prompts.raw_prompts()))) < 1e-9
+    loss.backward()
+    assert made.vision.kld.K.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["open_clip", "transformers"])
+def test_modal_pre_alignment_ranks_by_the_contrast(name):
+    made, x = prompted(name, image=VPTDeep(2)), images(4)
+    labels, head = torch.tensor([0, 1, 2, 3]), made.vision.head
+    found = made.mpa_init(x, labels, window=8, stride=4, progress=False)
+    assert made.vision.head is head and made.text.training
+    # the loss of a window is that of the images seen through it, zero prompts in place
+    window = int(found.selected[0])
+    row, column = found.origins[window].tolist()
+    mask = torch.zeros(16, 16).double()
+    mask[row : row + 8, column : column + 8] = 1
+    spectrum = torch.fft.fftshift(torch.fft.fft2(x), dim=(-2, -1)) * mask
+    seen = torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1))).real
+    aligned = made.vision.prompts.tokens.detach().clone()
+    with torch.no_grad():
+        made.vision.prompts.tokens.zero_()
+        expected = torch.nn.functional.cross_entropy(made(seen), labels)
+    assert error(found.losses[window], expected) < 1e-9
+    assert aligned.abs().sum() > 0
+    refused(ValueError, "labels must lie in [0, 4)", partial(made.mpa_init, x, labels + 1))
+
+
+# ---- files
+
+
+def test_files(tmp_path):
+    path, x = tmp_path / "a.safetensors", images()
+    made = prompted(kld=None, train_backbone="biases").eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.01 if p.requires_grad else 0.0
+    made.save(path, {"note": "here"}, pae.TaskInfo(classes=NAMES))
+    again = prompted(train_backbone="biases").eval().load(path)
+    assert torch.equal(again(x), made(x)) and again.task.classes == NAMES
+    names = {n for n, p in made.named_parameters() if p.requires_grad}
+    assert set(made.trained_state()) == names
+
+    other = prompted(train_backbone="biases", names=["a", "b"]).eval()
+    message = "was trained on 4 classes, 'cat', 'tree frog', ..., and the model has 2, 'a', 'b': "
+    refused(pae.CheckpointError, message, partial(other.load, path))
+    other.load(path, other_classes=True)
+    assert torch.equal(other.text.context.vectors, made.text.context.vectors)
+
+
+def test_files_of_pairs(tmp_path):
+    path, x = tmp_path / "a.safetensors", images()
+    made = prompted(pair=Pair()).eval()
+    with torch.no_grad():
+        made.pair.seed.mul_(2)
+    made.save(path)
+    assert torch.equal(prompted(pair=Pair()).eval().load(path)(x), made(x))
+
+
+def test_files_that_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    made = prompted()
+    made.save(path)
+    refused(
+        pae.CheckpointError,
+        "was trained on the image tower VisionTransformer with fingerprint",
+        partial(prompted("open_clip, layer scale").load, path),
+    )
+    other = prompted()
+    with torch.no_grad():
+        other.text.view.positions.add_(1)
+    message = "was trained on the text tower Tower with positions"
+    refused(pae.CheckpointError, message, partial(other.load, path))
+    message = "text.context.vectors is (4, 24) in the file, (3, 24) in the model"
+    refused(pae.CheckpointError, message, partial(prompted(text=Context(3)).load, path))
+    refused(pae.CheckpointError, "has format 'pae-clip-1'", partial(made.vision.load, path))
+    made.vision.save(path)
+    message = "has format 'pae-2', expected 'pae-clip-1': it is of one tower"
+    refused(pae.CheckpointError, message, partial(made.load, path))
+    message = "was trained with train_backbone [], and the model has"
+    prompted().save(path)
+    biased = prompted(train_backbone="biases")
+    refused(pae.CheckpointError, "image tower", partial(biased.load, path))
+    with torch.no_grad():
+        made.text.context.vectors[0, 0] = torch.nan
+    refused(ValueError, "text.context.vectors holds NaN", partial(made.save, path))
 
 
 # ---- what is refused

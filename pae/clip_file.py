@@ -1,0 +1,123 @@
+"""Files of a `PromptedCLIP`: what was trained, and which towers and classes it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .backbones.trained import names
+from .checkpoint import fill, finite, identity, versions
+from .errors import CheckpointError, one_line
+from .files import from_json, to_json
+from .task import TaskInfo
+from .tensorfile import DIGEST, read_tensors, require_digest, write_tensors
+
+if TYPE_CHECKING:
+    from .clip import PromptedCLIP
+
+FORMAT = "pae-clip-1"
+_TEXT = "pae"  # the name of the description among the texts of the file
+
+
+def _towers(model: PromptedCLIP) -> dict[str, dict[str, str]]:
+    trained = names(model.vision.trained_backbone)
+    return {
+        "image": identity(model.vision.backbone, trained),
+        "text": identity(model.text.backbone),
+    }
+
+
+def _made(part: nn.Module | None) -> dict[str, Any] | None:
+    """What a part is, for a reader of the file."""
+    if part is None:
+        return None
+    config: Any = getattr(part, "config", None)
+    return {"name": type(part).__name__, "config": config() if callable(config) else None}
+
+
+def save(
+    model: PromptedCLIP, path: str | Path, extra: Mapping[str, str] | None, task: TaskInfo | None
+) -> None:
+    """See `PromptedCLIP.save`."""
+    task = model.task if task is None else task
+    if task is not None and not isinstance(task, TaskInfo):
+        raise ValueError(f"task must be a pae.TaskInfo or None, got {type(task).__name__}")
+    if _TEXT in (extra or {}):
+        raise ValueError(f"extra: the name {_TEXT!r} is taken by the description of the checkpoint")
+    vision = model.vision
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "towers": _towers(model),
+        "classes": None if model.class_names is None else list(model.class_names),
+        "num_classes": model.num_classes,
+        "prompts": _made(vision.prompts),
+        "context": _made(model.text.context),
+        "pair": _made(model.pair),
+        "kld": _made(vision.kld),
+        "pool": vision.pool,
+        "train_backbone": list(vision.trained_backbone),
+        "task": None if task is None else task.record(),
+        "versions": versions(),
+    }
+    state = finite(path, model.trained_state())
+    write_tensors(path, state, {**(extra or {}), _TEXT: to_json(description)})
+
+
+def load(model: PromptedCLIP, path: str | Path, other_classes: bool) -> None:
+    """See `PromptedCLIP.load`."""
+    path = Path(path)
+    state, texts, vouched = read_tensors(path)
+    try:
+        said = from_json(texts.pop(_TEXT))
+        kind = said["format"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} was not written by pae") from error
+    if kind != FORMAT:
+        hint = ": it is of one tower, which PromptedViT.load reads" if kind == "pae-2" else ""
+        raise CheckpointError(f"checkpoint {path} has format {kind!r}, expected {FORMAT!r}{hint}")
+    require_digest(path, vouched, former=False)
+    texts.pop(DIGEST, None)
+    try:
+        task = TaskInfo.read(said["task"])
+        _check(model, path, said, other_classes)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {one_line(error)}") from error
+    fill(model, path, state)
+    model.task = task
+
+
+def _check(model: PromptedCLIP, path: Path, said: Mapping[str, Any], other_classes: bool) -> None:
+    """Raise unless the file belongs to these towers, parts and classes."""
+    for side, own in _towers(model).items():
+        found = said["towers"][side]
+        if found != own:
+            what = "positions" if found["fingerprint"] == own["fingerprint"] else "fingerprint"
+            raise CheckpointError(
+                f"checkpoint {path} was trained on the {side} tower {found['backbone']} with "
+                f"{what} {found[what]}, got {own['backbone']} with {own[what]}"
+            )
+    for name, own_value in (
+        ("pool", model.vision.pool),
+        ("train_backbone", list(model.vision.trained_backbone)),
+    ):
+        if said[name] != own_value:
+            raise CheckpointError(
+                f"checkpoint {path} was trained with {name} {said[name]!r}, and the model has "
+                f"{own_value!r}"
+            )
+    names = None if said["classes"] is None else tuple(said["classes"])
+    if not other_classes and (names, said["num_classes"]) != (model.class_names, model.num_classes):
+        raise CheckpointError(
+            f"checkpoint {path} was trained on {said['num_classes']} classes, {_first(names)}, and "
+            f"the model has {model.num_classes}, {_first(model.class_names)}: give "
+            "other_classes=True to use it on these"
+        )
+
+
+def _first(names: tuple[str, ...] | None) -> str:
+    if names is None:
+        return "without names"
+    return ", ".join(map(repr, names[:2])) + (", ..." if len(names) > 2 else "")
