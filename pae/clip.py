@@ -70,7 +70,7 @@ class PromptedText(nn.Module):
     context: Any
     _plans: Plans | None
     _first: tuple[list[Any], Constants] | None
-    _kept: tuple[list[Any], Tensor] | None
+    _kept: tuple[list[Any], Tensor, int] | None
     _grouped: tuple[Any, Any] | None
 
     def __init__(
@@ -176,10 +176,12 @@ class PromptedText(nn.Module):
         state = self._state(engine)
         if state is None:
             return self._features(engine, memory)
-        if self._kept is None or not _unchanged(self._kept[0], state):
+        kept = self._kept
+        if kept is None or kept[1]._version != kept[2] or not _unchanged(kept[0], state):
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = state, self._features(engine, memory)
-        return self._kept[1]
+                found = self._features(engine, memory)
+            kept = self._kept = state, found, found._version
+        return kept[1]
 
     def _features(self, engine: str, memory: str) -> Tensor:
         if engine == "reference":
@@ -250,9 +252,8 @@ class PromptedText(nn.Module):
 
     def _is_constant(self) -> bool:
         """Whether features are the same until something is written."""
-        if torch.compiler.is_compiling() or any(
-            p.requires_grad for p in self.backbone.parameters()
-        ):
+        tower = self.backbone.parameters()
+        if torch.compiler.is_compiling() or any(p.requires_grad for p in tower):
             return False
         if self.context is None:
             return True
@@ -599,6 +600,9 @@ def tokenised(
             f"template must be a text with one {{}} for the class name, got {template!r}"
         )
     take = _tokenizer_of(view, tokenizer, model)
+    if view.end is None:  # the tokenizer alone says whether texts begin with a token of their own
+        one, other = take(["cat", "oak"])[:, 0]
+        view.starts = int(one == other)
     ids = take([template.replace("{}", name) for name in names])
     rows = view.shape.num_tokens
     room = rows - count

@@ -81,6 +81,15 @@ def test_rows_around_the_class_name(name):
     assert error(made.text_features(), torch.nn.functional.normalize(expected, dim=1)) < 1e-12
 
 
+def test_a_start_token_that_only_the_tokenizer_knows_of():
+    """SigLIP's tower does not say whether its texts begin with one."""
+    for words, starts in ((clips.WordsOfSiglip(), 0), (clips.Words(), 1)):
+        made = prompted("open_clip, SigLIP", tokenizer=words)
+        assert made.text.live[0].tolist() == list(range(starts, starts + 4))
+        same = words(["cat.", "oak."])[:, 0]
+        assert (same[0] == same[1]) == bool(starts)
+
+
 def test_rows_of_each_class():
     context = Context(4, classes=len(NAMES))
     made = prompted(text=context)
@@ -284,9 +293,13 @@ def test_features_are_never_stale(engine, change, monkeypatch):
     with torch.no_grad():
         first = made.text_features(engine)
         assert made.text_features(engine) is first and len(seen) == 1
+        kept = first.clone()
+        first.zero_()  # nobody's business, but it is seen
+        first = made.text_features(engine)
+        assert torch.equal(first, kept) and len(seen) == 2
         CHANGES[change](made)
         fresh = made.text_features(engine)
-        assert len(seen) == 2 and error(fresh, first) > 1e-4
+        assert len(seen) == 3 and error(fresh, first) > 1e-4
         assert error(fresh, made.text._features(engine, "keep")) == 0
 
 
