@@ -536,12 +536,13 @@ def install() -> None:
 # ---- sizes, as a plug-in of pytest
 
 SMALLER = {"RUNS": 3, "WIDTH": 64}  # constants of a test module
+COMPILED = ("test_native.py", "compiles_without")  # what nvcc or Inductor must compile first
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
     """With PAE_THIN one case of every test, for each version that a GPU runs; with PAE_FEW of so
-    many tests, whose names hold the word that -k gives.
+    many tests, among those that -k and -m will choose.
     """
     seen: dict[tuple[str, str], Any] = {}
     for item in items:
@@ -551,34 +552,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
         name = item.nodeid.partition("[")[0], version[0] if version else ""
         if name not in seen or ("gpu" in item.nodeid and "gpu" not in seen[name].nodeid):
             seen[name] = item
-    if os.environ.get("PAE_THIN") and not any("replay" in i.fixturenames for i in items):
-        items[:] = seen.values()
-        if few := os.environ.get("PAE_FEW"):  # -k chooses later
-            items[:] = [i for i in items if config.option.keyword in i.nodeid][: int(few)]
+    if not os.environ.get("PAE_THIN") or any("replay" in i.fixturenames for i in items):
+        return
+    chosen = list(seen.values())
+    if few := os.environ.get("PAE_FEW"):  # -k and -m choose later
+        words, mark = config.option.keyword.split(" or "), config.option.markexpr
+        chosen = [
+            i
+            for i in chosen
+            if any(word in i.nodeid for word in words)
+            and not any(name in i.nodeid for name in COMPILED)
+            and (not mark or i.get_closest_marker(mark))
+        ][: int(few)]
+    config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
+    items[:] = chosen
 
 
-def small_ceilings() -> None:
-    """A product and a copy that take no time."""
-    from bench import roofline
-
-    roofline.SIDE, roofline.COPIED = {"cuda": 64, "cpu": 64}, {"cuda": 2**16, "cpu": 2**16}
-
-
-def pytest_configure(config: Any) -> None:
-    """Few repetitions, and benchmarks whose groups keep their names but open small inputs."""
+def small_benchmarks() -> None:
+    """Groups keep their names, and open small inputs; a product and a copy take no time."""
     from bench import (
         bench_attention,
         bench_kld,
+        bench_mpa,
         bench_pointwise,
         bench_product,
+        bench_spectrum,
         bench_step,
-        clock,
+        roofline,
         shapes,
-    )
-    from tests.kernels import executions
-
-    executions.EXECUTIONS = tuple(
-        replace(e, repeats=2) if e.kind == "gpu" else e for e in executions.EXECUTIONS
     )
 
     def smaller(module: Any, name: str, change: Any) -> None:
@@ -601,8 +602,25 @@ def pytest_configure(config: Any) -> None:
     smaller(bench_product, "open_inputs", lambda name, rows, width, *rest: (name, 8, 32, *rest))
     smaller(bench_step, "open_step", lambda case, *rest: (case._replace(batch=2), *rest))
     smaller(bench_kld, "open_regulariser", lambda dim, *rest: (8, *rest))
+    smaller(bench_spectrum, "open_batch", lambda c, *rest: (replace(c, batch=2, dim=32), *rest))
+    smaller(
+        bench_mpa,
+        "open_batch",
+        lambda case, device, ranked=None: ((*case[:3], 3, 2), device, ranked and 2),
+    )
     bench_kld.DEPTH, bench_kld.WIDTH, bench_kld.PROMPTS = 4, 16, 3
-    small_ceilings()
+    roofline.SIDE, roofline.COPIED = {"cuda": 64, "cpu": 64}, {"cuda": 2**16, "cpu": 2**16}
+
+
+def pytest_configure(config: Any) -> None:
+    """Few repetitions, and small benchmarks."""
+    from bench import clock
+    from tests.kernels import executions
+
+    executions.EXECUTIONS = tuple(
+        replace(e, repeats=2) if e.kind == "gpu" else e for e in executions.EXECUTIONS
+    )
+    small_benchmarks()
     clock.check = lambda device, reading: {"work_x2": 2.0, "agreement": 1.0, "finest_us": 1.0}
     if hasattr(config.option, "rounds"):
         config.option.rounds = config.option.rounds or 2

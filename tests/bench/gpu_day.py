@@ -1,15 +1,17 @@
-"""Stage a of `bench/gpu.sh` from end to end, killed twice, on a CPU that stands for a GPU.
+"""Stages of `bench/gpu.sh` from end to end, each killed, on a CPU that stands for a GPU.
 
-    pytest -n0 tests/bench/gpu_day.py     # three minutes; a part of PAE_LONG=1 tests/more.sh
+    pytest -n0 tests/bench/gpu_day.py     # MINUTES; a part of PAE_LONG=1 tests/more.sh
 
 Few tests in each step: the ordinary run has the bodies of all that need a GPU (`test_dry_run.py`),
-and a day whose steps are of nothing (`test_gpu_day.py`).
+and a day whose steps are of nothing (`test_gpu_day.py`). Every benchmark runs each of its groups,
+on small inputs. What nvcc makes is left out, and torch.compile leaves functions as they are.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -29,9 +31,9 @@ if "csrc/native_build.py" in sys.orig_argv:  # nvcc's part
     import os
 
     os._exit(0)
-if any(word.startswith("bench.") for word in sys.orig_argv):
+if sys.orig_argv[1] == "-m" and sys.orig_argv[2].startswith("bench."):
     import tests.cpu_as_gpu
-    tests.cpu_as_gpu.small_ceilings()
+    tests.cpu_as_gpu.small_benchmarks()
 """
 SANITIZER = """#!/bin/sh
 while [ "$1" != "{python}" ]; do shift; done
@@ -39,7 +41,8 @@ exec "$@"
 """
 
 
-COMMAND = ["bash", SCRIPT, "a", "--seconds", "550", "--slow", "9"]
+def stage(letter):
+    return ["bash", SCRIPT, letter, "--seconds", "1500", "--slow", "9"]
 
 
 @pytest.fixture
@@ -68,10 +71,10 @@ def day(tmp_path):
     }
 
 
-def killed(day, path, kind, count):
+def killed(command, day, path, kind, count):
     """The day, as soon as there are so many lines of a kind."""
-    with processes.started(COMMAND, env=day) as process:
-        end = time.monotonic() + 300
+    with processes.started(command, env=day) as process:
+        end = time.monotonic() + 900
         while len(lines.read(path, kind)) < count and time.monotonic() < end:
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
@@ -81,32 +84,71 @@ def killed(day, path, kind, count):
     assert lines.read(path) == before, "a program outlives the day"
 
 
-def test_a_day_that_is_killed_goes_on_where_it_was(day, tmp_path):
-    """Once in its tests, once in its timings."""
+def gone_on(letter, day, path):
+    """The rest of a stage: its steps, of which none failed, and its run."""
+    done = processes.run(stage(letter), env=day, timeout=1600)
+    steps = {e["name"]: e["outcome"] for e in lines.read(path, "step")}
+    assert steps.keys() == {s.name for s in gpu.steps() if s.stage == letter} | {gpu.LIBRARY}
+    assert set(steps.values()) == {"passed"}, done.stdout
+    tests = Counter(e["test"] for e in lines.read(path, "test") if e["outcome"] == "passed")
+    assert set(tests.values()) <= {1}, "a test that had passed ran again"
+    run = Run.of(json.loads(path.with_suffix(".json").read_text()))
+    assert "cut short" not in run.machine and not any(row.failed for row in run.rows)
+    assert "Predicted and measured" in path.with_suffix(".md").read_text()
+    assert not [*path.parent.glob(".*")] and len([*path.parent.iterdir()]) <= 8
+    return run, len(tests)
+
+
+def kinds(run):
+    """First words of the groups that have times."""
+    return {row.group.split("/")[0] for row in run.rows if row.seconds}
+
+
+def timed(run):
+    """Rows that have times."""
+    return {row.provider for row in run.rows if row.seconds}
+
+
+def test_the_first_stage(day, tmp_path):
+    """Killed once in its tests, once in its timings."""
     path = tmp_path / "out" / "stand-in-gpu-abc.jsonl"
-    killed(day, path, "test", 3)
+    killed(stage("a"), day, path, "test", 3)
     with open(path, "a") as file:
         file.write('{"kind": "row", "gro')
-    killed(day, path, "round", 1)
+    killed(stage("a"), day, path, "round", 1)
     cut = gpu.as_run(lines.read(path))  # with a torn line in the middle
     assert cut["benchmarks"]
 
-    done = processes.run(COMMAND, env=day)
-    tests = Counter(e["test"] for e in lines.read(path, "test") if e["outcome"] == "passed")
-    assert len(tests) == 3 * 5 and set(tests.values()) == {1}
+    run, tests = gone_on("a", day, path)
+    assert tests == 3 * 5
     assert len(lines.read(path, "ceilings")) == 1
-    steps = {e["name"]: e["outcome"] for e in lines.read(path, "step")}
-    assert set(steps.values()) == {"passed"}, done.stdout
-    run = Run.of(json.loads(path.with_suffix(".json").read_text()))
-    assert "cut short" not in run.machine
-    measured = {row.group.split("/")[0] for row in run.rows if row.seconds}
-    assert measured == {"attention", "step"} and not any(row.failed for row in run.rows)
-    assert {"pae keep", "pae graphed", "official-style", "timm + SDPA"} <= {
-        row.provider for row in run.rows if row.seconds
+    assert kinds(run) == {"attention", "step"}
+    assert {"pae keep", "pae graphed", "official-style", "timm + SDPA"} <= timed(run)
+    assert "===== ceilings: passed" in path.with_suffix(".log").read_text()
+
+
+def test_the_second_stage(day, tmp_path):
+    """Killed in its tests. All steps are called; all groups that a default run has are timed."""
+    path = tmp_path / "out" / "stand-in-gpu-abc.jsonl"
+    killed(stage("b"), day, path, "test", 3)
+    run, tests = gone_on("b", day, path)
+    # tests of kernels and of models; clocks, of which there are two
+    assert tests >= 30
+    assert kinds(run) == {
+        *("step", "attention", "norm", "gelu", "coded gelu", "product", "kld"),
+        *("mpa", "mpa_ranking"),
     }
-    page = path.with_suffix(".md").read_text()
-    assert (
-        "Predicted and measured" in page
-        and "===== ceilings: passed" in path.with_suffix(".log").read_text()
-    )
-    assert not [*path.parent.glob(".*")] and len([*path.parent.iterdir()]) <= 8
+    log = path.with_suffix(".log").read_text()
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        assert re.search(rf"===== sanitizer-{tool}: passed[^=]* [1-9]\d* passed", log), tool
+
+
+def test_the_third_stage(day, tmp_path):
+    """Killed in its timings: peers that are compiled, the search for tiles, all that is scaled."""
+    path = tmp_path / "out" / "stand-in-gpu-abc.jsonl"
+    killed(stage("c"), day, path, "round", 3)
+    run, _ = gone_on("c", day, path)
+    assert {"scaling", "filter", "tokens", "pooling"} <= kinds(run)
+    assert {"timm + SDPA, compiled", "pae keep", "pae"} <= timed(run)
+    log = path.with_suffix(".log").read_text()
+    assert len(re.findall(r"^(?:FORWARD|WHOLE|SPLIT): .*; \d+ tiles, ", log, re.M)) >= 6
