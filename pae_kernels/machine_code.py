@@ -7,6 +7,8 @@ whatever a loop repeats; `loops` says how long their bodies are.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import subprocess
 import tempfile
@@ -79,11 +81,7 @@ class Resources:
 
 def read(cubin: bytes, shared: int, warps: int, architecture: int) -> Resources:
     """What the kernel of this binary takes; `shared` bytes as its launch asks for."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        text = _tool("nvdisasm", "-c", "-ndf", file.name)
+    usage, text = _printed(cubin)
     took = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     code = Code(text)
     return Resources(
@@ -208,6 +206,28 @@ def _lines(text: str) -> Iterator[tuple[str, str, bool, str]]:
             yield label[1], "", True, ""
         elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+ +)?([A-Z][\w.]*)(.*)", line):
             yield "", found[2], not found[1], found[3]
+
+
+def _printed(cubin: bytes) -> list[str]:
+    """What both tools say of a binary, kept where Triton keeps it: to start them takes longer than
+    to compile a small kernel.
+    """
+    import triton
+    from triton.runtime.cache import get_cache_manager
+
+    about = f"{triton.__version__} machine code of ".encode()
+    kept = get_cache_manager(hashlib.sha256(about + cubin).hexdigest())
+    if (path := kept.get_file("printed.json")) is not None:
+        return json.loads(Path(path).read_text())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = [
+            _tool("cuobjdump", "--dump-resource-usage", file.name),
+            _tool("nvdisasm", "-c", "-ndf", file.name),
+        ]
+    kept.put(json.dumps(said), "printed.json", binary=False)
+    return said
 
 
 def _tool(name: str, *arguments: str) -> str:

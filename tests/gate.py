@@ -29,8 +29,10 @@ import json
 import multiprocessing
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import triton
@@ -139,16 +141,17 @@ def tile_of(launch: Launch) -> str:
     return " ".join([*sizes, f"warps={launch.warps} stages={launch.stages}"])
 
 
+def alignment_of(launch: Launch) -> str:
+    return f"multiples of 16: {' '.join(launch.aligned)}"
+
+
 def named(found: Iterable[Launch]) -> dict[str, Launch]:
-    """By their names; the tile tells those apart that differ in nothing else."""
-    by_name: dict[str, list[Launch]] = {}
-    for launch in found:
-        by_name.setdefault(described(launch), []).append(launch)
-    return {
-        name if len(same) == 1 else f"{name} {tile_of(launch)}": launch
-        for name, same in sorted(by_name.items())
-        for launch in same
-    }
+    """By their names; the tile, then what is aligned, tells those apart that are the same else."""
+    names = {launch: described(launch) for launch in found}
+    for more in (tile_of, alignment_of):
+        times = Counter(names.values())
+        names = {la: n if times[n] == 1 else f"{n} {more(la)}" for la, n in names.items()}
+    return {name: launch for launch, name in sorted(names.items(), key=itemgetter(1))}
 
 
 # ---- the file
@@ -183,9 +186,12 @@ def read() -> Budgets:
 
 
 def budget(budgets: Budgets, launch: Launch) -> dict[str, Figures]:
-    """Of one launch, which has its tile in its name where another differs in nothing else."""
-    name = described(launch)
-    return {**budgets.get(name, {}), **budgets.get(f"{name} {tile_of(launch)}", {})}
+    """Of one launch, which has more in its name where another differs in nothing else."""
+    name, found = described(launch), {}
+    for more in ("", f" {tile_of(launch)}", f" {alignment_of(launch)}"):
+        name += more
+        found |= budgets.get(name, {})
+    return found
 
 
 def write(budgets: Budgets) -> None:

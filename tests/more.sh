@@ -10,7 +10,7 @@
 # `apt-get install g++-aarch64-linux-gnu qemu-user-static` was done.
 #
 # The long part, longer than that: machine code of all that steps, benchmarks and tests launch on
-# a GPU; the first stage of bench/gpu.sh on a CPU that stands for one, killed and gone on with; where
+# a GPU; the three stages of bench/gpu.sh on a CPU that stands for one, killed and gone on with; where
 # Ray is installed, a sweep on a cluster whose worker and driver are killed; and, where PAE_TTIR is
 # an environment with ttsem (tests/kernels/ttir.py says how it is made), every Triton kernel in bf16
 # executed from its TTIR. A last argument or more goes to each pytest, as `-x`.
@@ -40,9 +40,7 @@ say env PAE_TEST_THREADS=2 OMP_NUM_THREADS=2 pytest -n0 "${here[@]}" tests/pae/t
   tests/pae/test_families.py tests/pae/test_kld.py tests/pae/test_vapt.py "${numbers[@]:1:3}" "$@"
 [ -n "${PAE_LONG:-}" ] || exit 0
 say python -m tests.gate
-for room in attention product; do
-  say python -m tests.gate --tests --arch 90 --room "$room"
-done
+say python -m tests.gate --tests --arch 90
 say pytest -q tests/kernels/test_triton_compile.py tests/kernels/test_gate.py -k "product or found" "$@"
 say env OMP_NUM_THREADS=1 pytest -n0 -q tests/bench/gpu_day.py "$@"
 if python -c "import ray" 2>/dev/null; then  # a worker and the driver killed, on two CPUs
