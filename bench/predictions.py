@@ -30,9 +30,11 @@ from pathlib import Path
 import torch
 
 from pae.checkpoint import write_atomically
+from pae_kernels import ahead_of_time
 from pae_kernels.adaptive import triton as of_adaptive
 from pae_kernels.attention import tiles
 from pae_kernels.koopman import tiles as of_koopman
+from pae_kernels.launching import power_of_2
 from pae_kernels.spectrum import triton as of_spectrum
 
 from . import cost, roofline, shapes, table
@@ -148,7 +150,6 @@ class Pass:
     padded_gflop: float = 0.0
     instructions: float = 0.0
     launches: int = 1
-    latency: float = LAUNCH
     row: tuple[str, str] = ("", "")
     slowdown: float = 1.0
     code: Code | None = None
@@ -166,7 +167,7 @@ class Pass:
         issued += sum(grid.seconds(card) for grid in self.grids)
         terms = self._bytes(card), products, issued
         longest = max(terms)
-        device = longest + (sum(terms) - longest) / 2 + self.latency * self.launches
+        device = longest + (sum(terms) - longest) / 2 + LAUNCH * self.launches
         return max(device * 1e6, self.host_us)
 
     def _bytes(self, card: Card) -> float:
@@ -310,15 +311,18 @@ def pointwise() -> Iterator[Pass]:
 
 
 def of_other_blocks() -> Iterator[Pass]:
-    """Gates of as many units, which issue what GELU does; turned queries and keys. Bytes an entry
-    of what comes out: of a gate 6 and 10, turned in place 4.
+    """Gates of as many units as an MLP has; turned queries and keys. Bytes an entry of what comes
+    out: of a gate 6 and 10, turned in place 4.
     """
-    of_gelu = {p.name: p.instructions for p in pointwise()}
-    units = BATCH * ROWS * 4 * WIDTH / 1e6
-    for name, short, moved in (("forward", "fwd", 6), ("backward", "bwd", 10)):
-        issued = of_gelu[f"gelu/{name}"]
-        yield Pass(f"gate {name}", f"gated_{short}_kernel", units * moved, instructions=issued)
-    yield Pass("rotation", "rotate_kernel", BATCH * (ROWS - 1) * 2 * WIDTH * 4 / 1e6)
+    units, turned = BATCH * ROWS * 4 * WIDTH / 1e6, BATCH * (ROWS - 1) * 2 * WIDTH / 1e6
+    for name, entries, moved, kernel, *words in (
+        ("gate forward", units, 6, "gated_fwd", "bf16", "KIND=silu"),
+        ("gate backward", units, 10, "gated_bwd", "bf16", "KIND=silu"),
+        ("rotation", turned, 4, "rotate", "bf16,fp32", "BACK=False", f"HEADS={HEADS}"),
+    ):
+        code, mb = Code.of(kernel, *words), entries * moved
+        issued = entries * code.per_entry / 32
+        yield Pass(name, f"{kernel}_kernel", mb, instructions=issued, code=code)
 
 
 def products() -> Iterator[Pass]:
@@ -346,27 +350,27 @@ def products() -> Iterator[Pass]:
 
 
 def koopman() -> Iterator[Pass]:
-    """Latency decides: launches that follow each other, fp32 products without tensor cores. Half of
-    the squarings come after the projector has settled, and take half a launch: a guess.
+    """Latency decides: launches that follow each other, fp32 products without tensor cores. A
+    squaring after the projector has settled is a launch, and issues next to nothing.
     """
     for k in (256, 1024):
         gflop = roofline.koopman_flops(12, PROMPTS, WIDTH, k) / 1e9
         mb = 4 * (2 * 12 * PROMPTS * WIDTH + 2 * k * WIDTH + 4 * k * k) / 1e6
-        settled = 12
-        launched = 38, LAUNCH * (38 - settled / 2) / 38
-        grids = (*_koopman_forward(k, 24 - settled), *_koopman_backward(k))
-        for kernels, row, (launches, latency), counted in (
-            ("koopman_*_kernel", "pae, Triton graph", launched, grids),
-            ("csrc/koopman_*.cu", "pae, CUDA graph", (30, LAUNCH), ()),
+        grids = (*_koopman_forward(k, 24 - SETTLED[k]), *_koopman_backward(k))
+        for kernels, row, launches, counted in (
+            ("koopman_*_kernel", "pae, Triton graph", 38, grids),
+            ("csrc/koopman_*.cu", "pae, CUDA graph", 30, ()),
         ):
             yield Pass(
                 f"regulariser, k = {k}, {row}", kernels, mb, gflop,
-                launches=launches, latency=latency, slowdown=1 / FP32_PER_PRODUCT,
+                launches=launches, slowdown=1 / FP32_PER_PRODUCT,
                 row=(f"kld/global/k{k}/P{PROMPTS}", row), grids=counted,
             )  # fmt: skip
 
 
-_KOOPMAN_WARPS, _DEEP = {16: 2, 32: 4, 64: 8}, 32  # of a square tile; depth of a turn
+_DEEP = 32  # of a turn
+# squarings that find the projector settled, of the L that bench_kld draws, and return
+SETTLED = {256: 13, 1024: 14}
 
 
 def _square_tiles(
@@ -375,22 +379,24 @@ def _square_tiles(
     """A product in square tiles."""
     code = Code.of(f"koopman_{kernel}", *words, tile=f"BLOCK={block}")
     programs = -(-rows // block) * -(-columns // block)
-    return Grid(code, _KOOPMAN_WARPS[block], programs, -(-depth // _DEEP))
+    return Grid(code, of_koopman.WARPS[block], programs, -(-depth // _DEEP))
 
 
 def _koopman_forward(k: int, squarings: int) -> Iterator[Grid]:
     """One operator for all pairs of 11 blocks; so many squarings before it has settled."""
     rows, now = 11 * PROMPTS, 10 * PROMPTS
-    block, square = of_koopman.product(rows, k), of_koopman.square(k, 1)
+    block = of_koopman.product(rows, k)
+    square = of_koopman.square(k, 1, ahead_of_time.MULTIPROCESSORS[90])
     yield _square_tiles("lift", rows, k, WIDTH, block)
     yield _square_tiles("predict", now, k, k, block)
     yield Grid(Code.of("koopman_scale"), 4, 32, -(-k * k // (32 * 1024)))
     side = -(-k // square)
     upper = side * (side + 1) // 2
+    tile_sums = f"TILES={power_of_2(side * side)}"
     kinds = ["PLAIN=True"], ["FIRST=True"], *(squarings - 2) * [["PLAIN=False", "FIRST=False"]]
-    for kernel, words in (("split", []), *(("square", [*kind]) for kind in kinds)):
+    for kernel, words in (("split", []), *(("square", [*kind, tile_sums]) for kind in kinds)):
         code = Code.of(f"koopman_{kernel}", *words, tile=f"BLOCK={square}")
-        yield Grid(code, _KOOPMAN_WARPS[square], upper, -(-k // _DEEP))
+        yield Grid(code, of_koopman.WARPS[square], upper, -(-k // _DEEP))
     vector = Code.of("koopman_vector", tile=f"BLOCK_K={k}")
     yield Grid(vector, 4, -(-k // min(16, 8192 // k)))
     yield _square_tiles("image", 2 * now, k, k, block)
@@ -432,7 +438,7 @@ def spectrum() -> Iterator[Pass]:
             Code.of("shortcut_taps", narrow, f"DIM={WIDTH}"),
             taps["num_warps"],
             3 * patch * WIDTH // taps["BLOCK_D"],
-            patch,
+            -(-patch // taps["BLOCK_Q"]),
         ),
         Grid(
             of_tokens,

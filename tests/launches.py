@@ -30,6 +30,7 @@ from bench import (
 )
 from bench.runner import Group, Settings, Unavailable
 from pae_kernels import prompt_attention
+from pae_kernels.pointwise import gated, gated_backward, rotate_
 from tests import stand_in
 from tests.kernels.executions import EXECUTIONS
 from tests.stand_in import Launch
@@ -40,9 +41,9 @@ BLOCKS = 3  # a first, a middle and a last one
 
 
 def of_steps(architecture: int, main: bool = False) -> Found:
-    """VPT-deep in ViT-B under autocast, every memory mode, attention of the class row, of
-    causal rows, and with the biases of BEiT and Swin; unless
-    `main` also epilogues of its products, fp32, what per-sample prompts of VAPT add, and KLD.
+    """VPT-deep in ViT-B under autocast, every memory mode, attention of the class row, of causal
+    rows, and with the biases of BEiT and Swin; unless `main` also epilogues of its products, fp32,
+    what per-sample prompts of VAPT add, KLD, and what blocks of other backbones add.
     """
     with stand_in.gpu(architecture) as launches:
         kinds = (torch.bfloat16, "auto"), (torch.bfloat16, "triton"), (None, "")
@@ -69,7 +70,16 @@ def of_steps(architecture: int, main: bool = False) -> Found:
         if not main:
             _step(pae.prompts.VPTDeep(50), torch.bfloat16, "keep", pae.KLD(256))
             _step(pae.prompts.VAPT(50), torch.bfloat16, "keep")
+            _other_blocks()
     return launches
+
+
+def _other_blocks() -> None:
+    """Gated MLPs, and queries and keys that are turned."""
+    u = torch.zeros(128, 197, 2 * 3072, dtype=torch.bfloat16, device=GPU)
+    gated_backward(gated(u, "silu"), u, "silu")
+    qkv = torch.zeros(128, 197, 3, 12, 64, dtype=torch.bfloat16, device=GPU)
+    rotate_(qkv, torch.zeros(2, 196, 32, device=GPU))
 
 
 def _step(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import gpus, native
 from . import spectral, tiles
 
 _SIZES = {
@@ -93,6 +93,7 @@ def forward(
         return nothing[0].clone(), nothing[1], *saved.values()
 
     tile = tiles.product(runs * blocks * count, k)
+    square = tiles.square(k, runs * groups, gpus.of(prompts.device).multiprocessors)
     consistency, lyapunov = new(runs), new(runs)
     params = _Forward(
         **sizes,
@@ -104,7 +105,7 @@ def forward(
         lyapunov=lyapunov,
         **saved,
         tile=tile,
-        square_tile=tiles.square(k, runs * groups),
+        square_tile=square,
         squarings=spectral.SQUARINGS,
         settled=spectral.SETTLED,
         settled_first=spectral.SETTLED_FIRST,

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ahead_of_time import OPTIONS, Launch
+from ..ahead_of_time import MULTIPROCESSORS, OPTIONS, Launch
 from ..launching import Launcher, power_of_2, programs
 from . import tiles
 from .triton_kernels import (
@@ -296,12 +296,14 @@ def _launches(k: int, width: int, count: int, block: int, square: int, code: boo
 
 def shipped_launches(architecture: int) -> list[Launch]:
     """The paper's setting at 50 prompts in ViT-B, in the tiles that it gets."""
-    return _launches(256, 768, 50, tiles.product(550, 256), tiles.square(256, 1), True, False)
+    square = tiles.square(256, 1, MULTIPROCESSORS[architecture])
+    return _launches(256, 768, 50, tiles.product(550, 256), square, True, False)
 
 
 def variant_launches(architecture: int) -> list[Launch]:
     """The released code's default width, the gauge, "paper", and sizes that align nothing."""
-    wide = _launches(1024, 768, 50, tiles.product(550, 1024), tiles.square(1024, 1), True, True)
+    square = tiles.square(1024, 1, MULTIPROCESSORS[architecture])
+    wide = _launches(1024, 768, 50, tiles.product(550, 1024), square, True, True)
     odd = _launches(33, 50, 7, 16, 16, False, True)
     rare = ("lift", "gauge", "split", "square", "vector")
     return [

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import gpus
 from ..ahead_of_time import OPTIONS
 from ..launching import Launcher, power_of_2, programs
 from . import spectral, tiles
@@ -269,12 +270,9 @@ _square = Launcher(koopman_square_kernel)
 _vector = Launcher(koopman_vector_kernel)
 
 
-def _warps(block: int) -> int:
-    return {16: 2, 32: 4, 64: 8}[block]
-
-
 def product(block: int) -> dict:
-    return {"BLOCK": block, "BLOCK_D": 32, "num_warps": _warps(block), "num_stages": 2, **OPTIONS}
+    warps = tiles.WARPS[block]
+    return {"BLOCK": block, "BLOCK_D": 32, "num_warps": warps, "num_stages": 2, **OPTIONS}
 
 
 def spectral_norm(L: Tensor, right: Tensor, groups: int, stack: int) -> tuple[Tensor, ...]:
@@ -287,7 +285,7 @@ def spectral_norm(L: Tensor, right: Tensor, groups: int, stack: int) -> tuple[Te
         a multiple of the identity.
     """
     matrices, k = right.shape[0] * groups, right.shape[2]
-    block = tiles.square(k, matrices)
+    block = tiles.square(k, matrices, gpus.of(L.device).multiprocessors)
     side = programs(k, block)
     tiling = product(block)
     scales = L.new_empty(matrices, 32, 3)

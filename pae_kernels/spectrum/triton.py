@@ -5,7 +5,8 @@
 strips   one program: BLOCK_H image rows of one colour plane at 16 column bins. Inverse transform of
          the window along the rows; complex, (S, w, 2, B nh, K) in the dtype of the factors.
 taps     one program: BLOCK_D channels at one row of a patch and 16 column bins. Transform of the
-         embedding's taps along the columns; complex, (S, w, 2, K, D).
+         embedding's taps along the columns, a wave's every value formed once; complex,
+         (S, w, 2, K, D).
 tokens   one program: BLOCK_M rows of patches, BLOCK_D channels, up to 16 patches of each row. For
          every column bin strips @ taps on the tensor cores, then each entry of the product is
          added, turned by its phase, to the sums of all patches of its row, which stay in registers
@@ -117,7 +118,7 @@ def shortcut_taps_kernel(
     weight, origins, taps,
     window,
     WIDTH: tl.constexpr, INNER: tl.constexpr, PATCH: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """sum_q weight[q, k, d] exp(2 pi i v q / W); grid (S K tiles of d, tiles of v)."""
     TILES: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
@@ -129,11 +130,14 @@ def shortcut_taps_kernel(
     v = _bins(tl.load(origins + 2 * i_s + 1).to(tl.int32), o_v, WIDTH)
     re = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
     im = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
-    for q in range(PATCH):
-        tap = tl.load(weight + (q * INNER + i_k) * DIM + o_d, mask=o_d < DIM, other=0.0)
-        cos, sin = _wave(v * q % WIDTH, WIDTH)
-        re += cos[:, None] * tap[None, :]
-        im += sin[:, None] * tap[None, :]
+    for start in range(0, PATCH, BLOCK_Q):
+        o_q = start + tl.arange(0, BLOCK_Q)
+        mask = (o_q < PATCH)[:, None] & (o_d < DIM)[None, :]
+        at = (o_q * INNER + i_k)[:, None] * DIM + o_d[None, :]
+        tap = tl.load(weight + at, mask=mask, other=0.0)
+        cos, sin = _wave(v[:, None] * o_q[None, :] % WIDTH, WIDTH)
+        re = tl.dot(cos, tap, re, input_precision="ieee")
+        im = tl.dot(sin, tap, im, input_precision="ieee")
     at = (i_s * window + o_v).to(tl.int64)[:, None] * (2 * INNER * DIM) + i_k * DIM + o_d[None, :]
     mask = (o_v < window)[:, None] & (o_d < DIM)[None, :]
     tl.store(taps + at, re.to(taps.dtype.element_ty), mask=mask)
@@ -326,7 +330,7 @@ def shortcut_pool_sum_kernel(
 
 _SHIFTS = ("none", "of channels", "of tokens")
 _STRIPS = {"BLOCK_H": 64, "BLOCK_V": 16, "num_warps": 4}
-_TAPS = {"BLOCK_V": 16, "BLOCK_D": 128, "num_warps": 4}
+_TAPS = {"BLOCK_V": 16, "BLOCK_Q": 16, "BLOCK_D": 128, "num_warps": 4}
 _TOKENS = {"BLOCK_J": 8, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2}
 _strips = Launcher(shortcut_strips_kernel)
 _taps = Launcher(shortcut_taps_kernel)

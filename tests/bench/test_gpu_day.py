@@ -19,6 +19,7 @@ import torch
 
 from bench import gpu, lines, merge, predictions, runner, shapes, timing
 from bench.results import Run
+from pae_kernels.koopman import spectral
 from tests import processes
 from tests.processes import ROOT
 
@@ -185,6 +186,20 @@ def test_no_prediction_is_below_its_floor_and_each_follows_its_card():
     twice = replace(h100, copy_gbps=2 * h100.copy_gbps, bf16_tflops=2 * h100.bf16_tflops)
     for p in predictions.passes():
         assert p.expected_us(h100) > p.floor_us(h100) == pytest.approx(2 * p.floor_us(twice))
+
+
+def test_squarings_after_the_last_one_are_counted():
+    """More change nothing, one less does."""
+    k = 256
+    active = spectral.SQUARINGS - predictions.SETTLED[k]
+    L = torch.eye(k) + 0.1 * torch.randn(1, k, k, generator=torch.Generator().manual_seed(0))
+
+    def found(squarings):
+        with mock.patch.object(spectral, "SQUARINGS", squarings):
+            return torch.cat([t.flatten() for t in spectral.top_by_squaring(L)])
+
+    assert torch.equal(found(active), found(spectral.SQUARINGS))
+    assert not torch.equal(found(active - 1), found(active))
 
 
 def test_every_triton_kernel_is_predicted():

@@ -26,6 +26,7 @@ from pae_kernels import (  # noqa: F401
 )
 from pae_kernels.attention import tiles
 from pae_kernels.attention import triton as triton_attention
+from pae_kernels.koopman import tiles as koopman_tiles
 
 MODULES = {m.__name__.split(".")[-2]: m for m in ahead_of_time.triton_modules()}
 
@@ -138,6 +139,16 @@ def test_programs_that_take_images_in_turn_fill_the_gpu_once():
         assert 0.9 * 132 * tile.programs <= programs <= 132 * tile.programs
     one = torch.empty(1, 197, 3, 12, 64, dtype=torch.bfloat16, device="meta")
     assert tiles.images_per_program(one, tiles.WHOLE[True, 256]) == 1
+
+
+def test_no_few_squares_come_behind_all_others():
+    """At k = 1024 there are 136 tiles of 64: too many for 132 multiprocessors, not for 148. Of all
+    pairs' operators at once there are enough.
+    """
+    chosen = lambda k, matrices, count: koopman_tiles.square(k, matrices, count)
+    assert [chosen(1024, 1, count) for count in (108, 132, 148)] == [32, 32, 64]
+    assert [chosen(256, matrices, 132) for matrices in (1, 11)] == [16, 64]
+    assert chosen(1024, 11, 132) == 64
 
 
 def test_products_go_the_way_that_the_gpu_and_the_rows_allow():
