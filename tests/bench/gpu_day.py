@@ -1,6 +1,6 @@
 """Stages of `bench/gpu.sh` from end to end, each killed, on a CPU that stands for a GPU.
 
-    pytest -n0 tests/bench/gpu_day.py     # MINUTES; a part of PAE_LONG=1 tests/more.sh
+    pytest -n0 tests/bench/gpu_day.py     # a quarter of an hour; a part of PAE_LONG=1 tests/more.sh
 
 Few tests in each step: the ordinary run has the bodies of all that need a GPU (`test_dry_run.py`),
 and a day whose steps are of nothing (`test_gpu_day.py`). Every benchmark runs each of its groups,

@@ -143,6 +143,13 @@ if LONG:
         assert any(": functions " in complaint for complaint in said), said
 
 
+def test_no_launch_is_lost_to_its_name():
+    """Of those that differ in a tile, or in what is a multiple of 16, each has a name."""
+    first = stand_in.Launch(activation_fwd_kernel, (("n", "i32"),), (("BLOCK", 8),), ("n",), 4, 3)
+    found = {first, replace(first, aligned=()), replace(first, constants=(("BLOCK", 16),))}
+    assert {*gate.named(found).values()} == found
+
+
 @pytest.mark.parametrize("column", gate.GUARDED)
 def test_every_figure_is_guarded(column):
     """By one more, or less, of what has room for none; by twice as much of the others."""
