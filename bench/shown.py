@@ -18,6 +18,7 @@ EXACT, LOW = "pae keep", "pae recompute8"
 SECTIONS = {
     "step": ("Training step, fp32", ("step/*/fp32/",)),
     "bf16": ("Training step, bf16", ("step/*/bf16/",)),
+    "backbones": ("Other backbones", ("swin/", "rotated/")),
     "kld": ("Regulariser", ("kld/",)),
     "mpa": ("Modal Pre-Alignment", ("mpa_ranking/", "mpa/")),
     "filter": ("Filter, and patch embedding of filtered images", ("filter/", "tokens/")),

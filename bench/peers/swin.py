@@ -33,7 +33,7 @@ class OfficialStyleSwin(nn.Module):
         self.prompts = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in prompts)
         self.head = nn.Linear(head.in_features, head.out_features).to(head.weight)
         self.head.load_state_dict(head.state_dict())
-        self.masks: dict[tuple[int, int], Tensor] = {}
+        self.masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         swin, i = self.swin, 0
@@ -61,7 +61,7 @@ class OfficialStyleSwin(nn.Module):
         qkv = block.attn.qkv(both).unflatten(-1, (3, block.attn.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if self.fused:
-            added = self._mask(i, block, batch, count)
+            added = self._mask(i, block, batch, count, q.dtype)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=added)
         else:
             out = self._written_out(block, q, k, v, count)
@@ -82,11 +82,11 @@ class OfficialStyleSwin(nn.Module):
             scores = (scores.unflatten(0, (-1, len(mask))) + mask).flatten(0, 1)
         return scores.softmax(dim=-1) @ v
 
-    def _mask(self, i: int, block: Any, batch: int, count: int) -> Tensor:
-        if (i, batch) not in self.masks:
+    def _mask(self, i: int, block: Any, batch: int, count: int, dtype: torch.dtype) -> Tensor:
+        if (i, batch, dtype) not in self.masks:
             added = block.attn._get_rel_pos_bias()
             if block.attn_mask is not None:
                 added = added + block.attn_mask[:, None]
                 added = added.repeat(batch, 1, 1, 1)
-            self.masks[i, batch] = F.pad(added, (count, 0, count, 0))
-        return self.masks[i, batch]
+            self.masks[i, batch, dtype] = F.pad(added, (count, 0, count, 0)).to(dtype)
+        return self.masks[i, batch, dtype]
