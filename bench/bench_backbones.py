@@ -168,7 +168,7 @@ def groups(settings: Settings) -> list[Group]:
     """Swin-B, DINOv3-B and EVA02-B with 50 prompts; with --full Swin-B also with 10 and 100."""
     if settings.size == "smoke":
         return [group(TINY, 5, dtype, 2, settings) for dtype in ("fp32", "bf16")]
-    batch = settings.batch or (64 if settings.on_gpu else 2)
+    batch = settings.batch or (64 if settings.on_gpu else 4)
     cases = [(name, 50) for name in (BASE, *ROTATED)] + [(BASE, count) for count in (10, 100)]
     dtypes = ("bf16",) if settings.on_gpu else ("fp32", "bf16")
     return [
