@@ -7,7 +7,7 @@ import sys
 try:
     from . import flops, product  # noqa: F401  (its ops have formulas)
     from .adaptive import prompt_bottleneck, token_mix
-    from .attention import class_attention, prompt_attention, row_attention
+    from .attention import class_attention, prompt_attention
     from .koopman import koopman_losses, koopman_rollout
     from .spectrum import shortcut_images, shortcut_pool, shortcut_tokens
 
@@ -23,7 +23,6 @@ __all__ = [
     "koopman_rollout",
     "prompt_attention",
     "prompt_bottleneck",
-    "row_attention",
     "shortcut_images",
     "shortcut_pool",
     "shortcut_tokens",

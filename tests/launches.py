@@ -57,10 +57,9 @@ def of_steps(architecture: int, main: bool = False) -> Found:
         bias = torch.zeros(12, 197, 197, device=GPU)
         prompt_attention(qkv, kv, bias=bias)[0].sum().backward()
         # CLIP's text tower, a text for each of 100 classes
-        for tokens in (24, 77):
-            qkv = torch.zeros(100, tokens, 3, 8, 64, dtype=torch.bfloat16, device=GPU)
-            kv = torch.zeros(1, 0, 2, 8, 64, dtype=torch.bfloat16, device=GPU)
-            prompt_attention(qkv.requires_grad_(), kv, causal=True)[0].sum().backward()
+        qkv = torch.zeros(100, 77, 3, 8, 64, dtype=torch.bfloat16, device=GPU).requires_grad_()
+        kv = torch.zeros(1, 0, 2, 8, 64, dtype=torch.bfloat16, device=GPU)
+        prompt_attention(qkv, kv, causal=True)[0].sum().backward()
         # windows of 7 x 7 in the first stage of Swin-B, of which the shifted ones have masks
         qkv = torch.zeros(2048, 49, 3, 4, 32, dtype=torch.bfloat16, device=GPU).requires_grad_()
         kv = torch.zeros(1, 50, 2, 4, 32, dtype=torch.bfloat16, device=GPU).requires_grad_()

@@ -1,5 +1,5 @@
 """Prompt-concatenated attention."""
 
-from .op import class_attention, prompt_attention, row_attention
+from .op import class_attention, prompt_attention
 
-__all__ = ["class_attention", "prompt_attention", "row_attention"]
+__all__ = ["class_attention", "prompt_attention"]

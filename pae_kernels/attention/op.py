@@ -1,5 +1,5 @@
 """The op `prompt_attention`: signature, checks, declaration. Reads top to bottom as every op does.
-`class_attention` shows one row of its softmax; `row_attention` is one query of each sequence.
+`class_attention` shows one row of its softmax.
 """
 
 from __future__ import annotations
@@ -120,63 +120,6 @@ def class_attention(
         return reference.class_attention(
             qkv, kv_prompt, lse, group, scale, log_multiplicity, bias, mask
         )
-
-
-def row_attention(
-    q: Tensor, k: Tensor, v: Tensor, row: Tensor, *, scale: float | None = None
-) -> Tensor:
-    """softmax(scale q_b [k_b,0; ..; k_b,r]^T) [v_b,0; ..; v_b,r], r = row_b: causal attention of
-    one query of each sequence, which stands at a row of its own.
-
-    The last block of CLIP's text tower is read at the end of each text alone. Where all heads read
-    the same rows, keys and values of the heads are not needed either: with W_k taken into the query
-    (H of them, as wide as a row) and W_v behind the sum, k and v are both the rows themselves.
-
-    Args:
-        q: (B, H, d), the queries.
-        k: (B, N, H, d) keys, or (B, N, 1, d) of all heads.
-        v: (B, N, H, e) values, or (B, N, 1, e) of all heads.
-        row: (B,) int32 or int64 in [0, N): the last row that sequence b sees, its own. Not checked
-            where the tensors are not on the CPU.
-        scale: factor of the logits; d ** -0.5 when None.
-
-    Returns:
-        (B, H, e) in the dtype of q.
-
-    Gradients: q, k and v, as often as wanted; rows behind `row` get 0.
-    Numerics: softmax and products in fp32 or wider, never TF32.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what it was and what was expected.
-    """
-    if q.dim() != 3 or not q.is_floating_point():
-        raise ValueError(f"q must be a float tensor (B, H, d), got {describe(q)}")
-    batch, heads, width = q.shape
-    for name, t, tail in (("k", k, str(width)), ("v", v, "e")):
-        rows = "N" if name == "k" else k.shape[1]
-        right = t.dim() == 4 and len(t) == batch and t.shape[1] and t.shape[2] in (1, heads)
-        right = right and (t.shape[3] == width if name == "k" else t.shape[1] == rows)
-        if not right:
-            wanted = f"({batch}, {rows}, {heads} or 1, {tail})"
-            raise ValueError(f"{name} must be {wanted}, got {describe(t)}")
-        if t.dtype != q.dtype or t.device != q.device:
-            raise TypeError(f"{name} must be like q ({describe(q)}), got {describe(t)}")
-    if (
-        row.dtype not in (torch.int32, torch.int64)
-        or row.shape != (batch,)
-        or row.device != q.device
-    ):
-        wanted = f"int32 or int64 ({batch},) on {q.device}"
-        raise ValueError(f"row must be {wanted}, got {describe(row)}")
-    if row.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
-        low, high = row.aminmax()
-        if low < 0 or high >= k.shape[1]:
-            raise ValueError(
-                f"row must lie in [0, {k.shape[1]}), got {low.item()} to {high.item()}"
-            )
-    scale = width**-0.5 if scale is None else float(scale)
-    with torch.autocast(q.device.type, enabled=False):
-        return reference.row_attention(q, k, v, row, scale).to(q.dtype)
 
 
 def _check(

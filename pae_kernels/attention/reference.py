@@ -113,25 +113,6 @@ def class_attention(
     return (scores - lse[:, :, :1, None].to(wide)).exp().squeeze(2)
 
 
-def row_attention(q: Tensor, k: Tensor, v: Tensor, row: Tensor, scale: float) -> Tensor:
-    """softmax(scale q_b [k_b,0; ..; k_b,row_b]^T) [v_b,0; ..], in at least fp32."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    by_head = lambda t: t.transpose(1, 2).to(wide)  # (B, H or 1, N, ...)
-    q, k, v = scale * q[:, :, None].to(wide), by_head(k), by_head(v)
-    shared = k.shape[1] == 1, v.shape[1] == 1
-    scores = _heads_at_once(q, k.mT, shared[0])
-    later = torch.arange(k.shape[2], device=q.device) > row[:, None]
-    weights = scores.masked_fill(later[:, None, None], -torch.inf).softmax(dim=-1)
-    return _heads_at_once(weights, v, shared[1]).squeeze(2)
-
-
-def _heads_at_once(a: Tensor, b: Tensor, shared: bool) -> Tensor:
-    """(B, H, 1, m) times (B, H, m, n); or times (B, 1, m, n), one product for all heads."""
-    if shared:
-        return exact_matmul(a.transpose(1, 2), b).transpose(1, 2)
-    return exact_matmul(a, b)
-
-
 def _added(
     n: Sizes,
     group: Tensor | None,

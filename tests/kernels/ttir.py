@@ -94,9 +94,10 @@ def in_one_buffer(*tensors: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("backward", ["whole", "split"])
 @pytest.mark.parametrize(
-    ("sets", "multiplicity", "windows"), [(1, False, None), (2, True, None), (1, False, 3)]
+    ("sets", "multiplicity", "windows", "causal"),
+    [(1, False, None, False), (2, True, None, False), (1, False, 3, False), (1, False, None, True)],
 )
-def test_attention(monkeypatch, backward, sets, multiplicity, windows):
+def test_attention(monkeypatch, backward, sets, multiplicity, windows, causal):
     attention.force(monkeypatch, backward, images=2)
     sizes = {"batch": 3, "tokens": 19, "prompts": 5, "heads": 2, "width": 16}
     qkv, kv = in_one_buffer(*attention.inputs(**sizes, sets=sets, dtype=BF16))
@@ -105,7 +106,7 @@ def test_attention(monkeypatch, backward, sets, multiplicity, windows):
         options["log_multiplicity"] = randn(sets, 5, dtype=FP32)
     if windows:
         options |= attention.places(19, 2, windows)
-    attention.check(TTIR, qkv, kv, **options)
+    attention.check(TTIR, qkv, kv, causal=causal, **options)
 
 
 def test_attention_on_tiles_that_ship():

@@ -1,4 +1,4 @@
-"""Causal prompt_attention in every execution, and row_attention, one query of it."""
+"""Causal prompt_attention in every execution."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from pae_kernels import prompt_attention, row_attention
+from pae_kernels import prompt_attention
 from tests.errors import error
 from tests.kernels.attention.cases import (
     BWD,
@@ -195,105 +195,3 @@ def test_opcheck(execution, dtype):
     quick += ["test_autograd_registration"] if execution.kind == "reference" else []
     leaves = qkv.requires_grad_(), kv.requires_grad_()
     opcheck(FWD, (*leaves, *given, True), test_utils=quick)
-
-
-def test_compiled_whole():
-    qkv, kv = inputs(dtype=FP32)
-    torch._dynamo.reset()
-    compiled = torch.compile(prompt_attention, fullgraph=True, backend="aot_eager")
-    got = results(compiled, qkv, kv, causal=True)
-    for a, b in zip(got, results(prompt_attention, qkv, kv, causal=True), strict=True):
-        assert error(a, b) < 1e-6
-
-
-# ---- one query
-
-
-def drawn(batch=3, tokens=6, heads=2, width=4, of_values=5, shared=(False, False), dtype=FP64):
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *size: torch.randn(size, generator=generator, dtype=FP64).to(dtype)
-    k, v = (
-        draw(batch, tokens, 1 if one else heads, w) for one, w in zip(shared, (width, of_values))
-    )
-    return draw(batch, heads, width), k, v, torch.tensor([tokens - 1, 0, tokens // 2])[:batch]
-
-
-@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=str)
-def test_row_attention_is_a_row_of_causal_attention(dtype):
-    qkv, kv = inputs(3, 9, 0, 2, 8, dtype=dtype)
-    row = torch.tensor([8, 0, 5], dtype=torch.int32)
-    at = torch.arange(3), row.long()
-    whole = results(
-        lambda qkv, kv: (prompt_attention(qkv, kv, causal=True)[0][at], qkv[0, 0, 0, 0]), qkv, kv
-    )
-
-    def one(qkv, kv):
-        return row_attention(qkv[:, :, 0][at], qkv[:, :, 1], qkv[:, :, 2], row).flatten(1), row
-
-    q, k, v = (t.detach() for t in (qkv[:, :, 0][at], qkv[:, :, 1], qkv[:, :, 2]))
-    out = row_attention(q, k, v, row)
-    tolerance = {FP64: 1e-13, FP32: 1e-6, FP16: 2e-3, BF16: 1e-2}[dtype]
-    assert out.dtype == dtype and error(out.flatten(1), whole[0]) < tolerance
-    leaf = qkv.detach().requires_grad_()
-    d_out = torch.randn(out.shape, dtype=FP64, generator=torch.Generator().manual_seed(9)).to(out)
-    (grad,) = torch.autograd.grad(one(leaf, kv)[0], leaf, d_out.flatten(1))
-    assert error(grad, whole[2]) < tolerance
-    assert not grad[1, 1:].any() and not grad[2, 6:].any()
-
-
-@pytest.mark.parametrize("shared", [(False, False), (True, False), (False, True), (True, True)])
-def test_row_attention_with_rows_of_all_heads(shared):
-    q, k, v, row = drawn(shared=shared)
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    function = lambda *t: row_attention(*t, row, scale=0.7)
-    assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
-    apart = [t.expand(-1, -1, 2, -1) for t in (k, v)]
-    assert error(row_attention(q, *apart, row, scale=0.7), function(q, k, v)) < 1e-13
-
-
-def test_row_attention_on_rows_themselves():
-    """W_k in the query and W_v behind the sum: as with keys and values of the heads."""
-    q, x, _, row = drawn(shared=(True, True), width=8)
-    q = q[..., :4]
-    w_k, w_v = torch.randn(2, 2, 4, 8, dtype=FP64)  # (H, d, D)
-    k, v = (torch.einsum("bnd,hed->bnhe", x[:, :, 0], w) for w in (w_k, w_v))
-    read = row_attention(torch.einsum("bhe,hed->bhd", q, w_k), x, x, row, scale=0.5)
-    out = torch.einsum("bhd,hed->bhe", read, w_v)
-    assert error(out, row_attention(q, k, v, row)) < 1e-13
-
-
-def test_row_attention_of_no_sequence_and_compiled():
-    empty = row_attention(*(t[:0] for t in drawn()))
-    assert empty.shape == (0, 2, 5)
-    given = drawn(dtype=FP32)
-    torch._dynamo.reset()
-    compiled = torch.compile(row_attention, fullgraph=True, backend="aot_eager")
-    assert error(compiled(*given), row_attention(*given)) < 1e-6
-
-
-BAD = {
-    "q is flat": (lambda q, k, v, row: (q.flatten(1), k, v, row), r"q must be .*\(B, H, d\)"),
-    "k of other heads": (
-        lambda q, k, v, row: (q, k[:, :, :0], v, row),
-        r"k must be \(3, N, 2 or 1",
-    ),
-    "k of another width": (lambda q, k, v, row: (q, k[..., 1:], v, row), r"k must be .* or 1, 4\)"),
-    "v of fewer rows": (lambda q, k, v, row: (q, k, v[:, 1:], row), r"v must be \(3, 6, 2 or 1, e"),
-    "v is wider": (lambda q, k, v, row: (q, k, v.float(), row), "v must be like q.*float32"),
-    "row is short": (lambda q, k, v, row: (q, k, v, row[1:]), r"row must be int32 or int64 \(3,\)"),
-    "row of floats": (lambda q, k, v, row: (q, k, v, row.float()), "row must be int32.*float32"),
-    "row behind": (
-        lambda q, k, v, row: (q, k, v, row + 1),
-        r"row must lie in \[0, 6\), got 1 to 6",
-    ),
-    "row before": (lambda q, k, v, row: (q, k, v, row - 1), r"row must lie in \[0, 6\), got -1"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_arguments_of_row_attention(case):
-    change, message = BAD[case]
-    with pytest.raises((ValueError, TypeError), match=message) as caught:
-        row_attention(*change(*drawn()))
-    assert "\n" not in str(caught.value)
