@@ -24,6 +24,7 @@ from pae.train.data import read_folder
 from pae.train.options import Options, combine, read_config, shipped
 from pae.train.runfolder import RunFolder
 from tests.tiny import backbone, counted_backbone
+from tests.train import rows
 
 NUMBER = int(os.environ.get("PAE_DAMAGES", "40"))
 
@@ -282,3 +283,32 @@ def test_lists_of_images(tmp_path):
             return read_folder(str(root), train_size=None, val_size=None, seed=0)
 
         try_all(path, read, ValueError, lambda *_: False)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["records", "dataset_info.json", "features.json", "labels"])
+def test_tensorflow_datasets(name, tmp_path):
+    """No other image or label comes out of a damaged record; descriptions may say something else,
+    but nothing that cannot be.
+    """
+    pytest.importorskip("google_crc32c", reason='needs pip install "pae[data]"')
+    records = [rows.example(image=rows.encoded(i), label=i % 2) for i in range(6)]
+    features = {"image": rows.IMAGE, "label": rows.of_classes(2)}
+    splits = {"train": records, "test": records[:2]}
+    folder = rows.write_tfds(tmp_path / "1.0.0", splits, features, {"label": ["a", "b"]})
+    files = {
+        "records": f"{tmp_path.name}-train.tfrecord-00000-of-00001",
+        "labels": "label.labels.txt",
+    }
+
+    def read():
+        task = read_folder(str(folder), val_size=2)
+        images = (*task.train.items, *task.val.items, *(task.test.items if task.test else ()))
+        return [(str(item), item.read()) for item in images], task.train.labels, task.val.labels
+
+    never = lambda before, after: False
+    changed = lambda before, after: before != after
+    refused = try_all(
+        folder / files.get(name, name), read, ValueError, changed if name == "records" else never
+    )
+    assert refused > (NUMBER // 2 if name == "records" else 0)

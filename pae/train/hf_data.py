@@ -131,7 +131,7 @@ def _column(
 
 def labels(data: str, table: Any, column: str) -> list[Any]:
     """The labels of a table: numbers or texts as they stand, -1 where there is none."""
-    found = list(table.select_columns([column])[column])
+    found = list(table.select_columns([column])[:][column])
     for number, value in enumerate(found):
         if value is None:
             found[number] = -1

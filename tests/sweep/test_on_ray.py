@@ -186,3 +186,35 @@ def test_two_workers_one_killed_then_the_driver_then_all_is_finished(spec, tmp_p
     for key in (first, second):
         for name in ("val", "val_loss", "best_epoch", "test", "passes"):
             assert records[key][name] == alone[key][name]
+
+
+@pytest.mark.skipif("PAE_RAY" not in os.environ, reason="Ray's part takes minutes: PAE_RAY=1")
+def test_asha_stops_runs_that_are_behind(spec, tmp_path, capsys):
+    """Rates that learn come first, so that those that do not are behind them when they arrive."""
+    pytest.importorskip("ray", reason='Ray is not installed: pip install "pae[sweep]"')
+    rates, still = [0.02, 0.01], [1e-9, 2e-9, 3e-9, 4e-9]
+    below = f"[grid]\nlr = {rates + still}\n[asha]\ngrace = 1\nreduction = 2\n"
+    path = spec('seeds = 2\nmethods = ["vpt-deep"]', below, epochs=9)
+    out = tmp_path / "out"
+    command = ["sweep", str(path), "--output", str(out), "--ray", "local", "--quiet"]
+    assert main(command) == 1  # some were stopped
+    swept, records = read_spec(path), Records(out)
+    (group,) = swept.plan.groups
+    found = {cell.values["lr"]: records[cell.keys[0]] for cell in group.cells}
+    assert all(record["scheduler"] == "asha" for record in found.values())
+    stopped = {lr: record for lr, record in found.items() if record["status"] == "stopped"}
+    assert stopped and stopped.keys() <= set(still)
+    for record in stopped.values():
+        rows = RunFolder(records.path(record["key"])).rows()
+        assert record["epochs"] == len(rows) < 9 and record["test"] is None
+        assert record["reason"].startswith("by ASHA after epoch ")
+    (chosen,) = swept.plan.chosen(group, records)
+    assert chosen.values["lr"] in rates
+    for key in chosen.finals:  # never stopped
+        assert records[key]["status"] == "finished" and records[key]["test"] is not None
+        assert records[key]["epochs"] == 9
+    assert not (out / "ray").exists()
+    capsys.readouterr()
+    assert main(["table", str(out)]) == 0
+    assert "runs stopped early by asha" in capsys.readouterr().out
+    assert main(command) == 1  # nothing is left, and no cluster is begun for it

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import os
 import signal
 import sys
@@ -32,18 +34,27 @@ def flags(shades):
     return ["train", "--data", str(shades), *BACKBONE_FLAGS, *CPU_FLAGS, *RECIPE]
 
 
-def test_default_is_a_comparison_of_three_methods(flags, tmp_path, capsys):
-    assert main([*flags, *PAE_RECIPE, "--output", str(tmp_path / "run")]) == 0
-    table = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def compared(shades, tmp_path_factory):
+    """A comparison that nobody disturbs, and what it printed."""
+    folder, out = tmp_path_factory.mktemp("compared") / "run", io.StringIO()
+    flags = ["train", "--data", str(shades), *BACKBONE_FLAGS, *CPU_FLAGS, *RECIPE, *PAE_RECIPE]
+    with contextlib.redirect_stdout(out):
+        assert main([*flags, "--output", str(folder)]) == 0
+    return folder, out.getvalue()
+
+
+def test_default_is_a_comparison_of_three_methods(compared):
+    folder, table = compared
     for word in ("linear probe", "VPT-deep", "VPT-deep + PAE", "trained", "test acc"):
         assert word in table
-    with open(tmp_path / "run" / "results.csv") as file:
+    with open(folder / "results.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["linear probe", "VPT-deep", "VPT-deep + PAE"]
-    assert RunFolder(tmp_path / "run").results()[0]["test_accuracy"] > 0.6
-    assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
+    assert RunFolder(folder).results()[0]["test_accuracy"] > 0.6
+    assert (folder / "curves.png").stat().st_size > 1000
     shared = ["dataset", "data", "model", "img_size", "seed", "norm", "engine", "amp", "device"]
-    runs = {n: RunFolder(tmp_path / "run" / n).read_config() for n, _, _ in compare.ENTRIES}
+    runs = {n: RunFolder(folder / n).read_config() for n, _, _ in compare.ENTRIES}
     first = runs["linear"]
     for settings in runs.values():
         assert [getattr(settings, k) for k in shared] == [getattr(first, k) for k in shared]
@@ -79,14 +90,13 @@ def test_what_an_image_set_prefers_yields_to_what_is_asked_for():
     assert Options(data=".").resolved().img_size is None
 
 
-def test_table_says_what_each_method_cost(flags, tmp_path, capsys):
+def test_table_says_what_each_method_cost(compared):
     """36 training images, of which 7 validate; 15 test; 16 windows at 32 pixels see 4 images."""
-    assert main([*flags, *PAE_RECIPE, "--output", str(tmp_path / "run"), "--quiet"]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
+    folder, out = compared
+    printed = " ".join(out.split())
     for word in ("passes", "seconds", "MPA s", "forward and backward"):
         assert word in printed
-    rows = RunFolder(tmp_path / "run").results()
-    probe, deep, both = rows
+    probe, deep, both = RunFolder(folder).results()
     assert probe["passes"] == 29 + 7 + 15
     assert deep["passes"] == 2 * (2 * 29 + 7) + 15
     assert both["passes"] == deep["passes"] + both["mpa_passes"]
@@ -95,7 +105,9 @@ def test_table_says_what_each_method_cost(flags, tmp_path, capsys):
     assert f"{both['passes']}" in printed
 
 
-def test_interrupted_comparison_says_how_to_go_on_and_does(flags, tmp_path, capsys, monkeypatch):
+def test_interrupted_comparison_says_how_to_go_on_and_does(
+    flags, compared, tmp_path, capsys, monkeypatch
+):
     original = loop._Run._after_step
 
     def hook(self):
@@ -111,14 +123,13 @@ def test_interrupted_comparison_says_how_to_go_on_and_does(flags, tmp_path, caps
     probe = (folder / "linear" / "metrics.json").read_bytes()
     assert main(["train", "--resume", str(folder), "--quiet"]) == 0
     assert (folder / "linear" / "metrics.json").read_bytes() == probe  # not run again
-    assert main([*flags, *PAE_RECIPE, "--output", str(tmp_path / "whole"), "--quiet"]) == 0
 
     def measured(root):
         rows = RunFolder(root).results()
         costs = ("seconds", "mpa_seconds", "memory_mb")
         return [{k: v for k, v in row.items() if k not in costs} for row in rows]
 
-    assert measured(folder) == measured(tmp_path / "whole")
+    assert measured(folder) == measured(compared[0])
 
 
 def test_runs_without_output_are_numbered(flags, shades, tmp_path, monkeypatch):
