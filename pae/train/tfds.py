@@ -168,9 +168,10 @@ def _shards(folder: Path, name: str, split: Mapping[str, Any]) -> list[tuple[Pat
     template = split.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     found = []
     for number, length in enumerate(lengths):
-        place = f"{number:05d}-of-{len(lengths):05d}"
+        index, count = f"{number:05d}", f"{len(lengths):05d}"
         file = template.format(
-            DATASET=name, SPLIT=split["name"], FILEFORMAT="tfrecord", SHARD_X_OF_Y=place
+            **{"DATASET": name, "SPLIT": split["name"], "FILEFORMAT": "tfrecord"},
+            **{"SHARD_INDEX": index, "NUM_SHARDS": count, "SHARD_X_OF_Y": f"{index}-of-{count}"},
         )
         if "/" in file or "\\" in file or length < 0:
             raise ValueError(f"a shard {file!r} of {length} records")
@@ -209,7 +210,7 @@ def class_names(info: Info, feature: str) -> list[str]:
     if not path.is_file():
         return [str(number) for number in range(count)]
     try:
-        names = path.read_text("utf-8").splitlines()
+        names = [name.strip() for name in path.read_text("utf-8").split("\n") if name.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"{shown(path)}: cannot be read ({one_line(error)[:100]})") from None
     if len(names) != count:
