@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pytest
 
+from pae.sweep.spec import read_spec
 from pae.train import hf_data, images
 from pae.train.cli import main
 from pae.train.data import read_folder
@@ -198,3 +199,16 @@ def test_survey_and_warnings_of_tables(tmp_path):
         data = save(tmp_path / "svhn", train=one, validation=one, test=one)
         task, said = task_of("vtab1k", data)
     assert task.pixels == "jpeg75" and any("its originals are lossless" in line for line in said)
+
+
+def test_a_sweep_calls_its_tasks_as_their_sets(tmp_path, capsys):
+    data, path = f"hf:{tmp_path / 'birds'}", tmp_path / "a.toml"
+    path.write_text(f'tasks = [{json.dumps(data)}, "hf:owner/bees:small"]\nmethods = ["linear"]\n')
+    swept = read_spec(path)
+    assert [group.task for group in swept.plan.groups] == ["birds", "bees"]
+    assert [options.data for options in swept.options.values()] == [data, "hf:owner/bees:small"]
+    path.write_text(f'methods = ["linear"]\n[options]\ndata = {json.dumps(data)}\n')
+    assert [group.task for group in read_spec(path).plan.groups] == ["birds"]
+    path.write_text('tasks = ["bees"]\nmethods = ["linear"]\n')
+    line = error_line(capsys, ["sweep", str(path), "--dry-run"])
+    assert "expected a folder, hf:NAME, or one of digits" in line
