@@ -9,7 +9,8 @@
 # PyTorch's own loops, two threads. The CPU kernels also run as aarch64 code in every `pytest` where
 # `apt-get install g++-aarch64-linux-gnu qemu-user-static` was done.
 #
-# The long part, longer than that: machine code of all that steps, benchmarks and tests launch on
+# The long part, longer than that: the interpreter's attention on both backwards in every case;
+# machine code of all that steps, benchmarks and tests launch on
 # a GPU; the three stages of bench/gpu.sh on a CPU that stands for one, killed and gone on with; where
 # Ray is installed, a sweep on a cluster whose worker and driver are killed; and, where PAE_TTIR is
 # an environment with ttsem (tests/kernels/ttir.py says how it is made), every Triton kernel in bf16
