@@ -22,7 +22,9 @@ from .runner import Group, Provider, Runnable, Settings
 from .shapes import random_backbone
 
 PEER = "timm + SDPA"
-LIMITS = {"loss": 1e-5, "d_prompts": 1e-4, "d_convolution": 1e-4}
+# of 256 channels at 256 x 256 pixels rounding of 1e-6 turns the sign of about one in a million that
+# a ReLU reads, and a gradient then differs by the root of that share
+LIMITS = {"loss": 1e-5, "d_prompts": 5e-3, "d_convolution": 5e-3}
 
 
 class Case(NamedTuple):

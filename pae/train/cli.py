@@ -16,7 +16,7 @@ from pae.sweep import cli as sweep
 from pae.tables import command as tables
 from pae.train import commands as after
 from pae.train.declared import Given, add_arguments, declared, from_arguments
-from pae.train.embedded import DATASETS, WEIGHTS, WEIGHTS_NAME, FetchError
+from pae.train.embedded import DATASETS, MASKED, WEIGHTS, WEIGHTS_NAME, FetchError
 from pae.train.options import Launch, Options, combine, find_config, read_config
 from pae.version import __version__
 
@@ -149,6 +149,10 @@ def _embedded_help() -> str:
         if (archive := dataset.archive) is not None:
             from_where += f"; {archive.manager}: {archive.name} {archive.version}"
         lines.append(f"  {name:15} {dataset.summary} ({from_where})")
+    lines += [
+        f"  {name:15} {summary} (pae's own; --task segmentation)"
+        for name, summary in MASKED.items()
+    ]
     lines += [
         f"embedded weights: {WEIGHTS_NAME} (MIT; {WEIGHTS.manager}: {WEIGHTS.name} "
         f"{WEIGHTS.version}), a fine-tuned DINOv2",
