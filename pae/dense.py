@@ -214,8 +214,8 @@ class PromptedSegmenter(nn.Module):
         family = type(model.prompts)
         if family.see_labels is not PromptFamily.see_labels:
             raise ValueError(
-                f"model has prompts ({family.__name__}) that learn from the class of an image, "
-                "which a mask does not give: use another family"
+                f"prompts ({family.__name__}) that learn from the class of an image have none in a "
+                "mask: use another family"
             )
         blocks = blocks_of("out_blocks", out_blocks, len(model.view.blocks))
         auxiliary = list(auxiliary)
