@@ -123,7 +123,7 @@ def blocks(numbers: dict[str, Any]) -> dict[str, str]:
 def _state(numbers: dict[str, Any]) -> str:
     facts = numbers["facts"]
     done, wanted = facts["done"], facts["wanted"]
-    text = f"{done} of {wanted} runs have ended, {facts['seconds'] / 3600:.1f} hours of one core."
+    text = f"{done} of {wanted} runs have ended, which took {facts['seconds'] / 3600:.1f} hours."
     if facts["lost"]:
         text += f" {len(facts['lost'])} of them without a result."
     if numbers["missing"]:
