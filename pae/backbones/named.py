@@ -341,3 +341,60 @@ def _from_open_clip(
 def _pair(size: int | Iterable[int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
+
+
+# ---- two towers
+
+
+def load_two_towers(
+    name: str, *, pretrained: bool = True, say: Say | None = None
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """A CLIP or SigLIP model of that name with both towers, its tokenizer, and what its images must
+    look like, as `load_named` says it.
+
+    Args:
+        name: one for which `is_named`.
+        pretrained: with weights; without them they are random.
+        say: as in `load_named`.
+
+    Raises:
+        ValueError: no such model, one without two towers, weights that lack a part of it, or no
+            tokenizer beside it.
+        ImportError: its library is not installed.
+    """
+    source, _, place = name.partition(":")
+    tell = say or (lambda line: None)
+    try:
+        if source == "open_clip":
+            library = _library("open_clip", "clip")
+            _, facts = _from_open_clip(place, pretrained, True, None)
+            known, _, tag = place.partition("/")
+            if place.startswith(("hf-hub:", "local-dir:")):
+                known, tag = place, ""
+            model = library.create_model(
+                known,
+                pretrained=tag if pretrained and tag else None,
+                load_weights=pretrained,
+                require_pretrained=pretrained,
+            )
+            tokenizer = library.get_tokenizer(known)
+        else:
+            transformers = _library("transformers", "hf")
+            config = transformers.AutoConfig.from_pretrained(place)
+            kind = (config.architectures or ["no architecture"])[0]
+            if kind not in ("CLIPModel", "SiglipModel"):
+                raise _Refused(f"{name}: {kind} has no two towers, expected CLIPModel, SiglipModel")
+            of = getattr(transformers, kind)
+            model = _filled(of, name, tell, place) if pretrained else of(config)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+            seen = config.vision_config
+            facts = _processing(place, seen.num_channels, _pair(seen.image_size))
+            facts["patch"] = _pair(seen.patch_size)
+    except (ImportError, _Refused):
+        raise
+    except Exception as error:  # the libraries and the hub raise whatever their parts raise
+        raise ValueError(f"{name}: {first_line(error)}") from error
+    facts = {key: value for key, value in facts.items() if key not in ("patch", "resizes")}
+    where = Path(place.rpartition(":")[2])
+    facts |= {"architecture": type(model).__name__, "tag": where.name if where.exists() else place}
+    return model.float().eval(), tokenizer, facts

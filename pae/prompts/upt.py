@@ -6,6 +6,8 @@ Sources: Zang et al., "Unified Vision and Language Prompt Learning" (arXiv 2210.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,6 +71,10 @@ class _Made(PromptFamily):
     def pair(self) -> UPT | UPTDeep:
         """Whose prompts these are."""
         return self._pair[0]
+
+    def config(self) -> dict[str, Any]:
+        """Nothing: the pair's says it all."""
+        return {}
 
     def start_forward(self) -> None:
         super().start_forward()

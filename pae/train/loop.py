@@ -65,6 +65,7 @@ class _Asked(Exception):
 TASK_OPTIONS = (
     *("task", "dataset", "data", "protocol", "protocol_task", "shots", "draw", "train_on"),
     *("train_size", "val_size", "test_size", "split_seed", "seed"),
+    *("class_names", "base_to_new"),
     *("image_column", "label_column"),
 )
 

@@ -60,9 +60,9 @@ _ITS_OWN = "the method's own"
 
 def methods() -> tuple[str, ...]:
     """What --method takes. The families are those that are registered, so torch gets imported."""
-    from pae.prompts import METHODS
+    from pae.prompts import METHODS, PAIRS
 
-    return (COMPARE, *PROMPTLESS, *METHODS)
+    return (COMPARE, *PROMPTLESS, *METHODS, *PAIRS)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,24 @@ class Options:
         "classification",
         "what is learned: a class per image; segmentation, a class per pixel; clip, two towers",
         choices=choices.TASKS,
+    )
+    class_names: str | None = _images(
+        None,
+        "task clip: a file with the name of a class a line, in the order of the folders",
+        metavar="FILE",
+        unset="the folders' names as words",
+    )
+    template: str | None = _images(
+        None,
+        "task clip: the text of a class, {} for its name; of learned rows in front of the name, "
+        "what stands behind it counts",
+        metavar="TEXT",
+        unset="a photo of a {}.; with learned rows {}.",
+    )
+    base_to_new: bool = _images(
+        False,
+        "task clip: train on the first half of the classes, and measure the other half too",
+        negated=False,
     )
     image_column: str | None = _images(
         None,
@@ -473,6 +491,13 @@ class Options:
         both("data", "dataset")
         both("mpa", "spt")
         both("clip_norm", "clip_value")
+        for name in ("class_names", "template", "base_to_new"):
+            if getattr(self, name) and self.task != "clip":
+                raise ValueError(f"{called(name)} needs --task clip")
+        from pae.prompts import PAIRS
+
+        if self.method in PAIRS and self.task != "clip":
+            raise ValueError(f"{called('method')} has prompts for two towers: it needs --task clip")
         if self.protocol is not None and self.data is None:
             raise ValueError(f"{called('protocol')} needs --data, a folder of its tasks")
         for name in ("image_column", "label_column"):

@@ -107,6 +107,8 @@ class Reporter:
         for name in heads:
             table.add_column(name, justify="right")
         for result in results:
+            for name, accuracy in zero_shot(result):
+                table.add_row(name, "-", shown(accuracy), "0", "-", "-", "-")
             test, passes = score_of(result, "test"), result.get("passes")
             table.add_row(
                 result["name"],
@@ -117,7 +119,21 @@ class Reporter:
                 f"{result['seconds']:.1f}",
                 f"{result['mpa_seconds']:.1f}" if result.get("mpa_passes") else "-",
             )
+            for name, key in NEW_CLASSES.items():
+                if key in result:
+                    table.add_row(f"  {name}", "-", shown(result[key]), "", "-", "-", "-")
         Console(file=cast(Any, _Stream("stdout")), highlight=False).print(table)
+
+
+# entries of a result of base-to-new evaluation
+NEW_CLASSES = {"new classes": "new_accuracy", "harmonic mean": "harmonic_mean"}
+
+
+def zero_shot(result: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Rows of what the model does without prompts, where a result has it: names and accuracies."""
+    rows = [("zero-shot", "zero_shot_accuracy")]
+    rows += [(f"  {name}", f"zero_shot_{key}") for name, key in NEW_CLASSES.items()]
+    return [(name, result[key]) for name, key in rows if key in result]
 
 
 _COSTS = (

@@ -4,6 +4,7 @@ Golden vectors of the released code, by the tiny CLIP that their files hold, thr
 and what each promises on CLIPs of every library.
 """
 
+import copy
 import json
 
 import pytest
@@ -234,6 +235,39 @@ def test_engines_agree(name, library):
     made.eval()
     with torch.no_grad():
         assert error(made(x, engine="fast"), made(x)) < 1e-9
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_trained_and_copied(name):
+    made = build(name)
+    state = made.trained_state()
+    named = {n for n, p in made.named_parameters() if p.requires_grad}
+    assert named <= set(state) and not any("prototypes" in n for n in state)
+    groups = made.parameter_groups(1.0, 0.0)
+    counted = [id(p) for g in groups for p in g["params"]]
+    assert len(counted) == len(set(counted)) == len(named)
+    twin, x = copy.deepcopy(made).eval(), images()
+    made.eval()
+    before = made(x, engine="fast")
+    with torch.no_grad():
+        for p in (q for q in twin.parameters() if q.requires_grad):
+            p.mul_(0.5)
+        assert torch.equal(made(x, engine="fast"), before)
+        assert error(twin(x, engine="fast"), before) > 1e-3
+    json.dumps(made.pair.config())
+    again = type(made.pair)(**made.pair.config())
+    assert again.config() == made.pair.config()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_file_comes_back(name, tmp_path):
+    made, x = build(name).eval(), images()
+    made.save(tmp_path / "a.safetensors")
+    torch.manual_seed(9)
+    again = clips.prompted(pair=PAIRS[name]()).eval()
+    again.load(tmp_path / "a.safetensors")
+    with torch.no_grad():
+        assert torch.equal(again(x), made(x))
 
 
 def test_evaluation_drops_nothing_and_training_does():
