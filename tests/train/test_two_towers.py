@@ -8,6 +8,7 @@ import torch
 import pae
 from pae.train import options as options_module
 from pae.train.cli import main
+from pae.train.runfolder import RunFolder
 from pae.train.tasks import kind_of
 from pae.train.tasks.clip import harmonic, readable
 from tests.tiny import filled
@@ -82,7 +83,7 @@ def test_goes_on_where_it_was_stopped(shades, tower, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_after(patch, 2)
         run(shades, tmp_path / "cut", **own)
-    state = torch.load(tmp_path / "cut" / "state.pt", weights_only=False)
+    state = RunFolder(tmp_path / "cut").read_state()
     assert state["module"]["prototypes"].norm(dim=1).min() > 0.1
     run(shades, tmp_path / "cut", resume="last", **own)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
