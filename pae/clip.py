@@ -27,13 +27,12 @@ from .model import PromptedViT, uncompiled
 from .plan import BOOKKEEPING, FrozenPlan, Plans, wanted_dtype
 from .prompts import PromptFamily, VPTDeep
 from .prompts.base import check_choice
+from .prompts.text_context import POSITIONS
 from .task import TaskInfo
 from .text import Constants, Layout, constants, groups_of, walk
 
 if TYPE_CHECKING:
     from .mpa import MPAResult
-
-POSITIONS = ("end", "middle")
 
 
 class PromptedText(nn.Module):
@@ -45,10 +44,10 @@ class PromptedText(nn.Module):
 
     Args:
         text: a model with a text tower, see `pae.backbones.clip_text.read_text`, or its view.
-        context: what the learned rows come from, unused before: a module with `num_tokens` (n),
-            `position` ("end": all rows in front of the class name; "middle": n // 2 of them, the
-            others behind it), `bind(width)`, and `rows()`, which gives (n, D), or (C, n, D) where
-            classes have their own. None: no learned rows.
+        context: what the learned rows come from, unused before: `pae.prompts.TextContext`, or a
+            module with `num_tokens` (n), `position` ("end": all rows in front of the class name;
+            "middle": n // 2 of them, the others behind it), `bind(width)`, and `rows()`, which
+            gives (n, D), or (C, n, D) where classes have their own. None: no learned rows.
         tokens: int64 (C, N), one text per class, padded as the tower is used to, with n
             place-holders behind the start token, whatever the position.
         name_lengths: for "middle": how many tokens each class name has, which stands right behind

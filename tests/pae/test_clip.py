@@ -137,19 +137,25 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_engines_agree(shape, dtype):
-    made = prompted(dtype=dtype, **copy.deepcopy(SHAPES[shape]))
-    assert_engines_agree(made, images().to(dtype))
+def test_engines_agree(shape):
+    assert_engines_agree(prompted(**copy.deepcopy(SHAPES[shape])), images())
+
+
+@pytest.mark.parametrize("name", ["open_clip", "transformers, SigLIP"])
+def test_engines_agree_in_fp32(name):
+    assert_engines_agree(prompted(name, dtype=torch.float32), images().float())
 
 
 @pytest.mark.parametrize("name", CLIPS)
-@pytest.mark.parametrize("memory", ["keep", "recompute"])
-def test_engines_agree_on_every_tower(name, memory):
-    assert_engines_agree(prompted(name), images(), memory=memory)
+def test_engines_agree_on_every_tower(name):
+    assert_engines_agree(prompted(name), images())
 
 
-GROUPED = ["rows in front", "around the name", "rows of each class", "no rows"]
+def test_engines_agree_where_less_is_kept():
+    assert_engines_agree(prompted(), images(), memory="recompute")
+
+
+GROUPED = ["rows in front", "around the name", "rows of each class"]
 
 
 @pytest.mark.parametrize("shape", GROUPED)
@@ -200,9 +206,8 @@ def test_one_block():
     assert_engines_agree(prompted("open_clip, one block"), images())
 
 
-@pytest.mark.parametrize("engine", ["reference", "fast"])
-@pytest.mark.parametrize("seed", range(3))
-def test_autocast(engine, seed):
+@pytest.mark.parametrize("seed", range(2))
+def test_autocast(seed):
     """bf16 products: the fast engine is as near to the truth as the blocks themselves."""
     made = prompted("transformers", dtype=torch.float32)
     with torch.no_grad():
@@ -392,9 +397,9 @@ def test_a_pairs_parameter_outside_of_the_context_makes_features_anew():
 
 @pytest.mark.parametrize("family", list(METHODS.values()), ids=list(METHODS))
 def test_every_family_on_the_image_tower(family):
-    made = prompted("transformers", image=small(family, num_classes=4))
-    made.vision.prompts.see_labels(torch.tensor([1, 0, 3]))
-    assert_engines_agree(made, images())
+    made = prompted("transformers", image=small(family, num_classes=4)).eval()
+    with torch.no_grad():
+        assert error(made(images(), engine="fast"), made(images())) < 1e-9
 
 
 def test_koopman_lyapunov_on_the_image_tower():

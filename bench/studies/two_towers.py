@@ -1,0 +1,203 @@
+"""What a step of two-tower prompt tuning costs: CLIP ViT-B/16 as transformers runs it, and ours.
+
+    python -m bench.studies.two_towers [GROUP ...] [--arms ARM ...] [--rounds 3]
+    python -m bench.studies.two_towers --table
+
+As in DAPT: 16 learned rows before the names of the classes, 16 live prompts in the image tower,
+cross-entropy over all classes, gradients of both. The classes are the first 100 of ImageNet,
+by name.
+Arms of a group take turns in one process, ours among them; a figure is the median over rounds of
+the quotient of one round, the arm's time over ours. What is measured takes the place of the same
+arm in bench/results/science/two_towers.json, so that a group may be measured in several calls.
+
+    text       forward and backward of the text's features
+    step       images and texts: forward, loss and backward
+
+Arms, over "fast", which is `engine="fast"`: "textbook" runs transformers' blocks (fused attention,
+causal) on all 77 rows; "cut" the same on the rows up to the last end token, which anybody can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pae
+from bench.studies import runs
+from bench.table import table_of
+from bench.timing import CLOCKS, interleave
+
+JSON = "two_towers.json"
+GROUPS = ("text", "step")
+ARMS, OURS = ("textbook", "cut"), "fast"
+CLASSES, ROWS = 100, 16
+TINY = {
+    "vision_config": {"image_size": 32, "num_hidden_layers": 2, "hidden_size": 64},
+    "text_config": {"hidden_size": 64, "num_hidden_layers": 2},
+}
+TINY["vision_config"] |= {"patch_size": 16, "num_attention_heads": 2, "intermediate_size": 64}
+TINY["text_config"] |= {"num_attention_heads": 2, "intermediate_size": 64}
+BASE = {"vision_config": {"patch_size": 16}}
+SIZES = {"ViT-B/16": BASE, "tiny": TINY}
+
+
+def model_of(size: str) -> pae.PromptedCLIP:
+    """Random weights, in training mode."""
+    import transformers
+    from open_clip.tokenizer import SimpleTokenizer
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+    torch.manual_seed(0)
+    clip = transformers.CLIPModel(transformers.CLIPConfig(**SIZES[size]))
+    names, image = IMAGENET_CLASSNAMES[:CLASSES], pae.prompts.VPTShallow(ROWS)
+    return pae.prompted_clip(
+        clip, image, pae.prompts.TextContext(ROWS), names, tokenizer=SimpleTokenizer()
+    ).train()
+
+
+def works(model: pae.PromptedCLIP, group: str, batch: int) -> dict[str, Callable[[], list[Tensor]]]:
+    """By arm what is timed; it returns the gradients."""
+    text, wanted = model.text, [p for p in model.parameters() if p.requires_grad]
+    pixels = model.vision.view.default_size
+    images, labels = torch.randn(batch, 3, *pixels), torch.arange(batch) % CLASSES
+    length = max(text._layout.lengths)
+
+    def features(arm: str) -> Tensor:
+        if arm != "cut":
+            return model.text_features("fast" if arm == "fast" else "reference")
+        return F.normalize(text.view.read_rows(text.embed()[:, :length], text.ends), dim=1)
+
+    def of_text(arm: str) -> Callable[[], list[Tensor]]:
+        def work() -> list[Tensor]:
+            found = features(arm)
+            weights = torch.linspace(-1, 1, found.numel()).view_as(found)
+            return list(torch.autograd.grad((found * weights).sum(), [text.context.tokens]))
+
+        return work
+
+    def of_step(arm: str) -> Callable[[], list[Tensor]]:
+        def work() -> list[Tensor]:
+            seen = model.features(images, engine="fast" if arm == "fast" else "reference")
+            loss = F.cross_entropy(model.logits(seen, features(arm)), labels)
+            return list(torch.autograd.grad(loss, wanted))
+
+        return work
+
+    made = of_step if group == "step" else of_text
+    return {arm: made(arm) for arm in (*ARMS, OURS)}
+
+
+def measure(model: pae.PromptedCLIP, group: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Quotients of every round and seconds of ours, by arm."""
+    arms = works(model, group, arguments.batch)
+    arms = {arm: arms[arm] for arm in (*(arguments.arms or ARMS), OURS)}
+    model.features(torch.randn(1, 3, *model.vision.view.default_size), engine="fast")
+    model.text_features("fast")  # both towers are folded
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    gradients: dict[str, list[Tensor]] = {}
+
+    def kept(arm: str) -> Callable[[], None]:
+        def work() -> None:
+            gradients[arm] = arms[arm]()
+
+        return work
+
+    for r in range(arguments.rounds):
+        names = list(arms)[r % len(arms) :] + list(arms)[: r % len(arms)]
+        turns = {name: kept(name) for name in names}
+        for arm, (sample,) in interleave(turns, 1, torch.device("cpu")).items():
+            seconds[arm].append(sample.seconds(arguments.clock))
+        for arm, found in gradients.items():
+            for a, b in zip(gradients[OURS], found):
+                if not (a - b).norm() <= 1e-3 * b.norm():
+                    raise RuntimeError(f"{group}: our gradients are not those of {arm}")
+    ours = seconds.pop(OURS)
+    return {
+        arm: {
+            "ratios": [runs.short(a / b) for a, b in zip(mine, ours)],
+            "our_seconds": runs.short(statistics.median(ours)),
+        }
+        for arm, mine in seconds.items()
+    }
+
+
+def counts(text: pae.PromptedText) -> dict[str, Any]:
+    """Of the text tower: rows that run through its blocks, and GFLOP of the products of a forward
+    with weights, by what runs them.
+
+    A row costs 12 D^2 in a block. Ours in the last block: one query, its key matrix and its value
+    matrix for the sum, projection and MLP of one row per class, 12 D^2; and in every block before,
+    2 D^2 for keys and values of a row that all classes share.
+    """
+    layout, (groups, _) = text._layout, text._groups()
+    shared, depth = layout.shared - layout.constant, text.view.shape.depth
+    apart = sum(len(text.tokens[at]) * (end - layout.shared) for at, end in groups)
+    rows = {
+        "textbook": text.tokens.numel(),
+        "cut": len(text.tokens) * max(layout.lengths),
+        OURS: shared + apart,
+    }
+    squares = {arm: 12 * depth * count for arm, count in rows.items()}
+    squares[OURS] = (12 * rows[OURS] + 2 * shared) * (depth - 1) + 12 * len(text.tokens)
+    width = text.view.shape.width
+    return {"rows": rows, "gflop": {a: round(2e-9 * n * width**2, 1) for a, n in squares.items()}}
+
+
+def table(numbers: dict[str, Any]) -> str:
+    """One row per group and arm that was measured."""
+    lines = []
+    for group in GROUPS:
+        for arm in ARMS:
+            if record := numbers.get(group, {}).get(arm):
+                found = record["ratios"]
+                lines.append(
+                    {
+                        "work": group,
+                        "by": arm,
+                        "over ours": f"{statistics.median(found):.2f}x",
+                        "rounds": f"{min(found):.2f} to {max(found):.2f}",
+                        "ours, s": f"{record['our_seconds']:.2f}",
+                    }
+                )
+    return table_of(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.studies.two_towers")
+    add = parser.add_argument
+    add("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
+    add("--size", default="ViT-B/16", choices=SIZES)
+    add("--batch", type=int, default=8, help="images of a step")
+    add("--rounds", type=int, default=3)
+    add("--arms", nargs="+", choices=ARMS, help="ours always runs")
+    add("--clock", default="process", choices=CLOCKS)
+    add("--to", type=Path, default=runs.RESULTS, help="folder of the numbers")
+    add("--table", action="store_true", help="print what was measured, and measure nothing")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.groups) - set(GROUPS):
+        parser.error(f"no such group: {', '.join(sorted(unknown))}")
+    path = arguments.to / JSON
+    numbers = json.loads(path.read_text()) if path.is_file() else {}
+    if not arguments.table:
+        model = model_of(arguments.size)
+        numbers |= counts(model.text)
+        keep = ("size", "batch", "clock")
+        numbers["setting"] = {name: getattr(arguments, name) for name in keep}
+        numbers["setting"] |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        for group in arguments.groups or GROUPS:
+            numbers.setdefault(group, {}).update(measure(model, group, arguments))
+            runs.write_json(path, numbers)
+    print({name: numbers.get(name) for name in ("setting", "rows", "gflop")})
+    print(table(numbers))
+
+
+if __name__ == "__main__":
+    main()
