@@ -4,7 +4,8 @@ Switching has its best form: all models share one backbone object, images are so
 each task present in the batch is one `pae.fast_forward` on its images. "even" batches have as many
 images of every task, which is best for switching; in "drawn" ones each image's task is drawn. The
 served batch is never sorted. Both give the same logits, which is checked before anything is timed.
-Process time, one thread, in turns; a cell is one process, and replaces its row in the file.
+Process time, one thread, in turns; a cell is one process, whose rounds are added to those that the
+file has of it.
 
     python -m bench.studies.serving --batch 64 --prompts 50 [--drawn] [--seconds 60]
         [--model vit_small_patch16_224] [--output bench/results/serving.json]
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -61,7 +61,7 @@ def tasks_of(batch: int, drawn: bool) -> Tensor:
 
 @torch.no_grad()
 def measured(name: str, prompts: int, batch: int, drawn: bool, seconds: float) -> dict:
-    """Median seconds of both and of their ratio, over as many rounds as fit, at least three."""
+    """Seconds of both in as many rounds as fit, at least three."""
     made = models(name, prompts)
     served = pae.serve_many(made)
     images, tasks = torch.randn(batch, 3, 224, 224), tasks_of(batch, drawn)
@@ -79,15 +79,36 @@ def measured(name: str, prompts: int, batch: int, drawn: bool, seconds: float) -
             began = time.process_time()
             call()
             spent[kind].append(time.process_time() - began)
-    ratios = sorted(a / b for a, b in zip(spent["switching"], spent["served"]))
+    cell = {"model": name, "batch": batch, "tasks": "drawn" if drawn else "even"}
+    times = {f"{kind}_s": [round(s, 4) for s in times] for kind, times in spent.items()}
+    return {**cell, "prompts": prompts, "off": off, **times}
+
+
+def summary(row: dict) -> dict:
+    """Medians over rounds of both and of their ratio, which is above 1 where serving is faster."""
+    ratios = sorted(a / b for a, b in zip(row["switching_s"], row["served_s"]))
     return {
-        **{"model": name, "batch": batch, "tasks": "drawn" if drawn else "even"},
-        **{"prompts": prompts, "rounds": len(ratios), "off": off},
-        **{f"{kind}_s": round(statistics.median(times), 4) for kind, times in spent.items()},
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_least": round(ratios[0], 3),
-        "ratio_most": round(ratios[-1], 3),
+        **{f"{kind}_s": statistics.median(row[f"{kind}_s"]) for kind in ("switching", "served")},
+        **{"rounds": len(ratios), "ratio": statistics.median(ratios)},
+        **{"least": ratios[0], "most": ratios[-1]},
     }
+
+
+def table(record: dict) -> str:
+    """The rows of a file as Markdown, in the order of the file."""
+    names = "images", "tasks", "prompts", "switching, s", "served, s", "ratio", "range", "rounds"
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in record["rows"]:
+        found = summary(row)
+        cells = [str(row[key]) for key in ("batch", "tasks", "prompts")]
+        cells += [
+            f"{found['switching_s']:.2f}",
+            f"{found['served_s']:.2f}",
+            f"{found['ratio']:.2f}x",
+        ]
+        cells += [f"{found['least']:.2f} to {found['most']:.2f}", str(found["rounds"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -101,19 +122,24 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     row = measured(given.model, given.prompts, given.batch, given.drawn, given.seconds)
-    print(row, flush=True)
+    print(summary(row), flush=True)
     if given.output is None:
         return
+    from cpuinfo import get_cpu_info  # comes with pytest-benchmark
+
     rows = json.loads(given.output.read_text())["rows"] if given.output.is_file() else []
     cell = ("model", "batch", "tasks", "prompts")
-    rows = [old for old in rows if any(old[key] != row[key] for key in cell)] + [row]
-    table = {
+    for old in [old for old in rows if all(old[key] == row[key] for key in cell)]:
+        row |= {key: old[key] + row[key] for key in ("switching_s", "served_s")}
+        rows.remove(old)
+    rows.append(row)
+    record = {
         "what": f"{TASKS} tasks, 224 pixels, fp32, {CLASSES} classes each, one thread",
-        "machine": platform.processor() or platform.machine(),
+        "machine": get_cpu_info()["brand_raw"],
         "versions": {"torch": str(torch.__version__), "pae": pae.__version__},
-        "rows": sorted(rows, key=lambda r: [str(r[key]).zfill(4) for key in cell]),
+        "rows": sorted(rows, key=lambda r: [r["model"], r["batch"], r["tasks"] == "drawn"]),
     }
-    text = json.dumps(table, indent=1) + "\n"
+    text = json.dumps(record, indent=1) + "\n"
     write_atomically(given.output, lambda file: file.write_text(text))
 
 

@@ -118,7 +118,10 @@ def model_card(run: str | Path, repo_id: str = "OWNER/NAME") -> str:
     classes = table.get("classes") or []
     name = recipe.get("model", table["backbone"])
     source, _, inner = name.partition(":")
-    base = {"hf": inner, "hf-hub": inner}.get(source) or (f"timm/{name}" if "." in name else None)
+    if inner:  # a folder's name, which travels without the folder around it, is none of the hub
+        base = inner if source in ("hf", "hf-hub", "hf_hub") and "/" in inner else None
+    else:
+        base = f"timm/{name}" if "." in name else None
     head = ["library_name: pae", "pipeline_tag: image-classification"]
     head += ["tags: [pae, visual-prompt-tuning]"]
     head += [f"base_model: {base}"] if base else []

@@ -565,6 +565,10 @@ class FullFineTuning(nn.Module):
             self.head = nn.Linear(self.view.feature_width, num_classes)
             self.head.to(like.device, like.dtype)
         self.backbone = backbone.requires_grad_(True)
+        if not of_timm:
+            for name, parameter in backbone.named_parameters():
+                if name.endswith("mask_token"):  # of pretraining; processes that share gradients
+                    parameter.requires_grad_(False)  # would wait for its
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -604,7 +608,7 @@ class FullFineTuning(nn.Module):
         from timm.optim import param_groups_weight_decay
 
         if self.view is None:
-            own = getattr(self.backbone, "no_weight_decay", tuple)()
+            own = list(getattr(self.backbone, "no_weight_decay", tuple)())
         else:  # what is no matrix of a product or a convolution, by its name
             own = [
                 f"{place}.{name}" if place else name

@@ -9,6 +9,7 @@ import timm
 import torch
 
 import pae
+from pae import inference
 from tests import tiny
 
 FAMILIES = {
@@ -157,6 +158,31 @@ def test_what_cannot_be_shared_is_named(message, kind, more):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_other_readouts_heads_and_positions_are_refused():
+    vit, plain = tiny.backbone("avg", torch.float32), models(["vpt"], "avg")
+    cases = {
+        "task 1: pool must be 'image', got 'all'": pae.PromptedViT(
+            vit, pae.prompts.VPTDeep(2), num_classes=3, pool="all"
+        ),
+        "task 1: its head must be nn.Linear, got Sequential": pae.PromptedViT(
+            vit, pae.prompts.VPTDeep(2), num_classes=3
+        ),
+        "task 1 has another backbone than task 0": pae.PromptedViT(
+            tiny.backbone("avg", torch.float32), pae.prompts.VPTDeep(2), num_classes=3
+        ),
+    }
+    for number, model in enumerate(cases.values()):
+        if number == 1:
+            model.head = torch.nn.Sequential(model.head)
+        if number == 2:  # the same weights, but for positions: another size of images
+            with torch.no_grad():
+                model.backbone.pos_embed.add_(0.1)
+    for message, model in cases.items():
+        with pytest.raises(ValueError) as caught:
+            pae.serve_many([*plain, model])
+        assert str(caught.value) == message
+
+
 def test_windows_are_refused():
     swin = timm.create_model(
         "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=16, depths=(1, 1),
@@ -197,3 +223,41 @@ def test_checkpoints_share_one_backbone(tmp_path):
     images = tiny.images(vit, 3)
     want = expected([2, 0, 1], images, made).detach()
     torch.testing.assert_close(served(images, [2, 0, 1]), want, rtol=1e-5, atol=1e-5)
+
+
+def test_eight_images_at_a_time_on_a_cpu():
+    """In fp32 by weights that are laid out once, where MKL has an order of its own; other numbers
+    of images as the weights lie, and a copy lays out its own.
+    """
+    made = models(["vpt", "bpt", "ragged"])
+    served, images = pae.serve_many(made), tiny.images(made[0].backbone, 19)
+    tasks = (torch.arange(19) * 7 % 3).tolist()
+    with torch.no_grad():
+        alone = [pae.fast_forward(made[t], images[i : i + 1])[0] for i, t in enumerate(tasks)]
+    for count in (3, 8, 19):
+        got = served(images[:count], tasks[:count])
+        for row, want in zip(got, alone):
+            assert tiny.error(row[: len(want)], want) < 2e-6
+        steps = served._known[2]
+        if inference._mkl_can_pack(images):
+            laid_out = {len(how._laid_out) for how in steps[:-1]}
+            assert laid_out == ({0} if count == 3 else {4})
+            rows = 8 * made[0].view.num_rows(images.shape[-2:])
+            assert {how._rows for how in steps[:-1]} == {0 if count == 3 else rows}
+    assert served._known[2] is steps  # of one plan, for good
+    again = copy.deepcopy(served)
+    assert again._known is None
+    torch.testing.assert_close(again(images, tasks), got, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # what was laid out is not read where the backbone has changed
+        made[0].backbone.blocks[0].mlp.fc1.weight.mul_(1.5)
+        changed = served(images[:8], tasks[:8])
+    want = expected(tasks[:8], images[:8], made)
+    torch.testing.assert_close(changed, want, rtol=1e-4, atol=1e-5)
+
+
+def test_images_are_not_written_to():
+    made = models(["vpt", "bpt"], dtype=torch.float64)
+    served, images = pae.serve_many(made), tiny.images(made[0].backbone, 8)
+    before = images.clone()
+    first = served(images, [0, 1] * 4)
+    assert torch.equal(images, before) and torch.equal(served(images, [0, 1] * 4), first)

@@ -16,7 +16,7 @@ from PIL import Image
 
 import pae
 from pae.backbones import named
-from pae.train import evaluation, methods, pixels, using
+from pae.train import evaluation, hub, methods, pixels, using
 from pae.train.cli import main
 from pae.train.data import Images, read_folder
 from pae.train.export import export
@@ -475,14 +475,16 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_left(tmp_path, monkeypa
     path.write_text("former")
     load = torch.export.load
     with monkeypatch.context() as patch:
+        # all logits a little off, one image alone, and none at all
+        for off in (lambda y: y + 3e-5, lambda y: y + (len(y) == 1), lambda y: y * torch.nan):
 
-        class Off:
-            def __init__(self, file):
-                self.module = lambda: lambda x: load(file).module()(x) + 3e-5
+            class Off:
+                def __init__(self, file, off=off):
+                    self.module = lambda: lambda x: off(load(file).module()(x))
 
-        patch.setattr(torch.export, "load", Off)
-        with pytest.raises(ArithmeticError, match="VPTDeep gives logits that differ by"):
-            export(model, images, path, "torch-export")
+            patch.setattr(torch.export, "load", Off)
+            with pytest.raises(ArithmeticError, match="VPTDeep gives logits that differ by"):
+                export(model, images, path, "torch-export")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxscript", None)
         with pytest.raises(ImportError, match=r'needs onnxscript: pip install "pae\[export\]"'):
@@ -491,6 +493,32 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_left(tmp_path, monkeypa
         with pytest.raises(ValueError, match=words):
             export(model, wrong[0], path, wrong[1])
     assert path.read_text() == "former" and [f.name for f in tmp_path.iterdir()] == ["b.pt2"]
+
+
+# ---- the hub
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("vit_base_patch16_224.augreg_in21k", "timm/vit_base_patch16_224.augreg_in21k"),
+        ("hf:facebook/dinov2-base", "facebook/dinov2-base"),
+        ("hf-hub:timm/vit_base_patch16_224", "timm/vit_base_patch16_224"),
+        ("hf:my-folder.v2", None),
+        ("local-dir:vit.v2", None),
+        ("open_clip:ViT-B-32/openai", None),
+        ("test_vit", None),
+    ],
+)
+def test_a_card_names_the_backbone_of_the_hub_where_it_is_there(name, base, tmp_path):
+    card = hub.model_card(bare(tmp_path, classes=tuple("abcde"), backbone={"model": name}))
+    lines = [line for line in card.splitlines() if line.startswith("base_model:")]
+    assert lines == ([] if base is None else [f"base_model: {base}"]) and name in card
+
+
+def test_a_whole_model_is_not_pushed(runs):
+    with pytest.raises(ValueError, match=r"full.best\.safetensors holds a whole model, and no"):
+        pae.push_to_hub(runs / "full", "me/a")
 
 
 # ---- info
