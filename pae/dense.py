@@ -406,7 +406,7 @@ class PromptedSegmenter(nn.Module):
         built: list[PromptedSegmenter] = []
 
         def build(*parts: Any, num_classes: int | None, **more: Any) -> PromptedViT:
-            model = PromptedViT(*parts, num_classes=1, **more)
+            model = PromptedViT(*parts, **{**more, "num_classes": 1})
             try:
                 heads = [_built(part) for part in [*dense["auxiliary"], dense["decode"]]]
                 place = dense["out_blocks"], heads[:-1], dense["auxiliary_weight"]

@@ -560,7 +560,7 @@ class _Run:
                     outputs = self.kind.forward(module, images)
                 yield self.kind.loss(module, _float(outputs), labels), len(labels)
 
-        prompts.remap(self.prompted, passes())
+        prompts.remap(cast(pae.PromptedViT, self.prompted), passes())
         last_loss = self.rows[-1]["train_loss"] if self.rows else None
         prompts.start_of_epoch(losses, list(module.head.parameters()), last_loss)
 

@@ -189,7 +189,7 @@ def _pairs(base: Path, split: str) -> Masked:
     if len(set(names)) < len(names):
         twice = next(str(name) for name in names if names.count(name) > 1)
         raise ValueError(f"{shown(images)}: two images have the mask {twice}; rename one")
-    return Masked(paths, masks)
+    return Masked(paths, list[Any](masks))
 
 
 def _compared(pair: tuple[Path, Path]) -> None:
@@ -276,7 +276,7 @@ class Joint(NamedTuple):
         Source: mmsegmentation's pipeline for ADE20K, without its change of colours.
         """
         scale = self.side * stream.uniform(0.5, 2.0) / min(image.size)
-        size = tuple(max(1, round(n * scale)) for n in image.size)
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
         image = image.resize(size, Image.Resampling(self.interpolation))
         mask = mask.resize(size, Image.Resampling.NEAREST)
         spare = [max(0, n - self.side) for n in size]

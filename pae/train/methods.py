@@ -683,7 +683,7 @@ def trained_parameters(module: Method) -> int:
     groups = module.parameter_groups(1.0, 0.0)
     counted = 0
     if isinstance(module, (pae.PromptedViT, pae.PromptedSegmenter)):
-        module = getattr(module, "model", module)
+        module = module.model if isinstance(module, pae.PromptedSegmenter) else module
         counted = trained.count(module.backbone, module.trained_backbone)
         groups = [group for group in groups if group["name"] != "backbone"]
     return counted + sum(p.numel() for group in groups for p in group["params"])

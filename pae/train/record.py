@@ -107,7 +107,7 @@ def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """In words, what differs between two tables of options; where one has no such option, it is of
     another version, and nothing is said.
     """
-    was = renamed(was)
+    was = dict(renamed(was))
     for name in now:
         if name in was and name not in CHANGEABLE and was[name] != now[name]:
             yield f"{name} {_shown(was[name])}, now {_shown(now[name])}"

@@ -220,8 +220,8 @@ def evaluate(
         if truth.shape != said.classes.shape:
             sizes = [f"{shape[1]} x {shape[0]}" for shape in (truth.shape, said.classes.shape)]
             raise ValueError(f"mask {label}: {sizes[0]} pixels, and its image has {sizes[1]}")
-        both = (torch.from_numpy(np.array(part)).long() for part in (said.classes, truth))
-        own = confusion(*both, count)
+        taken, there = (torch.from_numpy(np.array(part)).long() for part in (said.classes, truth))
+        own = confusion(taken, there, count)
         found.confusion += own
         row = {"image": str(said.item), "mean_iou": mean_iou(own)}
         found.rows.append({**row, "pixel_accuracy": pixel_accuracy(own)})
