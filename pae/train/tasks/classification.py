@@ -49,7 +49,7 @@ class Own(Kind):
             task = task.with_fewer_tests(options.test_size)
         return task.joined() if options.train_on == "trainval" else task
 
-    def build(self, task: Task, say: Callable[[str], None] | None = None) -> methods.Method:
+    def build(self, task: Task, say: Callable[[str], None] | None = None) -> Any:
         return methods.build_method(self.options, len(task.classes), say=say)
 
     def pipeline(self, images: Images, training: bool, shown: Shown) -> pixels.Pipeline:
@@ -69,7 +69,7 @@ class Own(Kind):
         )
         return pixels.Pipeline(split, shown.mean, shown.std, shown.device, options.workers)
 
-    def loss(self, module: Any, outputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, module: Any, outputs: Any, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets, label_smoothing=self.options.label_smoothing)
 
     def no_sums(self) -> Tensor:

@@ -225,7 +225,7 @@ class Own(classification.Own):
         else:
             given["image_prompts"] = methods.build_prompts(options, len(names))
         made = pae.prompted_clip(model, tokenizer=tokenizer, **given)
-        made.vision.backbone.pretrained_cfg = facts
+        cast(Any, made.vision.backbone).pretrained_cfg = facts
         return made
 
     def prompted(self, module: nn.Module) -> pae.PromptedViT | None:
