@@ -22,8 +22,9 @@ from .runner import Group, Provider, Runnable, Settings
 from .shapes import random_backbone
 
 PEER = "timm + SDPA"
-# of 256 channels at 256 x 256 pixels rounding of 1e-6 turns the sign of about one in a million that
-# a ReLU reads, and a gradient then differs by the root of that share
+# both engines give the same to 1e-14 in fp64; in fp32 rounding turns the sign of some of the many
+# values that a ReLU reads, and either engine's gradients are then as far from fp64 as the other's:
+# 2e-4 to 8e-4 of prompts in 4 blocks of width 192 at 512 px
 LIMITS = {"loss": 1e-5, "d_prompts": 5e-3, "d_convolution": 5e-3}
 
 
