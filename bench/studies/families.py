@@ -134,7 +134,11 @@ def _table(rows: dict[str, dict[str, dict]], ratios: dict[str, float]) -> str:
                 {
                     "family": STUDY.arms[f"{family} {variant}"].title,
                     "state": state,
-                    "chosen": f"{s['lr']:g}, {s['weight_decay']:g}" if done else "",
+                    "chosen": (
+                        f"{s['lr']:g}{' (an end)' * s['edge']}, {s['weight_decay']:g}"
+                        if done
+                        else ""
+                    ),
                     "test accuracy": runs.shown(s.get("test"), ".3f"),
                     "every seed": ", ".join(f"{t:.3f}" for t in s.get("tests", {}).values()),
                     "step time": f"{ratios[family]:.2f}x" if plain and family in ratios else "",

@@ -269,9 +269,10 @@ IMAGES = [path for path in shipped().values() if path.stem != "apt-video"]
 
 @pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.stem)
 def test_published_settings_alone_pass_all_checks(path):
-    backbone = ["--model", "vit_base_patch16_224.augreg_in21k"]
+    two_towers = 'task = "clip"' in path.read_text(encoding="utf-8")
+    model = "open_clip:ViT-B-16/openai" if two_towers else "vit_base_patch16_224.augreg_in21k"
     with nothing_loaded(), pytest.raises(Reached):
-        cli.main(["train", "--config", path.stem, *backbone])
+        cli.main(["train", "--config", path.stem, "--model", model])
 
 
 def test_a_default_that_does_not_fit_says_how_to_give_another():
