@@ -173,7 +173,11 @@ def test_spt_start(shades, tmp_path, spt):
 # ---- options and configuration files
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+# those of pairs, for two towers, are built in test_two_towers
+OF_IMAGES = [p for p in CONFIGS if options.read_config(p)["method"] not in pae.prompts.PAIRS]
+
+
+@pytest.mark.parametrize("path", OF_IMAGES, ids=lambda p: p.stem)
 def test_published_settings(path):
     """They load, are complete, and fit a ViT-B/16."""
     given = options.read_config(path)
