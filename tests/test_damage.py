@@ -181,7 +181,7 @@ def test_checkpoints_without_a_digest(tmp_path):
 
 
 def test_checkpoints_of_whole_models(tmp_path):
-    path, model = tmp_path / "full.safetensors", methods.FullFineTuning(backbone())
+    path, model = tmp_path / "full.safetensors", methods.FullFineTuning(backbone(), 4)
     model.save(path)
 
     def read():

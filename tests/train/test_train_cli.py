@@ -160,7 +160,7 @@ def test_help_reads_well_and_states_licences(capsys):
         (["--lr", "nan"], "--lr nan: expected a number above 0"),
         (["--dropout", "1"], "--dropout 1: expected a number in [0, 1)"),
         (["--engine", "warp"], "--engine warp: expected one of fast, reference"),
-        (["--method", "lora"], "--method lora: expected one of compare, linear, full, apt"),
+        (["--method", "lora"], "--method lora: expected one of compare, linear, full, vpt-deep"),
         (["--fast"], "unrecognized arguments: --fast"),
         (["--dataset", "mnist"], "and --dataset mnist exclude each other"),
         (["--method", "linear", "--kld"], "--kld needs a --method with prompts"),
