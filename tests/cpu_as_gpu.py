@@ -135,34 +135,48 @@ DEVICE = Device()
 # ---- operators of PyTorch that a CPU does not have
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None) -> tuple:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *_: Any,
+    scale: float | None = None,
+) -> tuple:  # fmt: skip
+    assert dropout == 0.0
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, is_causal=causal, scale=scale
+    )
     unused = torch.zeros((), dtype=torch.int64)
     return out, lse, None, None, q.shape[2], k.shape[2], unused, unused, None
 
 
 def _flash_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *_: Any, **named: Any
-) -> tuple:
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Any,
+    scale: float | None = None,
+) -> tuple:  # fmt: skip
+    *_, dropout, causal, _, _ = given  # behind both sides' offsets and lengths; a seed, its offset
+    assert dropout == 0.0
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        d_out, q, k, v, out, lse.contiguous(), 0.0, False, scale=named.get("scale")
+        d_out, q, k, v, out, lse.contiguous(), 0.0, causal, scale=scale
     )
 
 
-def _efficient(q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None) -> tuple:
-    out, lse, *_ = _flash(q, k, v, scale=scale)
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, bias: Any, wants_lse: bool, dropout: float = 0.0,
+    causal: bool = False, *, scale: float | None = None,
+) -> tuple:  # fmt: skip
+    assert bias is None and wants_lse
+    out, lse, *_ = _flash(q, k, v, dropout, causal, scale=scale)
     unused = torch.zeros((), dtype=torch.int64)
     rows = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
     return out, rows, unused, unused
 
 
 def _efficient_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, out: Tensor, lse: Tensor, *_: Any,
-    **named: Any,
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, out: Tensor, lse: Tensor,
+    seed: Tensor, offset: Tensor, dropout: float, wanted: Any, causal: bool = False, *,
+    scale: float | None = None,
 ) -> tuple:  # fmt: skip
     assert bias is None and lse.shape[-1] % 32 == 0, "its log-sum-exp has rows in tiles of 32"
-    lse = lse[..., : q.shape[2]]
-    return *_flash_backward(d_out, q, k, v, out, lse, **named), None
+    given = d_out, q, k, v, out, lse[..., : q.shape[2]], dropout, causal, seed, offset
+    return *_flash_backward(*given, scale=scale), None
 
 
 def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
