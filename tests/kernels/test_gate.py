@@ -22,14 +22,14 @@ from pae_kernels import native  # noqa: E402
 from pae_kernels.pointwise import triton as pointwise  # noqa: E402
 from tests import gate, launches, stand_in  # noqa: E402
 
-# sm_90 whole; of the others what a step spends its time in
+LONG = bool(os.environ.get("PAE_LONG"))  # tests/more.sh
+# sm_90 whole; of the others what compiles in a moment, and in the long run attention too
 ROOMS = ["attention", "pointwise", "koopman", "adaptive"]
 CASES = [(90, room) for room in ROOMS]
-CASES += [(arch, room) for arch in (80, 100) for room in ("attention", "pointwise")]
+CASES += [(arch, room) for arch in (80, 100) for room in ("pointwise", *["attention"] * LONG)]
 # one product each way: those take ten seconds to compile
 CASES += [(90, "product")]
 PRODUCTS = ("KEEP=1", "CODED=False")
-LONG = bool(os.environ.get("PAE_LONG"))  # tests/more.sh
 GELU = "activation_fwd bf16,u8 KIND=gelu CODED=True"
 
 
