@@ -194,7 +194,7 @@ def test_asha_stops_runs_that_are_behind(spec, tmp_path, capsys):
     pytest.importorskip("ray", reason='Ray is not installed: pip install "pae[sweep]"')
     rates, still = [0.02, 0.01], [1e-9, 2e-9, 3e-9, 4e-9]
     below = f"[grid]\nlr = {rates + still}\n[asha]\ngrace = 1\nreduction = 2\n"
-    path = spec('seeds = 2\nmethods = ["vpt-deep"]', below, epochs=9)
+    path = spec('seeds = 1\nmethods = ["vpt-deep"]', below, epochs=9)
     out = tmp_path / "out"
     command = ["sweep", str(path), "--output", str(out), "--ray", "local", "--quiet"]
     assert main(command) == 1  # some were stopped
@@ -203,7 +203,8 @@ def test_asha_stops_runs_that_are_behind(spec, tmp_path, capsys):
     found = {cell.values["lr"]: records[cell.keys[0]] for cell in group.cells}
     assert all(record["scheduler"] == "asha" for record in found.values())
     stopped = {lr: record for lr, record in found.items() if record["status"] == "stopped"}
-    assert stopped and stopped.keys() <= set(still)
+    # one that learns may be behind the other; those that do not learn are equals, and some go on
+    assert stopped.keys() & set(still) and set(rates) - stopped.keys()
     for record in stopped.values():
         rows = RunFolder(records.path(record["key"])).rows()
         assert record["epochs"] == len(rows) < 9 and record["test"] is None
