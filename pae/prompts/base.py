@@ -179,10 +179,7 @@ class PromptFamily(nn.Module):
         return as_config(self)
 
     def extra_repr(self) -> str:
-        try:
-            return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
-        except TypeError:  # a family that cannot be saved can still be printed
-            return ""
+        return shown_config(self)
 
     # ---- what both forwards ask
 
@@ -424,6 +421,14 @@ def as_config(owner: Any) -> dict[str, Any]:
             )
         found[name] = _as_json(getattr(owner, name), f"{where}: argument {name!r}")
     return found
+
+
+def shown_config(owner: Any) -> str:
+    """`owner.config()` in one line; nothing of what cannot be saved, which can still be printed."""
+    try:
+        return ", ".join(f"{name}={value!r}" for name, value in owner.config().items())
+    except TypeError:
+        return ""
 
 
 def _as_json(value: Any, what: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import PromptFamily, as_config, check_choice, check_count
+from .base import PromptFamily, as_config, check_choice, check_count, shown_config
 from .registry import register_pair
 from .vpt import VPTDeep
 
@@ -117,10 +117,7 @@ class Pair(nn.Module):
         return as_config(self)
 
     def extra_repr(self) -> str:
-        try:
-            return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
-        except TypeError:  # a pair that cannot be saved can still be printed
-            return ""
+        return shown_config(self)
 
     def see_features(self, image_features: Tensor, text_features: Tensor, labels: Tensor) -> None:
         """Shown, in training, unit features (B, E) and (C, E), and labels (B,) in [0, C)."""

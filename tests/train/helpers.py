@@ -17,6 +17,8 @@ from pae.train.cli import main
 BACKBONE = {"model": "test_vit", "pretrained": False, "img_size": 32}
 BACKBONE_FLAGS = ["--model", "test_vit", "--no-pretrained", "--img-size", "32"]
 CPU_FLAGS = ["--device", "cpu", "--amp", "no", "--workers", "1"]
+# enough for a probe to tell dark from light
+PROBE_FLAGS = ["--method", "linear", "--epochs", "40", "--lr", "0.1", "--quiet"]
 
 
 def save_shades(root, train=12, test=5, size=(36, 40)):

@@ -16,7 +16,7 @@ from pae.train.cli import main
 from pae.train.data import read_folder
 from pae.train.stored import Columns
 from tests.train.folders import read, refusal
-from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, error_line
+from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, PROBE_FLAGS, error_line
 from tests.train.rows import encoded, pixels, shades
 from tests.train.test_protocols import refused, task_of
 
@@ -65,17 +65,7 @@ def test_a_run_on_parquet_and_its_evaluation(tmp_path, monkeypatch):
     for split in ("train", "test"):
         whole.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
     data, out = f"hf:{folder}", tmp_path / "run"
-    flags = [
-        *BACKBONE_FLAGS,
-        *CPU_FLAGS,
-        "--method",
-        "linear",
-        "--epochs",
-        "40",
-        "--lr",
-        "0.1",
-        "--quiet",
-    ]
+    flags = [*BACKBONE_FLAGS, *CPU_FLAGS, *PROBE_FLAGS]
     assert main(["train", "--data", data, *flags, "--output", str(out)]) == 0
     kept = json.loads((out / "config.json").read_text())["settings"]
     assert kept["data"] == data

@@ -17,7 +17,7 @@ from pae.train.cli import main
 from pae.train.data import read_folder
 from pae.train.stored import Columns
 from tests.train.folders import read, refusal
-from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS
+from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, PROBE_FLAGS
 from tests.train.rows import (
     IMAGE,
     encoded,
@@ -63,17 +63,7 @@ def test_a_run_on_a_folder_of_tensorflow_datasets(tmp_path):
     folder = write_tfds(
         tmp_path / "two" / "1.0.0", {"train": records, "test": records[::2]}, LABELLED
     )
-    flags = [
-        *BACKBONE_FLAGS,
-        *CPU_FLAGS,
-        "--method",
-        "linear",
-        "--epochs",
-        "40",
-        "--lr",
-        "0.1",
-        "--quiet",
-    ]
+    flags = [*BACKBONE_FLAGS, *CPU_FLAGS, *PROBE_FLAGS]
     out = tmp_path / "run"
     assert main(["train", "--data", str(folder), *flags, "--output", str(out)]) == 0
     assert json.loads((out / "metrics.json").read_text())["result"]["test_accuracy"] == 1.0
