@@ -49,7 +49,7 @@ def tokenised(
     ids = ids[:, :rows]
     held = ids[:1, view.starts : view.starts + 1].expand(len(ids), count)
     ids = torch.cat([ids[:, : view.starts], held, ids[:, view.starts : room]], dim=1)
-    if context is None or getattr(context, "position", None) != "middle":
+    if count == 0 or getattr(context, "position", None) != "middle":
         return ids, None
     if not template.startswith("{}"):
         raise ValueError(

@@ -90,6 +90,13 @@ def test_a_start_token_that_only_the_tokenizer_knows_of():
         assert (same[0] == same[1]) == bool(starts)
 
 
+def test_no_rows_around_the_class_name():
+    """Then nothing stands anywhere, and any template will do."""
+    made, plain = (prompted(text=context) for context in (Context(0, "middle"), Context(0)))
+    with torch.no_grad():
+        assert torch.equal(made.text_features(), plain.text_features())
+
+
 def test_rows_of_each_class():
     context = Context(4, classes=len(NAMES))
     made = prompted(text=context)
