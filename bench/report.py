@@ -52,8 +52,9 @@ BLOCK = re.compile(
 _MARKER = re.compile(r"<!-- (?:generated|end): [^>]+? -->")
 
 
-# modules with `blocks(numbers)`, text by name, and `figures(numbers)`, a drawing function by name;
-# and where below bench/results the numbers are: one file's JSON, or by file name that of a pattern
+# modules with `blocks(numbers)`, text by name, and those that draw with `figures(numbers)`, drawing
+# functions by name; and where below bench/results the numbers are: one file's JSON, or by file name
+# that of a pattern
 Sources = tuple[tuple[Any, str], ...]
 SOURCES: Sources = (
     (pages, "*.json"),
@@ -89,9 +90,8 @@ class Report:
             digest = hashlib.blake2b(repr(sorted(texts.items())).encode(), digest_size=8)
             description = f"drawn from numbers {digest.hexdigest()}"
             self.blocks |= module.blocks(numbers)
-            self.figures |= {
-                name: (draw, description) for name, draw in module.figures(numbers).items()
-            }
+            drawn = module.figures(numbers) if hasattr(module, "figures") else {}
+            self.figures |= {name: (draw, description) for name, draw in drawn.items()}
 
     def pages(self) -> Iterator[Path]:
         yield self.root / "README.md"

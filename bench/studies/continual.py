@@ -17,13 +17,12 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from matplotlib.figure import Figure
 from timm.data import resolve_data_config
 from torch import Tensor
 
@@ -160,10 +159,6 @@ def blocks(found: list[dict]) -> dict[str, str]:
         + "; ".join(verdicts).replace("last", "accuracy").replace("(1 seeds)", "(1 seed)")
         + ".",
     }
-
-
-def figures(found: list[dict]) -> dict[str, Callable[[], Figure]]:
-    return {}
 
 
 def options(name: str, command: argparse.ArgumentParser) -> None:

@@ -177,10 +177,5 @@ def verdict(rows: dict[str, dict[str, dict]]) -> str:
     )
 
 
-def figures(numbers: dict) -> dict:
-    """None: the table has every seed."""
-    return {}
-
-
 if __name__ == "__main__":
     protocol.main(STUDY, {"report": report})

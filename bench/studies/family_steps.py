@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 
 import pae
@@ -204,10 +203,6 @@ def blocks(numbers: dict[str, Any]) -> dict[str, str]:
         ),
         "family steps table": table(numbers),
     }
-
-
-def figures(numbers: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
-    return {}
 
 
 def main() -> None:

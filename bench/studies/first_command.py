@@ -22,7 +22,6 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -312,11 +311,6 @@ def _screens(screens: list[dict]) -> str:
         )
         lines.append(line)
     return table_of(lines)
-
-
-def figures(numbers: dict) -> dict[str, Callable[[], Any]]:
-    """None: the tables say it all."""
-    return {}
 
 
 def main() -> None:

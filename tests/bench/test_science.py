@@ -22,12 +22,9 @@ from bench.studies import (  # noqa: E402
     convergence,
     families,
     first_command,
-    mpa_bf16,
     protocol,
     runs,
 )
-from pae import MPAResult  # noqa: E402
-from pae.mpa import NearTies  # noqa: E402
 from pae.train import loop, methods  # noqa: E402
 from pae.train.data import read_folder  # noqa: E402
 from pae.train.options import Options  # noqa: E402
@@ -322,33 +319,6 @@ def test_first_command_from_runs_to_tables(shades, capsys, monkeypatch):
     assert "| shades | augment=crop, epochs=1 |" in blocks["first command screens"]
 
 
-def test_precision_of_mpa_from_runs_to_a_table(shades, capsys):
-    given = {**SMALL, "train_size": 20, "val_size": 8, "img_size": 32}
-    cell = mpa_bf16.measure("mnist", 0, **given)
-    assert cell["windows"] == 16 and cell["prompts"] == 2
-    assert cell["checked_misses"] == 0 and cell["same_order"]
-    assert all(seconds > 0 for seconds in cell["seconds"].values())
-    facts = {"processor": "a", "instructions": [], "torch": "t", "bf16_product_gain": 0.5}
-    numbers = {"facts": {**facts, "settings": given}, "cells": [cell, {**cell, "seed": 1}]}
-    assert "| mnist | 2 | " in mpa_bf16.blocks(numbers)["mpa bf16 table"]
-
-
-def test_precision_of_mpa_is_compared_by_selections():
-    """Five windows; rounding would have taken window 3 for window 1, the check put it right."""
-    losses = torch.tensor([1.0, 2.0, 5.0, 2.5, 4.0])
-    whole = losses, torch.zeros(5, 2), torch.tensor([0, 1]), 8, 8, "as_is"
-    chosen = torch.tensor([1]), torch.tensor([3])  # added, dropped
-    ties = NearTies(torch.tensor([0, 1, 3]), chosen[1], chosen[0], torch.tensor([-0.5, 0.1]))
-    found = mpa_bf16.compared(MPAResult(*whole), MPAResult(*whole, near_ties=ties))
-    assert (found["rounded_misses"], found["checked_misses"], found["same_order"]) == (1, 0, True)
-    spread = losses.double().std().item()
-    assert found["gap"] == pytest.approx(0.5 / spread, rel=1e-3)
-    assert found["error"] == pytest.approx(0.3 / spread, rel=1e-3)
-    wrong = MPAResult(losses, whole[1], torch.tensor([3, 0]), 8, 8, "as_is", near_ties=ties)
-    found = mpa_bf16.compared(MPAResult(*whole), wrong)
-    assert (found["checked_misses"], found["same_order"]) == (1, False)
-
-
 def test_both_studies_share_runs_of_vpt_deep():
     for variant, name in (("plain", convergence.BASELINE), ("pae", convergence.PAE)):
         ours = protocol.grid("pneumonia", families.STUDY.arms[f"vpt-deep {variant}"])
@@ -366,11 +336,12 @@ def test_every_family_can_be_run(name):
 
 
 @pytest.mark.parametrize("study", [convergence, families])
-def test_committed_numbers_draw(study):
+def test_committed_numbers_are_of_the_study(study):
     numbers = json.loads((ROOT / "bench" / "results" / "science" / study.STUDY.store).read_text())
     known = [r.key for p in protocol.pieces(study.STUDY, numbers["runs"]) for r in p.runs]
     assert set(numbers["runs"]) <= set(known)
     for text in study.blocks(numbers).values():
         assert "nan" not in text
-    for draw in study.figures(numbers).values():
-        draw().canvas.draw()
+    if study is convergence:
+        for draw in study.figures(numbers).values():
+            draw().canvas.draw()
