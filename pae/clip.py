@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import clip_file
 from .backbones.clip_text import TextView, read_text
-from .backbones.view import added_to
+from .backbones.view import Bypass, added_to
 from .choices import ENGINES
 from .clip_tokens import count_of, name_lengths_of, places_of, tokenised
 from .engine import check_memory
@@ -29,6 +29,7 @@ from .plan import BOOKKEEPING, FrozenPlan, Plans, wanted_dtype
 from .prompts import PromptFamily, VPTDeep
 from .prompts.base import check_choice
 from .prompts.text_context import POSITIONS
+from .sequence import asked
 from .task import TaskInfo
 from .text import Constants, Layout, constants, groups_of, walk
 
@@ -47,8 +48,11 @@ class PromptedText(nn.Module):
         text: a model with a text tower, see `pae.backbones.clip_text.read_text`, or its view.
         context: what the learned rows come from, unused before: `pae.prompts.TextContext`, or a
             module with `num_tokens` (n), `position` ("end": all rows in front of the class name;
-            "middle": n // 2 of them, the others behind it), `bind(width)`, and `rows()`, which
-            gives (n, D), or (C, n, D) where classes have their own. None: no learned rows.
+            "middle": n // 2 of them, the others behind it), `bind(width, depth)`, and `rows()`,
+            which gives (n, D), or (C, n, D) where classes have their own. It may have
+            `attention_bypass(index, h, y)`, which both engines ask as that of a `PromptFamily`, of
+            texts' rows (C, n, D), and `start_forward()`, called before features are computed.
+            None: no learned rows.
         tokens: int64 (C, N), one text per class, padded as the tower is used to, with n
             place-holders behind the start token, whatever the position.
         name_lengths: for "middle": how many tokens each class name has, which stands right behind
@@ -102,7 +106,7 @@ class PromptedText(nn.Module):
         )
         self.context = context
         if context is not None:
-            self.context.bind(view.shape.width)
+            self.context.bind(view.shape.width, view.shape.depth)
             self.context.to(like.device, like.dtype)
         self.backbone = view.module.requires_grad_(False).eval()
         for name, buffer in (("tokens", tokens), ("live", live), ("ends", ends)):
@@ -184,8 +188,10 @@ class PromptedText(nn.Module):
         return kept[1]
 
     def _features(self, engine: str, memory: str) -> Tensor:
+        if hasattr(self.context, "start_forward"):
+            self.context.start_forward()
         if engine == "reference":
-            return _unit(self.view.read_rows(self.embed(), self.ends))
+            return _unit(self.view.read_rows(self.embed(), self.ends, self._bypasses()))
         return _unit(self.view.readout(self._fast_rows(memory)))
 
     def _fast_rows(self, memory: str) -> Tensor:
@@ -194,6 +200,8 @@ class PromptedText(nn.Module):
         layout = self._layout
         if rows is not None and rows.dim() == 3:
             layout = layout.of_own_rows()
+        if bypasses := self._bypasses():
+            layout = layout.of_changed_attention()
         start, end = layout.constant, layout.shared
         in_front, behind = slice(0, layout.learned), slice(layout.learned, None)
         groups, order = self._groups()
@@ -204,8 +212,14 @@ class PromptedText(nn.Module):
             for classes, length in groups:
                 own.append(self._embed(rows, classes, slice(end, length), behind))
                 at.append(self.ends[classes] - end)
-            found = walk(plan, known, shared, own, at, memory)
+            found = walk(plan, known, shared, own, at, memory, bypasses)
             return found[0] if order is None else torch.cat(found)[order]
+
+    def _bypasses(self) -> list[Bypass]:
+        """Of every block; empty where the context does not change what attention gives."""
+        if not hasattr(self.context, "attention_bypass"):
+            return []
+        return [asked(self.context, i) for i in range(self.view.shape.depth)]
 
     @uncompiled
     def _groups(self) -> tuple[list[tuple[Any, int]], Tensor | None]:

@@ -192,7 +192,7 @@ def walk(
             normed = normalise(rows, block.norm1, plan.dtype)
             given = x, pending, normed, group, log_multiplicity, None, block, stops
             made = ClassBlock.apply(*given, *trained)
-            return made if bypass is None else _rest(block, bypass, "keep", *made).sum()
+            return made if bypass is None else rest_of_block(block, bypass, "keep", *made).sum()
         if kv is None:
             kv = keys_values(block, normalise(rows, block.norm1, plan.dtype))
         if head_kv is not None:
@@ -201,14 +201,14 @@ def walk(
         if only and not block.absorbs_keys and block.asks_apart(x.shape[1]):
             given = x, pending, kv, group, log_multiplicity, block, memory, stops
             made = KeyedClassBlock.apply(*given)
-            return made if bypass is None else _rest(block, bypass, "keep", *made).sum()
+            return made if bypass is None else rest_of_block(block, bypass, "keep", *made).sum()
         given = x, pending, kv, group, log_multiplicity, block, memory, only, attention, stops
         made = FrozenBlock.apply(*given, *trained)
-        stream = Stream(*made) if bypass is None else _rest(block, bypass, memory, *made)
+        stream = Stream(*made) if bypass is None else rest_of_block(block, bypass, memory, *made)
     return stream.sum()
 
 
-def _rest(
+def rest_of_block(
     block: BlockPlan,
     bypass: Bypass,
     memory: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,16 +90,19 @@ def between_blocks(
 
 def bypass_of(family: PromptFamily, index: int) -> tuple[Bypass, ...]:
     """What becomes of attention's rows in block `index`, or nothing."""
-    if not family.bypasses_attention:
-        return ()
+    return (asked(family, index),) if family.bypasses_attention else ()
+
+
+def asked(owner: Any, index: int) -> Bypass:
+    """The `attention_bypass` of a family, or of a text's context, in block `index`."""
 
     def bypass(h: Tensor, y: Tensor) -> Tensor:
-        made = family.attention_bypass(index, h, y)
+        made = owner.attention_bypass(index, h, y)
         if made.shape != y.shape:
             raise ValueError(
-                f"{type(family).__name__}.attention_bypass({index}) must give rows like y, "
+                f"{type(owner).__name__}.attention_bypass({index}) must give rows like y, "
                 f"{tuple(y.shape)}, got {tuple(made.shape)}"
             )
         return made.to(y.dtype)
 
-    return (bypass,)
+    return bypass

@@ -9,18 +9,23 @@
   `block.ClassBlock`).
 - Gradients where no learned row reaches.
 
+Where a context changes what attention gives (`attention_bypass`), every row is learned: nothing is
+constant, and what all classes begin with still runs once.
+
 Where rows see each other (SigLIP), only the last block is left to skip.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .backbones.view import Bypass
 from .block import ClassBlock, FrozenBlock, Stream, forward, keys_values, normalise
+from .engine import rest_of_block
 from .plan import FrozenPlan
 
 
@@ -61,6 +66,10 @@ class Layout:
         """Where each class has learned rows of its own."""
         return Layout(self.lengths, self.constant, self.constant, 0)
 
+    def of_changed_attention(self) -> Layout:
+        """Where what is learned acts on every row."""
+        return replace(self, constant=0)
+
 
 @dataclass(frozen=True)
 class Constants:
@@ -95,6 +104,7 @@ def walk(
     own: Sequence[Tensor],
     at: Sequence[Tensor],
     memory: str,
+    bypasses: Sequence[Bypass] = (),
 ) -> list[Tensor]:
     """The rows at which texts are read, (C, D) of each group, behind the last block.
 
@@ -104,19 +114,31 @@ def walk(
         own: of each group (C, m, D), embedded rows of each class.
         at: of each group (C,) int64, which of its own rows a class is read at.
         memory: see `pae.fast_forward`.
+        bypasses: of every block what is added to its rows instead of attention's; none: that.
     """
     first, groups = Stream(shared.contiguous()), [Stream(x.contiguous()) for x in own]
-    for block, constant in zip(plan.blocks[:-1], known.kv):
+    stops = bool(bypasses)
+
+    def ran(i: int, stream: Stream, kv: Tensor) -> Stream:
+        block = plan.blocks[i]
+        given = kv, None, None, block, memory, False, False, stops
+        made = FrozenBlock.apply(*stream[:2], *given)
+        return rest_of_block(block, bypasses[i], memory, *made) if stops else Stream(*made)
+
+    for i, (block, constant) in enumerate(zip(plan.blocks[:-1], known.kv)):
         normed = normalise(first.sum(), block.norm1, plan.dtype)
         kv = torch.cat([constant, keys_values(block, normed)], dim=1)
-        more = None, None, block, memory, False, False
-        groups = [Stream(*FrozenBlock.apply(x, pending, kv, *more)) for x, pending, _ in groups]
+        groups = [ran(i, stream, kv) for stream in groups]
         if shared.shape[1]:
-            first = Stream(*FrozenBlock.apply(*first[:2], constant, *more))
+            first = ran(i, first, constant)
     last = plan.blocks[-1]
     normed = torch.cat([known.normed, normalise(first.sum(), last.norm1, plan.dtype)], dim=1)
-    given = normed, None, None
-    return [ClassBlock.apply(*s[:2], *given, row, last)[:, 0] for s, row in zip(groups, at)]
+
+    def read(stream: Stream, row: Tensor) -> Tensor:
+        made = ClassBlock.apply(*stream[:2], normed, None, None, row, last, stops)
+        return rest_of_block(last, bypasses[-1], "keep", *made).sum() if stops else made
+
+    return [read(stream, row)[:, 0] for stream, row in zip(groups, at)]
 
 
 # what one more group costs, in rows that run through all blocks: on a CPU to read the weights, on

@@ -126,7 +126,7 @@ class Context(nn.Module):
         super().__init__()
         self.num_tokens, self.position, self.classes = num_tokens, position, classes
 
-    def bind(self, width: int) -> None:
+    def bind(self, width: int, depth: int) -> None:
         sets = (self.classes,) if self.classes else ()
         generator = torch.Generator().manual_seed(4)
         values = torch.randn(*sets, self.num_tokens, width, generator=generator)

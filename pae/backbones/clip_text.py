@@ -9,7 +9,7 @@ each other, and its features are read at the last row, padding or not.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from .hf_image import nothing_more
 from .view import (
     BlocksView,
     BlockWeights,
+    Bypass,
     Geometry,
     behind_attention,
     evaluating,
@@ -147,8 +148,16 @@ class TextView(BlocksView):
             return token_ids.eq(self.end).int().argmax(dim=-1)
         return token_ids.argmax(dim=-1)
 
-    def run_block(self, index: int, x: Tensor) -> Tensor:
-        """The block's own forward on rows (C, n, D)."""
+    def run_block(self, index: int, x: Tensor, bypass: Bypass | None = None) -> Tensor:
+        """The block's own forward on rows (C, n, D); its formula with `bypass`, what becomes of
+        attention's rows.
+
+        Raises:
+            UnsupportedBackbone: as `BackboneView.run_block`.
+        """
+        if bypass is not None:
+            self.require_formula(index)
+            return self.formula(self.read_block(index), x, self._geometry[index], bypass)
         made = self.blocks[index](x, **self.block_arguments(self._geometry[index], x.shape[1]))
         return made[0] if isinstance(made, tuple) else made
 
@@ -156,10 +165,12 @@ class TextView(BlocksView):
         """(C, E) of token ids (C, N), by the blocks' own forward."""
         return self.read_rows(self.embed(token_ids), self.eot(token_ids))
 
-    def read_rows(self, x: Tensor, at: Tensor) -> Tensor:
-        """(C, E) of embedded rows (C, n, D), read at rows `at` (C,)."""
+    def read_rows(self, x: Tensor, at: Tensor, bypasses: Sequence[Bypass] = ()) -> Tensor:
+        """(C, E) of embedded rows (C, n, D), read at rows `at` (C,); `bypasses` as in
+        `text.walk`.
+        """
         for i in range(self.shape.depth):
-            x = self.run_block(i, x)
+            x = self.run_block(i, x, bypasses[i] if bypasses else None)
         return self.readout(x[torch.arange(len(x), device=x.device), at])
 
     def check_tokens(self, token_ids: Tensor) -> None:
@@ -190,12 +201,18 @@ class TextView(BlocksView):
     def proof(self, index: int, rows: int) -> tuple[int, Geometry]:
         return rows, self._geometry[index]
 
-    def formula(self, weights: BlockWeights, x: Tensor, geometry: Geometry) -> Tensor:
+    def formula(
+        self,
+        weights: BlockWeights,
+        x: Tensor,
+        geometry: Geometry,
+        bypass: Bypass | None = None,
+    ) -> Tensor:
         q, k, v = heads_of(weights, x)
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=geometry.causal, scale=weights.scale
         )
-        return behind_attention(weights, x, out.transpose(1, 2).flatten(2))
+        return behind_attention(weights, x, out.transpose(1, 2).flatten(2), bypass)
 
     def examine(self) -> None:
         """Prove all blocks, or leave in `unproved` why they run as they are."""

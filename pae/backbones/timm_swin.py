@@ -264,7 +264,7 @@ class SwinView(BackboneView):
         block, grid = self.blocks[index], geometry.grid
         if x.shape[1] == grid[0] * grid[1]:
             return block(x.unflatten(1, grid)).flatten(1, 2)
-        self._refuse_added(index)
+        self.require_formula(index)
         return apply_windowed(self.read_block(index), x, geometry)
 
     def embed(self, images: Tensor) -> Tensor:

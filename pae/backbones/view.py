@@ -473,6 +473,19 @@ class BlocksView(ABC):
         """A block in plain PyTorch, unfolded."""
         return apply_block(weights, x, geometry)
 
+    def require_formula(self, index: int) -> None:
+        """Raise UnsupportedBackbone where the formula does not stand for a block: nobody could
+        prove it, or a part of the block does more.
+        """
+        for name, part in self.blocks[index].named_modules():
+            if added := added_to(part):
+                raise UnsupportedBackbone(
+                    f"blocks.{index}.{name}".rstrip(".") + f" has {added}, which cannot be run "
+                    "where the block's formula stands for it; remove it"
+                )
+        if self.unproved is not None:
+            raise UnsupportedBackbone(f"prompts need the block's formula here: {self.unproved}")
+
 
 class BackboneView(BlocksView):
     """What pae reads of a frozen backbone: its stem, its blocks, its readout.
@@ -656,19 +669,8 @@ class BackboneView(BlocksView):
         as_it_is = kv is None and bypass is None
         if as_it_is and (geometry.bias is None or geometry.bias.shape[-1] == x.shape[1]):
             return _output(block(x, **self.block_arguments(geometry, x.shape[1])))
-        self._refuse_added(index)
-        if self.unproved is not None:
-            raise UnsupportedBackbone(f"prompts need the block's formula here: {self.unproved}")
+        self.require_formula(index)
         return apply_block(self.read_block(index), x, geometry, kv, bypass)
-
-    def _refuse_added(self, index: int) -> None:
-        """Raise where a part of a block does more than its formula."""
-        for name, part in self.blocks[index].named_modules():
-            if added := added_to(part):
-                raise UnsupportedBackbone(
-                    f"blocks.{index}.{name}".rstrip(".") + f" has {added}, which cannot be run "
-                    "where the block's formula stands for it; remove it"
-                )
 
     @torch.no_grad()
     def class_attention(

@@ -1,5 +1,7 @@
 """Prompt families, one file each. One line here makes a new one known."""
 
+from .approximated import ApproximatedContext as ApproximatedContext
+from .approximated import ApproximatedPair as ApproximatedPair
 from .approximated import ApproximatedPrompts as ApproximatedPrompts
 from .approximated import Approximation as Approximation
 from .apt import APT as APT
@@ -33,6 +35,7 @@ from .vpt import VPTDeep as VPTDeep
 from .vpt import VPTShallow as VPTShallow
 
 __all__ = [
+    "ApproximatedContext",
     "Approximation",
     "METHODS",
     "PAIRS",

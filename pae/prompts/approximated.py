@@ -12,8 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import BackboneShape, check_count, check_probability, check_prompts, uniform_init_
-from .registry import register
+from .base import (
+    BackboneShape,
+    PerThread,
+    check_count,
+    check_positive,
+    check_probability,
+    check_prompts,
+    uniform_init_,
+)
+from .registry import register, register_pair
+from .text_context import Pair, TextContext
 from .vpt import _VPT
 
 INIT_STD = 0.02
@@ -48,6 +57,15 @@ class Approximation(nn.Module):
         self.down = nn.Parameter(torch.randn(blocks, rank, width))
         self.up = nn.Parameter(torch.zeros(blocks, width, rank))
         self.scale = nn.Parameter(torch.zeros(blocks))
+
+    def masks(self, dropout: float) -> Tensor | None:
+        """(blocks, m) of one step: which activations of each block are dropped, and the factor of
+        the others; None in eval mode and where none is.
+        """
+        if not self.training or dropout == 0.0:
+            return None
+        ones = self.scale.new_ones(len(self.scale), self.prompts.shape[1])
+        return F.dropout(ones, dropout, training=True)
 
     def forward(self, index: int, h: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """y' (B, n, D) of h and y (B, n, D), in the dtype of y.
@@ -100,12 +118,9 @@ class ApproximatedPrompts(_VPT):
         self, num_tokens: int = 50, rank: int = 4, num_rows: int = 0, dropout: float = 0.0
     ) -> None:
         super().__init__(check_probability("dropout", dropout), "batch")
-        self.num_tokens = check_count("num_tokens", num_tokens)
-        self.rank = check_count("rank", rank)
+        self.num_tokens = check_positive("num_tokens", num_tokens)
+        self.rank = check_positive("rank", rank)
         self.num_rows = check_count("num_rows", num_rows)
-        for name in ("num_tokens", "rank"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name} must be at least 1, got 0")
 
     def bind(self, shape: BackboneShape) -> None:
         self.approximation = Approximation(shape.depth, self.num_tokens, shape.width, self.rank)
@@ -131,14 +146,93 @@ class ApproximatedPrompts(_VPT):
                     own.copy_(given)
 
     def start_forward(self) -> None:
-        super().start_forward()
-        if self.training and self.dropout > 0.0:  # before anything else draws, in both engines
-            like = self.approximation.scale
-            ones = like.new_ones(len(like), self.num_tokens)
-            self.this_forward["masks"] = F.dropout(ones, self.dropout, training=True)
+        super().start_forward()  # before anything else draws, in both engines
+        self.this_forward["masks"] = self.approximation.masks(self.dropout)
 
     def attention_bypass(self, index: int, h: Tensor, y: Tensor) -> Tensor:
-        masks = None
-        if self.training and self.dropout > 0.0:
-            masks = self.this_forward["masks"][index]
-        return self.approximation(index, h, y, masks)
+        masks = self.this_forward["masks"]
+        return self.approximation(index, h, y, None if masks is None else masks[index])
+
+
+class ApproximatedContext(TextContext):
+    """APT-VL of a text tower: every block's attention has the effect of m prompts added to it, for
+    every row of every text; beside them CoOp's rows, or none.
+
+    Every row of a text is changed, its start token's too, so nothing of the tower is constant; what
+    all texts begin with runs once all the same.
+
+    Args:
+        num_prompts: m, at least 1 (published: 50 on ViLT, 200 on METER).
+        rank: r, at least 1 (published: 4).
+        num_tokens, position: of the rows beside them, as in `TextContext`; 0: none.
+        dropout: of the activations a, one mask per block and step for all texts and rows.
+
+    Attributes:
+        approximation: `Approximation` of all blocks. tokens: (n, D), as in `TextContext`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what was expected.
+
+    Source: Wu et al. 2023, section 3, as released.
+    """
+
+    approximation: Approximation
+
+    def __init__(
+        self,
+        num_prompts: int = 50,
+        rank: int = 4,
+        num_tokens: int = 0,
+        position: str = "end",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(num_tokens, position)
+        self.num_prompts = check_positive("num_prompts", num_prompts)
+        self.rank = check_positive("rank", rank)
+        self.dropout = check_probability("dropout", dropout)
+        self._threads = PerThread()
+
+    def bind(self, width: int, depth: int) -> None:
+        super().bind(width, depth)
+        self.approximation = Approximation(depth, self.num_prompts, width, self.rank)
+
+    def start_forward(self) -> None:
+        """Draws dropout, once for both engines."""
+        self._threads.values["masks"] = self.approximation.masks(self.dropout)
+
+    def attention_bypass(self, index: int, h: Tensor, y: Tensor) -> Tensor:
+        """What block `index` adds to rows h (C, n, D) instead of attention's y."""
+        masks = self._threads.values["masks"]
+        return self.approximation(index, h, y, None if masks is None else masks[index])
+
+
+@register_pair("apt-vl-both")
+class ApproximatedPair(Pair):
+    """APT-VL in both towers: `ApproximatedPrompts` and `ApproximatedContext`.
+
+    Args:
+        num_tokens, rank: m and r of either tower.
+        num_rows: VPT-deep's prompts beside them in the image tower. context_tokens: CoOp's rows
+            beside them in the text tower.
+        dropout: of either tower.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what was expected.
+
+    Source: Wu et al. 2023.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int = 50,
+        rank: int = 4,
+        num_rows: int = 0,
+        context_tokens: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        image = ApproximatedPrompts(num_tokens, rank, num_rows, dropout)
+        check_count("context_tokens", context_tokens)
+        text = ApproximatedContext(num_tokens, rank, context_tokens, dropout=dropout)
+        super().__init__(image, text)
+        self.num_tokens, self.rank, self.num_rows = num_tokens, rank, num_rows
+        self.context_tokens, self.dropout = context_tokens, image.dropout

@@ -503,6 +503,13 @@ def check_count(name: str, value: int) -> int:
     return value
 
 
+def check_positive(name: str, value: int) -> int:
+    """Return `value`, or raise unless it is an integer >= 1."""
+    if check_count(name, value) == 0:
+        raise ValueError(f"{name} must be at least 1, got 0")
+    return value
+
+
 def uniform_init_(tokens: Tensor, shape: BackboneShape) -> None:
     """Fill with U(-v, v), v = sqrt(6 / (C ph pw + D)): the initialisation of VPT (Jia et al.
     2022).

@@ -30,8 +30,9 @@ class Context(nn.Module):
     num_tokens: int
     position: str = "end"
 
-    def bind(self, width: int) -> None:
-        """Allocate the parameters for a tower of width D. `PromptedText` calls it, once.
+    def bind(self, width: int, depth: int) -> None:
+        """Allocate the parameters for a tower of width D and so many blocks. `PromptedText` calls
+        it, once.
 
         Raises:
             RuntimeError: it belongs to a tower already.
@@ -75,7 +76,7 @@ class TextContext(Context):
         self.num_classes = check_count("num_classes", num_classes)
         self.register_parameter("tokens", None)
 
-    def bind(self, width: int) -> None:
+    def bind(self, width: int, depth: int) -> None:
         self._refuse_second(self.tokens is not None)
         sets = (self.num_classes,) if self.num_classes else ()
         self.tokens = nn.Parameter(INIT_STD * torch.randn(*sets, self.num_tokens, width))

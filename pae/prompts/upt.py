@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .base import (
     BackboneShape,
     PromptFamily,
-    check_count,
     check_flag,
+    check_positive,
     check_probability,
     uniform_init_,
 )
@@ -102,7 +102,7 @@ class _MadeContext(Context):
         super().__init__()
         self._pair, self.num_tokens = (pair,), num_tokens
 
-    def bind(self, width: int) -> None:
+    def bind(self, width: int, depth: int) -> None:
         self._refuse_second(self._pair[0].width != 0)
         self._pair[0].take_text(width)
 
@@ -157,9 +157,7 @@ class _UPT(Pair):
 
     def __init__(self, num_tokens: int, dropout: float, image: _Made) -> None:
         super().__init__(image, None)
-        self.num_tokens = check_count("num_tokens", num_tokens)
-        if num_tokens == 0:
-            raise ValueError("num_tokens must be at least 1, got 0")
+        self.num_tokens = check_positive("num_tokens", num_tokens)
         self.dropout = check_probability("dropout", dropout)
 
     def _text_width(self) -> int:
@@ -259,9 +257,7 @@ class UPTDeep(_UPT):
     def __init__(self, num_tokens: int = 4, hidden: int = NARROW, dropout: float = 0.1) -> None:
         super().__init__(num_tokens, dropout, _DeepImageUPT(self))
         self.text = _MadeContext(self, num_tokens)
-        self.hidden = check_count("hidden", hidden)
-        if hidden == 0:
-            raise ValueError("hidden must be at least 1, got 0")
+        self.hidden = check_positive("hidden", hidden)
 
     def take_text(self, width: int) -> None:
         """Allocate what is of the text's width."""

@@ -1,4 +1,4 @@
-"""Pairs of prompts for two towers: CoOp, DAPT, UPT and its deep variant.
+"""Pairs of prompts for two towers: CoOp, DAPT, UPT and its deep variant, APT-VL.
 
 Golden vectors of the released code, by the tiny CLIP that their files hold, through both engines;
 and what each promises on CLIPs of every library.
@@ -14,13 +14,25 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import pae
+from pae import text as walk
 from pae.backbones.clip_text import read_text
-from pae.prompts import DAPT, UPT, CoOp, TextContext, UPTDeep, VPTDeep
+from pae.prompts import (
+    DAPT,
+    UPT,
+    ApproximatedContext,
+    ApproximatedPair,
+    Approximation,
+    CoOp,
+    TextContext,
+    UPTDeep,
+    VPTDeep,
+)
 from pae.prompts.dapt import frozen_features
 from tests import clips
 from tests.clips import NAMES
 from tests.errors import error
 from tests.libraries import images
+from tests.tiny import assert_engines_agree, refused
 
 pytest.importorskip("transformers", reason="pip install pae[hf]")
 open_clip = pytest.importorskip("open_clip", reason="pip install pae[clip]")
@@ -195,6 +207,8 @@ PAIRS = {
     "upt": lambda: UPT(2, dropout=0.3),
     "upt released": lambda: UPT(2, dropout=0.3, faithful=True),
     "upt-deep": lambda: UPTDeep(2, 8, dropout=0.3),
+    "apt-vl": lambda: ApproximatedPair(4, 2),
+    "apt-vl beside rows": lambda: ApproximatedPair(4, 2, 3, 3, dropout=0.3),
 }
 
 
@@ -308,6 +322,120 @@ def test_upt_rows_pass_the_norm_in_front():
             assert error(made.features(x, engine), expected) < 1e-9
 
 
+# ---- APT-VL on the text tower
+
+APPROXIMATED = {
+    "SigLIP": ("transformers, SigLIP", {}),
+    "open SigLIP": ("open_clip, SigLIP", {"text": ApproximatedContext(4, 2, 2)}),
+    "one block": ("open_clip, one block", {}),
+    "layer scale": ("open_clip, layer scale", {}),
+    "around the name": ("open_clip", {"text": ApproximatedContext(4, 2, 3, "middle")}),
+    "one class": ("transformers", {"names": ["tree frog"]}),
+}
+
+
+def approximated(name):
+    library, options = copy.deepcopy(APPROXIMATED[name])
+    made = clips.prompted(library, **{"text": ApproximatedContext(4, 2), **options})
+    with torch.no_grad():
+        for p in made.text.context.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(6)))
+    return made
+
+
+@pytest.mark.parametrize("name", APPROXIMATED)
+def test_engines_agree_on_approximated_texts(name):
+    made = approximated(name)
+    for memory in ("keep", "recompute"):
+        assert_engines_agree(made, images(), memory=memory)
+
+
+def test_rows_of_each_class_beside_a_bypass():
+    class Beside(clips.Context):
+        def bind(self, width, depth):
+            super().bind(width, depth)
+            self.approximation = Approximation(depth, 4, width, 2)
+
+        def attention_bypass(self, index, h, y):
+            return self.approximation(index, h, y)
+
+    made = clips.prompted(text=Beside(3, classes=len(NAMES)))
+    assert_engines_agree(made, images())
+    assert made.text.context.approximation.prompts.requires_grad
+
+
+def test_approximated_texts_where_lengths_run_apart(monkeypatch):
+    monkeypatch.setitem(walk._GROUP, "cpu", 0)
+    made = approximated("layer scale")
+    assert len(made.text._groups()[0]) == 3
+    assert_engines_agree(made, images())
+
+
+def test_approximated_texts_by_hand():
+    """Around the model's own modules, with their own causal mask."""
+    made = approximated("one class")
+    own, text = made.text.context.approximation, made.text.backbone.text_model
+    with torch.no_grad():
+        x = made.text.embed()
+        mask = torch.full((x.shape[1],) * 2, -torch.inf, dtype=x.dtype).triu(1)
+        for i, layer in enumerate(text.encoder.layers):
+            h = layer.layer_norm1(x)
+            q, k, v = (
+                getattr(layer.self_attn, n)(h).unflatten(-1, (3, -1)).transpose(1, 2)
+                for n in ("q_proj", "k_proj", "v_proj")
+            )
+            out = (q @ k.mT / 8**0.5 + mask).softmax(-1) @ v
+            y = layer.self_attn.out_proj(out.transpose(1, 2).flatten(2))
+            p, a, b = own.prompts[i], own.down[i], own.up[i]
+            act = (h @ (p + (p @ a.T) @ b.T).T).relu()
+            x = x + own.scale[i].exp() * (y + act.amax(-1, keepdim=True) * (act @ p))
+            x = x + layer.mlp(layer.layer_norm2(x))
+        found = made.text.view.readout(x[:, made.text.ends[0]])
+    for engine in ENGINES:
+        assert error(made.text_features(engine), F.normalize(found, dim=1)) < 1e-9
+
+
+def test_what_approximated_texts_do_not_run(monkeypatch):
+    """Rows of each call: what all classes share once, in the last block one row per class."""
+    made, seen, own = approximated("layer scale"), [], Approximation.forward
+
+    def counted(self, index, h, y, mask=None):
+        seen.append(tuple(h.shape[:2]))
+        return own(self, index, h, y, mask)
+
+    monkeypatch.setattr(Approximation, "forward", counted)
+    made.text_features("fast")
+    assert seen == [(4, 6), (1, 5)] * 2 + [(4, 1)]
+    seen.clear()
+    made.text_features("reference")
+    assert seen == [(4, 20)] * 3
+
+
+def test_dropout_of_approximated_texts():
+    made = build("apt-vl beside rows")
+    with torch.no_grad():
+        assert error(made.text_features(), made.text_features()) > 1e-3
+        made.eval()
+        assert torch.equal(made.text_features(), made.text_features())
+
+
+def test_a_bypass_of_another_shape_and_a_hook():
+    made = approximated("one block")
+    made.text.backbone.transformer.resblocks[0].mlp.register_forward_hook(lambda *_: None)
+    for engine in ENGINES:
+        with pytest.raises(pae.UnsupportedBackbone, match="forward hook"):
+            made(images(), engine=engine)
+
+    class Short(clips.Context):
+        def attention_bypass(self, index, h, y):
+            return y[:, :1]
+
+    made = clips.prompted(text=Short())
+    for engine in ENGINES:
+        message = "Short.attention_bypass(0) must give rows like y, (4, "
+        refused(ValueError, message, lambda e=engine: made(images(), engine=e))
+
+
 def test_dapt_terms_by_hand():
     pair = DAPT(2, 2, 0.5, 0.25)
     pair.prototypes = torch.randn(3, 5, dtype=torch.float64)
@@ -340,10 +468,10 @@ def test_prototypes_are_of_the_frozen_tower():
 def test_starts():
     torch.manual_seed(0)
     context = TextContext(400)
-    context.bind(64)
+    context.bind(64, 3)
     assert context.tokens.shape == (400, 64) and abs(context.tokens.std() / 0.02 - 1) < 0.02
     own = TextContext(4, num_classes=7)
-    own.bind(8)
+    own.bind(8, 3)
     assert own.rows().shape == (7, 4, 8)
     made = clips.prompted(pair=UPT())
     pair = made.pair
@@ -365,6 +493,9 @@ def test_starts():
         (lambda: UPT(0), "num_tokens must be at least 1, got 0"),
         (lambda: UPT(dropout=1.0), "dropout must be"),
         (lambda: UPTDeep(hidden=0), "hidden must be at least 1, got 0"),
+        (lambda: ApproximatedContext(0), "num_prompts must be at least 1, got 0"),
+        (lambda: ApproximatedPair(4, 0), "rank must be at least 1, got 0"),
+        (lambda: ApproximatedPair(context_tokens=-1), "context_tokens must be at least 0"),
         (lambda: pae.prompts.register_pair("Up"), "method must be lower-case"),
         (lambda: pae.prompts.register_pair("dapt")(UPT), "method 'dapt' of .*UPT is taken"),
         (lambda: pae.prompts.register_pair("vpt-deep")(UPT), "method 'vpt-deep' of .* is taken"),

@@ -62,6 +62,7 @@ METHODS = {
     "upt-deep": {"method_args": {"hidden": 16}},
     "vpt-deep": {},
     "apt-vl": {},
+    "apt-vl-both": {},
 }
 
 

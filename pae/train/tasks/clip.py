@@ -220,7 +220,7 @@ class Own(classification.Own):
             given["template"] = options.template or "a photo of a {}."
         elif options.method in PAIRS:
             given["pair"] = self._pair(len(names), partial(options.called, Given()))
-            if options.template is not None and given["pair"].text is not None:
+            if options.template is not None and given["pair"].text.num_tokens:
                 given["template"] = _behind_context(options.template)
         else:
             given["image_prompts"] = methods.build_prompts(options, len(names))
