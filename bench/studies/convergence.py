@@ -1,28 +1,30 @@
 """What PAE's parts do to VPT-deep, on several real tasks, each arm with its own best recipe.
 
-    python -m bench.studies.convergence plan   [--output runs/science]
-    python -m bench.studies.convergence run    --output runs/science --minutes 60 [--piece ...]
-    python -m bench.studies.convergence report --output runs/science
-
-`bench.studies.protocol` says how: grids, then seeds. Arms: VPT-deep; with the Koopman-Lyapunov
-regulariser; with Modal Pre-Alignment; with both, which is PAE; and a control that starts from
-random tokens of the same images (SPT), for what Modal Pre-Alignment writes into prompts are
-averages of patch tokens too.
+The study is convergence.toml, which `pae sweep` runs; here is what docs/science.md shows of the
+committed runs. Arms: VPT-deep; with the Koopman-Lyapunov regulariser; with Modal Pre-Alignment;
+with both, which is PAE; and a control that starts from random tokens of the same images (SPT).
 
 Speed is the published measure, epochs until validation reaches VPT-deep's own best of the same
-seed, beside the same in passes, with what was spent before the first step. A run that never gets
-there counts as its last epoch, in favour of the arm, and is told.
+seed, beside the same in passes of one image through the backbone: one forward is 1, an image of a
+training step 2, as `pae train` counts: forward, and the backward to the prompts, which has the same
+products, for no frozen weight has a gradient. Modal Pre-Alignment is a forward of every image
+through every window, tokens of images (SPT) one of every training image, both before the first
+step. Validation, which all arms have alike, is not counted. A run that never gets there counts as
+its last epoch, in favour of the arm, and is told.
 
-`report` writes bench/results/science/convergence.json; `python -m bench.report` draws it. An arm
-whose grid or whose seeds are not all there is open: it is shown, and nothing is concluded from it.
+The runs (bench/results/science/convergence.json) were made by `bench/studies/protocol.py` as it
+stands in commit 8e685c4, which validated every second epoch and watched the prompts' gradients.
+"swing" is the standard deviation over the mean of their norm, over the steps; "turns" the share of
+steps whose gradient points against the step before; both as means over the first third of the
+blocks, the middle and the last.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,82 +32,102 @@ from matplotlib.figure import Figure
 
 from bench import figures as style
 from bench.table import table_of
+from pae.train.declared import parsed
 
-from . import protocol, runs
-from .protocol import Arm, Found, Run, Study
+from . import runs
 
-DATASETS = ("fashion-mnist", "elpv-defect", "pneumonia")
-BASELINE, PAE, MPA, KLD, SPT = "plain", "pae", "mpa", "kld", "spt"
-ARMS = {
-    BASELINE: Arm("VPT-deep", "plain", {}),
-    PAE: Arm("+ PAE (both)", "pae", {"kld": True, "mpa": True}),
-    MPA: Arm("+ MPA", "mpa", {"mpa": True}),
-    KLD: Arm("+ KLD", "kld", {"kld": True}),
-    SPT: Arm("+ random tokens of images", "control", {"spt": "random"}),
-}
-STUDY = Study("convergence.json", DATASETS, ARMS, seeds=5)
-CURVES = "![Validation accuracy by epoch, per task and arm](figures/convergence_curves.svg)"
+BASELINE, PAE, MPA, KLD = "VPT-deep", "+ PAE (both)", "+ MPA", "+ KLD"
+SPT = "+ random tokens of images"
+# the colour's role of every arm
+COLOURS = {BASELINE: "plain", PAE: "pae", MPA: "mpa", KLD: "kld", SPT: "control"}
+PASSES_OF_A_STEP = 2
+
+Record = dict[str, Any]  # of one run: "val" [(epoch, accuracy, loss)], "test", "first_passes", ...
+Cell = tuple[float, float]  # learning rate and weight decay
+Results = dict[str, dict[str, dict[str, Any]]]  # task -> arm -> `summary`
+
+
+def spec(name: str) -> dict[str, Any]:
+    """A study's file for `pae sweep`."""
+    return parsed(Path(__file__).with_name(name))
 
 
 # ---- from records to numbers
 
 
-def results(study: Study, found: Found, dataset: str) -> dict[str, dict[str, Any]]:
-    """By arm of a task what `summary` says."""
-    done = {
-        name: [
-            {**found[run.key], "seed": run.seed}
-            for run in protocol.finals(dataset, arm, study.seeds, found)
-            if run.key in found
-        ]
-        for name, arm in study.arms.items()
-    }
-    baseline = [r for r in done[next(iter(study.arms))] if "diverged" not in r]
-    return {
-        name: summary(study, protocol.grid(dataset, arm), found, done[name], baseline)
-        for name, arm in study.arms.items()
-    }
+def results(study: dict[str, Any], numbers: dict) -> Results:
+    """What came out for all tasks and methods of a spec, the first of which is the baseline.
 
-
-def summary(
-    study: Study, cells: list[Run], found: Found, records: list[dict], baseline: list[dict]
-) -> dict[str, Any]:
-    """One arm on one task: the cell that its grid chose, its tests, and how soon it was as good as
-    the baseline's best. "open" says what is missing, None where nothing is.
+    Raises:
+        ValueError: runs are missing, so that nothing can be concluded.
     """
-    ran = sum(run.key in found for run in cells)
-    if ran < len(cells):
-        return {"open": f"grid: {ran} of {len(cells)}"}
-    chosen = protocol.choice(cells, found)
-    assert chosen is not None
-    left = None if len(records) == study.seeds else f"seeds: {len(records)} of {study.seeds}"
-    if diverged := [str(r["seed"]) for r in records if "diverged" in r]:
-        left = f"diverged: seed {', '.join(diverged)}"
-    records = [r for r in records if "diverged" not in r]
-    reached, pairs = 0, []
-    for theirs in baseline:
-        for mine in (r for r in records if r["seed"] == theirs["seed"]):
-            target = protocol.best(theirs)[0]
-            epoch, last = epochs_to(mine, target), mine["val"][-1][0]
-            reached += epoch is not None
-            pairs.append((spent(mine, epoch or last), spent(theirs, epochs_to(theirs, target))))
-    rates = {run.lr for run in cells}
+    found: Results = {}
+    for task in study["tasks"]:
+        baseline: list[Record] = []
+        for method, options in study["methods"].items():
+            grid = options.get("grid", study["grid"])
+            cells = [(lr, decay) for lr in grid["lr"] for decay in grid["weight_decay"]]
+            ran = runs_of(numbers, {**options, "dataset": task})
+            first = [ran[cell, 0] for cell in cells if (cell, 0) in ran]
+            chosen = cells[max(range(len(first)), key=lambda i: best(first[i]), default=0)]
+            finals = [ran[chosen, s] for s in range(study["seeds"]) if (chosen, s) in ran]
+            if len(first) < len(cells) or len(finals) < study["seeds"]:
+                raise ValueError(f"{task}, {method}: runs of the grid or the seeds are missing")
+            baseline = baseline or finals
+            about = {
+                "lr": chosen[0],
+                "weight_decay": chosen[1],
+                "edge": chosen[0] in (min(grid["lr"]), max(grid["lr"])),
+                "grid": [best(record)[0] for record in first],
+            }
+            epoch_passes = numbers["recipe"]["train_size"] * PASSES_OF_A_STEP
+            row = about | summary(finals, baseline, epoch_passes)
+            found.setdefault(task, {})[method] = row
+    return found
+
+
+def runs_of(numbers: dict, options: dict[str, Any]) -> dict[tuple[Cell, int], Record]:
+    """By cell and seed the runs with these options, grid and what the recipe says too left out."""
+    recipe, found = numbers["recipe"], {}
+    wanted = {k: v for k, v in options.items() if k != "grid" and recipe.get(k) != v}
+    for record in numbers["runs"].values():
+        settings = dict(record["settings"])
+        cell, seed = (settings.pop("lr"), settings.pop("weight_decay")), settings.pop("seed")
+        if settings == wanted:
+            found[cell, seed] = {**record, "seed": seed}
+    return found
+
+
+def best(record: Record) -> tuple[float, float]:
+    """(accuracy, -loss) of the best validation."""
+    return max((accuracy, -loss) for _, accuracy, loss in record["val"])
+
+
+def summary(records: list[Record], baseline: list[Record], epoch_passes: int = 1) -> dict[str, Any]:
+    """One arm on one task from the same seeds as the baseline: its tests, and how soon it was as
+    good as the baseline's best. `epoch_passes`: what an epoch takes.
+    """
+
+    def spent(record: Record, target: float) -> tuple[bool, int, int]:
+        """Whether it got there, epochs until then, and passes, with those before the first step."""
+        epoch = next((e for e, accuracy, _ in record["val"] if accuracy >= target), None)
+        epochs = epoch or record["val"][-1][0]
+        return epoch is not None, epochs, record["first_passes"] + epochs * epoch_passes
+
+    pairs = [
+        (spent(mine, best(theirs)[0]), spent(theirs, best(theirs)[0]))
+        for mine, theirs in zip(records, baseline, strict=True)
+    ]
     return {
-        "open": left,
-        "lr": chosen.lr,
-        "weight_decay": chosen.weight_decay,
-        "edge": chosen.lr in (min(rates), max(rates)),
-        "grid": [protocol.best(found[run.key])[0] for run in cells],
         "tests": {r["seed"]: r["test"] for r in records},
         "test": runs.interval([r["test"] for r in records]),
         "gain": runs.paired(records, baseline),
         "vals": [r["val"] for r in records],
-        "reached": reached,
-        "epochs": runs.interval([mine[0] for mine, _ in pairs]),
-        "passes": runs.interval([mine[1] for mine, _ in pairs]),
-        "faster": ratio([(mine[0], theirs[0]) for mine, theirs in pairs]),
-        "cheaper": ratio([(mine[1], theirs[1]) for mine, theirs in pairs]),
-        "parameters": records[0]["parameters"] if records else None,
+        "reached": sum(mine[0] for mine, _ in pairs),
+        "epochs": runs.interval([mine[1] for mine, _ in pairs]),
+        "faster": ratio([(mine[1], theirs[1]) for mine, theirs in pairs]),
+        "cheaper": ratio([(mine[2], theirs[2]) for mine, theirs in pairs]),
+        "parameters": records[0]["parameters"],
         **{
             key: [statistics.mean(v) for v in zip(*(r[key] for r in records if key in r))]
             for key in ("swing", "turns")
@@ -113,49 +135,26 @@ def summary(
     }
 
 
-def epochs_to(record: dict, target: float) -> int | None:
-    """The first validated epoch that is at least as good; None if there is none."""
-    return next((epoch for epoch, accuracy, _ in record["val"] if accuracy >= target), None)
-
-
-def spent(record: dict, epoch: int) -> tuple[int, int]:
-    """Until the end of an epoch: epochs; and passes, with those ahead of the first step."""
-    an_epoch = protocol.RECIPE["train_size"] * protocol.PASSES_OF_A_STEP
-    return epoch, record["first_passes"] + epoch * an_epoch
-
-
-def ratio(pairs: list[tuple[float, float]]) -> dict[str, float] | None:
+def ratio(pairs: list[tuple[float, float]]) -> dict[str, float]:
     """How many times as much the baseline took: ratio of means, seeds resampled in pairs."""
-    if not pairs:
-        return None
     index = runs.resampled(len(pairs))
     mine, theirs = (torch.tensor(v, dtype=torch.float64) for v in zip(*pairs))
-    drawn = theirs[index].mean(1) / mine[index].mean(1)
-    low, high = runs.ends(drawn)
-    mean = (theirs.mean() / mine.mean()).item()
-    shown = {"mean": mean, "low": low, "high": high}
+    low, high = runs.ends(theirs[index].mean(1) / mine[index].mean(1))
+    shown = {"mean": (theirs.mean() / mine.mean()).item(), "low": low, "high": high}
     return {**{k: runs.short(v) for k, v in shown.items()}, "seeds": len(pairs)}
-
-
-def report(arguments: argparse.Namespace) -> None:
-    """Write the records of all finished runs."""
-    numbers = protocol.store(STUDY, arguments)
-    print(blocks(numbers)["convergence table"])
 
 
 # ---- from numbers to text
 
 
 def blocks(numbers: dict) -> dict[str, str]:
-    tasks = {d: results(STUDY, numbers["runs"], d) for d in DATASETS}
+    tasks = results(spec("convergence.toml"), numbers)
     return {
         "convergence setting": setting(numbers),
-        "convergence progress": progress(STUDY, numbers["runs"]),
         "convergence grid": grid_table(tasks),
         "convergence table": _table(tasks),
         "convergence verdicts": _verdicts(tasks),
         "convergence gradients": _gradient_table(tasks),
-        "convergence figure": CURVES if complete(numbers["runs"]) else "",
     }
 
 
@@ -168,64 +167,45 @@ def setting(numbers: dict) -> str:
         f"{r['test_size']} images for training, validation and test; {r['epochs']} epochs of batch "
         f"{r['batch_size']}, validated every {r['validate']} epochs; {r['optimizer']}, "
         f"{r['warmup_epochs']} epochs of warm-up and a cosine per epoch, prompt "
-        f"dropout {r['dropout']:g}; MPA on {r['mpa_images']} images. Runs by "
-        f"{'; '.join(sorted(by)) or 'nobody yet'}."
+        f"dropout {r['dropout']:g}; MPA on {r['mpa_images']} images. {len(made)} runs by "
+        f"{'; '.join(sorted(by))}."
     )
 
 
-def progress(study: Study, found: Found) -> str:
-    """How much of the study there is."""
-    lines: dict[str, dict[str, str]] = {}
-    for piece in protocol.pieces(study, found):
-        dataset, kind = piece.name.rsplit(" ", 1)
-        done = sum(run.key in found for run in piece.runs)
-        words = f"{done} of {piece.count}" if done < piece.count else f"all {piece.count}"
-        lines.setdefault(dataset, {"task": dataset})[f"runs of the {kind}"] = words
-    return table_of(list(lines.values()))
+def each_arm(tasks: Results) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+    """The first cells of a table's row, and the arm's numbers."""
+    for task, arms in tasks.items():
+        yield from (({"task": task, "arm": arm}, row) for arm, row in arms.items())
 
 
-def shown_arms(
-    tasks: dict[str, dict], arms: dict[str, Arm] = ARMS
-) -> Iterator[tuple[str, str, dict]]:
-    """(task, arm's title, numbers) of the tasks of which something has been run."""
-    for dataset, own in tasks.items():
-        if any("test" in s or not s["open"].startswith("grid: 0") for s in own.values()):
-            yield from ((dataset, arms[name].title, s) for name, s in own.items())
-
-
-def grid_table(tasks: dict[str, dict], arms: dict[str, Arm] = ARMS) -> str:
+def grid_table(tasks: Results) -> str:
     """What every arm chose, and the validation accuracy of every cell."""
-    rows = []
-    for dataset, title, s in shown_arms(tasks, arms):
-        done = "lr" in s
-        rows.append(
+    return table_of(
+        [
             {
-                "task": dataset,
-                "arm": title,
-                "chosen learning rate": f"{s['lr']:g}" + ", an end" * s["edge"] if done else "open",
-                "weight decay": f"{s['weight_decay']:g}" if done else s["open"],
-                "validation of every cell": " ".join(f"{v:.2f}" for v in s.get("grid", ())),
+                **where,
+                "chosen learning rate": f"{row['lr']:g}" + ", an end" * row["edge"],
+                "weight decay": f"{row['weight_decay']:g}",
+                "validation of every cell": " ".join(f"{v:.2f}" for v in row["grid"]),
             }
-        )
-    return table_of(rows)
+            for where, row in each_arm(tasks)
+        ]
+    )
 
 
-def _table(tasks: dict[str, dict]) -> str:
+def _table(tasks: Results) -> str:
     rows = []
-    for dataset, title, s in shown_arms(tasks):
-        other, done = title != ARMS[BASELINE].title, not s["open"]
-        state, s = "complete" if done else f"open, {s['open']}", s if done else {}
+    for where, row in each_arm(tasks):
+        shown = runs.shown if where["arm"] != BASELINE else lambda *_: ""
         rows.append(
             {
-                "task": dataset,
-                "arm": title,
-                "state": state,
-                "test accuracy": runs.shown(s.get("test"), ".3f"),
-                "difference, seed by seed": runs.shown(s.get("gain"), "+.3f") if other else "",
-                "reached VPT-deep's best": f"{s['reached']} of {len(s['tests'])}" if done else "",
-                "epochs until then": runs.shown(s.get("epochs"), ".1f"),
-                "times as fast in epochs": runs.shown(s.get("faster"), ".2f") if other else "",
-                "in passes, start included": runs.shown(s.get("cheaper"), ".2f") if other else "",
+                **where,
+                "test accuracy": runs.shown(row["test"], ".3f"),
+                "difference, seed by seed": shown(row["gain"], "+.3f"),
+                "reached VPT-deep's best": f"{row['reached']} of {len(row['tests'])}",
+                "epochs until then": runs.shown(row["epochs"], ".1f"),
+                "times as fast in epochs": shown(row["faster"], ".2f"),
+                "in passes, start included": shown(row["cheaper"], ".2f"),
             }
         )
     return table_of(rows)
@@ -243,12 +223,9 @@ CLAIMS = {
 }
 
 
-def verdict(arm: dict, baseline: dict, key: str, bar: float) -> str:
-    """In words; nothing is concluded before both arms are complete."""
-    if arm["open"] or baseline["open"]:
-        return "open"
-    value = arm[key]
-    form = "+.3f" if key == "gain" else ".2f"
+def verdict(value: dict[str, float], bar: float) -> str:
+    """In words, of an interval beside the bar above which a claim holds."""
+    form = ".2f" if bar else "+.3f"
     if value["low"] <= bar <= value["high"]:
         said = "undecided"
     else:
@@ -256,35 +233,31 @@ def verdict(arm: dict, baseline: dict, key: str, bar: float) -> str:
     return f"{said} ({value['mean']:{form}})"
 
 
-def _verdicts(tasks: dict[str, dict]) -> str:
+def _verdicts(tasks: Results) -> str:
     return table_of(
         [
-            {
-                "claim": claim,
-                **{d: verdict(arms[name], arms[BASELINE], key, bar) for d, arms in tasks.items()},
-            }
-            for claim, (name, key, bar) in CLAIMS.items()
-            if name in STUDY.arms
+            {"claim": claim, **{t: verdict(arms[arm][key], bar) for t, arms in tasks.items()}}
+            for claim, (arm, key, bar) in CLAIMS.items()
         ]
     )
 
 
-def _gradient_table(tasks: dict[str, dict]) -> str:
+def _gradient_table(tasks: Results) -> str:
     def listed(values: Iterable[float], form: str) -> str:
         return ", ".join(f"{v:{form}}" for v in values)
 
     return table_of(
         [
             {
-                "task": dataset,
-                "arm": title,
-                "swing of the norm: first third of blocks, middle, last": listed(s["swing"], ".2f"),
+                **where,
+                "swing of the norm: first third of blocks, middle, last": listed(
+                    row["swing"], ".2f"
+                ),
                 "gradient turns against the step before: first, middle, last": listed(
-                    s["turns"], ".0%"
+                    row["turns"], ".0%"
                 ),
             }
-            for dataset, title, s in shown_arms(tasks)
-            if not s["open"] and s["swing"]
+            for where, row in each_arm(tasks)
         ]
     )
 
@@ -293,37 +266,24 @@ def _gradient_table(tasks: dict[str, dict]) -> str:
 
 
 def figures(numbers: dict) -> dict[str, Callable[[], Figure]]:
-    """Curves of the arms that are complete; none before there is one."""
-    tasks = complete(numbers["runs"])
-    return {"convergence_curves": partial(draw_curves, tasks)} if tasks else {}
+    tasks = results(spec("convergence.toml"), numbers)
+    return {"convergence_curves": partial(draw_curves, tasks)}
 
 
-def complete(found: Found) -> dict[str, dict]:
-    """The complete arms by task, where there are any."""
-    tasks = {d: results(STUDY, found, d) for d in DATASETS}
-    whole = {d: {n: s for n, s in arms.items() if not s["open"]} for d, arms in tasks.items()}
-    return {dataset: arms for dataset, arms in whole.items() if arms}
-
-
-def draw_curves(tasks: dict) -> Figure:
+def draw_curves(tasks: Results) -> Figure:
     """Validation accuracy by epoch: mean over seeds; their span for VPT-deep and PAE."""
-    count = len(tasks)
-    figure, grid = style.figure(max(5.0, 3.6 * count), 3.2, 1, count, squeeze=False)
-    for panel, (dataset, arms) in zip(grid[0], tasks.items()):
-        for name, s in arms.items():
-            epochs = [row[0] for row in s["vals"][0]]
-            look = {"color": style.COLOURS[ARMS[name].colour], "label": ARMS[name].title}
-            seeds = list(zip(*([row[1] for row in rows] for rows in s["vals"])))
+    figure, panels = style.figure(3.6 * len(tasks), 3.2, 1, len(tasks))
+    for panel, (task, arms) in zip(panels, tasks.items()):
+        for arm, row in arms.items():
+            epochs = [epoch for epoch, _, _ in row["vals"][0]]
+            seeds = list(zip(*([v[1] for v in val] for val in row["vals"])))
+            look = {"color": style.COLOURS[COLOURS[arm]], "label": arm}
             panel.plot(epochs, [statistics.mean(v) for v in seeds], ".-", lw=1.5, **look)
-            if name in (BASELINE, PAE):
+            if arm in (BASELINE, PAE):
                 low, high = zip(*((min(v), max(v)) for v in seeds))
                 panel.fill_between(epochs, low, high, color=look["color"], alpha=0.12, lw=0)
-        panel.set_title(dataset)
+        panel.set_title(task)
         panel.set_xlabel("epoch")
-    grid[0][0].set_ylabel("validation accuracy")
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    panels[0].set_ylabel("validation accuracy")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
-
-
-if __name__ == "__main__":
-    protocol.main(STUDY, {"report": report})

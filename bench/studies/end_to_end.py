@@ -45,6 +45,7 @@ import pae
 from bench import figures as style
 from bench import roofline
 from bench.table import table_of
+from pae.train import loop
 from pae.train.options import Options
 
 from . import loops, runs
@@ -65,6 +66,16 @@ PHASE_LABELS = {
     "rest": ("rest", "model"),
 }
 CLOCKS = ("process", "wall")
+SHARE = 0.95  # a loop has arrived at this share of the lowest final validation accuracy
+# of the options of `pae train`: what "run" takes, and its default
+SIZES = {
+    "train_size": 800,
+    "val_size": 200,
+    "test_size": None,
+    "epochs": 10,
+    "img_size": None,
+    "mpa_images": 8,
+}
 JSON = "end_to_end.json"
 
 # Relative, of the mean training loss of the first epoch. Engines differ by 1e-7 there, the official
@@ -79,11 +90,9 @@ LOSS_TOLERANCE = 1e-3
 # ---- the study
 
 
-def cell(dataset: str, arm: str, tokens: int, seed: int) -> runs.Cell:
-    """fp32 everywhere: the released code knows nothing else, and the curves must agree."""
-    changes = {"num_tokens": tokens, "kld": True, "mpa": True, "amp": "no"}
-    changes["engine"] = "reference" if arm == "reference" else "fast"
-    return runs.Cell(f"{arm}-{tokens}", dataset, seed, changes)
+def place(output: Path, dataset: str, arm: str, tokens: int, seed: int) -> Path:
+    """The folder of one loop in one race."""
+    return output / dataset / f"{arm}-{tokens}-{seed}"
 
 
 def run_arm(arm: str, settings: Options, task: Any, folder: Path) -> dict[str, Any]:
@@ -114,18 +123,22 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Seeds outermost: an early stop leaves whole seeds. Every seed another loop comes first."""
+    """Seeds outermost: an early stop leaves whole seeds. Every seed another loop comes first. fp32
+    everywhere: the released code knows nothing else, and the curves must agree.
+    """
     torch.backends.cudnn.allow_tf32 = False  # the patch embedding of an fp32 network
+    common = {name: getattr(arguments, name) for name in ("dataset", *SIZES)}
+    common |= {"method": "vpt-deep", "kld": True, "mpa": True, "amp": "no"}
     for seed, tokens in itertools.product(arguments.seeds, arguments.tokens):
         shift = seed % len(ARMS)
         for arm in (*ARMS, *ARMS)[shift : shift + len(ARMS)]:
-            chosen = cell(arguments.dataset, arm, tokens, seed)
-            folder = chosen.folder(arguments.output).path
+            folder = place(arguments.output, arguments.dataset, arm, tokens, seed)
             if (folder / "race.json").is_file():
                 continue
-            settings = chosen.settings(**runs.sizes(arguments))
-            task = runs.load_task(settings, arguments.test_size)
-            record = run_arm(arm, settings, task, folder)
+            engine = "reference" if arm == "reference" else "fast"
+            own = {"num_tokens": tokens, "seed": seed, "engine": engine}
+            settings = Options(**common, **own).resolved()
+            record = run_arm(arm, settings, loop.load_task(settings), folder)
             process, wall = (seconds(record["total"], clock) for clock in CLOCKS)
             print(f"{folder}: {process:.0f} s of process time, {wall:.0f} s", flush=True)
 
@@ -147,7 +160,7 @@ def collect(dataset: str, tokens: list[int], seeds: list[int], output: Path) -> 
     found: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
     for seed, count in itertools.product(seeds, tokens):
-        folders = {arm: cell(dataset, arm, count, seed).folder(output).path for arm in ARMS}
+        folders = {arm: place(output, dataset, arm, count, seed) for arm in ARMS}
         files = {arm: folder / "race.json" for arm, folder in folders.items()}
         if not all(file.is_file() for file in files.values()):
             continue
@@ -163,9 +176,9 @@ def collect(dataset: str, tokens: list[int], seeds: list[int], output: Path) -> 
         # the lowest final accuracy, so that all reach the target; and the latest epoch that does,
         # so that all have done the same work by then
         curves = [[row["val_accuracy"] for row in r["epochs"]] for r in records.values()]
-        target = runs.SHARE * min(curve[-1] for curve in curves)
+        target = SHARE * min(curve[-1] for curve in curves)
         race = {"tokens": count, "seed": seed, "target": target}
-        race["epoch"] = max(runs.first_at(curve, target) for curve in curves)
+        race["epoch"] = max(first_at(curve, target) for curve in curves)
         race["agreement"] = {
             arm: agree(records["pae"], records[arm], prompts["pae"], prompts[arm])
             for arm in ("official", "reference")
@@ -177,7 +190,7 @@ def collect(dataset: str, tokens: list[int], seeds: list[int], output: Path) -> 
         found.append(race)
     if not found:
         raise FileNotFoundError(f"--output {output}: no finished race there")
-    return {"facts": facts, "share": runs.SHARE, "races": found}
+    return {"facts": facts, "share": SHARE, "races": found}
 
 
 def facts_of(record: dict) -> dict[str, Any]:
@@ -187,6 +200,11 @@ def facts_of(record: dict) -> dict[str, Any]:
     keep = ("model", "img_size", "workers", "device", *recipe, *method)
     chosen = {key: record["settings"][key] for key in keep}
     return {**chosen, **{key: record[key] for key in ("rows", "task", "machine")}}
+
+
+def first_at(accuracies: list[float], target: float) -> int:
+    """First epoch (from 1) whose accuracy is at least `target`; the last one if none is."""
+    return next((i for i, a in enumerate(accuracies, 1) if a >= target), len(accuracies))
 
 
 def agree(ours: dict, other: dict, prompts: Tensor, other_prompts: Tensor) -> dict[str, Any]:
@@ -404,6 +422,8 @@ def _unit(clock: str) -> str:
 def options(name: str, command: argparse.ArgumentParser) -> None:
     command.add_argument("--dataset", default="pneumonia", help="an image set made of files")
     command.add_argument("--tokens", nargs="+", type=int, default=[10, 50], help="per block")
+    for size, default in SIZES.items() if name == "run" else ():
+        command.add_argument(f"--{size.replace('_', '-')}", type=int, default=default)
 
 
 if __name__ == "__main__":

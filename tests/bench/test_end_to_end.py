@@ -314,10 +314,16 @@ def test_figures_draw_every_loop_and_phase(tokens):
     assert widest == pytest.approx(0.5 + 0.5 + (4 + 8 + 4 + 10) * scale)
 
 
+def test_first_epoch_at_an_accuracy():
+    assert end_to_end.first_at([0.5, 0.94, 0.96, 1.0], 0.95) == 3
+    assert end_to_end.first_at([1.0, 0.5], 0.475) == 1
+    assert end_to_end.first_at([0.1, 0.2], 0.3) == 2  # never: as if at the end
+
+
 def test_collect_reads_what_the_loops_wrote(race, tmp_path):
 
     def folder(arm):
-        return end_to_end.cell("shades", arm, 3, 0).folder(tmp_path).path
+        return end_to_end.place(tmp_path, "shades", arm, 3, 0)
 
     with pytest.raises(FileNotFoundError, match="no finished race"):
         end_to_end.collect("shades", [3], [0], tmp_path)
