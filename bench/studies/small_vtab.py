@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,11 @@ _SETTINGS = (
     *("lr", "seed", "train_on", "epochs", "batch_size", "augment", "norm", "interpolation"),
     *("model", "num_tokens", "optimizer", "weight_decay", "keep", "img_size"),
 )
+# the share of the test images that naming the commonest class gets right
+COMMONEST = {
+    **{"digits": 0.1, "fashion-mnist": 0.1, "pneumonia": 0.5025, "shapes-count": 0.1675},
+    **{"shapes-angle": 0.125, "traffic-lights": 0.6094, "elpv-defect": 0.575},
+}
 _FACTS = ("image_size", "device", "chosen", "pixels")
 
 
@@ -47,25 +52,24 @@ def report(sweep: Path, to: Path) -> dict[str, Any]:
     plan, records = read(sweep)
     finished = collect([sweep]).runs if any(_tested(plan, records)) else []
     chosen = {}
-    tuned = {}
+    tuned: dict[str, dict[str, float | None]] = {}
     for group in plan.groups:
-        scores = {
-            cell.values["lr"]: records[cell.keys[0]]["val_last"]
-            for cell in group.cells
-            if cell.keys[0] in records and records[cell.keys[0]]["status"] == FINISHED
-        }
-        tuned[f"{group.task}/{group.method}"] = {str(lr): val for lr, val in scores.items()}
+        name = f"{group.task}/{group.method}"
+        for run, cell in zip(plan.grid(group), group.cells, strict=True):
+            if run.key in records:
+                known = records[run.key]
+                val = known["val_last"] if known["status"] == FINISHED else None
+                tuned.setdefault(name, {})[str(cell.values["lr"])] = val
         if cells := plan.chosen(group, records):
-            chosen[f"{group.task}/{group.method}"] = cells[0].values["lr"]
-    known = [records[key] for key in records]
+            chosen[name] = cells[0].values["lr"]
+    known = list({r.key: records[r.key] for r in plan.runs(records) if r.key in records}.values())
     numbers = {
         "facts": {
             "versions": known[0]["versions"] if known else {},
             "device": known[0].get("device") if known else None,
-            "seconds": round(sum(record.get("seconds") or 0 for record in known)),
             "done": len(known),
             "wanted": sum(plan.count()),
-            "lost": [r["reason"] for r in known if r["status"] != FINISHED],
+            "lost": [_lost(record) for record in known if record["status"] != FINISHED],
         },
         "missing": not_yet(plan, records),
         "chosen": chosen,
@@ -74,6 +78,13 @@ def report(sweep: Path, to: Path) -> dict[str, Any]:
     }
     runs.write_json(to, numbers)
     return numbers
+
+
+def _lost(record: dict[str, Any]) -> str:
+    """A run without a result, in words."""
+    values = [f"{name}={value:g}" for name, value in record["values"].items()]
+    place = ", ".join([record["task"], record["method"], *values, f"seed {record['seed']}"])
+    return f"{place}: {record['status']}, {record['reason']}"
 
 
 def _tested(plan: Any, records: Any) -> list[str]:
@@ -98,11 +109,13 @@ def _lean(run: Run) -> dict[str, Any]:
 
 
 def _run(record: dict[str, Any]) -> Run:
+    """For a table without seconds and memory, which other work on the machine decided."""
+    result = {**record["result"], "seconds": None, "memory_mb": None}
     facts = dict(record["facts"])
     task = {"name": record["task"], **{name: facts.pop(name) for name in ("train", "val", "test")}}
     facts |= {"task": task, "backbone": {"name": facts["backbone"]}}
     place = Path(record["task"], record["method"], str(record["settings"]["seed"]))
-    return Run(place, record["settings"], facts, record["result"], record["method"], record["task"])
+    return Run(place, record["settings"], facts, result, record["method"], record["task"])
 
 
 # ---- from numbers to text
@@ -122,12 +135,11 @@ def blocks(numbers: dict[str, Any]) -> dict[str, str]:
 
 def _state(numbers: dict[str, Any]) -> str:
     facts = numbers["facts"]
-    done, wanted = facts["done"], facts["wanted"]
-    text = f"{done} of {wanted} runs have ended, which took {facts['seconds'] / 3600:.1f} hours."
-    if facts["lost"]:
-        text += f" {len(facts['lost'])} of them without a result."
+    text = f"{facts['done']} of {facts['wanted']} runs have ended."
     if numbers["missing"]:
         text += f" **Not finished**; still to come: {'; '.join(numbers['missing'])}."
+    if facts["lost"]:
+        text += "\n\nWithout a result:\n\n" + "\n".join(f"- {lost}" for lost in facts["lost"])
     return text
 
 
@@ -159,12 +171,19 @@ def _rates(numbers: dict[str, Any]) -> str:
         lr, scores = (numbers[kind].get(f"{task}/{method}") for kind in ("chosen", "tuned"))
         if lr is None:
             return ""
-        best = max(scores.values())
-        ties = sum(value == best for value in scores.values())
-        edge = " at the edge" if lr in (min(map(float, scores)), max(map(float, scores))) else ""
-        return f"{lr:g}{edge}" + (f" ({ties} equal)" if ties > 1 else "")
+        known = {float(rate): val for rate, val in scores.items() if val is not None}
+        ties = sum(val == known[lr] for val in known.values())
+        text = f"{lr:g}: {100 * known[lr]:.0f} %"
+        if lr in (ends := (min(map(float, scores)), max(map(float, scores)))):
+            text += ", **the smallest tried**" if lr == ends[0] else ", **the largest tried**"
+        return text + (f", {ties} equal" if ties > 1 else "")
 
-    return markdown([["", *tasks], *([m, *(cell(task, m) for task in tasks)] for m in methods)])
+    return (
+        markdown([["", *tasks], *([m, *(cell(task, m) for task in tasks)] for m in methods)])
+        + "\n\n![Validation accuracy over the learning rate, a line for each method]"
+        "(figures/small_vtab_rates.svg)\n\nCircles mark the chosen rates; a run without a result "
+        "has no point."
+    )
 
 
 def _setting(records: list[dict[str, Any]], facts: dict[str, Any]) -> str:
@@ -185,39 +204,84 @@ def _figure_line(numbers: dict[str, Any]) -> str:
         return UNMEASURED
     return (
         "![Test accuracy by task and method, a point for each seed](figures/small_vtab.svg)\n\n"
-        "Points are seeds, lines their means; where a task has fewer methods, the rest is to come."
+        "Points are seeds, bars their means, dotted lines what naming the commonest class reaches; "
+        "where a task has fewer methods, the rest is to come."
     )
 
 
 def figures(numbers: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
     """The drawings, by name; none before there is a result."""
-    return {"small_vtab": lambda: draw(numbers["runs"])} if numbers["runs"] else {}
+    found: dict[str, Callable[[], Figure]] = {}
+    if numbers["runs"]:
+        found["small_vtab"] = lambda: draw(numbers["runs"])
+    if numbers["chosen"]:
+        found["small_vtab_rates"] = lambda: draw_rates(numbers["tuned"], numbers["chosen"])
+    return found
+
+
+def _panels(tasks: set[str], width: float, height: float, **more: Any) -> tuple[Figure, list]:
+    """A figure with a panel for each task, four in a row: (it, [(task, its axes)])."""
+    order = [task.name for task in SMALL.tasks if task.name in tasks]
+    across = min(4, len(order))
+    down = -(-len(order) // across)
+    size = (width * across + 1.4, height * down)
+    figure, axes = drawn.figure(*size, down, across, sharey=True, squeeze=False, **more)
+    places = list(axes.flat)
+    for empty in places[len(order) :]:
+        empty.set_visible(False)
+    for panel, task in zip(places, order):
+        panel.set_title(task, fontsize=9)
+    return figure, list(zip(order, places))
+
+
+def _colours(methods: Iterable[str]) -> dict[str, str]:
+    return {method: f"C{number}" for number, method in enumerate(dict.fromkeys(methods))}
 
 
 def draw(records: list[dict[str, Any]]) -> Figure:
     """A panel for each task: every seed's test accuracy, a row for each method."""
-    order = [task.name for task in SMALL.tasks]
-    tasks = sorted({record["task"] for record in records}, key=order.index)
-    methods = list(dict.fromkeys(record["method"] for record in records))
-    figure, axes = drawn.figure(
-        1.9 * len(tasks) + 1.4, 0.32 * len(methods) + 1.1, 1, len(tasks), sharey=True, squeeze=False
-    )
-    for panel, task in zip(axes[0], tasks, strict=True):
-        for row, method in enumerate(methods):
+    methods = _colours(record["method"] for record in records)
+    tasks = {record["task"] for record in records}
+    figure, panels = _panels(tasks, 1.9, 0.26 * len(methods) + 0.9)
+    for task, panel in panels:
+        for row, (method, colour) in enumerate(methods.items()):
             values = [
                 100 * r["result"]["test_accuracy"]
                 for r in records
                 if (r["task"], r["method"]) == (task, method)
             ]
             if values:
-                colour = f"C{row}"
                 panel.plot(values, [row] * len(values), "o", color=colour, alpha=0.6, markersize=4)
                 mean = statistics.fmean(values)
                 panel.plot([mean, mean], [row - 0.3, row + 0.3], color=colour, linewidth=2)
-        panel.set_title(task, fontsize=9)
+        panel.axvline(100 * COMMONEST[task], color="0.5", linewidth=0.8, linestyle=":")
         panel.set_xlabel("test accuracy, %")
-    axes[0][0].set_yticks(range(len(methods)), methods)
-    axes[0][0].invert_yaxis()
+    panels[0][1].set_yticks(range(len(methods)), list(methods))
+    panels[0][1].invert_yaxis()
+    return figure
+
+
+def draw_rates(tuned: dict[str, dict[str, float | None]], chosen: dict[str, float]) -> Figure:
+    """A panel for each task: validation accuracy over the rate, a line for each method."""
+    methods = _colours(name.partition("/")[2] for name in tuned)
+    figure, panels = _panels({name.partition("/")[0] for name in tuned}, 1.9, 1.9)
+    for task, panel in panels:
+        for method, colour in methods.items():
+            name = f"{task}/{method}"
+            known = sorted(
+                (float(lr), 100 * val) for lr, val in tuned.get(name, {}).items() if val is not None
+            )
+            line = panel.plot(*zip(*known), ".-", linewidth=1, label=method) if known else []
+            for drawn_line in line:
+                drawn_line.set_color(colour)
+            for lr, val in known:
+                if chosen.get(name) == lr:
+                    panel.plot(lr, val, "o", color=colour, markersize=7, fillstyle="none")
+        panel.set_xscale("log")
+        panel.set_xlabel("learning rate")
+    panels[0][1].set_ylabel("validation accuracy, %")
+    handles, labels = panels[0][1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     return figure
 
 

@@ -137,7 +137,7 @@ def build(
     notes = _notes(runs, [r for r in rows if not r.published], names, tasks, means, titles, split)
     notes += _about_published([row for row in rows if row.published])
     if failed:
-        notes.append(f"Without a result: {len(failed)} runs that diverged, failed or were stopped.")
+        notes.append(f"Without a result (diverged, failed or stopped), runs: {len(failed)}.")
     if missing:
         notes.append(f"Not finished; still to come: {'; '.join(missing)}.")
     if baseline is not None:
@@ -396,22 +396,36 @@ def _beside(rows: Sequence[Row], tasks: Sequence[str], baseline: str) -> list[st
     if base is None:
         known = ", ".join(row.label for row in rows)
         raise ValueError(f"--baseline {baseline}: expected one of the rows, {known}")
-    notes = []
+    notes, many, few = list[str](), False, False
     for row in rows:
         both = [t for t in tasks if t in row.cells and t in base.cells]
         if row is base or row.published or not both:
             continue
         gaps = [row.cells[t].mean - base.cells[t].mean for t in both]
         won, lost = (sum(1 for gap in gaps if sign * gap > 0) for sign in (1, -1))
-        text = f"{row.label} beside {baseline}: {statistics.fmean(gaps):+.1f} points"
+        text = f"{row.label} beside {baseline}: {statistics.fmean(gaps):+.1f}"
         if len(gaps) >= ENOUGH_TASKS:
             low, high = intervals.over_tasks(gaps)
-            text += f" [{low:+.1f}, {high:+.1f}]"
-        notes.append(f"{text} over {len(gaps)} tasks, better on {won}, worse on {lost}.")
-    if notes and any(len([t for t in tasks if t in r.cells]) >= ENOUGH_TASKS for r in rows):
+            text += f" points [{low:+.1f}, {high:+.1f}]"
+            many = True
+        else:
+            pairs = [(row.cells[t].values, base.cells[t].values) for t in both]
+            half = intervals.of_difference(pairs)
+            text += " points" if half is None else f" ± {half:.1f} points"
+            few |= half is not None
+        if len(both) == 1:
+            notes.append(f"{text} on {both[0]}.")
+        else:
+            notes.append(f"{text} over {len(both)} tasks, better on {won}, worse on {lost}.")
+    if many:
         notes.append(
             "In brackets: 95 % interval of the mean difference, bootstrap over tasks, "
             f"{intervals.DRAWS:,} draws."
+        )
+    if few:
+        notes.append(
+            f"± of a difference over fewer than {ENOUGH_TASKS} tasks: half of Welch's 95 % "
+            "interval over seeds; other tasks may differ by more."
         )
     return notes
 
@@ -446,6 +460,8 @@ def _notes(
             f"{titles['mean_tasks']}."
         )
     devices = sorted({str(run.facts.get("device")) for run in runs if run.facts.get("device")})
+    if all(row.seconds is None and row.memory_mb is None for row in rows):
+        return notes
     if len(devices) > 1:
         notes.append(f"Times and memory are of several machines: {'; '.join(devices)}.")
     elif devices:

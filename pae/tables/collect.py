@@ -204,7 +204,9 @@ def _add_sweep(folder: Path, found: Collected) -> None:
 
 
 def not_yet(plan: Plan, records: Records) -> list[str]:
-    """The tested runs that a sweep has not come to, in words: a line for each task."""
+    """The tested runs that a sweep has not come to, in words: a line for each task that was begun,
+    and one for the others.
+    """
     lacking: dict[str, list[str]] = {}
     for group in plan.groups:
         wanted = plan.finals(group, records)
@@ -216,10 +218,9 @@ def not_yet(plan: Plan, records: Records) -> list[str]:
             words = f"{group.method} ({left} of {len(wanted)} runs)"
             lacking.setdefault(group.task, []).append(words)
     methods = len({group.method for group in plan.groups})
-    return [
-        f"{task}, {'all methods' if len(words) == methods else ', '.join(words)}"
-        for task, words in lacking.items()
-    ]
+    whole = [task for task, words in lacking.items() if len(words) == methods]
+    begun = [f"{t}, {', '.join(words)}" for t, words in lacking.items() if t not in whole]
+    return begun + ([f"{', '.join(whole)}: all methods"] if whole else [])
 
 
 def _add_record(

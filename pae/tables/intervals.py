@@ -59,27 +59,41 @@ def half_width(values: Sequence[float]) -> float | None:
     return t_quantile(LEVEL, len(values) - 1) * error
 
 
-def differs(first: Sequence[float], second: Sequence[float], comparisons: int = 1) -> bool:
-    """Whether Welch's interval of the difference of two means excludes 0.
+Pair = tuple[Sequence[float], Sequence[float]]
+
+
+def of_difference(pairs: Sequence[Pair], comparisons: int = 1) -> float | None:
+    """Half of Welch's interval of a difference of two means, or of the mean of several such
+    differences, one per task.
 
     Args:
-        first, second: independent runs; neither needs as many as the other.
+        pairs: per task the runs of both; independent, and neither needs as many as the other.
         comparisons: how many such questions are asked at once; all intervals hold together with
             probability `LEVEL` (Bonferroni).
     Returns:
-        False where either has one run alone, or no spread is known.
+        None where one has a single run, or no spread is known.
     """
-    if min(len(first), len(second)) < 2:
-        return False
-    shares = [statistics.variance(values) / len(values) for values in (first, second)]
+    sides = [values for pair in pairs for values in pair]
+    if min(map(len, sides)) < 2:
+        return None
+    shares = [statistics.variance(values) / len(values) for values in sides]
     total = sum(shares)
     if total == 0:  # accuracies are whole numbers of images: equal ones do not prove certainty
-        return False
-    parts = [share**2 / (len(v) - 1) for share, v in zip(shares, (first, second), strict=True)]
+        return None
+    parts = [share**2 / (len(values) - 1) for share, values in zip(shares, sides, strict=True)]
     freedom = max(1, math.floor(total**2 / sum(parts)))  # down: rather too wide
     within = 1 - (1 - LEVEL) / comparisons
-    gap = abs(statistics.fmean(first) - statistics.fmean(second))
-    return gap > t_quantile(within, freedom) * math.sqrt(total)
+    return t_quantile(within, freedom) * math.sqrt(total) / len(pairs)
+
+
+def differs(first: Sequence[float], second: Sequence[float], comparisons: int = 1) -> bool:
+    """Whether the interval of the difference of two means excludes 0; False where there is none.
+
+    Args:
+        first, second, comparisons: as for `of_difference`.
+    """
+    half = of_difference([(first, second)], comparisons)
+    return half is not None and abs(statistics.fmean(first) - statistics.fmean(second)) > half
 
 
 def over_tasks(

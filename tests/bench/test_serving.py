@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_table_in_the_docs_is_that_of_the_results():
-    record = json.loads((ROOT / "bench" / "results" / "serving.json").read_text())
+    record = json.loads((ROOT / "bench" / "results" / "science" / "serving.json").read_text())
     assert serving.table(record) in (ROOT / "docs" / "after-training.md").read_text()
     cells = {(row["batch"], row["tasks"]) for row in record["rows"]}
     assert cells >= {(8, "even"), (64, "even"), (64, "drawn")}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from pae.protocols.tasks import SMALL
 from pae.sweep.records import FINISHED, Records
 from pae.sweep.spec import read_spec
 from pae.train.cli import main
+from pae.train.loop import load_task
 
 SPEC = Path(__file__).parents[2] / small_vtab.SPEC
 
@@ -77,7 +80,7 @@ def test_the_page_of_a_sweep_that_goes_on(swept, tmp_path, capsys):
     to = tmp_path / small_vtab.JSON
     blocks = small_vtab.blocks(small_vtab.report(out, to))
     assert "0 of 329 runs have ended" in blocks["small vtab state"]
-    assert "digits, all methods" in blocks["small vtab state"]
+    assert "still to come: digits, pneumonia, shapes-count, " in blocks["small vtab state"]
     assert not small_vtab.figures(json.loads(to.read_text()))
     groups = [group for group in plan.groups if group.task == "digits"]
     for place, group in enumerate(groups[:3]):
@@ -94,25 +97,50 @@ def test_the_page_of_a_sweep_that_goes_on(swept, tmp_path, capsys):
     numbers = small_vtab.report(out, to)
     blocks = small_vtab.blocks(numbers)
     state = blocks["small vtab state"]
-    assert "21 of 329 runs have ended, which took 0.2 hours. 1 of them without a result" in state
+    assert "21 of 329 runs have ended. " in state and "hours" not in state
     assert "digits, VPT-deep (1 of 3 runs), VPT-deep + PAE (2 of 3 runs), BPT, VAPT, E2VPT" in state
-    assert "pneumonia, all methods" in state
+    assert "; pneumonia, shapes-count, traffic-lights, " in state
+    assert "- digits, BPT, lr=0.001, seed 0: diverged, the loss of step 3 is nan" in state
     table = blocks["small vtab table"]
     assert "56.2" in table and "Not finished; still to come: digits" in table
-    assert "1 runs that diverged, failed or were stopped" in table
+    assert "Without a result (diverged, failed or stopped), runs: 1." in table
+    assert "seconds" not in table and "memory" not in table and "Times" not in table
+    assert "linear beside VPT-deep: " in table and " points on digits." in table
     rates = blocks["small vtab rates"]
-    assert "| VPT-deep | 0.003 (2 equal) |" in rates and "edge" not in rates
-    assert small_vtab.figures(numbers)["small_vtab"]().axes[0].get_title() == "digits"
+    assert "| VPT-deep | 0.003: 75 %, 2 equal |" in rates and "tried" not in rates
+    drawn = {name: draw() for name, draw in small_vtab.figures(numbers).items()}
+    assert [f.axes[0].get_title() for f in drawn.values()] == ["digits", "digits"]
+    lines = drawn["small_vtab_rates"].axes[0].get_lines()
+    circled = [line.get_xydata().tolist() for line in lines if line.get_fillstyle() == "none"]
+    assert circled == [[[0.002, 75.0]], [[0.003, 75.0]], [[0.003, 75.0]]]
     json.loads(to.read_text())
     assert main(["table", str(out)]) == 0
     said = capsys.readouterr()
-    assert "not there yet: pneumonia, all methods" in said.err
+    assert "not there yet: pneumonia, shapes-count, traffic-lights, " in said.err
     assert "56.2" in said.out
 
 
-def test_the_rates_at_the_edge_are_said():
+def test_a_rate_at_the_edge_of_what_was_tried():
     numbers = {
-        "chosen": {"digits/BPT": 0.1},
-        "tuned": {"digits/BPT": {"0.003": 0.5, "0.1": 0.75, "0.03": 0.5}},
+        "chosen": {"digits/BPT": 0.1, "digits/VAPT": 0.01},
+        "tuned": {
+            "digits/BPT": {"0.003": 0.5, "0.1": 0.75, "0.03": 0.5},
+            "digits/VAPT": {"0.003": 0.5, "0.1": None, "0.01": 0.75},
+        },
     }
-    assert "| BPT | 0.1 at the edge |" in small_vtab._rates(numbers)
+    rates = small_vtab._rates(numbers)
+    assert "| BPT | 0.1: 75 %, **the largest tried** |" in rates
+    assert "| VAPT | 0.01: 75 % |" in rates  # a larger one diverged
+
+
+def test_the_commonest_classes_are_those_of_the_images(swept):
+    """Of the tasks that need no download; the page says the same."""
+    page = (SPEC.parents[2] / "docs" / "small-vtab.md").read_text()
+    for task, share in small_vtab.COMMONEST.items():
+        assert re.search(rf"\| {task}: .* \| {100 * share:.1f} % \|", page), task
+    for group in swept.plan.groups:
+        if group.method == "linear" and group.task.startswith("shapes"):
+            key = group.cells[0].finals[0]
+            labels = load_task(swept.options[key].resolved(swept.given[key])).test.labels
+            most = max(Counter(labels).values()) / len(labels)
+            assert most == small_vtab.COMMONEST[group.task]

@@ -72,6 +72,19 @@ def test_a_difference_is_one_where_welch_says_so():
     assert not intervals.differs([90.0, 90.0], [80.0, 80.0])  # nor have two that happen to agree
 
 
+def test_the_interval_of_a_difference_over_tasks_is_welchs():
+    pairs = [([80.0, 81.0, 82.0], [70.0, 75.0, 73.0, 71.0]), ([50.0, 53.0], [49.0, 50.0, 54.0])]
+    parts = [statistics.variance(v) / len(v) for pair in pairs for v in pair]
+    freedom = sum(parts) ** 2 / sum(
+        p**2 / (len(v) - 1) for p, v in zip(parts, [v for pair in pairs for v in pair])
+    )
+    expected = stats.t.ppf(0.975, math.floor(freedom)) * math.sqrt(sum(parts)) / 2
+    assert intervals.of_difference(pairs) == pytest.approx(expected, rel=1e-9)
+    low, high = stats.ttest_ind(*pairs[0], equal_var=False).confidence_interval()
+    assert (high - low) / 2 < intervals.of_difference(pairs[:1]) < (high - low) / 2 * 1.2
+    assert intervals.of_difference([*pairs, ([50.0], [49.0, 50.0])]) is None
+
+
 def test_the_bootstrap_over_tasks():
     assert intervals.over_tasks([1.0] * 6) == (1.0, 1.0)
     low, high = intervals.over_tasks([2.0, -1.0, 3.0, 0.5, 1.0, 2.5])
@@ -151,7 +164,8 @@ def test_runs_that_diverged_are_told(tmp_path, capsys):
     folder = sweep(tmp_path / "s", statuses=("finished", "diverged"))
     assert main(["table", str(folder)]) == 0
     out, err = capsys.readouterr()
-    assert "a, deep, seed 5: diverged" in err and "Without a result: 1 runs" in out
+    assert "a, deep, seed 5: diverged" in err
+    assert "Without a result (diverged, failed or stopped), runs: 1." in out
     failed = sweep(tmp_path / "f", select="none", statuses=("failed", "failed"))
     assert "failed, and no other was given" in error_line(capsys, ["table", str(failed)])
 
@@ -372,6 +386,19 @@ def test_gains_over_a_baseline(tmp_path, capsys):
     assert cell(made, "bpt", "mean_tasks").bold  # the bootstrap over six tasks excludes 0
     line = error_line(capsys, ["table", str(tmp_path), "--baseline", "vapt"])
     assert "--baseline vapt: expected one of the rows, vpt-deep, bpt" in line
+
+
+def test_gains_on_few_tasks_have_the_interval_of_their_seeds(tmp_path):
+    for seed, (own, base) in enumerate(((0.52, 0.5), (0.53, 0.5), (0.525, 0.505))):
+        save_run(tmp_path / f"x{seed}", base, task="t", seed=seed)
+        save_run(tmp_path / f"y{seed}", own, task="t", seed=seed, method="bpt")
+    save_run(tmp_path / "z", 0.6, task="t", method="vapt")
+    notes = table(tmp_path, baseline="vpt-deep").notes
+    half = intervals.of_difference([([52.0, 53.0, 52.5], [50.0, 50.0, 50.5])])
+    assert f"bpt beside vpt-deep: +2.3 ± {half:.1f} points on t." in notes
+    assert "vapt beside vpt-deep: +9.8 points on t." in notes  # one seed
+    assert any("Welch's 95 % interval over seeds" in note for note in notes)
+    assert not any("In brackets" in note for note in notes)
 
 
 def test_protocols_agree_with_their_sources():
