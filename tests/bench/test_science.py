@@ -219,21 +219,20 @@ def shades(tmp_path, monkeypatch):
 
 
 def test_first_command_from_runs_to_tables(shades, capsys, monkeypatch):
-    """Screens see no test images, the command sees them; what is finished is not repeated."""
-    monkeypatch.setattr(first_command, "Options", partial(first_command.Options, **SMALL))
+    """What is finished is not repeated, what was stopped begins again; screens stay."""
+    small = {**SMALL, "epochs": 1}
+    monkeypatch.setattr(first_command, "Options", partial(first_command.Options, **small))
     given = {"output": shades / "runs", "to": shades / "results", "seeds": [0, 1]}
-    screens = {"dataset": "mnist", "arms": ["vpt-deep"], "set": ["epochs=1", "augment=crop"]}
-    first_command.screen(argparse.Namespace(**given, **screens))
-    assert capsys.readouterr().out.count("test None") == 2
-    for _ in range(2):
+    (shades / "runs" / "linear-1").mkdir(parents=True)
+    for count in (6, 0):
         first_command.run(argparse.Namespace(**given))
-    out = capsys.readouterr().out.splitlines()
-    assert len(out) == 12 and out[:6] == out[6:] and "test None" not in "".join(out)
+        assert len(capsys.readouterr().out.splitlines()) == count
 
-    first_command.report(argparse.Namespace(**given))
-    numbers = json.loads((shades / "results" / first_command.JSON).read_text())
-    assert {(r["arm"], r["seed"]) for r in numbers["screens"]} == {("vpt-deep", 0), ("vpt-deep", 1)}
-    assert all(r["test"] is None for r in numbers["screens"])
+    screens = committed("first_command")["screens"]
+    runs.write_json(given["to"] / first_command.JSON, {"screens": screens})
+    first_command.report(argparse.Namespace(**{**given, "seeds": [0, 1, 2]}))
+    numbers = json.loads((given["to"] / first_command.JSON).read_text())
+    assert numbers["screens"] == screens
     assert len(numbers["finals"]) == 6 and numbers["facts"]["test"] == 15
     blocks = first_command.blocks(numbers)
     deep = [r for r in numbers["finals"] if r["arm"] == "vpt-deep"]
@@ -242,4 +241,6 @@ def test_first_command_from_runs_to_tables(shades, capsys, monkeypatch):
     lines = blocks["first command seeds"].splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| 0", "| 1"]
     assert f"| {deep[1]['val']:.3f} | {deep[1]['test']:.3f} |" in lines[3]
-    assert "| shades | augment=crop, epochs=1 |" in blocks["first command screens"]
+    assert "| digits | epochs=4, img size=56 |" in blocks["first command screens"]
+    with pytest.raises(SystemExit, match="no seed is finished there"):
+        first_command.report(argparse.Namespace(**{**given, "seeds": [2]}))
