@@ -1,6 +1,4 @@
-"""The study of forgetting: its table, and batches in another order every time."""
-
-import torch
+"""The study of forgetting: what its table and its verdict say."""
 
 from bench.studies import continual
 
@@ -34,17 +32,3 @@ def test_verdict_is_over_the_seeds_that_both_have():
         "forgetting (1 seed)."
     )
     assert "64 training and 80 test images a task, 6 epochs" in shown["continual setting"]
-
-
-def test_batches_come_in_another_order_every_time():
-    class Pipeline:
-        def __len__(self):
-            return 40
-
-        def batches(self, lists):
-            return iter(lists)
-
-    batches = continual.Shuffled(Pipeline(), seed=0)
-    first, second = (torch.cat(list(batches)) for _ in range(2))
-    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(40))
-    assert not torch.equal(first, second)

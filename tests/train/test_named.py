@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import pae
-from bench.studies import clips as moving
 from pae.backbones import named
 from pae.train import clips, methods, pixels, using
 from pae.train.cli import main
@@ -19,6 +18,7 @@ from pae.train.images import Ranges
 from pae.train.models import survey
 from pae.train.options import Options
 from tests import libraries
+from tests.train import moving
 from tests.train.helpers import CPU_FLAGS, error_line, save_shades
 
 transformers = pytest.importorskip("transformers", reason="pip install pae[hf]")
