@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ def tokenised(
             f"rows has no room in the {rows} rows of the text tower: shorten one of them"
         )
     ids = ids[:, :rows]
+    _warn_of_one_text(ids, names)
     held = ids[:1, view.starts : view.starts + 1].expand(len(ids), count)
     ids = torch.cat([ids[:, : view.starts], held, ids[:, view.starts : room]], dim=1)
     if count == 0 or getattr(context, "position", None) != "middle":
@@ -59,6 +61,20 @@ def tokenised(
     if view.end is None:
         raise ValueError("context.position must be 'end' for a text tower without an end token")
     return ids, (view.eot(take(list(names))) - view.starts).tolist()
+
+
+def _warn_of_one_text(ids: Tensor, names: Sequence[str]) -> None:
+    """Where two classes have it: their scores are the same."""
+    seen: dict[tuple[int, ...], int] = {}
+    for i, row in enumerate(ids.tolist()):
+        first = seen.setdefault(tuple(row), i)
+        if first != i:
+            warnings.warn(
+                f"class_names[{first}], {names[first]!r}, and class_names[{i}], {names[i]!r}, are "
+                "one text to the tokenizer: nothing tells them apart",
+                stacklevel=4,  # who builds the model
+            )
+            return
 
 
 def _checked_names(class_names: Sequence[str]) -> list[str]:

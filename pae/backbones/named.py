@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -244,16 +245,16 @@ def _lacking(model: nn.Module, found: dict[str, Any]) -> list[str]:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Without transformers' own report of what it has not found, for ours is an error, and bars."""
-    logging = _library("transformers", "hf").utils.logging
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    theirs = _library("transformers", "hf").utils.logging
+    before, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        theirs.set_verbosity(before)
         if bars:
-            logging.enable_progress_bar()
+            theirs.enable_progress_bar()
 
 
 def _processing(place: str, channels: int, size: tuple[int, int]) -> dict[str, Any]:
@@ -346,6 +347,17 @@ def _pair(size: int | Iterable[int]) -> tuple[int, int]:
 # ---- two towers
 
 
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Without open_clip's, which go to the root logger."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def load_two_towers(
     name: str, *, pretrained: bool = True, say: Say | None = None
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -367,16 +379,18 @@ def load_two_towers(
     try:
         if source == "open_clip":
             library = _library("open_clip", "clip")
-            _, facts = _from_open_clip(place, pretrained, True, None)
+            with _without_warnings():  # that it has no weights
+                _, facts = _from_open_clip(place, pretrained, True, None)
             known, _, tag = place.partition("/")
             if place.startswith(("hf-hub:", "local-dir:")):
                 known, tag = place, ""
-            model = library.create_model(
-                known,
-                pretrained=tag if pretrained and tag else None,
-                load_weights=pretrained,
-                require_pretrained=pretrained,
-            )
+            with contextlib.nullcontext() if pretrained else _without_warnings():
+                model = library.create_model(
+                    known,
+                    pretrained=tag if pretrained and tag else None,
+                    load_weights=pretrained,
+                    require_pretrained=pretrained,
+                )
             tokenizer = library.get_tokenizer(known)
         else:
             transformers = _library("transformers", "hf")

@@ -898,12 +898,14 @@ def _make_scheduler(
         sched=options.scheduler,
         num_epochs=options.epochs,
         warmup_epochs=cast(int, options.warmup_epochs),  # fractions are fine, and used
-        warmup_lr=0.0,
+        warmup_lr=options.warmup_lr or 0.0,
         decay_rate=options.poly_power if options.scheduler == "poly" else 0.1,
         decay_epochs=max(1, options.epochs // 3),
         step_on_epochs=False,
         updates_per_epoch=batches_per_epoch,
     )
+    if options.warmup_lr is not None:  # timm's rises from its warm-up rate by these steps
+        scheduler.warmup_steps = [0.0] * len(scheduler.warmup_steps)
     scheduler.step_update(0)
     return scheduler
 

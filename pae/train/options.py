@@ -23,6 +23,7 @@ from pae.train.embedded import DATASETS, MASKED, WEIGHTS_IMAGE_SIZE, WEIGHTS_NAM
 TRAIN_ON = ("train", "trainval")
 KEEPS = ("best", "last")
 SCHEDULERS = ("cosine", "step", "poly", "vpt", "none")
+_RISELESS = ("vpt", "none")  # vpt has a warm-up of its own
 AMPS = ("auto", "bf16", "fp16", "no")
 DEVICES = ("auto", "cpu", "cuda")
 TRACKERS = ("tensorboard", "wandb", "trackio")  # of those that accelerate writes to
@@ -381,7 +382,14 @@ class Options:
         choices=SCHEDULERS,
     )
     warmup_epochs: float = _recipe(
-        None, "of linear warm-up", low=0, metavar="N", unset=f"{_ITS_OWN}, at most a quarter"
+        None, "of warm-up", low=0, metavar="N", unset=f"{_ITS_OWN}, at most a quarter"
+    )
+    warmup_lr: float | None = _recipe(
+        None,
+        "constant rate of the warm-up, as of CoOp's epoch at 1e-5",
+        above=0,
+        metavar="LR",
+        unset="coop, dapt and upt: 1e-5; else it rises from 0 to the peak",
     )
     seed: int = _recipe(0, "of initialisation, order, dropout", low=0, high=2**32 - 1)
 
@@ -440,6 +448,13 @@ class Options:
                 f"{called('scheduler')}: a warm-up begins with an epoch at learning rate 0, and "
                 "the run has no other; give more --epochs, or --warmup-epochs 0"
             )
+        if not values["warmup_epochs"] or values["scheduler"] in _RISELESS:
+            if self.warmup_lr is not None:
+                raise ValueError(
+                    f"{called('warmup_lr')} needs --warmup-epochs above 0, and --scheduler cosine, "
+                    "step or poly"
+                )
+            values["warmup_lr"] = None  # a recipe's own
         per_class, batch = values["per_class"], values["batch_size"]
         if per_class is not None and batch % per_class:
             raise ValueError(
@@ -608,6 +623,15 @@ _PROMPTS = {
     "weight_decay": 1e-4,
     "warmup_epochs": 0.5,
 }
+_COOP = {
+    "epochs": 50,
+    "batch_size": 32,
+    "optimizer": "sgd",
+    "lr": 2e-3,
+    "weight_decay": 5e-4,
+    "warmup_epochs": 1.0,
+    "warmup_lr": 1e-5,
+}
 _RECIPES: dict[str, dict[str, Any]] = {
     "linear": {
         "epochs": 50,
@@ -628,13 +652,15 @@ _RECIPES: dict[str, dict[str, Any]] = {
     # not searched but taken over: the top of the authors' range. Prompts that start shorter than
     # VPT's turn faster at the same rate
     "da-vpt": {**_PROMPTS, "lr": 5e-3},
+    # taken over too: CoOp's and its followers', whose epochs grow with the shots
+    **dict.fromkeys(("coop", "dapt", "upt", "upt-deep"), _COOP),
     COMPARE: {**_PROMPTS, "epochs": 3},  # it is to end in minutes on a CPU
 }
 # the options that a recipe is made of; what a linear probe, beside prompts, has of its own
 RECIPE = (
     *_PROMPTS,
     *("rand_augment", "drop_path", "backbone_dropout", "per_class"),
-    *("head_weight_decay", "clip_norm", "clip_value", "label_smoothing", "ema"),
+    *("head_weight_decay", "clip_norm", "clip_value", "label_smoothing", "ema", "warmup_lr"),
 )
 
 

@@ -71,6 +71,25 @@ def test_the_rates_of_a_hundred_epochs_are_vpts():
         schedule.step(epoch + 1)
 
 
+@pytest.mark.parametrize("scheduler", ["cosine", "step", "poly"])
+def test_a_constant_warm_up(scheduler):
+    """CoOp's: then the schedule is that of a rising one."""
+    rates = {}
+    for constant in (1e-5, None):
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.02, 2.0)]
+        optimizer = torch.optim.SGD(groups)
+        chosen = Options(scheduler=scheduler, epochs=10, warmup_epochs=1, warmup_lr=constant)
+        schedule = loop._make_scheduler(chosen, optimizer, 4)
+        found = rates[constant] = []
+        for update in range(40):
+            schedule.step_update(update)
+            schedule.step(update // 4)
+            found.append([group["lr"] for group in optimizer.param_groups])
+    assert rates[1e-5][:4] == [[1e-5, 1e-5]] * 4
+    assert rates[1e-5][4:] == rates[None][4:] and rates[None][1] == [0.005, 0.5]
+    assert rates[None][4][1] > 1.5
+
+
 # ---- loss, decay, clips
 
 
@@ -330,6 +349,11 @@ def test_two_processes_with_all_of_them_go_on_bit_for_bit(shades, tmp_path):
             "clip_norm = 1\nclip_value = 2",
             "mine: clip_norm = 1.0 and mine: clip_value = 2.0 exclude",
         ),
+        (
+            "warmup_lr = 1e-5\nwarmup_epochs = 0",
+            "mine: warmup_lr = 1e-05 needs --warmup-epochs above",
+        ),
+        ("warmup_lr = 1e-5\nscheduler = 'vpt'", "and --scheduler cosine, step or poly"),
         ("clip_norm = 0", "mine: clip_norm = 0: expected a number above 0"),
         ("ema = 1", "mine: ema = 1: expected a number between 0 and 1"),
         ("method = 'pro-vpt'\nema = 0.9", "mine: ema = 0.9: pro-vpt moves prompts between blocks"),

@@ -170,6 +170,12 @@ class Own(classification.Own):
         """Of a file, else of the folders, with spaces for what stands for them."""
         path = self.options.class_names
         if path is None:
+            if self.options.data is not None and all(name.isdigit() for name in task.classes):
+                raise ValueError(
+                    f"{task.name}: its classes have numbers for names ({task.classes[0]}, ...), "
+                    "and texts are made of names: give --class-names FILE, a name a line in the "
+                    "order of the numbers"
+                )
             return [readable(name) for name in task.classes]
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
         lines = [line for line in lines if line]
@@ -299,9 +305,11 @@ def harmonic(a: float, b: float) -> float:
 
 
 def readable(folder: str) -> str:
-    """A folder's name as words: "tree_frog" and "012.Tree-Frog" are "tree frog" and "Tree Frog"."""
-    name = re.sub(r"^\d+[._ -]+(?=\D)", "", folder)
-    return " ".join(re.split(r"[_\s-]+", name)).strip() or folder
+    """A folder's name as words: "tree_frog" and "012.Tree_Frog" are "tree frog" and "Tree Frog";
+    "747-400" and "2012 BMW M3" stay as they are.
+    """
+    name = re.sub(r"^\d+[._-]+(?=[^\W\d_])", "", folder)
+    return " ".join(re.split(r"[_\s]+", name)).strip() or folder
 
 
 def _behind_context(template: str) -> str:
