@@ -133,7 +133,10 @@ def read_info(folder: Path) -> Info:
     info, features = _json(folder / INFO), _json(folder / FEATURES)
     kind = info.get("fileFormat", "tfrecord")
     if kind != "tfrecord":
-        raise ValueError(f"{shown(folder / INFO)}: fileFormat {kind!r}, expected tfrecord")
+        raise ValueError(
+            f"{shown(folder / INFO)}: fileFormat {kind!r}, expected tfrecord; prepare the set "
+            'with file_format="tfrecord"'
+        )
     try:
         name = str(info["name"])
         shards = {s["name"]: _shards(folder, name, s) for s in info["splits"]}

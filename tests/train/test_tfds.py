@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,37 @@ def test_a_folder_of_tensorflow_datasets(birds):
         assert np.array_equal(pixels(pickle.loads(pickle.dumps(item))), pixels(item))
     assert str(task.test.items[1]) == "birds-test.tfrecord-00001-of-00003[0]"
     assert read(birds)[0].train.labels == task.train.labels
+
+
+def test_a_folder_that_tensorflow_datasets_itself_wrote():
+    """`tests/train/tfds/README.md` says how; the pixel in the corner is the number of the image."""
+    folder = Path(__file__).with_name("tfds") / "made"
+    task, _ = read(folder)
+    assert task.name == "made" and task.classes == ("red", "green", "blue")
+    assert task.sizes() == {"train": 6, "val": 1, "test": 3}
+    seen = {}
+    for split in (task.train, task.val, task.test):
+        for item, label in zip(split.items, split.labels):
+            image = np.asarray(pixels(item))
+            number = image[0, 0].tolist()
+            assert image.shape == (8, 8, 3) and number == [number[0]] * 3
+            assert label == number[0] % 3 and (image[1, 1] == 255 * np.eye(3)[label]).all()
+            seen[number[0]] = split
+    assert sorted(seen) == list(range(10)) and all(seen[n] is task.test for n in (7, 8, 9))
+    info = tfds.read_info(folder / "1.0.0")
+    assert [len(files) for files in info.shards.values()] == [2, 2]
+    keys = ["label", "weight", "file_name", "boxes/id", "boxes/bbox", "no such"]
+    for _, found in tfds.records(info, "train", keys):
+        (name,) = found["file_name"]
+        number = int(name.decode().removesuffix(".png"))
+        boxes = number % 2
+        assert found == {
+            "label": [number % 3],
+            "weight": [number / 2],
+            "file_name": [name],
+            "boxes/id": [-number] * boxes,
+            "boxes/bbox": [0.0, 0.0, 0.5, 0.5] * boxes,
+        }
 
 
 def test_a_run_on_a_folder_of_tensorflow_datasets(tmp_path):
@@ -140,7 +172,7 @@ def test_damaged_and_foreign_folders_are_one_line(birds):
     (birds / "label.labels.txt").write_text("crow\n")
     info = json.loads((birds / "dataset_info.json").read_text())
     (birds / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "array_record"}))
-    assert "fileFormat 'array_record', expected tfrecord" in refusal(birds)
+    assert "fileFormat 'array_record', expected tfrecord; prepare the set" in refusal(birds)
     (birds / "dataset_info.json").write_text('{"name": "a"}')
     assert "is not what tensorflow-datasets writes (KeyError" in refusal(birds)
     write_tfds(birds.parent / "1.0.1", {}, {})
