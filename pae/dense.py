@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pae_kernels import maps as kernels
+
 from . import checkpoint
 from .backbones import BackboneView
 from .backbones.windows import Windows
@@ -35,7 +37,8 @@ class SETRPUP(nn.Module):
     Parameters are called as in mmsegmentation, so its checkpoints load. The last enlargement is
     done behind the 1 x 1 convolution rather than before it: both are linear, one along channels,
     the other along pixels with weights that sum to 1, so they may change places, and a quarter of
-    the pixels is multiplied.
+    the pixels is multiplied. In the fast engine the 3 x 3 convolutions change places with the
+    enlargements before them too, where `pae_kernels.maps.enlarged_conv` has a kernel.
 
     Args:
         width: D of the rows. num_classes: of logits. channels: of the convolutions.
@@ -78,15 +81,23 @@ class SETRPUP(nn.Module):
         names = ("width", "num_classes", "channels", "num_upsamples", "scale", "bias")
         return {name: getattr(self, name) for name in names}
 
-    def forward(self, maps: Tensor) -> Tensor:
-        """(B, D, h, w) to logits (B, classes, s h, s w), s = scale ** num_upsamples."""
+    def forward(
+        self, maps: Tensor, engine: str = "reference", then: tuple[int, int] | None = None
+    ) -> Tensor:
+        """(B, D, h, w) to logits (B, classes, s h, s w), s = scale ** num_upsamples.
+
+        Args:
+            engine: "reference", or "fast": the same by other kernels.
+            then: the size to which the caller enlarges what comes back, bilinearly. Where the last
+                enlargement leads to just that size it is left to the caller, so that it can be one
+                with the loss.
+        """
         x = _normed(self.norm, maps)
         for i, part in enumerate(self.up_convs):
-            x = self._enlarged(part(x)) if i + 1 < self.num_upsamples else part(x)
-        return self._enlarged(self.conv_seg(x))
-
-    def _enlarged(self, x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=self.scale, mode="bilinear", align_corners=False)
+            x = cast(_ConvNorm, cast(nn.Sequential, part)[0])(x, self.scale if i else 1, engine)
+        logits = self.conv_seg(x)
+        size = logits.shape[-2] * self.scale, logits.shape[-1] * self.scale
+        return logits if size == then else enlarged(logits, self.scale)
 
 
 class _ConvNorm(nn.Module):
@@ -98,8 +109,15 @@ class _ConvNorm(nn.Module):
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+    def forward(self, x: Tensor, scale: int = 1, engine: str = "reference") -> Tensor:
+        """Of x, enlarged `scale` times first."""
+        if scale > 1 and engine == "fast" and kernels.has_kernel("enlarged_conv", x):
+            y = kernels.enlarged_conv(x.permute(0, 2, 3, 1), self.conv.weight, scale)
+            x = y.permute(0, 3, 1, 2)
+            x = x if self.conv.bias is None else x + self.conv.bias[:, None, None]
+        else:
+            x = self.conv(enlarged(x, scale))
+        return F.relu(self.bn(x), inplace=True)
 
 
 class LinearHead(nn.Module):
@@ -315,8 +333,8 @@ class PromptedSegmenter(nn.Module):
 
         Args:
             images, engine, memory: as in `PromptedViT.forward`.
-            auxiliary: return what every head gives, as it gives it, a tuple with the auxiliary
-                ones first: what `criterion` takes.
+            auxiliary: return what every head gives, a tuple with the auxiliary ones first, each
+                still to be enlarged to (H, W): what `criterion` takes.
 
         Raises:
             ValueError, UnsupportedBackbone: as `PromptedViT.forward_features`; rows that are no
@@ -327,30 +345,35 @@ class PromptedSegmenter(nn.Module):
         rows = self.model.forward_features(images, asked, engine, memory)
         size = cast("tuple[int, int]", tuple(images.shape[-2:]))
         maps = [as_map(x, grid) for x, grid in zip(rows, self._grids(asked, size))]
-        if auxiliary:
-            return tuple(h(m) for h, m in zip([*heads.auxiliary, heads.decode], maps))
-        return resized(heads.decode(maps[0]), size)
+        used = [*heads.auxiliary, heads.decode] if auxiliary else [heads.decode]
+        outputs = tuple(
+            h(m, engine, size) if isinstance(h, SETRPUP) else h(m) for h, m in zip(used, maps)
+        )
+        return outputs if auxiliary else resized(outputs[0], size)
 
     def loss(
         self, images: Tensor, masks: Tensor, engine: str = "reference", memory: str = "keep"
     ) -> Tensor:
         """The training loss of images and masks (B, H, W) of class numbers; 255 is ignored."""
-        return self.criterion(self(images, engine, memory, auxiliary=True), masks)
+        return self.criterion(self(images, engine, memory, auxiliary=True), masks, engine)
 
-    def criterion(self, outputs: Sequence[Tensor], masks: Tensor) -> Tensor:
+    def criterion(
+        self, outputs: Sequence[Tensor], masks: Tensor, engine: str = "reference"
+    ) -> Tensor:
         """Cross-entropy of the head, and `auxiliary_weight` times that of each auxiliary one, each
         a mean over all pixels, the ignored ones, which add nothing, included (mmsegmentation).
 
         Args:
             outputs: of `forward(..., auxiliary=True)`; enlarged to the masks' size.
             masks: (B, H, W) of an integer dtype.
+            engine: as of `forward`.
 
         Raises:
             ValueError: another shape or dtype; on a CPU a number that is no class.
         """
         check_masks(masks, self.num_classes)
         masks = masks.long()
-        *others, last = (pixel_loss(logits, masks) for logits in outputs)
+        *others, last = (pixel_loss(logits, masks, engine) for logits in outputs)
         weight = self.heads.auxiliary_weight
         return last + weight * torch.stack(others).sum() if others else last
 
@@ -442,6 +465,13 @@ def as_map(rows: Tensor, grid: tuple[int, int]) -> Tensor:
     return rows.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
+def enlarged(x: Tensor, scale: int) -> Tensor:
+    """Maps (B, C, h, w), `scale` times as large, bilinear between the centres of pixels."""
+    if scale == 1:
+        return x
+    return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+
+
 def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Logits (B, classes, h, w) at another size, bilinear between the centres of pixels."""
     if tuple(logits.shape[-2:]) == tuple(size):
@@ -449,12 +479,16 @@ def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
-def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
+def pixel_loss(logits: Tensor, masks: Tensor, engine: str = "reference") -> Tensor:
     """Cross-entropy of logits (B, classes, h, w), enlarged to masks (B, H, W) int64: the sum over
-    pixels of a class, divided by the number of all.
+    pixels of a class, divided by the number of all. The fast engine does not make them that large
+    where `pae_kernels.maps.pixel_loss` has a kernel.
     """
-    logits = resized(logits, cast("tuple[int, int]", tuple(masks.shape[-2:])))
-    total = F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum")
+    if engine == "fast" and kernels.has_kernel("pixel_loss", logits):
+        total = kernels.pixel_loss(logits.permute(0, 2, 3, 1), masks, IGNORED)
+    else:
+        logits = resized(logits, cast("tuple[int, int]", tuple(masks.shape[-2:])))
+        total = F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum")
     return total / masks.numel()
 
 

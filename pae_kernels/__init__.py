@@ -9,6 +9,7 @@ try:
     from .adaptive import prompt_bottleneck, token_mix
     from .attention import class_attention, prompt_attention
     from .koopman import koopman_losses, koopman_rollout
+    from .maps import enlarged_conv, pixel_loss
     from .spectrum import shortcut_images, shortcut_pool, shortcut_tokens
 
     flops.register_when_imported()
@@ -19,8 +20,10 @@ except (Exception, SystemExit):
 
 __all__ = [
     "class_attention",
+    "enlarged_conv",
     "koopman_losses",
     "koopman_rollout",
+    "pixel_loss",
     "prompt_attention",
     "prompt_bottleneck",
     "shortcut_images",

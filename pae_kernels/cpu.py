@@ -85,6 +85,16 @@ def unavailable() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def lacks(function: str) -> str | None:
+    """Why `function` cannot be called in the library that is there, or None."""
+    found = _found()
+    if isinstance(found, str):
+        return found
+    if hasattr(found.handle, function):
+        return None
+    return f"{found.path.name} is older than {function}: install the package again"
+
+
 def describe() -> str:
     """The library in one line: its instruction set and its threads, or why there is none."""
     found = _found()

@@ -131,6 +131,19 @@ def _bottleneck_backward(
     return 5 * 2 * prod(u) * down[0]
 
 
+@_of("enlarged_conv_fwd")
+def _enlarged_conv(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """Nine products at the small size: behind the enlargement there are scale^2 times more."""
+    return 2 * prod(x[:3]) * prod(weight)
+
+
+@_of("enlarged_conv_bwd")
+def _enlarged_conv_backward(
+    d_y: Shape, x: Shape, weight: Shape, scale: int, need_x: bool, need_weight: bool, **_: Any
+) -> int:
+    return (need_x + need_weight) * 2 * prod(x[:3]) * prod(weight)
+
+
 @_of("koopman_losses_fwd")
 def _koopman(
     prompts: Shape, lift: Shape, K: Shape, L: Shape, formulation: str, *_: Any, **__: Any

@@ -170,6 +170,40 @@ typedef struct pae_cpu_eigenvector_params {
 PAE_API int pae_cpu_eigenvector(const pae_cpu_eigenvector_params* p, void* stream);
 PAE_API uint32_t pae_sizeof_cpu_eigenvector_params(void);
 
+/* A 3 x 3 convolution of a map that was enlarged bilinearly `scale` times, between the centres of
+ * pixels, and padded with zeros, from its nine products at the small size. fwd: every entry of
+ * `map` is the sum of up to 36 entries of `taps`; bwd: the adjoint, `taps` of `map`. */
+enum { PAE_CPU_MOST_SCALE = 16 };
+typedef struct pae_cpu_enlarged_params {
+  uint32_t struct_size;
+  int32_t threads;
+  int32_t scale, reserved; /* from 1 to PAE_CPU_MOST_SCALE */
+  int64_t images, rows, columns, channels;
+  float* taps; /* (images, rows, columns, 3, 3, channels) */
+  float* map;  /* (images, scale rows, scale columns, channels) */
+} pae_cpu_enlarged_params;
+PAE_API int pae_cpu_enlarged_fwd(const pae_cpu_enlarged_params* p, void* stream);
+PAE_API int pae_cpu_enlarged_bwd(const pae_cpu_enlarged_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_cpu_enlarged_params(void);
+
+/* Cross-entropy of maps that are enlarged bilinearly to the size of masks, pixel by pixel, and its
+ * gradient: that of a sum, times `factor`. A label that is neither a class nor `ignored` is NaN. */
+typedef struct pae_cpu_pixel_loss_params {
+  uint32_t struct_size;
+  int32_t threads;
+  int32_t ignored;
+  float factor;
+  int64_t images, rows, columns, classes, height, width;
+  const float* logits;  /* (images, rows, columns, classes) */
+  const int64_t* masks; /* (images, height, width) */
+  float* lse;           /* (images, height, width): log sum exp, written by the forward */
+  float* losses;        /* (images, height): of every row, a sum */
+  float* d_logits;      /* of the backward, like logits */
+} pae_cpu_pixel_loss_params;
+PAE_API int pae_cpu_pixel_loss_fwd(const pae_cpu_pixel_loss_params* p, void* stream);
+PAE_API int pae_cpu_pixel_loss_bwd(const pae_cpu_pixel_loss_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_cpu_pixel_loss_params(void);
+
 #ifdef __cplusplus
 }
 #endif

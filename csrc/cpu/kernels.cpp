@@ -11,6 +11,7 @@
 
 #include "attention.h"
 #include "eigenvector.h"
+#include "maps.h"
 #include "vector.h"
 
 namespace pae {
@@ -361,8 +362,8 @@ void rotate(const pae_cpu_rotate_params& p, int64_t begin, int64_t end) {
 
 extern const Kernels PAE_ISA = {
     PAE_STRING(PAE_ISA), norm_fwd,       norm_bwd,      activation_fwd, activation_bwd,
-    gated,               rotate,         eigenvector,   attention_room, attention_fwd,
-    attention_bwd,
+    gated,               rotate,         eigenvector,   enlarged_fwd,   enlarged_bwd,
+    pixel_loss_fwd,      pixel_loss_bwd, attention_room, attention_fwd, attention_bwd,
 };
 
 }  // namespace pae

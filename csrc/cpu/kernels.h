@@ -16,6 +16,10 @@ struct Kernels {
   void (*gated)(const pae_cpu_gated_params&, int64_t begin, int64_t end);
   void (*rotate)(const pae_cpu_rotate_params&, int64_t begin, int64_t end);
   void (*eigenvector)(const pae_cpu_eigenvector_params&, int64_t begin, int64_t end);
+  void (*enlarged_fwd)(const pae_cpu_enlarged_params&, int64_t begin, int64_t end);
+  void (*enlarged_bwd)(const pae_cpu_enlarged_params&, int64_t begin, int64_t end);
+  void (*pixel_loss_fwd)(const pae_cpu_pixel_loss_params&, int64_t begin, int64_t end);
+  void (*pixel_loss_bwd)(const pae_cpu_pixel_loss_params&, int64_t begin, int64_t end);
   // one unit of work, in a thread's own memory of `attention_room` entries
   int64_t (*attention_room)(const pae_cpu_attention_params&, bool backward);
   void (*attention_fwd)(const pae_cpu_attention_params&, int64_t unit, float* memory);

@@ -142,6 +142,16 @@ bool is_right(const pae_cpu_attention_params& p) {
          p.width > 0 && is_float(p.type) && (p.mask == nullptr || p.windows > 0);
 }
 
+bool is_right(const pae_cpu_enlarged_params& p) {
+  return p.images >= 0 && p.rows > 0 && p.columns > 0 && p.channels > 0 && p.scale > 0 &&
+         p.scale <= PAE_CPU_MOST_SCALE;
+}
+
+bool is_right(const pae_cpu_pixel_loss_params& p) {
+  return p.images >= 0 && p.rows > 0 && p.columns > 0 && p.classes > 0 && p.height > 0 &&
+         p.width > 0;
+}
+
 }  // namespace
 }  // namespace pae
 
@@ -227,3 +237,29 @@ extern "C" int pae_cpu_eigenvector(const pae_cpu_eigenvector_params* p, void*) {
   return pae::share(*p, pae::kernels().eigenvector, p->count, 32 * p->width * p->width);
 }
 PAE_DEFINE_SIZEOF(cpu_eigenvector)
+
+extern "C" int pae_cpu_enlarged_fwd(const pae_cpu_enlarged_params* p, void*) {
+  PAE_CHECK(p, pae::is_right(*p));
+  return pae::share(*p, pae::kernels().enlarged_fwd, p->images * p->rows * p->scale,
+                    p->columns * p->scale * p->channels);
+}
+
+extern "C" int pae_cpu_enlarged_bwd(const pae_cpu_enlarged_params* p, void*) {
+  PAE_CHECK(p, pae::is_right(*p));
+  return pae::share(*p, pae::kernels().enlarged_bwd, p->images * p->rows,
+                    9 * p->columns * p->channels);
+}
+PAE_DEFINE_SIZEOF(cpu_enlarged)
+
+extern "C" int pae_cpu_pixel_loss_fwd(const pae_cpu_pixel_loss_params* p, void*) {
+  PAE_CHECK(p, pae::is_right(*p));
+  return pae::share(*p, pae::kernels().pixel_loss_fwd, p->images * p->height,
+                    p->width * p->classes);
+}
+
+extern "C" int pae_cpu_pixel_loss_bwd(const pae_cpu_pixel_loss_params* p, void*) {
+  PAE_CHECK(p, pae::is_right(*p) && (p->images == 0 || p->d_logits != nullptr));
+  return pae::share(*p, pae::kernels().pixel_loss_bwd, p->images * p->rows,
+                    p->width * p->height / p->rows * p->classes);
+}
+PAE_DEFINE_SIZEOF(cpu_pixel_loss)

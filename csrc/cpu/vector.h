@@ -71,6 +71,12 @@ PAE_INLINE B narrow(U x) {
 #endif
 }
 
+PAE_INLINE float largest(F x) {
+  float most = x[0];
+  for (int i = 1; i < W; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
 PAE_INLINE float total(F x) {
   float lanes[W];
   std::memcpy(lanes, &x, sizeof(x));
@@ -121,6 +127,7 @@ struct Whole {
   template <typename T>
   inline __attribute__((always_inline)) void store(T* p, F x) const { pae::store(p, x); }
   inline __attribute__((always_inline)) F only(F x) const { return x; }
+  inline __attribute__((always_inline)) F or_else(F x, F) const { return x; }
 };
 struct Part {
   int n;
@@ -128,11 +135,12 @@ struct Part {
   inline __attribute__((always_inline)) F load(const T* p) const { return load_part(p, n); }
   template <typename T>
   inline __attribute__((always_inline)) void store(T* p, F x) const { store_part(p, x, n); }
-  // x on the elements that there are, 0 behind them
-  inline __attribute__((always_inline)) F only(F x) const {
+  // x on the elements that there are, 0 or `rest` behind them
+  inline __attribute__((always_inline)) F only(F x) const { return or_else(x, F{}); }
+  inline __attribute__((always_inline)) F or_else(F x, F rest) const {
     I lane;
     for (int i = 0; i < W; ++i) lane[i] = i;
-    return lane < n ? x : F{};
+    return lane < n ? x : rest;
   }
 };
 

@@ -29,6 +29,7 @@ from pae_kernels import flops as formulas
 from pae_kernels.adaptive import reference as adaptive
 from pae_kernels.attention import reference as attention
 from pae_kernels.koopman import reference as koopman
+from pae_kernels.maps import cpu as maps
 from pae_kernels.spectrum import reference as spectrum
 
 ROOT = Path(__file__).parents[2]
@@ -295,6 +296,17 @@ def test_adaptive_formulas():
     assert formula("prompt_bottleneck_bwd", *back) == expected
 
 
+def test_enlarged_conv_formulas():
+    x, weight = torch.randn(2, 3, 4, 8), torch.randn(5, 8, 3, 3)
+    once = counted(maps.enlarged_conv, x, weight, 2)
+    assert formula("enlarged_conv_fwd", x, weight, 2) == once
+    d_y = torch.randn(2, 6, 8, 5)
+    for needs in ((True, True), (True, False), (False, True)):  # a product for each gradient
+        assert formula("enlarged_conv_bwd", d_y, x, weight, 2, *needs) == sum(needs) * once
+    back = d_y, x, weight, 2, True, False
+    assert counted(maps.enlarged_conv_backward, *back) == once
+
+
 @pytest.mark.parametrize("formulation", ["code", "paper"])
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("blocks", [1, 5])
@@ -328,6 +340,7 @@ def test_spectrum_formulas():
 
 def test_every_op_with_products_has_a_formula():
     without = "layer_norm_fwd add_layer_norm_fwd layer_norm_bwd"
+    without += " pixel_loss_fwd pixel_loss_bwd"
     without += " activation_fwd activation_coded_fwd activation_bwd gated_fwd gated_bwd rotate_"
     assert formulas.formulas().keys() | set(without.split()) == OPS
 

@@ -174,7 +174,7 @@ class Own(Kind):
         return module(inputs, engine=self.options.engine, auxiliary=module.training)
 
     def loss(self, module: Any, outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
-        return module.criterion(outputs, targets)
+        return module.criterion(outputs, targets, engine=self.options.engine)
 
     # ---- what is measured
 
