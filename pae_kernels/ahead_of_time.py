@@ -100,13 +100,14 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
     """Compile for sm_`architecture`, and read what the binary takes."""
     known = launch.constants
     pointers = tuple(n for n, t in launch.types.items() if t.startswith("*") and n not in known)
-    return compile_kernel(
+    made = binary(
         launch.kernel, launch.types, launch.constants, pointers + launch.aligned,
         launch.warps, launch.stages, architecture,
     )  # fmt: skip
+    return machine_code.read(*made)
 
 
-def compile_kernel(
+def binary(
     kernel: Any,
     types: Mapping[str, str],
     constants: Mapping[str, Any],
@@ -114,8 +115,10 @@ def compile_kernel(
     warps: int,
     stages: int,
     architecture: int,
-) -> Resources:
-    """As `compile_launch`; `aligned` are all arguments that are multiples of 16, pointers too."""
+) -> tuple[bytes, int, int, int]:
+    """What `machine_code.read` is given; `aligned` are all arguments that are multiples of 16,
+    pointers too.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -128,7 +131,7 @@ def compile_kernel(
         target=GPUTarget("cuda", architecture, 32),
         options={"num_warps": warps, "num_stages": stages, **OPTIONS},
     )
-    return machine_code.read(compiled.asm["cubin"], compiled.metadata.shared, warps, architecture)
+    return compiled.asm["cubin"], compiled.metadata.shared, warps, architecture
 
 
 # ---- what a call launches

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 
@@ -81,9 +81,9 @@ class Resources:
 
 def read(cubin: bytes, shared: int, warps: int, architecture: int) -> Resources:
     """What the kernel of this binary takes; `shared` bytes as its launch asks for."""
-    usage, text = _printed(cubin)
+    ((usage, listing),) = printed([cubin], architecture)
     took = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    code = Code(text)
+    code = Code(listing)
     return Resources(
         warps=warps,
         registers=took["REG"],
@@ -122,27 +122,26 @@ def occupancy(architecture: int, warps: int, registers: int, shared: int) -> int
 _WIDE = {"HGMMA", "IGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA", "UTCOMMA"}
 _PRODUCTS = {"HMMA", "IMMA", "DMMA"} | _WIDE
 _JUMPS = {"BRA", "CALL"}
+_LINE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+ +)?([A-Z][\w.]*)(.*)", re.M)
+_JUMP = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+ +)?(BRA|CALL)\b")
+_ADDRESS = re.compile(r"\b0x([0-9a-f]+)")
+_BYTES = 16  # of an instruction
 _SPIN = 8
 _WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
 
 class Code:
-    """Instructions of one kernel, as `nvdisasm -c` prints them."""
+    """Instructions of one kernel, as `nvdisasm --binary` prints them: they begin at address 0."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, listing: str) -> None:
         self.instructions: list[list[str]] = []  # of each the words of its opcode: LDG, E, 128
-        labels: dict[str, int] = {}
-        jumps: dict[int, str] = {}
+        jumps: dict[int, int] = {}
         onward: list[bool] = []  # of each, whether the next one may follow it
-        for label, opcode, always, rest in _lines(text):
-            if label:
-                labels[label] = len(self.instructions)
-                continue
+        for condition, opcode, operands in _LINE.findall(listing):
             words = opcode.split(".")
-            target = re.search(r"\.L_\w+", rest) if words[0] in _JUMPS else None
-            if target:
-                jumps[len(self.instructions)] = target[0]
-            onward.append(not (always and words[0] in ("BRA", "EXIT", "RET")))
+            if words[0] in _JUMPS and (target := _ADDRESS.search(operands)):
+                jumps[len(self.instructions)] = int(target[1], 16) // _BYTES
+            onward.append(bool(condition) or words[0] not in ("BRA", "EXIT", "RET"))
             self.instructions.append(words)
         # behind the code it is filled up with jumps to themselves and with nothing
         ends = [i for i, words in enumerate(self.instructions) if words[0] in ("EXIT", "RET")]
@@ -150,8 +149,8 @@ class Code:
         size = len(self.instructions)
         following = [[i + 1] if onward[i] and i + 1 < size else [] for i in range(size)]
         back: dict[int, list[int]] = {}  # first instruction of a loop -> what jumps back to it
-        for at, label in jumps.items():
-            if at < size and (to := labels.get(label, size)) < size:
+        for at, to in jumps.items():
+            if at < size and to < size:
                 following[at].append(to)
                 if to <= at:
                     back.setdefault(to, []).append(at)
@@ -195,43 +194,66 @@ def _reached(next_to: list[list[int]], start: list[int], without: int) -> set[in
     return found - {without}
 
 
-def _lines(text: str) -> Iterator[tuple[str, str, bool, str]]:
-    """(label, ...) or ("", opcode, whether it has no condition, operands) of the code."""
-    lines = iter(text.splitlines())
-    for line in lines:
-        if line.startswith(".text."):
-            break
-    for line in takewhile(lambda line: "//------" not in line, lines):
-        if label := re.match(r"(\.L_\w+):", line):
-            yield label[1], "", True, ""
-        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+ +)?([A-Z][\w.]*)(.*)", line):
-            yield "", found[2], not found[1], found[3]
+def printed(cubins: Sequence[bytes], architecture: int) -> list[tuple[str, str]]:
+    """What both tools say of each binary, of its resources and of its code.
 
-
-def _printed(cubin: bytes) -> list[str]:
-    """What both tools say of a binary, kept where Triton keeps it: to start them takes longer than
-    to compile a small kernel.
+    It is kept where Triton keeps binaries, and what is new is printed by one call: to start the
+    disassembler takes longer than it does to print a kernel, or to compile a small one.
     """
     import triton
     from triton.runtime.cache import get_cache_manager
 
-    about = f"{triton.__version__} machine code of ".encode()
-    kept = get_cache_manager(hashlib.sha256(about + cubin).hexdigest())
-    if (path := kept.get_file("printed.json")) is not None:
-        return json.loads(Path(path).read_text())
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = [
-            _tool("cuobjdump", "--dump-resource-usage", file.name),
-            _tool("nvdisasm", "-c", "-ndf", file.name),
-        ]
-    kept.put(json.dumps(said), "printed.json", binary=False)
-    return said
+    about = f"{triton.__version__} listing of sm_{architecture} ".encode()
+    kept = [get_cache_manager(hashlib.sha256(about + cubin).hexdigest()) for cubin in cubins]
+    paths = [manager.get_file("printed.json") for manager in kept]
+    new = [i for i, path in enumerate(paths) if path is None]
+    listings = _listings([machine_code(cubins[i]) for i in new], architecture) if new else []
+    for i, listing in zip(new, listings, strict=True):
+        said = json.dumps([_tool(cubins[i], "cuobjdump", "--dump-resource-usage"), listing])
+        paths[i] = kept[i].put(said, "printed.json", binary=False)
+    return [tuple(json.loads(Path(str(path)).read_text())) for path in paths]
 
 
-def _tool(name: str, *arguments: str) -> str:
+def _listings(codes: list[bytes], architecture: int) -> Iterator[str]:
+    """Of each its instructions, whose addresses and targets begin at 0."""
+    text = _tool(b"".join(codes), "nvdisasm", "--binary", f"SM{architecture}")
+    lines = [line for line in text.splitlines() if _LINE.match(line)]
+    first = 0
+    for code in codes:
+        count = len(code) // _BYTES
+        here, start = lines[first : first + count], first * _BYTES
+        from_0 = lambda found, start=start: f"{found[0][:2]}{int(found[1], 16) - start:x}"
+        yield "\n".join(_ADDRESS.sub(from_0, line) if _JUMP.match(line) else line for line in here)
+        first += count
+    if first != len(lines):
+        raise ValueError(f"nvdisasm printed {len(lines)} instructions of {first}")
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """Instructions of the only kernel of a binary, an ELF file of 64 bits.
+
+    Raises:
+        ValueError: it has none, or several.
+    """
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    heads = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    found = [
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in heads
+        if cubin.startswith(b".text.", heads[names][4] + name)
+    ]
+    if len(found) != 1:
+        raise ValueError(f"a binary must hold one kernel, got {len(found)}")
+    return found[0]
+
+
+def _tool(given: bytes, name: str, *arguments: str) -> str:
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(given)
+        file.flush()
+        command = [path, *arguments, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

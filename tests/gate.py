@@ -4,7 +4,7 @@
     python -m tests.gate gelu --arch 90    figures of the launches whose names have these words
     python -m tests.gate --update          write them down as they are now, for this Triton
     python -m tests.gate --tests           what tests launch on a GPU instead
-    python -m tests.gate --room koopman    one package of kernels alone, with or without --tests
+    python -m tests.gate --room koopman    packages of kernels, with or without --tests
     python -m tests.gate --steps           without what benchmarks alone launch
 
 No GPU is needed: `launches.py` says what a step or a benchmark launches, with its true types,
@@ -32,12 +32,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import triton
 
 from pae.checkpoint import write_atomically
+from pae_kernels import machine_code
 from pae_kernels.machine_code import Resources
 from tests import launches
 from tests.stand_in import Launch
@@ -308,17 +311,25 @@ def compiled(
 ) -> Iterator[tuple[str, Figures]]:
     """Names and figures, in order."""
     # kernels do not travel between processes, but they are there after a fork
-    _work[:] = [(launch, architecture) for launch in chosen.values()]
+    _work[:] = chosen.values()
+    parts = [(at, architecture) for at in range(0, len(_work), TOGETHER)]
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        yield from zip(chosen, pool.imap(_compiled, range(len(_work))))
+        yield from zip(chosen, chain.from_iterable(pool.imap(_compiled, parts)))
 
 
-_work: list[tuple[Launch, int]] = []
+TOGETHER = 16  # binaries that one call of the disassembler prints
+_work: list[Launch] = []
 
 
-def _compiled(i: int) -> Figures:
-    launch, architecture = _work[i]
-    return Figures.of(launch.compiled(architecture), launch)
+def _compiled(part: tuple[int, int]) -> list[Figures]:
+    at, architecture = part
+    here = _work[at : at + TOGETHER]
+    binaries = [launch.binary(architecture) for launch in here]
+    machine_code.printed([cubin for cubin, *_ in binaries], architecture)
+    return [
+        Figures.of(machine_code.read(*binary), launch)
+        for binary, launch in zip(binaries, here, strict=True)
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -330,49 +341,46 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--update", action="store_true", help="accept the figures as they are")
     parser.add_argument("--tests", action="store_true", help="launches of tests instead")
     parser.add_argument("--steps", action="store_true", help="without benchmarks")
-    parser.add_argument("--room", choices=ROOMS, help="of one package of kernels")
+    parser.add_argument("--room", nargs="+", choices=ROOMS, help="of these packages of kernels")
     given = parser.parse_args(arguments)
+    if given.tests and given.update and given.words:
+        parser.error("--tests --update writes the worst of whole rooms: name them by --room")
     budgets, said, count = read(), [], 0
     print(f"Triton {triton.__version__}", flush=True)
     for architecture in given.arch:
         where = f"{LINE} sm_{architecture}"
         if given.tests:
-            found = named(launches.of_tests(architecture, given.room or ""))
+            found = named(launches.of_tests(architecture))
         else:
             found = guarded(architecture, given.steps)
-        chosen = {
-            name: launch
-            for name, launch in found.items()
-            if all(w in name for w in given.words) and given.room in (None, room_of(launch))
-        }
-        seen: list[tuple[str, Figures]] = []
-        for name, figures in compiled(chosen, architecture, given.jobs):
-            seen.append((name, figures))
-            if given.words:
-                print(f"{name}, sm_{architecture}, {tile_of(chosen[name])}")
-                print("   ", ", ".join(f"{c} {v}" for c, v in vars(figures).items() if v))
-            said += faults(name, figures, architecture)
-            if given.tests:
-                continue
-            said += complaints(name, figures, budgets.get(name, {}), architecture)
-            if given.update:
-                budgets = read()  # others may write meanwhile
-                budgets.setdefault(name, {})[where] = figures
-                write(budgets)  # whoever stops here keeps what there is
-        count += len(chosen)
-        if given.tests and not given.words:
-            if given.update:
+        chosen = {n: launch for n, launch in found.items() if all(w in n for w in given.words)}
+        known: dict[str, Any] = {} if given.tests else dict(found)
+        for room in given.room or sorted({*map(room_of, chosen.values())}):
+            here = {n: launch for n, launch in chosen.items() if room_of(launch) == room}
+            count += len(here)
+            print(f"sm_{architecture}, {room}: {len(here)} launches", flush=True)
+            seen: list[tuple[str, Figures]] = []
+            for name, figures in compiled(here, architecture, given.jobs):
+                seen.append((name, figures))
+                if given.words:
+                    print(f"{name}, sm_{architecture}, {tile_of(here[name])}")
+                    print("   ", ", ".join(f"{c} {v}" for c, v in vars(figures).items() if v))
+                said += faults(name, figures, architecture)
+                if not given.tests:
+                    said += complaints(name, figures, budgets.get(name, {}), architecture)
+            guards = dict(seen) if not given.tests else {} if given.words else worst(seen)
+            if given.update:  # whoever stops later keeps what there is, and others may write
                 budgets = read()
-                for name, figures in worst(seen).items():
+                for name, figures in guards.items():
                     budgets.setdefault(name, {})[where] = figures
                 write(budgets)
-            for room in {room_of(launch) for launch in chosen.values()}:
-                here = worst((n, f) for n, f in seen if room_of(chosen[n]) == room)
-                said += of_tests(here, budgets, architecture)
-        if given.tests or given.steps:
+            if given.tests:
+                known |= guards
+                said += of_tests(guards, budgets, architecture)
+        if given.steps or (given.tests and (given.words or given.room)):
             continue
-        of_others = [n for n in budgets if not n.startswith(OF_TESTS)]
-        for name in [n for n in of_others if where in budgets[n] and n not in found]:
+        old = [n for n in budgets if n.startswith(OF_TESTS) == given.tests and where in budgets[n]]
+        for name in [n for n in old if n not in known]:
             said.append(f"{name}, sm_{architecture} is no longer launched. Strike it out: {ACCEPT}")
             if given.update:
                 del budgets[name][where]

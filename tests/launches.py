@@ -129,10 +129,8 @@ def _run(group: Group) -> None:
 # ---- tests
 
 
-def of_tests(architecture: int, room: str = "") -> Found:
-    """Bodies of all tests that want a GPU and Triton, or those that launch kernels of one package;
-    nothing is asked of their values.
-    """
+def of_tests(architecture: int) -> Found:
+    """Bodies of all tests that want a GPU and Triton; nothing is asked of their values."""
     stopped = _Stopped()
     with (
         stand_in.gpu(architecture) as launches,
@@ -141,9 +139,7 @@ def of_tests(architecture: int, room: str = "") -> Found:
     ):
         options = ["-q", "-n0", "--assert=plain", "-p", "no:cacheprovider", "--tb=line"]
         options += ["-k", "gpu-triton or test_gpu", str(TESTS / "pae" / "test_gpu.py")]
-        kernels = TESTS / "kernels"
-        suites = [p for p in kernels.iterdir() if room in p.name or p.stem == "test_steps"]
-        pytest.main([*options, *map(str, suites if room else [kernels])], plugins=[stopped])
+        pytest.main([*options, str(TESTS / "kernels")], plugins=[stopped])
     if unknown := sorted(set(stopped.tests) - STOP_EARLY):
         raise RuntimeError(f"on a stand-in these tests stop before their end: {unknown}")
     return launches
@@ -174,11 +170,13 @@ class _Stopped:
 def _without_assertions(loader: SourceFileLoader, name: str) -> Any:
     """Code of a module; in those of tests what is asserted is computed, whatever comes out."""
     path = loader.get_filename(name)
-    source = loader.get_data(path)
-    tree = ast.parse(source)
-    if TESTS in Path(path).parents:
-        tree = ast.fix_missing_locations(_Computed().visit(tree))
+    if TESTS not in Path(path).parents:
+        return _GET_CODE(loader, name)
+    tree = ast.fix_missing_locations(_Computed().visit(ast.parse(loader.get_data(path))))
     return compile(tree, path, "exec", dont_inherit=True)
+
+
+_GET_CODE = SourceFileLoader.get_code
 
 
 class _Computed(ast.NodeTransformer):

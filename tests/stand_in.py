@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from pae import plan
-from pae_kernels import ahead_of_time, backends, native
+from pae_kernels import ahead_of_time, backends, machine_code, native
 from pae_kernels.machine_code import Resources
 from pae_kernels.spectrum import op as spectrum
 from tests.allocations import Memory
@@ -61,12 +61,16 @@ class Launch:
         types, constants = (tuple(given.items()) for given in (launch.types, launch.constants))
         return cls(launch.kernel, types, constants, launch.aligned, launch.warps, launch.stages)
 
-    def compiled(self, architecture: int) -> Resources:
-        """What its machine code takes."""
-        return ahead_of_time.compile_kernel(
+    def binary(self, architecture: int) -> tuple[bytes, int, int, int]:
+        """Its machine code, as `machine_code.read` takes it."""
+        return ahead_of_time.binary(
             self.kernel, dict(self.types), dict(self.constants), self.aligned,
             self.warps, self.stages, architecture,
         )  # fmt: skip
+
+    def compiled(self, architecture: int) -> Resources:
+        """What its machine code takes."""
+        return machine_code.read(*self.binary(architecture))
 
 
 @contextlib.contextmanager
