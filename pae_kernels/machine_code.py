@@ -82,8 +82,12 @@ class Resources:
 def read(cubin: bytes, shared: int, warps: int, architecture: int) -> Resources:
     """What the kernel of this binary takes; `shared` bytes as its launch asks for."""
     ((usage, listing),) = printed([cubin], architecture)
+    return resources(usage, Code(listing), shared, warps, architecture)
+
+
+def resources(usage: str, code: Code, shared: int, warps: int, architecture: int) -> Resources:
+    """Both tools' words, counted; `usage` as `cuobjdump` says it of one kernel."""
     took = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    code = Code(listing)
     return Resources(
         warps=warps,
         registers=took["REG"],
@@ -91,7 +95,7 @@ def read(cubin: bytes, shared: int, warps: int, architecture: int) -> Resources:
         shared=shared,
         programs=occupancy(architecture, warps, took["REG"], shared),
         instructions=len(code.instructions),
-        loops=code.loops,
+        loops=tuple(len(body) for body in code.bodies),
         products=code.count(_PRODUCTS),
         wide=code.count(_WIDE),
         tf32=code.count(_PRODUCTS, "TF32"),
@@ -131,10 +135,15 @@ _WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 
 
 
 class Code:
-    """Instructions of one kernel, as `nvdisasm --binary` prints them: they begin at address 0."""
+    """Instructions of one kernel, as `nvdisasm --binary` prints them: they begin at address 0.
+
+    Attributes:
+        instructions: of each the words of its opcode.
+        bodies: of each loop its instructions by number; outer loops and earlier ones first.
+    """
 
     def __init__(self, listing: str) -> None:
-        self.instructions: list[list[str]] = []  # of each the words of its opcode: LDG, E, 128
+        self.instructions: list[list[str]] = []  # LDG, E, 128
         jumps: dict[int, int] = {}
         onward: list[bool] = []  # of each, whether the next one may follow it
         for condition, opcode, operands in _LINE.findall(listing):
@@ -158,15 +167,15 @@ class Code:
         for i, others in enumerate(following):
             for to in others:
                 before[to].append(i)
-        bodies = []
+        bodies: list[list[int]] = []
         for first, lasts in sorted(back.items()):
             # code that lies apart also jumps back, but it is no loop: not all ways there lead
             # through its goal
             around = _reached(following, [0], first)
             body = _reached(before, [i for i in lasts if i not in around], first)
-            bodies.append(len(body) + 1)
+            bodies.append(sorted({first, *body}))
         # a few instructions that go round wait for a copy or a product
-        self.loops = tuple(size for size in bodies if size >= _SPIN)
+        self.bodies = tuple(body for body in bodies if len(body) >= _SPIN)
 
     def count(self, opcodes: set[str], modifier: str | None = None) -> int:
         """Instructions of these opcodes, those with a modifier if one is given."""
@@ -207,14 +216,14 @@ def printed(cubins: Sequence[bytes], architecture: int) -> list[tuple[str, str]]
     kept = [get_cache_manager(hashlib.sha256(about + cubin).hexdigest()) for cubin in cubins]
     paths = [manager.get_file("printed.json") for manager in kept]
     new = [i for i, path in enumerate(paths) if path is None]
-    listings = _listings([machine_code(cubins[i]) for i in new], architecture) if new else []
-    for i, listing in zip(new, listings, strict=True):
+    shown = listings([code_of(cubins[i]) for i in new], architecture) if new else []
+    for i, listing in zip(new, shown, strict=True):
         said = json.dumps([_tool(cubins[i], "cuobjdump", "--dump-resource-usage"), listing])
         paths[i] = kept[i].put(said, "printed.json", binary=False)
     return [tuple(json.loads(Path(str(path)).read_text())) for path in paths]
 
 
-def _listings(codes: list[bytes], architecture: int) -> Iterator[str]:
+def listings(codes: list[bytes], architecture: int) -> Iterator[str]:
     """Of each its instructions, whose addresses and targets begin at 0."""
     text = _tool(b"".join(codes), "nvdisasm", "--binary", f"SM{architecture}")
     lines = [line for line in text.splitlines() if _LINE.match(line)]
@@ -229,23 +238,30 @@ def _listings(codes: list[bytes], architecture: int) -> Iterator[str]:
         raise ValueError(f"nvdisasm printed {len(lines)} instructions of {first}")
 
 
-def machine_code(cubin: bytes) -> bytes:
-    """Instructions of the only kernel of a binary, an ELF file of 64 bits.
+def code_of(cubin: bytes) -> bytes:
+    """Instructions of the only kernel of a binary.
 
     Raises:
         ValueError: it has none, or several.
     """
+    found = kernels(cubin)
+    if len(found) != 1:
+        raise ValueError(f"a binary must hold one kernel, got {len(found)}")
+    return found.popitem()[1]
+
+
+def kernels(cubin: bytes) -> dict[str, bytes]:
+    """Name, as linkers know it, and instructions of each kernel: sections of an ELF file."""
     (table,) = struct.unpack_from("<Q", cubin, 0x28)
     size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
     heads = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
-    found = [
-        cubin[offset : offset + length]
-        for name, _, _, _, offset, length in heads
-        if cubin.startswith(b".text.", heads[names][4] + name)
-    ]
-    if len(found) != 1:
-        raise ValueError(f"a binary must hold one kernel, got {len(found)}")
-    return found[0]
+    found = {}
+    for name, _, _, _, offset, length in heads:
+        at = heads[names][4] + name
+        called = cubin[at : cubin.index(b"\0", at)].decode()
+        if called.startswith(".text."):
+            found[called.removeprefix(".text.")] = cubin[offset : offset + length]
+    return found
 
 
 def _tool(given: bytes, name: str, *arguments: str) -> str:

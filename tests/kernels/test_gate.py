@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from pae_kernels import native  # noqa: E402
+from pae_kernels import machine_code, native  # noqa: E402
 from pae_kernels.pointwise import triton as pointwise  # noqa: E402
 from tests import gate, launches, stand_in  # noqa: E402
 
@@ -60,6 +60,18 @@ def test_gelu_forms_its_polynomial_once():
     """On every Triton; in two layouts it would be formed twice, once for the 8-bit derivative."""
     launch = of_steps(90)[GELU]
     assert gate.Figures.of(launch.compiled(90), launch).per_entry <= 28
+
+
+def test_binaries_that_are_printed_together_are_those_printed_apart():
+    """Addresses of each begin at 0, its jumps' goals too."""
+    norm = next(launch for name, launch in of_steps(90).items() if name.startswith("layer_norm_b"))
+    codes = [machine_code.code_of(la.binary(90)[0]) for la in (norm, of_steps(90)[GELU], norm)]
+    together = list(machine_code.listings(codes, 90))
+    assert together[0] == together[2]
+    assert together[1:] == [
+        text for code in codes[1:] for text in machine_code.listings([code], 90)
+    ]
+    assert machine_code.Code(together[2]).loops or "BRA 0x" in together[2]
 
 
 # ---- planted faults
