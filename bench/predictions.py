@@ -14,9 +14,12 @@ Each alone takes
 where the last is that of the multiprocessor with most programs, and a warp of its own issues one a
 cycle at most. The floor is the larger of the first two without padding: no exact version is faster
 on this card. Expected is the largest of the three, and half of the others, as far as they hide
-behind it (the half is a guess, to be judged by measurements), and 3 us a launch in a graph. Guesses
-are left where nvcc compiles: of `csrc/` the launches count alone. A step without a graph lasts at
-least as long as its host needs (`host.py`).
+behind it (the half is a guess, to be judged by measurements), and 3 us a launch in a graph. Of
+`csrc/` it is the code that nvcc made (`tests/cuda_code.json`): how often a loop turns follows from
+the stages that the source cuts a sum into, and from the multiply-adds in its body; a block that
+takes one of several roles is given an equal share of the code around the loops; and loops of a few
+turns that bring operands, or add up parts, count once but where their turns are named. A step
+without a graph lasts at least as long as its host needs (`host.py`).
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from .results import Run, measured
 
 FILE = Path(__file__).parent / "gpu_predictions.json"
 BUDGETS = Path(__file__).parents[1] / "tests" / "budgets.json"  # written by tests/gate.py
+CUDA = BUDGETS.with_name("cuda_code.json")  # written by tests/gate_cuda.py
 LAUNCH = 3e-6  # seconds between two kernels of a graph, first wave and last one included
 BATCH, ROWS, PROMPTS, WIDTH, HEADS = 128, 197, 50, 768, 12
 FP32_PER_PRODUCT = 1 / 15  # of plain fp32 multiply-adds, in multiples of the bf16 rate
@@ -107,6 +111,29 @@ class Code:
         row = dict(zip(file["columns"], file["launches"][fits[0]][newest], strict=True))
         return cls(**{name: row[name] for name in cls.__dataclass_fields__})
 
+    @classmethod
+    def of_cuda(cls, kernel: str, fused: int = 0, roles: int = 1, role: int = 0) -> Code:
+        """Of a kernel of csrc/ on sm_90, with the longest loop that has so many multiply-adds.
+
+        Args:
+            roles: that a block may have. role: which of them, by their loops, longest first.
+
+        Raises:
+            LookupError: there is no such kernel, or it has no such loop.
+        """
+        file = json.loads(CUDA.read_text())
+        row = file["kernels"]["sm_90"].get(kernel, {"loops": []})
+        loops = sorted((size for size, count in row["loops"] if count >= fused), reverse=True)
+        if len(loops) <= role:
+            raise LookupError(
+                f"{CUDA.name} must hold {kernel} with {role + 1} loops of {fused} multiply-adds or "
+                f"more, got {len(loops)}: python -m tests.gate_cuda --update, and look why"
+            )
+        figures = dict(zip(file["columns"], row["figures"], strict=True))
+        others = sum(loops[:roles]) - loops[role] if roles > 1 else 0
+        mine = loops[role] + (figures["instructions"] - others - loops[role]) // roles
+        return cls(mine, loops[role], 0.0, figures["registers"], 0)
+
     def issued(self, warps: int, programs: int, turns: int) -> float:
         """Millions of instructions, when the loop turns so often in each program."""
         return warps * programs * (self.instructions + (turns - 1) * self.loop) / 1e6
@@ -114,17 +141,20 @@ class Code:
 
 @dataclass(frozen=True)
 class Grid:
-    """Programs of one launch, of so many warps, whose longest loop turns so often in each."""
+    """Programs of one launch, of so many warps, whose longest loop turns so often in each; `more`
+    instructions are those of other loops from their second turn on.
+    """
 
     code: Code
     warps: int
     programs: int
     turns: int = 1
+    more: int = 0
 
     def seconds(self, card: Card) -> float:
         """Of the multiprocessor that has most of them, when each waits for its turn alone."""
         most = -(-self.programs // card.multiprocessors)
-        path = self.code.instructions + (self.turns - 1) * self.code.loop
+        path = self.code.instructions + (self.turns - 1) * self.code.loop + self.more
         return max(1.0, most * self.warps / 4) * path / (card.clock_ghz * 1e9)
 
 
@@ -357,9 +387,10 @@ def koopman() -> Iterator[Pass]:
         gflop = roofline.koopman_flops(12, PROMPTS, WIDTH, k) / 1e9
         mb = 4 * (2 * 12 * PROMPTS * WIDTH + 2 * k * WIDTH + 4 * k * k) / 1e6
         grids = (*_koopman_forward(k, 24 - SETTLED[k]), *_koopman_backward(k))
+        compiled = tuple(_koopman_cuda(k, 24 - SETTLED[k]))
         for kernels, row, launches, counted in (
             ("koopman_*_kernel", "pae, Triton graph", 38, grids),
-            ("csrc/koopman_*.cu", "pae, CUDA graph", 30, ()),
+            ("csrc/koopman_*.cu", "pae, CUDA graph", 30, compiled),
         ):
             yield Pass(
                 f"regulariser, k = {k}, {row}", kernels, mb, gflop,
@@ -416,10 +447,84 @@ def _koopman_backward(k: int) -> Iterator[Grid]:
         yield _square_tiles("bwd_operators", k, k, depth, block, f"OF_L={of_L}")
 
 
-def spectrum() -> Iterator[Pass]:
-    """A window of 16 x 16 bins; operands of products from L2. Of csrc/ the turned sums outside the
-    tensor cores, 0.7 GFLOP.
+# of csrc/koopman.cuh, by the side of a tile: depth of a stage, and a thread's multiply-adds of it
+_STAGE = {16: (64, 64), 32: (32, 128), 64: (32, 512)}
+_CUDA_WARPS = 8  # of a block of every kernel there but the one that finishes
+
+
+def _cuda_product(
+    kernel: str, block: int, tiles: int, depth: int, *words: str, **roles: int
+) -> Grid:
+    """Square tiles of a product, each with a sum over `depth`."""
+    stage, fused = _STAGE[block]
+    code = Code.of_cuda(" ".join([f"koopman_{kernel} {block}", *words]), fused, **roles)
+    return Grid(code, _CUDA_WARPS, tiles, -(-depth // stage))
+
+
+def _koopman_cuda(k: int, squarings: int) -> Iterator[Grid]:
+    """As `_koopman_forward` and `_koopman_backward`; what stands beside a product in its launch
+    has the same depth, and its tiles count with it.
     """
+    rows, now = 11 * PROMPTS, 10 * PROMPTS
+    block = of_koopman.product(rows, k)
+    square = of_koopman.square(k, 1, ahead_of_time.MULTIPROCESSORS[90])
+    tiles = lambda rows, columns, side=block: -(-rows // side) * -(-columns // side)
+    upper = lambda side: (count := -(-k // side)) * (count + 1) // 2
+    yield _cuda_product("lift", block, tiles(rows, k) + 32, WIDTH)  # 32 blocks look for max |L|
+    yield _cuda_product("predict", block, tiles(now, k) + upper(block), k, roles=2)
+    yield _cuda_product("image", block, tiles(2 * now, k) + upper(block), k, roles=2)
+    yield _cuda_product("square", square, upper(square), k, "true")
+    for _ in range(squarings - 2):
+        yield _cuda_product("square", square, upper(square), k, "false")
+    # a warp has 4 of a block's 32 rows, 16 of their strides of 32 columns in a turn
+    vector = Code.of_cuda("koopman_vector", 17)
+    inner = Code.of_cuda("koopman_vector", 16, role=2).loop
+    more = 4 * max(0, -(-k // (32 * 16)) - 1) * inner
+    yield Grid(vector, _CUDA_WARPS, -(-k // 32), 4, more)
+    # a pair has a warp, whose lanes go twice over its prompts, once for the loss, once for slopes
+    finish = Code.of_cuda("koopman_finish", 30)
+    twice = sum(Code.of_cuda("koopman_finish", 30, role=role).loop for role in (1, 2))
+    yield Grid(finish, 16, 1, 1, twice)
+
+    yield _cuda_product("bwd_points", block, tiles(2 * now, k), k)
+    yield _cuda_product("bwd_states", block, tiles(rows, k), k)
+    block = of_koopman.gradient(rows * WIDTH + k * WIDTH + 2 * k * k)
+    # d L reads most for a product and has the longest loop, d prompts the shortest
+    for role, (height, width, depth) in enumerate(
+        ((k, k, 2 * now), (k, k, now), (k, WIDTH, rows), (rows, WIDTH, k))
+    ):
+        count = tiles(height, width, block)
+        yield _cuda_product("bwd_inputs", block, count, depth, roles=4, role=role)
+
+
+def _spectrum_cuda() -> tuple[tuple[Grid, ...], tuple[Grid, ...]]:
+    """Windows to tokens, and their pooling, of csrc/spectrum.cu in bf16."""
+    window, patch, bins, threads = 16, 16, 16, 256
+    lines, width = BATCH * (224 // patch), -(-WIDTH // threads)
+    # a turn is one row of bins, 2 multiply-adds each beside 2 products
+    strips = Grid(Code.of_cuda("strips bf16", 2 * bins, role=1), _CUDA_WARPS, BATCH * 3, window)
+    # a turn has the multiply-adds of 4 taps, 2 a bin, inside one over channels
+    outer, taps = (Code.of_cuda("taps bf16", 2 * bins, role=role) for role in (0, 1))
+    inner = (width * (patch // 4) - width) * taps.loop
+    # a turn is two columns of bins, each with its products and its turned sums
+    tokens = Code.of_cuda("tokens TwoBf16 bf16 true", 100)
+    made = (
+        strips,
+        Grid(outer, _CUDA_WARPS, 3 * patch, width, inner),
+        Grid(tokens, _CUDA_WARPS, lines // 32 * (WIDTH // 64), window // 2),
+    )
+    # a warp has 8 of a block's 64 tokens; then threads have channels, and parts in turn
+    pool, last = (Code.of_cuda("pool bf16 6", 64, role=role) for role in (0, 1))
+    parts = BATCH * 196 // 64
+    summed = Code.of_cuda("pool_sum bf16", 1)
+    return made, (
+        Grid(pool, _CUDA_WARPS, parts, 8, (width - 1) * last.loop),
+        Grid(summed, _CUDA_WARPS, WIDTH // 32, parts // 8),
+    )
+
+
+def spectrum() -> Iterator[Pass]:
+    """A window of 16 x 16 bins; operands of products from L2."""
     tokens, window, patch = BATCH * 196 * WIDTH * 2 / 1e6, 16, 16
     stem = "shortcut_strips_kernel, shortcut_taps_kernel, shortcut_tokens_kernel"
     pool = "shortcut_pool_kernel, shortcut_pool_sum_kernel"
@@ -463,10 +568,10 @@ def spectrum() -> Iterator[Pass]:
             -(-parts // of_spectrum._PARTS["PARTS"]),
         ),
     )
-    turned = {"instructions": 2 * 700 / 32}
+    made, joined = _spectrum_cuda()
     for version, kernels, known in (
         ("", (stem, pool), ({"grids": grids, "code": of_tokens}, {"grids": pooled})),
-        (", CUDA", ("csrc/spectrum.cu",) * 2, (turned, {})),
+        (", CUDA", ("csrc/spectrum.cu",) * 2, ({"grids": made}, {"grids": joined})),
     ):
         yield Pass(
             f"windows to tokens{version}", kernels[0], tokens + 11.2, 8.5, launches=3, **known[0]

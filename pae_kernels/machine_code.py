@@ -135,7 +135,7 @@ _WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 
 
 
 class Code:
-    """Instructions of one kernel, as `nvdisasm --binary` prints them: they begin at address 0.
+    """Instructions of one kernel, as `nvdisasm --binary` prints them.
 
     Attributes:
         instructions: of each the words of its opcode.
@@ -224,7 +224,7 @@ def printed(cubins: Sequence[bytes], architecture: int) -> list[tuple[str, str]]
 
 
 def listings(codes: list[bytes], architecture: int) -> Iterator[str]:
-    """Of each its instructions, whose addresses and targets begin at 0."""
+    """Instructions of each; the goals of its jumps are counted from its beginning."""
     text = _tool(b"".join(codes), "nvdisasm", "--binary", f"SM{architecture}")
     lines = [line for line in text.splitlines() if _LINE.match(line)]
     first = 0

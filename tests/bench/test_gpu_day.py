@@ -216,6 +216,31 @@ def test_every_triton_kernel_is_predicted():
     assert not {n for n in named if not any(fnmatchcase(n, pattern) for pattern in known)}
 
 
+def test_every_cuda_kernel_is_predicted_from_its_code():
+    """But the one that probes a card, and LayerNorm's backward, which no benchmark has. How often a
+    loop turns: at twice the sum a tile of a product issues its loop twice as often.
+    """
+    asked, of_cuda = set(), predictions.Code.of_cuda
+
+    def keep(kernel, *given, **named):
+        asked.add(kernel.split()[0])
+        return of_cuda(kernel, *given, **named)
+
+    with mock.patch.object(predictions.Code, "of_cuda", keep):
+        found = {p.name: p for p in predictions.passes()}
+    kernels = json.loads(predictions.CUDA.read_text())["kernels"]["sm_90"]
+    assert {name.split()[0] for name in kernels} - asked == {"probe", "koopman_bwd_gauge"}
+    for name, p in found.items():
+        if p.kernels.startswith("csrc/"):
+            assert p.grids and p.expected_us(predictions.CARDS["H100"]) > 3 * p.launches, name
+    short, deep = (predictions._cuda_product("square", 64, 9, d, "false") for d in (1024, 2048))
+    assert deep.turns == 2 * short.turns == 64 and short.code.loop > 512
+    with pytest.raises(LookupError, match="must hold koopman_square 64 with 1 loops of 512"):
+        of_cuda("koopman_square 64", 512)
+    with pytest.raises(LookupError, match="tokens TwoBf16 bf16 true with 2 loops of 100"):
+        of_cuda("tokens TwoBf16 bf16 true", 100, role=1)
+
+
 def test_a_small_batch_waits_for_the_host():
     """Without a graph; below which batch, the documentation says too."""
     steps = {p.row: p.expected_us(predictions.CARDS["H100"]) for p in predictions.step()}

@@ -63,7 +63,7 @@ def test_gelu_forms_its_polynomial_once():
 
 
 def test_binaries_that_are_printed_together_are_those_printed_apart():
-    """Addresses of each begin at 0, its jumps' goals too."""
+    """In each the goals of jumps are counted from its own beginning."""
     norm = next(launch for name, launch in of_steps(90).items() if name.startswith("layer_norm_b"))
     codes = [machine_code.code_of(la.binary(90)[0]) for la in (norm, of_steps(90)[GELU], norm)]
     together = list(machine_code.listings(codes, 90))
