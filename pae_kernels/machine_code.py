@@ -271,5 +271,5 @@ def _tool(given: bytes, name: str, *arguments: str) -> str:
     with tempfile.NamedTemporaryFile() as file:
         file.write(given)
         file.flush()
-        command = [path, *arguments, file.name]
+        command = [str(path), *arguments, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
