@@ -24,7 +24,7 @@ import torch
 
 from . import native
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 # where setup.py puts the library, and what it says about how it was built or why it was not
 PATH = Path(__file__).with_name("_cpu.so")

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define PAE_CPU_ABI_VERSION 4
+#define PAE_CPU_ABI_VERSION 5
 
 #define PAE_API __attribute__((visibility("default")))
 
@@ -101,6 +101,20 @@ typedef struct pae_cpu_gated_params {
 } pae_cpu_gated_params;
 PAE_API int pae_cpu_gated(const pae_cpu_gated_params* p, void* stream);
 PAE_API uint32_t pae_sizeof_cpu_gated_params(void);
+
+/* A norm behind such a gate: the normalised rows, as of pae_cpu_norm_fwd, or the gradient of u. */
+typedef struct pae_cpu_gated_norm_params {
+  uint32_t struct_size;
+  int32_t threads;
+  int32_t type, kind;
+  float eps;
+  int32_t rms;
+  int64_t rows, width;
+  const void *u, *d; /* (rows, 2 width); d (rows, width), null in the forward */
+  void* y;           /* (rows, width) in the forward, (rows, 2 width) in the backward */
+} pae_cpu_gated_norm_params;
+PAE_API int pae_cpu_gated_norm(const pae_cpu_gated_norm_params* p, void* stream);
+PAE_API uint32_t pae_sizeof_cpu_gated_norm_params(void);
 
 /* In place, the first two parts, queries and keys, or the only one, of the last `count` of `tokens` rows turned by angles: entries i and
  * i + width/2 of a head, (a, b) to (a cos - b sin, b cos + a sin); `back`: by minus the angle. */

@@ -328,6 +328,59 @@ void gated(const pae_cpu_gated_params& p, int64_t begin, int64_t end) {
   });
 }
 
+// A norm behind a gate, row by row. Gated rows are not kept: the backward forms them again, in what
+// will be the second half of the gradient's row, and gates and ups are read from the first cache
+// where they are read twice. Traffic: 3 n entries a row in the forward and 5 n in the backward; of a
+// gate and a norm apart it is 5 n and 13 n.
+void gated_norm(const pae_cpu_gated_norm_params& p, int64_t begin, int64_t end) {
+  const int64_t n = p.width;
+  const float share = 1.0f / static_cast<float>(n);
+  with_type(p.type, [&](auto* type) {
+    using T = std::decay_t<decltype(*type)>;
+    with_kind<T>(p.kind, [&](auto act) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T* u = static_cast<const T*>(p.u) + row * 2 * n;
+        T* du = static_cast<T*>(p.y) + row * 2 * n;
+        T* y = p.d == nullptr ? static_cast<T*>(p.y) + row * n : du + n;
+        F sum = {};
+        vectors(n, [&](int64_t i, auto v) {
+          F value, slope;
+          act.both(v.load(u + i), value, slope);
+          v.store(y + i, value * v.load(u + n + i));
+          sum += v.load(y + i);  // as it was rounded
+        });
+        const float mean = p.rms ? 0.0f : total(sum) * share;
+        F squares = {};
+        vectors(n, [&](int64_t i, auto v) {
+          F c = v.only(v.load(y + i) - mean);
+          squares += c * c;
+        });
+        const float rstd = 1.0f / std::sqrt(total(squares) * share + p.eps);
+        if (p.d == nullptr) {
+          vectors(n, [&](int64_t i, auto v) { v.store(y + i, (v.load(y + i) - mean) * rstd); });
+          continue;
+        }
+        const T* d = static_cast<const T*>(p.d) + row * n;
+        F d_sum = {}, dot = {};
+        vectors(n, [&](int64_t i, auto v) {
+          F g = v.load(d + i);
+          d_sum += g;
+          dot += g * (v.load(y + i) - mean);
+        });
+        const float d_mean = p.rms ? 0.0f : total(d_sum) * share;
+        const float along = total(dot) * share * rstd * rstd;
+        vectors(n, [&](int64_t i, auto v) {
+          F value, slope, up = v.load(u + n + i);
+          act.both(v.load(u + i), value, slope);
+          F g = (v.load(d + i) - d_mean - (v.load(y + i) - mean) * along) * rstd;
+          v.store(du + i, g * up * slope);
+          v.store(du + n + i, g * value);
+        });
+      }
+    });
+  });
+}
+
 // ---- rotations
 
 // of the rows [begin, end) of batch * count
@@ -362,8 +415,9 @@ void rotate(const pae_cpu_rotate_params& p, int64_t begin, int64_t end) {
 
 extern const Kernels PAE_ISA = {
     PAE_STRING(PAE_ISA), norm_fwd,       norm_bwd,      activation_fwd, activation_bwd,
-    gated,               rotate,         eigenvector,   enlarged_fwd,   enlarged_bwd,
-    pixel_loss_fwd,      pixel_loss_bwd, attention_room, attention_fwd, attention_bwd,
+    gated,               gated_norm,     rotate,        eigenvector,    enlarged_fwd,
+    enlarged_bwd,        pixel_loss_fwd, pixel_loss_bwd, attention_room, attention_fwd,
+    attention_bwd,
 };
 
 }  // namespace pae

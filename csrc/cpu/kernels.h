@@ -14,6 +14,7 @@ struct Kernels {
   void (*activation_fwd)(const pae_cpu_activation_fwd_params&, int64_t begin, int64_t end);
   void (*activation_bwd)(const pae_cpu_activation_bwd_params&, int64_t begin, int64_t end);
   void (*gated)(const pae_cpu_gated_params&, int64_t begin, int64_t end);
+  void (*gated_norm)(const pae_cpu_gated_norm_params&, int64_t begin, int64_t end);
   void (*rotate)(const pae_cpu_rotate_params&, int64_t begin, int64_t end);
   void (*eigenvector)(const pae_cpu_eigenvector_params&, int64_t begin, int64_t end);
   void (*enlarged_fwd)(const pae_cpu_enlarged_params&, int64_t begin, int64_t end);

@@ -214,6 +214,13 @@ extern "C" int pae_cpu_gated(const pae_cpu_gated_params* p, void*) {
 }
 PAE_DEFINE_SIZEOF(cpu_gated)
 
+extern "C" int pae_cpu_gated_norm(const pae_cpu_gated_norm_params* p, void*) {
+  PAE_CHECK(p, p->rows >= 0 && p->width > 0 && p->kind >= PAE_GELU && p->kind <= PAE_RELU);
+  PAE_CHECK(p, pae::is_float(p->type));
+  return pae::share(*p, pae::kernels().gated_norm, p->rows, 3 * p->width);
+}
+PAE_DEFINE_SIZEOF(cpu_gated_norm)
+
 extern "C" int pae_cpu_rotate(const pae_cpu_rotate_params* p, void*) {
   PAE_CHECK(p, p->batch >= 0 && p->count > 0 && p->tokens >= p->count && p->heads > 0);
   PAE_CHECK(p, p->width > 0 && p->width % 2 == 0 && pae::is_float(p->type));

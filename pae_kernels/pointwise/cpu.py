@@ -4,6 +4,8 @@ what bounds them are in `csrc/cpu/kernels.cpp`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,14 @@ _ActivationBackward = native.params(
 _Gated = native.params(
     "cpu_gated",
     **dict.fromkeys(("threads", "type", "kind"), native.INT32),
+    **dict.fromkeys(("rows", "width"), native.INT64),
+    **dict.fromkeys(("u", "d", "y"), native.POINTER),
+)
+_GatedNorm = native.params(
+    "cpu_gated_norm",
+    **dict.fromkeys(("threads", "type", "kind"), native.INT32),
+    eps=native.FLOAT32,
+    rms=native.INT32,
     **dict.fromkeys(("rows", "width"), native.INT64),
     **dict.fromkeys(("u", "d", "y"), native.POINTER),
 )
@@ -170,9 +180,31 @@ def gated_backward(d: Tensor, u: Tensor, kind: str) -> Tensor:
 
 def _gated(u: Tensor, d: Tensor | None, y: Tensor, kind: str) -> Tensor:
     if u.numel():
-        how = {"type": cpu.TYPES[u.dtype], "kind": _KINDS[kind], "width": u.shape[-1] // 2}
-        cpu.call("pae_cpu_gated", _Gated(**how, rows=u.numel() // u.shape[-1], u=u, d=d, y=y))
+        cpu.call("pae_cpu_gated", _Gated(**_gates(u, d, y, kind)))
     return y
+
+
+def gated_norm(u: Tensor, kind: str, eps: float, rms: bool = False) -> Tensor:
+    """Same contract as the reference's."""
+    xhat = u.new_empty((*u.shape[:-1], u.shape[-1] // 2))
+    return _gated_norm(u, None, xhat, kind, eps, rms)
+
+
+def gated_norm_backward(d: Tensor, u: Tensor, kind: str, eps: float, rms: bool = False) -> Tensor:
+    """Same contract as the reference's."""
+    return _gated_norm(u, d, torch.empty_like(u), kind, eps, rms)
+
+
+def _gated_norm(u: Tensor, d: Tensor | None, y: Tensor, kind: str, eps: float, rms: bool) -> Tensor:
+    if u.numel():
+        given = _GatedNorm(**_gates(u, d, y, kind), eps=eps, rms=rms)
+        cpu.call("pae_cpu_gated_norm", given)
+    return y
+
+
+def _gates(u: Tensor, d: Tensor | None, y: Tensor, kind: str) -> dict[str, Any]:
+    how = {"type": cpu.TYPES[u.dtype], "kind": _KINDS[kind], "width": u.shape[-1] // 2}
+    return {**how, "rows": u.numel() // u.shape[-1], "u": u, "d": d, "y": y}
 
 
 def rotate_(qkv: Tensor, rotation: Tensor, back: bool) -> None:

@@ -137,18 +137,52 @@ def gated(u: Tensor, kind: str) -> Tensor:
 
     Gradients: none recorded; `gated_backward` is the adjoint.
     """
-    _check_kind(kind)
-    if u.dim() == 0 or u.shape[-1] % 2:
-        raise ValueError(f"u must be (..., 2 F), gates and ups, got {describe(u)}")
+    _check_gates(u, kind)
     return _gated_fwd(u, kind)
 
 
 def gated_backward(d: Tensor, u: Tensor, kind: str) -> Tensor:
     """Gradient of u (..., 2 F), of d (..., F) and u as `gated` was given it, in the dtype of d."""
+    _check_gates_of(d, u, kind)
+    return _gated_bwd(d, u, kind)
+
+
+def gated_norm(u: Tensor, kind: str, eps: float, rms: bool = False) -> Tensor:
+    """The normalised rows (..., F) of `gated`'s, in their dtype: a norm inside of a gated MLP,
+    whose affine part is folded into the next product.
+
+    Args:
+        u, kind: as in `gated`.
+        eps, rms: as in `layer_norm`.
+
+    Raises:
+        ValueError: as `gated`.
+
+    Gradients: none recorded; `gated_norm_backward` is the adjoint.
+    """
+    _check_gates(u, kind)
+    return _gated_norm_fwd(u, kind, eps, rms)
+
+
+def gated_norm_backward(d: Tensor, u: Tensor, kind: str, eps: float, rms: bool = False) -> Tensor:
+    """Gradient of u (..., 2 F), of d (..., F) and what `gated_norm` was given, in the dtype of d.
+
+    Gated rows and their statistics are formed again, which reads less than they would take.
+    """
+    _check_gates_of(d, u, kind)
+    return _gated_norm_bwd(d, u, kind, eps, rms)
+
+
+def _check_gates(u: Tensor, kind: str) -> None:
+    _check_kind(kind)
+    if u.dim() == 0 or u.shape[-1] % 2:
+        raise ValueError(f"u must be (..., 2 F), gates and ups, got {describe(u)}")
+
+
+def _check_gates_of(d: Tensor, u: Tensor, kind: str) -> None:
     _check_kind(kind)
     if u.shape != (*d.shape[:-1], 2 * d.shape[-1]) or u.dtype != d.dtype:
         raise ValueError(f"u must be {(*d.shape[:-1], 2 * d.shape[-1])} like d, got {describe(u)}")
-    return _gated_bwd(d, u, kind)
 
 
 def rotate_(qkv: Tensor, rotation: Tensor, back: bool = False) -> Tensor:
@@ -236,6 +270,16 @@ _gated_bwd = _op(
     "gated_bwd(Tensor d, Tensor u, str kind) -> Tensor",
     "gated_backward",
     lambda d, u, kind: _like(u),
+)
+_gated_norm_fwd = _op(
+    "gated_norm_fwd(Tensor u, str kind, float eps, bool rms) -> Tensor",
+    "gated_norm",
+    lambda u, kind, eps, rms: u.new_empty((*u.shape[:-1], u.shape[-1] // 2)),
+)
+_gated_norm_bwd = _op(
+    "gated_norm_bwd(Tensor d, Tensor u, str kind, float eps, bool rms) -> Tensor",
+    "gated_norm_backward",
+    lambda d, u, kind, eps, rms: _like(u),
 )
 _rotate = _op(
     "rotate_(Tensor(a!) qkv, Tensor rotation, bool back) -> ()",

@@ -136,6 +136,18 @@ def gated_backward(d: Tensor, u: Tensor, kind: str) -> Tensor:
     return torch.cat([d_gate, d.to(wide) * activation(gate.to(wide), kind)], dim=-1).to(d.dtype)
 
 
+def gated_norm(u: Tensor, kind: str, eps: float, rms: bool = False) -> Tensor:
+    """The rows that `layer_norm` gives of `gated`'s, in their dtype."""
+    return layer_norm(gated(u, kind), eps, u.dtype, rms)[0]
+
+
+def gated_norm_backward(d: Tensor, u: Tensor, kind: str, eps: float, rms: bool = False) -> Tensor:
+    """The gradient of u, both formed again."""
+    xhat, rstd = layer_norm(gated(u, kind), eps, u.dtype, rms)
+    d, _ = layer_norm_backward(d, xhat, rstd, None, d.dtype, None, rms)
+    return gated_backward(d, u, kind)
+
+
 def rotate_(qkv: Tensor, rotation: Tensor, back: bool) -> None:
     """In place: (a, b) to (a cos - b sin, b cos + a sin) of the halves of queries and keys, or of
     the only part.

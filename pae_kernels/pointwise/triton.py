@@ -372,6 +372,18 @@ def gated_backward(d: Tensor, u: Tensor, kind: str) -> Tensor:
     return du
 
 
+def gated_norm(u: Tensor, kind: str, eps: float, rms: bool = False) -> Tensor:
+    """Same contract as the reference's, by the kernels of both."""
+    return layer_norm(gated(u, kind), eps, u.dtype, rms)[0]
+
+
+def gated_norm_backward(d: Tensor, u: Tensor, kind: str, eps: float, rms: bool = False) -> Tensor:
+    """Same contract as the reference's, by the kernels of both."""
+    xhat, rstd = layer_norm(gated(u, kind), eps, u.dtype, rms)
+    d, _ = layer_norm_backward(d, xhat, rstd, None, d.dtype, None, rms)
+    return gated_backward(d, u, kind)
+
+
 @lru_cache
 def _rotate_launch(heads: int, half: int, per_head: bool, back: bool, parts: int = 3) -> dict:
     """All heads of queries and keys of a row, about 8 pairs a thread."""

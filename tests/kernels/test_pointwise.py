@@ -396,6 +396,39 @@ def test_gates(execution, width, dtype):
 
 @each(
     OP,
+    "width, dtype",
+    reference=itertools.product([3, 40], [FP64, FP32, BF16]),
+    interpreter=[(40, FP16), (1030, FP32)],
+    cpu=itertools.product([1, 16, 41, 200], [FP32, BF16]),
+    gpu=itertools.product([2048, 2730], [BF16, FP32]),
+)
+@pytest.mark.parametrize("rms", [False, True])
+def test_gates_with_norms(execution, width, dtype, rms):
+    """Normalised rows of the gated rows that were rounded once, and the gradient of both."""
+    eps = 0.1
+    for kind in execution.pick(interpreter=["silu"], other=KINDS):
+        u, d = execution.moved(
+            2 * rows(3, 2, 2 * width, dtype=dtype) + 0.5, rows(3, 2, width, dtype=dtype, seed=1)
+        )
+        wide = u.double().requires_grad_()
+        gate, up = wide.chunk(2, -1)
+        inner = ACTIVATIONS[kind](gate) * up
+        norm = F.rms_norm if rms else F.layer_norm
+        exact = norm(inner, (width,), eps=eps)
+        (slope,) = torch.autograd.grad(exact, wide, d.double())
+        xhat = pointwise.gated_norm(u, kind, eps, rms)
+        du = pointwise.gated_norm_backward(d, u, kind, eps, rms)
+        assert xhat.dtype == du.dtype == dtype and xhat.shape == d.shape and du.shape == u.shape
+        room = 2e-5 if kind == "gelu" and execution.kind == "cpu" else 0
+        room += 1e-6 * 2.0 / eps**0.5 if width == 1 else 0  # all that is left of a row is rounding
+        assert error(xhat, exact) < 4 * ROUNDING[dtype] + room
+        assert error(du, slope) < 6 * ROUNDING[dtype] + room
+    empty = torch.empty(0, 2 * width, dtype=dtype, device=execution.device)
+    assert pointwise.gated_norm(empty, "silu", eps).shape == (0, width)
+
+
+@each(
+    OP,
     "heads, half, dtype",
     reference=[(3, 5, FP64), (1, 1, FP32), (2, 8, BF16)],
     interpreter=[(3, 5, FP32), (2, 8, FP16)],
@@ -438,6 +471,10 @@ def test_rotations_and_gates_say_what_does_not_fit():
         pointwise.gated(torch.zeros(3, 5), "silu")
     with pytest.raises(ValueError, match=r"u must be \(3, 4\) like d"):
         pointwise.gated_backward(torch.zeros(3, 2), torch.zeros(3, 5), "silu")
+    with pytest.raises(ValueError, match=r"u must be \(\.\.\., 2 F\)"):
+        pointwise.gated_norm(torch.zeros(3, 5), "silu", 1e-6)
+    with pytest.raises(ValueError, match=r"u must be \(3, 4\) like d"):
+        pointwise.gated_norm_backward(torch.zeros(3, 2), torch.zeros(3, 5), "silu", 1e-6)
 
 
 # ---- activations
@@ -571,6 +608,9 @@ def test_opcheck(layout, dtype):
             opcheck(OPS.activation_bwd.default, (d, kept, kind), test_utils=quick)
     opcheck(OPS.gated_fwd.default, (x, "silu"), test_utils=quick)
     opcheck(OPS.gated_bwd.default, (d[..., :4], x, "silu"), test_utils=quick)
+    opcheck(OPS.gated_norm_fwd.default, (x, "silu", 1e-6, False), test_utils=quick)
+    given = d[..., :4], x, "silu", 1e-6, False
+    opcheck(OPS.gated_norm_bwd.default, given, test_utils=quick)
     qkv = rows(2, 3, 3, 2, 4, dtype=dtype)
     angles = torch.zeros(2, 2, 2, dtype=torch.promote_types(dtype, FP32))
     opcheck(OPS.rotate_.default, (qkv, angles, False), test_utils=quick)
