@@ -35,7 +35,7 @@ from pae_kernels.precision import exact_matmul
 from .backbones.windows import Windows
 from .plan import BlockPlan, HeadNorm, PlainNorm
 
-MEMORY_MODES = ("keep", "recompute8", "recompute")
+MEMORY_MODES = ("keep", "recompute8", "recompute", "packed")
 _KEPT = {"keep": "hidden", "recompute8": "code", "recompute": "nothing"}  # of fc1's rows
 
 
@@ -84,15 +84,19 @@ class Steps:
 
     def product(self, rows: Tensor, block: BlockPlan, name: str) -> Tensor:
         """rows W^T + b of "qkv", "proj", "fc1" or "fc2"."""
-        return _linear(rows, *block.product(name))
+        weight, bias = block.product(name)
+        if block.packs is not None and block.packs.fits(rows, weight):
+            return block.packs.linear(rows, name, weight, bias)
+        return _linear(rows, weight, bias)
 
     def add(
         self, x: Tensor, rows: Tensor, block: BlockPlan, name: str, overwrite: bool
     ) -> tuple[Tensor, Tensor | None]:
         """x and rows W^T + b, apart or as (their sum, None); `overwrite`: x may be written to."""
-        if _adds_apart(x, rows):
-            return x, self.product(rows, block, name)
         weight, bias = block.product(name)
+        packed = block.packs is not None and block.packs.fits(rows, weight)
+        if packed or _adds_apart(x, rows):
+            return x, self.product(rows, block, name)
         # PyTorch 2.11, compiling, loses the gradient of a Function's result that an operation gave
         # back as it came
         overwrite = overwrite and not torch.compiler.is_compiling()
@@ -119,13 +123,15 @@ class Steps:
             )
         hidden, code = self.product(xhat, block, "fc1"), None
         kept = hidden if memory == "keep" else None
+        norm = block.norm_hidden
+        if block.gated and norm is not None:
+            return pointwise.gated_norm(hidden, block.activation, *norm), kept
         if block.gated:
-            rows = pointwise.gated(hidden, block.activation)
-        else:
-            coded = plain and memory == "recompute8"
-            rows, code = self.activation(hidden, block.activation, coded)
-        if block.norm_hidden is not None:
-            rows, _ = _norm(rows, block.norm_hidden)
+            return pointwise.gated(hidden, block.activation), kept
+        coded = plain and memory == "recompute8"
+        rows, code = self.activation(hidden, block.activation, coded)
+        if norm is not None:
+            rows, _ = _norm(rows, norm)
         return rows, kept if code is None else code
 
     def attention(
@@ -612,7 +618,7 @@ class FrozenBlock(torch.autograd.Function):
                 sums.over_rows("b_qkv", d_qkv)
             if kept.rstd1 is not None or "gain1" in block.trained:
                 xhat = cast(Tensor, kept.xhat1)
-                d_xhat = d_qkv @ block.w_qkv
+                d_xhat = _back(d_qkv, block, "qkv")
                 if d_first is not None:
                     d_xhat[:, : d_first.shape[1]] += d_first
                 d_xhat = sums.behind_gain("gain1", block.gain1, d_xhat, xhat)
@@ -1076,7 +1082,7 @@ def _proj_backward(
     product's dtype.
     """
     sums.over_rows("b_proj", d_added)
-    return _before_proj_backward(block, narrow @ block.w_proj, out)
+    return _before_proj_backward(block, _back(narrow, block, "proj"), out)
 
 
 def _mlp_backward(block: BlockPlan, dy: Tensor, d: Tensor, kept: MLPKept, sums: _Sums) -> Tensor:
@@ -1086,22 +1092,25 @@ def _mlp_backward(block: BlockPlan, dy: Tensor, d: Tensor, kept: MLPKept, sums: 
     if hidden is None or block.affine2 is not None:
         again, rstd = _before_fc1(block, kept.xhat)
     if hidden is None:
-        hidden = _linear(cast(Tensor, again), *block.product("fc1"))
+        hidden = AS_A_BACKWARD_NEEDS.product(cast(Tensor, again), block, "fc1")
     d_added, d = _post_backward(block, "post2", dy, d, kept.hat2, kept.rstd2, sums)
     sums.over_rows("b_fc2", d_added)
     kind, norm = block.activation, block.norm_hidden
     if norm is None and not block.gated and product.wanted(d.device.type, d.dtype):
         d = product.product_activation_backward(d, block.w_fc2, hidden, kind)
     else:
-        d = d @ block.w_fc2
-        if norm is not None:
-            gated = block.gated
-            rows = pointwise.gated(hidden, kind) if gated else pointwise.activation(hidden, kind)[0]
-            d = _plain_norm_backward(norm, d, *_norm(rows, norm))
-        backward = pointwise.gated_backward if block.gated else pointwise.activation_backward
-        d = backward(d, hidden, kind)
+        d = _back(d, block, "fc2")
+        if block.gated and norm is not None:
+            d = pointwise.gated_norm_backward(d, hidden, kind, *norm)
+        elif block.gated:
+            d = pointwise.gated_backward(d, hidden, kind)
+        else:
+            if norm is not None:
+                rows, _ = pointwise.activation(hidden, kind)
+                d = _plain_norm_backward(norm, d, *_norm(rows, norm))
+            d = pointwise.activation_backward(d, hidden, kind)
     sums.over_rows("b_fc1", d)
-    d = d @ block.w_fc1
+    d = _back(d, block, "fc1")
     if block.affine2 is not None and again is not None and rstd is not None:
         d = _plain_norm_backward(block.affine2.plain, d, again, rstd)
         sums.over_affine("affine2", d, kept.xhat)
@@ -1244,6 +1253,14 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     ):
         return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return F.linear(rows, weight, bias)
+
+
+def _back(d: Tensor, block: BlockPlan, name: str) -> Tensor:
+    """d W, the gradient of what "qkv", "proj", "fc1" or "fc2" reads."""
+    weight, _ = block.product(name)
+    if block.packs is not None and block.packs.fits(d, weight):
+        return block.packs.linear(d, f"{name}, backward", weight.t())
+    return d @ weight
 
 
 def _of_parts(weights: Tensor, prompts: Tensor, rows: Tensor) -> Tensor:

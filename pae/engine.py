@@ -129,7 +129,7 @@ def _prompted(
     Args:
         joins: prompts of the last block are rows of the sequence there.
     """
-    check_memory(memory)
+    plan, memory = kept_by(plan, memory)
     family.start_forward()
     at, last, found = view.num_prefix_tokens, len(plan.blocks) - 1, []
     end = blocks[-1] if blocks else last
@@ -245,6 +245,18 @@ def unprompted(plan: FrozenPlan, x: Tensor) -> Iterator[Tensor]:
     for block in plan.blocks:
         stream = forward(block, stream)
         yield stream.sum()
+
+
+def kept_by(plan: FrozenPlan, memory: str) -> tuple[FrozenPlan, str]:
+    """The plan that a memory mode reads, and the mode of its blocks.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    check_memory(memory)
+    if memory != "packed":
+        return plan, memory
+    return plan if torch.compiler.is_compiling() else plan.packed(), "keep"
 
 
 def check_memory(memory: str) -> None:

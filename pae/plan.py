@@ -12,7 +12,7 @@ and put in anew for every step (`FrozenPlan.now`); a matrix is folded but for a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
@@ -43,6 +43,7 @@ from .backbones.view import (
 )
 from .backbones.windows import Windows
 from .errors import UnsupportedBackbone
+from .packs import Packs
 
 Made = TypeVar("Made")
 
@@ -93,6 +94,8 @@ class BlockPlan:
     rows are multiplied before w_qkv and w_fc1; None where they are in the weight. trained: names of
     those of its vectors that have a gradient ("b_fc1", "gain1", "q_norm.weight", ...). given1: the
     first norm as the backbone has it, its parameters themselves, for who reads rows behind it.
+
+    packs: copies of the weights in another order, which products then read, or None.
     """
 
     num_heads: int
@@ -130,6 +133,7 @@ class BlockPlan:
     fill: Tensor | None = None
     causal: bool = False
     given1: Norm | None = None
+    packs: Packs | None = None
 
     def product(self, name: str) -> tuple[Tensor, Tensor]:
         """Weight and bias of "qkv", "proj", "fc1" or "fc2"."""
@@ -186,7 +190,8 @@ class FrozenPlan:
 
     w_qkv and b_qkv of the blocks are views of the stacked tensors here, so that the prompt keys and
     values of many blocks are one batched product; (0,) where the blocks have several widths.
-    mergings: what stands between two stages, by the block behind it. class_only: of the last
+    mergings: what stands between two stages, by the block behind it. packs: those of the blocks,
+    which read them where the plan is `packed`. class_only: of the last
     block's rows only the class row is read. trained: the vectors that `now` puts in; without them,
     all is constant.
     """
@@ -198,6 +203,7 @@ class FrozenPlan:
     class_only: bool
     trained: TrainedVectors | None = None
     mergings: Mapping[int, MergingPlan] = field(default_factory=dict)
+    packs: Sequence[Packs] = ()
 
     def now(self) -> FrozenPlan:
         """With the trained vectors as they are, and on the tape of autograd; itself without any."""
@@ -228,11 +234,16 @@ class FrozenPlan:
             blocks.append(replace(block, rotation=rotation, bias=bias, causal=g.causal))
         return replace(self, blocks=blocks)
 
+    def packed(self) -> FrozenPlan:
+        """With weights that are packed at first use, and kept as long as this plan's blocks are."""
+        blocks = [replace(b, packs=own) for b, own in zip(self.blocks, self.packs)]
+        return replace(self, blocks=blocks)
+
     def only(self, start: int, stop: int) -> FrozenPlan:
         """The plan of blocks start to stop - 1."""
         part = slice(start, stop)
         folded = self.blocks[part], self.w_qkv[part], self.b_qkv[part]
-        return FrozenPlan(self.dtype, *folded, class_only=False)
+        return FrozenPlan(self.dtype, *folded, class_only=False, packs=self.packs[part])
 
 
 @dataclass(frozen=True)
@@ -328,7 +339,9 @@ def fold(view: BlocksView, dtype: torch.dtype, settled: bool = True) -> FrozenPl
     if view.shape.widths:
         blocks = [replace(b, fill=_fill(w).to(dtype)) for w, b in zip(weights, blocks)]
     mergings = {i: _fold_merging(view.read_merging(i), dtype, settled) for i in view.mergings}
-    return FrozenPlan(dtype, blocks, w_qkv, b_qkv, view.reads_class_only, trained, mergings)
+    packs = [Packs() for _ in blocks]
+    only = view.reads_class_only
+    return FrozenPlan(dtype, blocks, w_qkv, b_qkv, only, trained, mergings, packs)
 
 
 def _fill(w: BlockWeights) -> Tensor:

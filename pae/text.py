@@ -113,9 +113,10 @@ def walk(
         shared: (1, s, D), embedded rows of all classes, which stand behind those; s may be 0.
         own: of each group (C, m, D), embedded rows of each class.
         at: of each group (C,) int64, which of its own rows a class is read at.
-        memory: see `pae.fast_forward`.
+        memory: see `pae.fast_forward`; "packed" is "keep", as groups have several numbers of rows.
         bypasses: of every block what is added to its rows instead of attention's; none: that.
     """
+    memory = "keep" if memory == "packed" else memory
     first, groups = Stream(shared.contiguous()), [Stream(x.contiguous()) for x in own]
     stops = bool(bypasses)
 

@@ -23,7 +23,7 @@ from .backbones import BackboneView
 from .backbones.view import Norm
 from .backbones.windows import Windows, places
 from .block import FrozenBlock, Stream, keys_values, normalise
-from .engine import answers, check_memory
+from .engine import answers, kept_by
 from .plan import FrozenPlan, MergingPlan
 from .prompts import PromptFamily
 from .sequence import insert_rows, pooled_rows
@@ -64,7 +64,7 @@ def _prompted(
     blocks: Sequence[int] = (),
 ) -> tuple[Tensor, int, list[Tensor]]:
     """As the engine's."""
-    check_memory(memory)
+    plan, memory = kept_by(plan, memory)
     family.start_forward()
     last, found = len(plan.blocks) - 1, []
     end = blocks[-1] if blocks else last

@@ -200,14 +200,19 @@ def _linear(rows: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(rows) * weight[0]
 
 
+def _packed_linear(rows: Shape, packed: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return _linear(rows, weight)
+
+
 def register() -> None:
-    """Tell `torch.utils.flop_counter` all formulas, and that of a product with bias that PyTorch
-    runs by oneDNN and does not count; imports it. More than once does no harm.
+    """Tell `torch.utils.flop_counter` all formulas, and those of products that PyTorch runs by
+    oneDNN or with packed weights and does not count; imports it. More than once does no harm.
     """
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     formulas = [(getattr(torch.ops.pae, name), formula) for name, formula in _FORMULAS.items()]
     formulas.append((getattr(torch.ops.mkldnn, "_linear_pointwise", None), _linear))
+    formulas.append((getattr(torch.ops.mkl, "_mkl_linear", None), _packed_linear))
     for op, formula in formulas:
         if op is not None and op not in flop_registry:
             register_flop_formula(op)(formula)

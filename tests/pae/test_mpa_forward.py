@@ -7,11 +7,11 @@ import torch
 from torch.nn import functional as F
 
 import pae
-from pae import inference
 from pae.mpa import forward as mpa_forward
 from pae.mpa import losses as mpa_losses
 from pae.mpa.forward import ZeroPromptForward
 from pae.mpa.losses import FilteredBatch
+from pae.packs import can_pack
 from pae_kernels.spectrum.reference import band_pass
 from tests import processes, tiny
 from tests.tiny import error
@@ -85,11 +85,13 @@ def test_weights_laid_out_for_one_size_serve_all(feature):
             laid_out.expect(rows, times)
             for size in (4, 6):
                 assert error(laid_out(x[:size].clone()), plain(x[:size].clone())) < 1e-5
-    if inference._mkl_can_pack(x) and feature != "qk_norm":
-        laid_out.expect(64, mpa_forward._WORTH_PACKING // 64)
-        assert len(laid_out._steps[0]._laid_out) == 4
+    if can_pack(x) and feature != "qk_norm":
+        rows = x[:4].shape[:2].numel()
+        laid_out.expect(rows, -(-mpa_forward._WORTH_PACKING // rows))
+        laid_out(x[:4].clone())
+        assert len(laid_out._steps[0]._packs) == 4
     laid_out.expect(64, mpa_forward._WORTH_PACKING // 64 - 1)
-    assert not laid_out._steps[0]._laid_out
+    assert not laid_out._steps[0]._packs
 
 
 @pytest.mark.parametrize("feature", ["plain", "avg"])

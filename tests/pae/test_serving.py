@@ -9,7 +9,7 @@ import timm
 import torch
 
 import pae
-from pae import inference
+from pae.packs import can_pack
 from tests import tiny
 
 FAMILIES = {
@@ -239,8 +239,8 @@ def test_eight_images_at_a_time_on_a_cpu():
         for row, want in zip(got, alone):
             assert tiny.error(row[: len(want)], want) < 2e-6
         steps = served._known[2]
-        if inference._mkl_can_pack(images):
-            laid_out = {len(how._laid_out) for how in steps[:-1]}
+        if can_pack(images):
+            laid_out = {len(how._packs) for how in steps[:-1]}
             assert laid_out == ({0} if count == 3 else {4})
             rows = 8 * made[0].view.num_rows(images.shape[-2:])
             assert {how._rows for how in steps[:-1]} == {0 if count == 3 else rows}
