@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -144,6 +145,11 @@ def _turn(item: pytest.Item) -> int:
 
 def pytest_collection_modifyitems(items):
     items.sort(key=_turn)
+
+
+def pytest_collection_finish():
+    """What imports and collection made stays: no search for garbage need go through it again."""
+    gc.freeze()
 
 
 # ---- fixtures

@@ -157,15 +157,21 @@ print(json.dumps({
 """
 
 
+def import_measured():
+    """A fresh process that imports timm and then pae: what the second import adds."""
+    return json.loads(run(IMPORT, OMP_NUM_THREADS="1"))
+
+
 @pytest.fixture(scope="module")
 def imports():
-    """Two fresh processes that import timm and then pae: what the second import adds."""
-    return [json.loads(run(IMPORT, OMP_NUM_THREADS="1")) for _ in range(2)]
+    return import_measured()
 
 
 def test_import_costs_little_more_than_timm(imports):
     """At most 1.3 times, torch itself not counted on either side, which only makes it harder."""
-    added = min(each["added"] for each in imports)  # of the process that was disturbed least
+    added = imports["added"]
+    if added > 0.3:  # the process may have been disturbed
+        added = min(added, import_measured()["added"])
     assert added <= 0.3, f"import pae costs {1 + added:.2f} times import timm"
 
 
@@ -174,14 +180,14 @@ HEAVY |= {"tqdm", "transformers", "triton"}
 
 
 def test_import_brings_no_heavy_package(imports):
-    packages = {name.split(".")[0] for name in imports[0]["modules"]}
+    packages = {name.split(".")[0] for name in imports["modules"]}
     assert {"pae", "pae_kernels"} <= packages
     assert packages.isdisjoint(HEAVY)
-    assert "pae.train" not in imports[0]["modules"]
+    assert "pae.train" not in imports["modules"]
 
 
 def test_import_draws_no_random_number(imports):
-    assert all(each["state_kept"] for each in imports)
+    assert imports["state_kept"]
 
 
 # ---- names

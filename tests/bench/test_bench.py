@@ -46,14 +46,6 @@ from bench.peers import vpt as peers  # noqa: E402
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _short_collections():
-    """As in a session of the suite, whose rounds collect garbage."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 SETTINGS = runner.Settings("default", 1, None, None, CPU, "process")
 
 
@@ -91,8 +83,6 @@ def test_device_time_of_cpu_work_is_an_error():
 
 
 def test_garbage_collection_is_off_while_measuring_and_on_again_after():
-    import gc
-
     seen = []
     timing.measure(lambda: seen.append(gc.isenabled()), CPU)
     assert seen == [False] and gc.isenabled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,10 @@ from tests.kernels import executions
 
 if executions.INTERPRETING:
     import triton
+
+    # the interpreter makes many objects of each number, nearly none of them garbage in cycles: by
+    # Python's own threshold a fifth of the time goes into looking for that
+    gc.set_threshold(100_000)
 
     if triton.__version__.startswith("3.6."):
         # NumPy 2.4 no longer turns arrays of one entry into numbers, which 3.6 does for loop bounds

@@ -230,15 +230,8 @@ def test_defects_keep_their_traceback_and_debug_shows_all(flags, monkeypatch):
         main([*flags, "--num-tokens", "-1", "--debug"])
 
 
-def test_module_and_import_cost():
-    """`python -m pae` works, and `import pae` pulls in nothing that only training needs."""
-    script = (
-        "import sys, pae; pae.PromptedViT\n"
-        "heavy = {'matplotlib', 'accelerate', 'rich', 'onnx', 'pae.train'}\n"
-        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
-    )
-    processes.run([sys.executable, "-c", script])
-    # nor does the command line wait for torch to show its help or to refuse an argument
+def test_module_and_what_it_waits_for():
+    """`python -m pae` works, and does not wait for torch to show its help or to refuse a word."""
     for line in (["--help"], ["predict", "--help"], ["train", "--lr", "x"], ["train", "--lt", "1"]):
         script = (
             "import sys; from pae.train.cli import main\n"
