@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from . import clip_file
 from .backbones.clip_text import TextView, read_text
-from .backbones.view import Bypass, added_to
+from .backbones.view import BackboneView, Bypass, added_to
 from .choices import ENGINES
-from .clip_tokens import count_of, name_lengths_of, places_of, tokenised
+from .clip_tokens import count_of, name_lengths_of, places_of, template_of, tokenised
 from .engine import check_memory
 from .kld import KLD
 from .model import PromptedViT, uncompiled
@@ -317,7 +317,8 @@ class PromptedCLIP(nn.Module):
 
     Attributes:
         vision, text, pair: the parts. logit_scale, logit_bias: buffers. class_names: a tuple, or
-            None. task: what it is trained for, or None; see `PromptedViT`.
+            None. template: the text of a class with {} for its name, where it is known. task: what
+            it is trained for, or None; transform: set by `pae.load`; see `PromptedViT`.
 
     Raises:
         TypeError, ValueError: on parts of a wrong type, or that do not go together.
@@ -327,7 +328,9 @@ class PromptedCLIP(nn.Module):
     logit_scale: Tensor
     logit_bias: Tensor | None
     pair: Any
+    template: str | None = None
     task: TaskInfo | None = None
+    transform: Callable[[Any], Tensor] | None = None
 
     def __init__(
         self,
@@ -373,6 +376,26 @@ class PromptedCLIP(nn.Module):
         return self.text.num_classes
 
     @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Their names, in the order of the logits, where they are known."""
+        return self.class_names
+
+    @property
+    def prompts(self) -> PromptFamily:
+        """Of the image tower."""
+        return self.vision.prompts
+
+    @property
+    def backbone(self) -> Any:
+        """Of the image tower."""
+        return self.vision.backbone
+
+    @property
+    def view(self) -> BackboneView:
+        """Of the image tower."""
+        return self.vision.view
+
+    @property
     def device(self) -> torch.device:
         """Of the towers."""
         return self.vision.device
@@ -391,9 +414,7 @@ class PromptedCLIP(nn.Module):
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Scores (B, C) of unit features, in at least fp32."""
-        with _no_autocast(image_features.device):
-            found = self.logit_scale.exp() * (image_features @ text_features.T)
-            return found if self.logit_bias is None else found + self.logit_bias
+        return _scores(image_features, text_features, self.logit_scale, self.logit_bias)
 
     def forward(self, images: Tensor, engine: str = "reference", memory: str = "keep") -> Tensor:
         """Logits (B, C) of images (B, 3, H, W).
@@ -475,11 +496,19 @@ class PromptedCLIP(nn.Module):
         try:
             self.text.eval()
             with torch.no_grad():
-                self.vision.head = _Contrast(self, self.text_features("fast"))
+                self.vision.head = _Contrast(self, head, self.text_features("fast"))
             return mpa_init(self.vision, images, labels, **options)
         finally:
             self.vision.head = head
             self.text.train(training)
+
+    @torch.no_grad()
+    def classifier(self) -> nn.Module:
+        """The image tower with the texts' features as they are now, without gradient: a module of
+        images (B, 3, H, W) to logits (B, C) that holds no text tower.
+        """
+        texts = self.text_features().clone()
+        return _Classifier(self.vision, _Contrast(self, nn.Identity(), texts))
 
     def drop_plans(self) -> None:
         """Forget the folded towers and the text features that were kept."""
@@ -533,16 +562,33 @@ class PromptedCLIP(nn.Module):
 class _Contrast(nn.Module):
     """A head that scores features against texts."""
 
-    def __init__(self, model: PromptedCLIP, texts: Tensor) -> None:
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+    texts: Tensor
+
+    def __init__(self, model: PromptedCLIP, projection: nn.Module, texts: Tensor) -> None:
         super().__init__()
-        self.projection, self.out_features = model.vision.head, len(texts)
-        self._score = model.logits
-        self.register_buffer("texts", texts)
+        self.projection, self.out_features = projection, len(texts)
+        own = {"logit_scale": model.logit_scale, "logit_bias": model.logit_bias, "texts": texts}
+        for name, value in own.items():
+            self.register_buffer(name, value)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits (B, C) of what the image tower's head reads."""
-        texts: Any = self.texts
-        return self._score(_unit(self.projection(features)), texts)
+        """Logits (B, C) of what the projection reads."""
+        found = _unit(self.projection(features))
+        return _scores(found, self.texts, self.logit_scale, self.logit_bias)
+
+
+class _Classifier(nn.Module):
+    """See `PromptedCLIP.classifier`."""
+
+    def __init__(self, vision: PromptedViT, contrast: _Contrast) -> None:
+        super().__init__()
+        self.vision, self.contrast = vision, contrast
+
+    def forward(self, images: Tensor, engine: str = "reference") -> Tensor:
+        """Logits (B, C) of images (B, 3, H, W)."""
+        return self.contrast(self.vision(images, engine))
 
 
 def prompted_clip(
@@ -583,13 +629,16 @@ def prompted_clip(
     image_prompts = VPTDeep(0) if image_prompts is None else image_prompts
     view = read_text(clip)
     tower, projection = _image_side(clip)
+    template = template_of(template, text_prompts)
     made = tokenised(view, class_names, template, tokenizer, text_prompts, clip)
     text = PromptedText(view, text_prompts, *made)
     width = view.shape.feature_width
     vision = PromptedViT(tower, image_prompts, kld, width, train_backbone=train_backbone)
     vision.head = projection.requires_grad_(False)
     bias = getattr(clip, "logit_bias", None)
-    return PromptedCLIP(vision, text, clip.logit_scale, bias, pair, class_names)
+    model = PromptedCLIP(vision, text, clip.logit_scale, bias, pair, class_names)
+    model.template = template
+    return model
 
 
 def _image_side(clip: Any) -> tuple[nn.Module, nn.Module]:
@@ -623,6 +672,13 @@ def _unit(features: Tensor) -> Tensor:
     with _no_autocast(features.device):
         wide = features.to(torch.promote_types(features.dtype, torch.float32))
         return F.normalize(wide, dim=-1)
+
+
+def _scores(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, C) of unit features (B, E) and (C, E)."""
+    with _no_autocast(images.device):
+        found = scale.exp() * (images @ texts.T)
+        return found if bias is None else found + bias
 
 
 def _version(tensor: Tensor | None) -> tuple[Any, ...]:

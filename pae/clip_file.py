@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .backbones.trained import names
 from .checkpoint import fill, finite, identity, versions
 from .errors import CheckpointError, one_line
 from .files import from_json, to_json
 from .task import TaskInfo
-from .tensorfile import DIGEST, read_tensors, require_digest, write_tensors
+from .tensorfile import read_tensors, require_digest, write_tensors
 
 if TYPE_CHECKING:
     from .clip import PromptedCLIP
@@ -53,6 +53,7 @@ def save(
         "towers": _towers(model),
         "classes": None if model.class_names is None else list(model.class_names),
         "num_classes": model.num_classes,
+        "template": model.template,
         "prompts": _made(vision.prompts),
         "context": _made(model.text.context),
         "pair": _made(model.pair),
@@ -66,9 +67,12 @@ def save(
     write_tensors(path, state, {**(extra or {}), _TEXT: to_json(description)})
 
 
-def load(model: PromptedCLIP, path: str | Path, other_classes: bool) -> None:
-    """See `PromptedCLIP.load`."""
-    path = Path(path)
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], TaskInfo | None]:
+    """What was trained, by name; what it is, as `save` wrote it; and the task.
+
+    Raises:
+        CheckpointError: no file of this format, or a damaged one.
+    """
     state, texts, vouched = read_tensors(path)
     try:
         said = from_json(texts.pop(_TEXT))
@@ -79,9 +83,17 @@ def load(model: PromptedCLIP, path: str | Path, other_classes: bool) -> None:
         hint = ": it is of one tower, which PromptedViT.load reads" if kind == "pae-2" else ""
         raise CheckpointError(f"checkpoint {path} has format {kind!r}, expected {FORMAT!r}{hint}")
     require_digest(path, vouched, former=False)
-    texts.pop(DIGEST, None)
     try:
-        task = TaskInfo.read(said["task"])
+        return state, said, TaskInfo.read(said["task"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {one_line(error)}") from error
+
+
+def load(model: PromptedCLIP, path: str | Path, other_classes: bool) -> None:
+    """See `PromptedCLIP.load`."""
+    path = Path(path)
+    state, said, task = read(path)
+    try:
         _check(model, path, said, other_classes)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {one_line(error)}") from error

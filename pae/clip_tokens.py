@@ -12,10 +12,25 @@ from torch import Tensor, nn
 from .backbones.clip_text import TextView
 
 
+def template_of(template: str | None, context: nn.Module | None) -> str:
+    """The text of a class, {} for its name; None: what is usual with this context.
+
+    Raises:
+        TypeError, ValueError: as `prompted_clip`.
+    """
+    if template is None:
+        return "{}." if context is not None and count_of(context) else "a photo of a {}."
+    if not isinstance(template, str) or template.count("{}") != 1:
+        raise ValueError(
+            f"template must be a text with one {{}} for the class name, got {template!r}"
+        )
+    return template
+
+
 def tokenised(
     view: TextView,
     class_names: Sequence[str],
-    template: str | None,
+    template: str,
     tokenizer: Callable[..., Any] | None,
     context: nn.Module | None,
     model: nn.Module,
@@ -28,11 +43,6 @@ def tokenised(
     """
     names = _checked_names(class_names)
     count = 0 if context is None else count_of(context)
-    template = ("{}." if count else "a photo of a {}.") if template is None else template
-    if not isinstance(template, str) or template.count("{}") != 1:
-        raise ValueError(
-            f"template must be a text with one {{}} for the class name, got {template!r}"
-        )
     take = _tokenizer_of(view, tokenizer, model)
     if view.end is None:  # the tokenizer alone says whether texts begin with a token of their own
         one, other = take(["cat", "oak"])[:, 0]

@@ -3,15 +3,18 @@
     python -m bench.studies.two_towers [GROUP ...] [--arms ARM ...] [--rounds 3]
     python -m bench.studies.two_towers --table
 
-As in DAPT: 16 learned rows before the names of the classes, 16 live prompts in the image tower,
-cross-entropy over all classes, gradients of both. The classes are the first 100 of ImageNet,
-by name.
+The classes are the first 100 of ImageNet, by name; the loss is the cross-entropy over all of them;
+gradients are those of everything that is trained.
 Arms of a group take turns in one process, ours among them; a figure is the median over rounds of
 the quotient of one round, the arm's time over ours. What is measured takes the place of the same
 arm in bench/results/science/two_towers.json, so that a group may be measured in several calls.
 
-    text       forward and backward of the text's features
-    step       images and texts: forward, loss and backward
+    text       forward and backward of the text's features, 16 learned rows before the names
+    step       images and texts: forward, loss and backward; as in DAPT, with 16 live prompts in the
+               image tower
+    coop       the same with the 16 rows of the texts alone
+    upt        with 4 rows of each tower, which a small transformer makes
+    apt-vl     with 50 approximated prompts in every block of both towers
 
 Arms, over "fast", which is `engine="fast"`: "textbook" runs transformers' blocks (fused attention,
 causal) on all 77 rows; "cut" the same on the rows up to the last end token, which anybody can do.
@@ -36,7 +39,7 @@ from bench.table import table_of
 from bench.timing import CLOCKS, interleave
 
 JSON = "two_towers.json"
-GROUPS = ("text", "step")
+GROUPS = ("text", "step", "coop", "upt", "apt-vl")
 ARMS, OURS = ("textbook", "cut"), "fast"
 CLASSES, ROWS = 100, 16
 TINY = {
@@ -49,7 +52,17 @@ BASE = {"vision_config": {"patch_size": 16}}
 SIZES = {"ViT-B/16": BASE, "tiny": TINY}
 
 
-def model_of(size: str) -> pae.PromptedCLIP:
+def pair_of(group: str) -> pae.prompts.Pair:
+    """The prompts of both towers."""
+    made = {
+        "coop": lambda: pae.prompts.CoOp(ROWS),
+        "upt": lambda: pae.prompts.UPT(4),
+        "apt-vl": lambda: pae.prompts.ApproximatedPair(50, 4),
+    }
+    return made.get(group, lambda: pae.prompts.DAPT(ROWS, ROWS))()
+
+
+def model_of(size: str, group: str) -> pae.PromptedCLIP:
     """Random weights, in training mode."""
     import transformers
     from open_clip.tokenizer import SimpleTokenizer
@@ -57,15 +70,14 @@ def model_of(size: str) -> pae.PromptedCLIP:
 
     torch.manual_seed(0)
     clip = transformers.CLIPModel(transformers.CLIPConfig(**SIZES[size]))
-    names, image = IMAGENET_CLASSNAMES[:CLASSES], pae.prompts.VPTShallow(ROWS)
-    return pae.prompted_clip(
-        clip, image, pae.prompts.TextContext(ROWS), names, tokenizer=SimpleTokenizer()
-    ).train()
+    names = IMAGENET_CLASSNAMES[:CLASSES]
+    made = {"pair": pair_of(group), "tokenizer": SimpleTokenizer()}
+    return pae.prompted_clip(clip, class_names=names, **made).train()
 
 
 def works(model: pae.PromptedCLIP, group: str, batch: int) -> dict[str, Callable[[], list[Tensor]]]:
     """By arm what is timed; it returns the gradients."""
-    text, wanted = model.text, [p for p in model.parameters() if p.requires_grad]
+    text, wanted = model.text, [p for p in model.parameters() if p.requires_grad and p.numel()]
     pixels = model.vision.view.default_size
     images, labels = torch.randn(batch, 3, *pixels), torch.arange(batch) % CLASSES
     length = max(text._layout.lengths)
@@ -73,7 +85,10 @@ def works(model: pae.PromptedCLIP, group: str, batch: int) -> dict[str, Callable
     def features(arm: str) -> Tensor:
         if arm != "cut":
             return model.text_features("fast" if arm == "fast" else "reference")
-        return F.normalize(text.view.read_rows(text.embed()[:, :length], text.ends), dim=1)
+        if hasattr(text.context, "start_forward"):
+            text.context.start_forward()
+        rows = text.embed()[:, :length]
+        return F.normalize(text.view.read_rows(rows, text.ends, text._bypasses()), dim=1)
 
     def of_text(arm: str) -> Callable[[], list[Tensor]]:
         def work() -> list[Tensor]:
@@ -85,13 +100,14 @@ def works(model: pae.PromptedCLIP, group: str, batch: int) -> dict[str, Callable
 
     def of_step(arm: str) -> Callable[[], list[Tensor]]:
         def work() -> list[Tensor]:
+            torch.manual_seed(0)  # of dropout
             seen = model.features(images, engine="fast" if arm == "fast" else "reference")
             loss = F.cross_entropy(model.logits(seen, features(arm)), labels)
             return list(torch.autograd.grad(loss, wanted))
 
         return work
 
-    made = of_step if group == "step" else of_text
+    made = of_text if group == "text" else of_step
     return {arm: made(arm) for arm in (*ARMS, OURS)}
 
 
@@ -124,6 +140,7 @@ def measure(model: pae.PromptedCLIP, group: str, arguments: argparse.Namespace) 
         arm: {
             "ratios": [runs.short(a / b) for a, b in zip(mine, ours)],
             "our_seconds": runs.short(statistics.median(ours)),
+            "batch": arguments.batch,
         }
         for arm, mine in seconds.items()
     }
@@ -161,6 +178,7 @@ def table(numbers: dict[str, Any]) -> str:
                 lines.append(
                     {
                         "work": group,
+                        "images": "-" if group == "text" else str(record["batch"]),
                         "by": arm,
                         "over ours": f"{statistics.median(found):.2f}x",
                         "rounds": f"{min(found):.2f} to {max(found):.2f}",
@@ -187,12 +205,13 @@ def main() -> None:
     path = arguments.to / JSON
     numbers = json.loads(path.read_text()) if path.is_file() else {}
     if not arguments.table:
-        model = model_of(arguments.size)
-        numbers |= counts(model.text)
-        keep = ("size", "batch", "clock")
+        keep = ("size", "clock")
         numbers["setting"] = {name: getattr(arguments, name) for name in keep}
         numbers["setting"] |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
         for group in arguments.groups or GROUPS:
+            model = model_of(arguments.size, group)
+            if group == "text":
+                numbers |= counts(model.text)
             numbers.setdefault(group, {}).update(measure(model, group, arguments))
             runs.write_json(path, numbers)
     print({name: numbers.get(name) for name in ("setting", "rows", "gflop")})

@@ -57,7 +57,8 @@ class Use:
     )
     classes: str | None = _model(
         None,
-        "a file with the name of a class a line, or names with commas",
+        "a file with the name of a class a line, or names with commas; of two towers any names, "
+        "which are told apart",
         metavar="NAMES",
         unset="as the file says",
     )
@@ -303,7 +304,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     columns = Columns(own.image_column, own.label_column)
     with reporter.warnings():
         known, of_clips = model.classes or (), frames_of(model) is not None
-        images, split = read_labelled(own.data, known, own.split, of_clips, columns)
+        naming = _naming(use, place) if isinstance(model, pae.PromptedCLIP) else None
+        images, split = read_labelled(own.data, known, own.split, of_clips, columns, naming)
         with reporter.progress(f"evaluating on {split}", len(images)) as advance:
             how = {"batch_size": use.batch_size, "workers": use.workers, "on_image": advance}
             found = evaluate(model, images, **how)  # type: ignore[arg-type]
@@ -332,6 +334,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     print(f"{split}: {found.summary()}")
     reporter.say(f"written: {folder}")
     return UNREAD if found.unread else 0
+
+
+def _naming(use: Use, place: Place) -> Any:
+    """How the classes of a folder are found among the names of a model of two towers."""
+    from pae.train import towers
+
+    given = use.classes is not None
+    listed = place.run is not None and place.run.read_config().class_names is not None
+    return partial(towers.names_of, given=given, listed=given or listed)
 
 
 def _evaluate_masks(

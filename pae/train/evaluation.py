@@ -27,6 +27,7 @@ from pae.train.tfds import INFO
 from pae.train.using import Loaded, match, predictions, top
 
 SPLITS = ("train", "val", "test")
+Naming = Callable[[Sequence[str], Sequence[str], str], "list[str | None]"]
 Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard deviations
 
 
@@ -199,6 +200,7 @@ def read_labelled(
     split: str | None,
     of_clips: bool = False,
     columns: Columns | None = None,
+    naming: Naming | None = None,
 ) -> tuple[Images, str]:
     """The images of a folder in any layout of `pae train`, with the model's numbers as labels.
 
@@ -207,6 +209,9 @@ def read_labelled(
         of_clips: it reads those, and the folder holds them.
         split: which one; None: test, or val where there is none, or all of class folders alone.
         columns: see `pae.train.layouts.read_data`.
+        naming: what the folder's classes, the model's and a name of the folder for messages are
+            given to, and which of the model's the folder's are comes back, None of those whose
+            images are left out; None: the same names.
     Returns:
         The images, and which split they are; "all" of class folders alone.
     Raises:
@@ -230,8 +235,13 @@ def read_labelled(
             )
     if split not in splits:
         raise ValueError(f"--data {shown(folder)}: has no {split} split ({some(list(splits))})")
-    number = match(classes, own, f"--data {shown(folder)}")
+    where = f"--data {shown(folder)}"
+    called = list(own) if naming is None else naming(own, classes, where)
+    wanted = {i: name for i, name in enumerate(called) if name is not None}
+    number = dict(zip(wanted, match(classes, list(wanted.values()), where)))
     found = splits[split]
+    if len(wanted) < len(own):
+        found = found.subset([i for i, label in enumerate(found.labels) if label in number])
     images = Images(found.items, [number[label] for label in found.labels])
     return images, "all" if alone else split
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import pae
 from pae.errors import one_line
 from pae.files import to_json
 from pae.train.using import Loaded
@@ -31,7 +32,9 @@ class _Logits(nn.Module):
 
     def __init__(self, model: Loaded) -> None:
         super().__init__()
-        self.model = model
+        # of two towers the image's, with its texts as numbers
+        own = model.classifier() if isinstance(model, pae.PromptedCLIP) else model
+        self.model: nn.Module = own
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W)."""

@@ -128,7 +128,10 @@ def model_card(run: str | Path, repo_id: str = "OWNER/NAME") -> str:
     arguments = ", ".join(f"{k}={v}" for k, v in table["arguments"].items())
     lines = ["---", *head, "# license: to be filled in; the backbone and the images have their own"]
     lines += ["---", "", f"# {repo_id}", ""]
-    lines += ["Prompts and head for a frozen vision transformer, trained with pae.", ""]
+    what = "Prompts and head for a frozen vision transformer"
+    if "text tower" in table:
+        what = "Prompts for the two frozen towers of a CLIP"
+    lines += [f"{what}, trained with pae.", ""]
     lines += ["| | |", "|---|---|"]
     rows: dict[str, Any] = {
         "backbone": f"{name} (fingerprint {table['fingerprint']})",

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 import pae
+from pae import clip_file
 from pae.backbones import named
 from pae.choices import LEGACY
 from pae.errors import CheckpointError, UnsupportedBackbone, one_line
 from pae.files import from_json
 from pae.serving import Served
 from pae.tensorfile import read_tensors, require_digest
-from pae.train import methods, pixels
+from pae.train import methods, pixels, towers
 from pae.train.clips import is_clip, read_frames
 from pae.train.declared import near
 from pae.train.images import Ranges, decode
@@ -37,7 +38,9 @@ from pae.train.resize import LegacyBilinear
 from pae.train.runfolder import RunFolder
 from pae.train.scores import score_of
 
-Loaded: TypeAlias = "pae.PromptedViT | pae.PromptedSegmenter | methods.FullFineTuning"
+Loaded: TypeAlias = (
+    "pae.PromptedViT | pae.PromptedSegmenter | pae.PromptedCLIP | methods.FullFineTuning"
+)
 WHICH = ("best", "last")
 
 # ---- which file
@@ -119,9 +122,11 @@ def load(
         device: where the model goes.
         img_size: side of the images in pixels. norm, augment: as of `pae train`: normalisation, and
             which crop evaluation takes.
-        classes: their names, in the order of the logits.
+        classes: their names, in the order of the logits; of a file of two towers any names, which
+            are then told apart, whatever it was trained on.
     Returns:
-        A `PromptedViT`; a `PromptedSegmenter` where the file has its heads; or, of a run that
+        A `PromptedViT`; a `PromptedSegmenter` where the file has its heads; a `PromptedCLIP` of two
+        towers; or, of a run that
         trained all weights, a module with the same face. All have `classes` (names, or None),
         `task`, and `transform` (None where the file does not say how): an image of PIL, a path, or
         a uint8 array to the tensor (C, H, W) that evaluation in training made of it.
@@ -134,11 +139,16 @@ def load(
     try:
         description = from_json(texts["pae"])
         whole = str(description["format"]).startswith(methods.WHOLE_FORMATS)
+        two = description["format"] == clip_file.FORMAT
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"checkpoint {place.file} was not written by pae") from None
     if whole:
         require_digest(place.file, vouched, former=methods.is_former(description["format"]))
         task, found = _task_of(place.file, description.get("task")), None
+    elif two:
+        _, description, task = clip_file.read(place.file)
+        found = None
+        _refuse_of_towers(place.file, backbone, weights, img_size)
     else:
         found = pae.read_checkpoint(place.file)
         task = found.task
@@ -150,6 +160,9 @@ def load(
         recipe = _recipe(place, task, found, description, backbone, weights, img_size)
     if whole:
         model: Loaded = _whole(place, recipe, built, state, task)
+    elif two:
+        assert recipe is not None
+        model = towers.load(place.file, recipe, classes)
     else:
         assert found is not None
         built = _backbone(recipe, found.num_classes) if built is None else built
@@ -164,6 +177,21 @@ def load(
         model.transform = Transform(task) if frames is None else ClipTransform(task, frames)
     model.eval().requires_grad_(False)
     return model.to(device)
+
+
+def _refuse_of_towers(
+    path: Path, backbone: Any, weights: str | Path | None, img_size: int | None
+) -> None:
+    """Raise ValueError for what a model of two towers cannot be given."""
+    if isinstance(backbone, nn.Module):
+        raise ValueError(
+            f"backbone: {path} is of two towers, whose texts need their tokenizer: give the "
+            "model's name, or build pae.prompted_clip and load the file into it"
+        )
+    if weights is not None:
+        raise ValueError(f"weights: not for {path}, whose two towers have those of the model")
+    if img_size is not None:
+        raise ValueError(f"img_size: not for {path}, whose two towers take their own size")
 
 
 def _task_of(path: Path, record: Any) -> pae.TaskInfo | None:
@@ -208,8 +236,8 @@ def _recipe(
         recipe["img_size"] = img_size
     if "model" not in recipe:
         raise ValueError(
-            f"{place.file} does not say how its backbone ({description.get('backbone')}) is built: "
-            "give its name (--model NAME)"
+            f"{place.file} does not say how its backbone ({_called(description)}) is built: give "
+            "its name (--model NAME)"
         )
     file = recipe.get("weights")
     if file is not None and not Path(file).is_file():
@@ -224,6 +252,12 @@ def _recipe(
             "(--model local-dir:FOLDER)"
         )
     return recipe
+
+
+def _called(description: dict[str, Any]) -> Any:
+    """The backbone, as its description has it."""
+    towers = description.get("towers")
+    return towers["image"]["backbone"] if towers else description.get("backbone")
 
 
 def _known_name(found: pae.Checkpoint, description: dict[str, Any]) -> dict[str, Any]:
@@ -417,6 +451,9 @@ def describe(place: Place) -> dict[str, Any]:
     if kind.startswith(methods.WHOLE_FORMATS):
         task = _task_of(place.file, description.get("task"))
         table |= {"method": "full fine-tuning", "backbone": description.get("backbone")}
+    elif kind == clip_file.FORMAT:
+        table |= towers.describe(place.file)
+        task = table.pop("task")
     else:
         found = pae.read_checkpoint(place.file)
         task = found.task
@@ -586,7 +623,8 @@ def engine_of(model: Loaded) -> str:
     if isinstance(model, methods.FullFineTuning):
         return "fast"
     try:
-        model.plan()
+        for part in (model.vision, model.text) if isinstance(model, pae.PromptedCLIP) else (model,):
+            part.plan()
     except UnsupportedBackbone:
         return "reference"
     return "fast"
@@ -694,7 +732,8 @@ def serve_many(
             continue
         model = load(item, backbone, **options)
         if not isinstance(model, pae.PromptedViT):
-            raise ValueError(f"task {number}: {item} holds a whole model, and shares no backbone")
+            what = "two towers" if isinstance(model, pae.PromptedCLIP) else "a whole model"
+            raise ValueError(f"task {number}: {item} holds {what}, and shares no backbone")
         backbone = model.backbone  # the others go onto the same one
         loaded.append(model)
     return Served(loaded)

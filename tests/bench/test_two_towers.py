@@ -15,6 +15,8 @@ def test_arms_are_measured_and_shown(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", line)
     two_towers.main()
     found = json.loads((tmp_path / two_towers.JSON).read_text())
+    pairs = {type(two_towers.pair_of(g)).__name__ for g in two_towers.GROUPS}
+    assert pairs == {"DAPT", "CoOp", "UPT", "ApproximatedPair"}
     for group in two_towers.GROUPS:
         assert set(found[group]) == set(two_towers.ARMS)
         assert all(
@@ -24,13 +26,13 @@ def test_arms_are_measured_and_shown(monkeypatch, tmp_path):
     rows = found["rows"]
     assert rows["textbook"] == 7700 and rows["cut"] == 2600 and 16 + 400 < rows["fast"] < 600
     setting = found["setting"]
-    assert (setting["size"], setting["batch"], setting["clock"]) == ("tiny", 2, "process")
+    assert (setting["size"], setting["clock"]) == ("tiny", "process")
+    assert {found[g][arm]["batch"] for g in two_towers.GROUPS for arm in two_towers.ARMS} == {2}
     lines = two_towers.table(found).splitlines()
     assert [tuple(c.strip() for c in row.split("|")[1:3]) for row in lines[2:]] == [
-        ("text", "textbook"),
-        ("text", "cut"),
-        ("step", "textbook"),
-        ("step", "cut"),
+        (group, "-" if group == "text" else "2")
+        for group in two_towers.GROUPS
+        for _ in two_towers.ARMS
     ]
 
 

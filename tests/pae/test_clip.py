@@ -404,9 +404,14 @@ def test_a_pairs_parameter_outside_of_the_context_makes_features_anew():
 
 @pytest.mark.parametrize("family", list(METHODS.values()), ids=list(METHODS))
 def test_every_family_on_the_image_tower(family):
-    made = prompted("transformers", image=small(family, num_classes=4)).eval()
-    with torch.no_grad():
-        assert error(made(images(), engine="fast"), made(images())) < 1e-9
+    """In training mode, in value and in every gradient of both towers."""
+    made, x = prompted("transformers", image=small(family, num_classes=4)), images()
+    made.vision.prompts.see_labels(torch.tensor([0, 3, 1]))
+    assert_engines_agree(made, x)
+    _, grads = gradients(made, x, "fast")
+    assert grads["text.context.vectors"].norm() > 1e-3
+    own = [g for n, g in grads.items() if n.startswith("vision.prompts.") and g is not None]
+    assert max(g.norm() for g in own) > 1e-3
 
 
 def test_koopman_lyapunov_on_the_image_tower():

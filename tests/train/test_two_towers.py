@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 import pae
+from pae.backbones import named
 from pae.train import options as options_module
 from pae.train.cli import main
+from pae.train.hub import model_card
 from pae.train.runfolder import RunFolder
 from pae.train.tasks import kind_of
 from pae.train.tasks.clip import harmonic, readable
-from tests.tiny import filled
+from tests.tiny import filled, refused
 from tests.train.helpers import error_line, save_shades
 from tests.train.test_train_loop import Stop, assert_same_run, numbers, run, settings, stop_after
 
@@ -241,6 +243,158 @@ def test_few_shot_lists(tower, tmp_path, capsys):
     (tmp_path / "names").write_text("\n".join([*names, *(f"breed {i}" for i in range(18))]))
     kind = kind_of(settings(pets, **given, class_names=str(tmp_path / "names")))
     assert kind.read().classes[18:20] == (names[18], "breed 0")
+
+
+# ---- after training
+
+
+@pytest.fixture(scope="module")
+def trained(shades, tower, tmp_path_factory):
+    """A run of CoOp on a random CLIP that lies in a folder, two epochs, and its images."""
+    folder = tmp_path_factory.mktemp("after")
+    own = {**RECIPE, "model": tower, "method": "coop", "epochs": 2, "pretrained": True}
+    run(shades, folder / "run", **own, template="a {}, noisy.")
+    return folder / "run"
+
+
+def test_a_run_becomes_a_model(trained, shades, tower):
+    """`pae.load`: the logits of training; other names are other texts with the same rows."""
+    model = pae.load(trained)
+    assert model.classes == ("dark", "light", "middle") and model.template == "{}, noisy."
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    kind = kind_of(settings(shades, **{**RECIPE, "model": tower, "method": "coop"}))
+    result = json.loads((trained / "metrics.json").read_text())["result"]
+    task = kind.read()
+    x = torch.stack([model.transform(item) for item in task.test.items])
+    with torch.no_grad():
+        hits = model(x, engine="fast").argmax(1) == torch.tensor(task.test.labels)
+    assert hits.double().mean() == pytest.approx(result["test_accuracy"])
+    other = pae.load(trained, classes=["light", "a thing", "dark"])
+    with torch.no_grad():
+        assert torch.allclose(other(x)[:, [2, 0]], model(x)[:, :2], atol=1e-5)
+    assert torch.equal(other.text.context.tokens, model.text.context.tokens)
+
+
+def test_predict(trained, shades, tmp_path, capsys):
+    line = ["predict", str(trained), str(shades / "test" / "dark"), "--device", "cpu", "--quiet"]
+    table = tmp_path / "a.csv"
+    assert main([*line, "--output", str(table)]) == 0
+    head, first, *rest = table.read_text().splitlines()
+    assert head.startswith("image,class_1,probability_1") and len(rest) == 4
+    assert sorted(first.split(",")[1:7:2]) == ["dark", "light", "middle"]
+    capsys.readouterr()
+    assert main([*line, "--classes", "night, broad daylight", "--top", "2"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 5 and all("night" in s and "broad daylight" in s for s in shown)
+
+
+def test_evaluate(trained, shades, tmp_path, capsys):
+    line = ["evaluate", str(trained), "--data", str(shades), "--device", "cpu", "--quiet"]
+    assert main([*line, "--output", str(tmp_path / "a")]) == 0
+    found = json.loads((tmp_path / "a" / "evaluation.json").read_text())
+    result = json.loads((trained / "metrics.json").read_text())["result"]
+    assert found["images"] == 15 and found["accuracy"] == pytest.approx(result["test_accuracy"])
+    # other names, in the order of the folders; those that the folder has come by their names
+    names = ["--classes", "night,day,dusk"]
+    assert main([*line, *names, "--output", str(tmp_path / "b")]) == 0
+    head = (tmp_path / "b" / "confusion.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in head] == ["class", "night", "day", "dusk"]
+    assert main([*line, "--classes", "middle,dark,x,light", "--output", str(tmp_path / "c")]) == 0
+    rows = (tmp_path / "c" / "per_class.csv").read_text().splitlines()[1:]
+    found = {row.split(",")[0]: row.split(",")[1] for row in rows}
+    assert found == {"middle": "5", "dark": "5", "x": "0", "light": "5"}
+    capsys.readouterr()
+    error = error_line(capsys, [*line, "--classes", "x,y"])
+    assert "class 'dark' is none of the model's 2, 'x', ...: give --classes" in error
+
+
+def test_evaluate_on_new_classes(shades, tower, tmp_path, capsys):
+    """Of a base-to-new run: the other half by name, which is the number that its result has."""
+    own = {**RECIPE, "model": tower, "method": "coop", "epochs": 1, "base_to_new": True}
+    result = run(shades, tmp_path / "run", **own)
+    line = ["evaluate", str(tmp_path / "run"), "--device", "cpu", "--quiet", "--data", str(shades)]
+    out = ["--output", str(tmp_path / "out")]
+    for classes, key, count in (("dark,light", "test", 10), ("middle", "new", 5)):
+        assert main([*line, "--classes", classes, *out]) == 0
+        found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+        assert found["accuracy"] == pytest.approx(result[f"{key}_accuracy"])
+        assert found["images"] == count
+    capsys.readouterr()
+    error = error_line(capsys, line)
+    assert "class 'middle' is none of the model's 2, 'dark', ...: give --classes" in error
+
+
+def test_info_and_card(trained, capsys):
+    assert main(["info", str(trained), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert table["prompts"] == "CoOp" and table["template"] == "{}, noisy."
+    assert table["classes"] == ["dark", "light", "middle"] and table["parameters"] == 3 * 32
+    assert main(["info", str(trained / "last.safetensors")]) == 0
+    assert "text tower" in capsys.readouterr().out
+    assert "the two frozen towers of a CLIP" in model_card(trained)
+
+
+def test_export(trained, tmp_path, capsys):
+    """Images to logits, the texts as numbers: no text tower in the file."""
+    model, path = pae.load(trained), tmp_path / "a.pt2"
+    line = ["export", str(trained), "--format", "torch-export", "--output", str(path)]
+    assert main(line) == 0
+    program = torch.export.load(path).module()
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(program(x), model(x), atol=1e-4)
+    names = [name for name, _ in program.named_parameters()]
+    assert names and not any("text" in name for name in names)
+
+
+PARTS = {
+    "dapt": {"method_args": {"image_tokens": 2}},
+    "upt": {"dropout": 0.1},
+    "apt-vl-both": {"method_args": {"context_tokens": 2}},
+    "vpt-deep": {"train_backbone": "biases", "kld": True, "kld_dim": 8},
+}
+
+
+@pytest.mark.parametrize("method", PARTS)
+def test_files_of_every_kind_become_models(shades, tower, tmp_path, method):
+    chosen = settings(shades, **{**RECIPE, "model": tower, "method": method, **PARTS[method]})
+    kind = kind_of(chosen)
+    made = kind.build(kind.read()).clip.eval()
+    recipe = {"model": tower, "pretrained": False, "seed": 0}
+    made.save(tmp_path / "a.safetensors", task=pae.TaskInfo(made.classes, backbone=recipe))
+    again = pae.load(tmp_path / "a.safetensors")
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(again(x), made(x))
+    assert again.transform is None and again.template == made.template
+
+
+def test_files_that_cannot_become_models(shades, tower, trained, tmp_path):
+    made = pae.load(trained)
+    path = tmp_path / "a.safetensors"
+    refused(ValueError, "whose texts need their tokenizer", lambda: pae.load(trained, made))
+    refused(ValueError, "is of two towers, and vit_tiny", lambda: pae.load(trained, "vit_tiny"))
+    refused(ValueError, "take their own size", lambda: pae.load(trained, img_size=64))
+    refused(ValueError, "have those of the model", lambda: pae.load(trained, weights="x"))
+    refused(ValueError, "holds two towers, and shares no b", lambda: pae.serve_many([trained]))
+    made.save(path, task=pae.TaskInfo(classes=made.classes))
+    refused(ValueError, "does not say how its backbone (CLIPModel.", lambda: pae.load(path))
+    assert pae.load(path, tower).classes == made.classes
+    own = {"num_tokens": 2, "num_classes": 3}
+    kind = kind_of(settings(shades, **RECIPE, model=tower, method="coop", method_args=own))
+    rows = kind.build(kind.read()).clip
+    rows.save(path, task=pae.TaskInfo(rows.classes, backbone={"model": tower, "pretrained": False}))
+    message = "--classes: 1 names, and"
+    refused(ValueError, message, lambda: pae.load(path, classes=["x"]))
+
+    class Mine(pae.prompts.TextContext):
+        pass
+
+    clip, words, _ = named.load_two_towers(tower)
+    mine = pae.prompted_clip(clip, None, Mine(2), ["a", "b"], tokenizer=words)
+    mine.save(path)
+    message = "has prompts of Mine, which nothing here registers: build pae.prompted_clip"
+    refused(pae.CheckpointError, message, lambda: pae.load(path, tower))
 
 
 REFUSED = [
