@@ -19,6 +19,7 @@ SECTIONS = {
     "step": ("Training step, fp32", ("step/*/fp32/",)),
     "bf16": ("Training step, bf16", ("step/*/bf16/",)),
     "backbones": ("Other backbones", ("swin/", "rotated/")),
+    "dense": ("Segmentation", ("dense/",)),
     "kld": ("Regulariser", ("kld/",)),
     "mpa": ("Modal Pre-Alignment", ("mpa_ranking/", "mpa/")),
     "filter": ("Filter, and patch embedding of filtered images", ("filter/", "tokens/")),

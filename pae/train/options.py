@@ -28,7 +28,7 @@ AMPS = ("auto", "bf16", "fp16", "no")
 DEVICES = ("auto", "cpu", "cuda")
 TRACKERS = ("tensorboard", "wandb", "trackio")  # of those that accelerate writes to
 HEAD_INITS = ("default", "vpt")
-HEADS = ("pup", "linear")  # of segmentation
+HEADS = ("linear", "pup")  # of segmentation
 OWN_POOL = "own"
 # models that may lie in a folder
 LOCAL = re.compile(r"(local-dir:|open_clip:local-dir:|hf:)(.+)")
@@ -300,7 +300,7 @@ class Options:
 
     head: str = _dense(
         HEADS[0],
-        "pup: SETR's progressive upsampling; linear: one layer per patch",
+        "linear: one layer per patch; pup: SETR's progressive upsampling",
         choices=HEADS,
     )
     head_channels: int = _dense(256, "channels of pup's convolutions", low=1, high=65_536)
@@ -436,6 +436,8 @@ class Options:
             values["dataset"] = next(iter(MASKED)) if self.task == "segmentation" else FIRST
         embedded = DATASETS.get(values["dataset"])
         recipe = _RECIPES.get(self.method, _PROMPTS)
+        if self.task == "segmentation":
+            recipe = _SEGMENTATION[self.head, self.has_prompts]
         if embedded is not None and self.is_comparison:
             recipe = {**recipe, **embedded.recipe}
         if embedded is not None and self.model == WEIGHTS_NAME and self.img_size is None:
@@ -655,6 +657,14 @@ _RECIPES: dict[str, dict[str, Any]] = {
     # taken over too: CoOp's and its followers', whose epochs grow with the shots
     **dict.fromkeys(("coop", "dapt", "upt", "upt-deep"), _COOP),
     COMPARE: {**_PROMPTS, "epochs": 3},  # it is to end in minutes on a CPU
+}
+# of segmentation, per head, without prompts and with: docs/segmentation.md, "A drawn task"
+_PIXELS = {**_PROMPTS, "batch_size": 8, "lr": 3e-3}
+_SEGMENTATION: dict[tuple[str, bool], dict[str, Any]] = {
+    ("linear", False): _PIXELS,
+    ("linear", True): _PIXELS,
+    ("pup", False): {**_PIXELS, "optimizer": "sgd", "lr": 0.05},
+    ("pup", True): _PIXELS,
 }
 # the options that a recipe is made of; what a linear probe, beside prompts, has of its own
 RECIPE = (

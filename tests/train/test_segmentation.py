@@ -1,7 +1,9 @@
 """A class per pixel: folders with masks, both transformed alike, the numbers, the commands."""
 
+import copy
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -16,13 +18,14 @@ from pae.train.images import Ranges
 from pae.train.options import Options
 from pae.train.tasks import kind_of
 from pae.train.tasks.segmentation import confusion, ious, mean_iou, pixel_accuracy
+from tests import tiny
 from tests.tiny import refused
 from tests.train.helpers import BACKBONE_FLAGS, CPU_FLAGS, assert_same_run, error_line
 from tests.train.test_train_loop import Stop, stop_after
 
 NAMES = ("ground", "bright", "dark")
 FLAGS = [*BACKBONE_FLAGS, *CPU_FLAGS, "--task", "segmentation", "--num-tokens", "2"]
-FLAGS += ["--head-channels", "4", "--batch-size", "4", "--epochs", "2"]
+FLAGS += ["--head", "pup", "--head-channels", "4", "--batch-size", "4", "--epochs", "2"]
 
 
 def save_pair(root, split, name, number, size=(40, 36), shift=0):
@@ -355,3 +358,145 @@ def test_colours_of_classes():
     colours = segmenting.palette(256)
     assert colours[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
     assert len(set(colours)) == 256
+
+
+# ---- what a user does with a trained model
+
+
+def test_a_file_for_other_runtimes_gives_the_masks_of_both_engines(trained, folder, tmp_path):
+    """SETR-PUP by the command, on the run's own images, whatever their size."""
+    output, file = trained[0], tmp_path / "it.pt2"
+    command = ["export", str(output), "--format", "torch-export", "--output", str(file)]
+    assert main([*command, "--quiet"]) == 0
+    model, exported = pae.load(output), torch.export.load(str(file)).module()
+    images = [Image.open(path) for path in sorted((folder / "images" / "test").iterdir())]
+    inputs = torch.stack([model.transform(image) for image in images])
+    with torch.no_grad():
+        got = exported(inputs[:3])
+        for engine in ("reference", "fast"):
+            expected = model(inputs[:3], engine=engine)
+            size = max(1.0, float(expected.abs().max()))
+            assert float((got - expected).abs().max()) <= 1e-5 * size, engine
+
+
+@pytest.mark.parametrize("head", [pae.SETRPUP(32, 4, 8, 2), pae.LinearHead(32, 4)])
+def test_onnx(tmp_path, head):
+    import onnxruntime
+
+    from pae.train.export import export
+
+    torch.manual_seed(0)
+    backbone = tiny.prompted("plain", pae.prompts.VPTDeep(3), torch.float32)
+    model = pae.PromptedSegmenter(backbone, copy.deepcopy(head)).train()
+    model(torch.randn(4, 3, 16, 16))  # running statistics that are no longer 0 and 1
+    file = tmp_path / "it.onnx"
+    assert export(model.eval(), torch.randn(3, 3, 16, 16), file, "onnx") < 1e-5
+    images = torch.randn(2, 3, 16, 16)
+    (got,) = onnxruntime.InferenceSession(str(file)).run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        expected = model(images, engine="fast")
+    assert got.shape == (2, 4, 16, 16)
+    assert float((torch.from_numpy(got) - expected).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(40, 36), (13, 90), (1, 1), (57, 8)], ids=str)
+def test_images_of_any_size_and_kind(trained, tmp_path, capsys, size):
+    """Not a multiple of the patch, no square, grey, transparent, turned: a mask as large as what
+    is seen.
+    """
+    numbers = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4)).astype(np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # on its side
+    Image.fromarray(numbers[..., :3]).save(tmp_path / "turned.jpg", exif=turned)
+    Image.fromarray(numbers).save(tmp_path / "clear.png")
+    Image.fromarray(numbers[..., 0]).save(tmp_path / "grey.png")
+    files = [str(tmp_path / name) for name in ("turned.jpg", "clear.png", "grey.png")]
+    shown = tmp_path / "out"
+    assert main(["predict", str(trained[0]), *files, "--output", str(shown), "--quiet"]) == 0
+    for name, expected in (("turned", size[::-1]), ("clear", size), ("grey", size)):
+        mask, over = Image.open(shown / f"{name}.png"), Image.open(shown / f"{name}-overlay.png")
+        assert mask.mode == "P" and mask.size == over.size == expected
+        assert np.asarray(mask).max() < len(NAMES)
+
+
+def test_inputs_of_another_size_are_refused(trained):
+    model = pae.load(trained[0])
+    side = model.transform(Image.new("RGB", (50, 20))).shape[-1]
+    assert model(torch.zeros(1, 3, side, side)).shape == (1, 3, side, side)
+    refused(ValueError, "images must have sides", lambda: model(torch.zeros(1, 3, side, side + 1)))
+
+
+def test_info_names_the_heads(trained, capsys):
+    capsys.readouterr()
+    assert main(["info", str(trained[0])]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "SETRPUP" in said and "out_blocks=[1, 3, 4, 5]" in said and "ground, bright, dark" in said
+    )
+    assert main(["info", str(trained[0]), "--json"]) == 0
+    heads = json.loads(capsys.readouterr().out)["heads"]
+    assert heads["decode"]["config"]["num_classes"] == 3 and len(heads["auxiliary"]) == 3
+
+
+def test_evaluation_leaves_out_what_is_no_class(trained, folder, tmp_path, capsys):
+    """255 counts nowhere: not in a class, not against it; tables agree with a count by hand."""
+    root = tmp_path / "data"
+    shutil.copytree(folder, root)
+    for path in (root / "masks" / "test").iterdir():
+        mask = np.array(Image.open(path))
+        mask[:, ::3] = 255
+        Image.fromarray(mask).save(path)
+    out, shown = tmp_path / "out", tmp_path / "masks"
+    command = ["evaluate", str(trained[0]), "--data", str(root), "--output", str(out)]
+    assert main([*command, "--quiet"]) == 0
+    images = root / "images" / "test"
+    assert main(["predict", str(trained[0]), str(images), "--output", str(shown), "--quiet"]) == 0
+    counts = np.zeros((3, 3), int)
+    for path in sorted((root / "masks" / "test").iterdir()):
+        truth, got = np.array(Image.open(path)), np.array(Image.open(shown / path.name))
+        for i, j in zip(truth.ravel(), got.ravel()):
+            if i != 255:
+                counts[i, j] += 1
+    rows = (out / "confusion.csv").read_text().splitlines()
+    assert rows[0] == "class,ground,bright,dark"
+    assert [[int(n) for n in row.split(",")[1:]] for row in rows[1:]] == counts.tolist()
+    expected = [
+        counts[i, i] / (counts[i].sum() + counts[:, i].sum() - counts[i, i]) for i in (0, 1, 2)
+    ]
+    numbers = json.loads((out / "evaluation.json").read_text())
+    assert numbers["mean_iou"] == pytest.approx(sum(expected) / 3)
+    per_class = [row.split(",") for row in (out / "per_class.csv").read_text().splitlines()[1:]]
+    assert [float(row[2]) for row in per_class] == pytest.approx(expected)
+    assert len((out / "per_image.csv").read_text().splitlines()) == 5
+
+
+WRONG = {
+    "colours": (Image.new("RGB", (40, 36)), "expected class numbers in one channel or a palette"),
+    "alpha": (Image.new("LA", (40, 36)), "expected class numbers in one channel or a palette"),
+    "floats": (Image.new("F", (40, 36)), "expected class numbers in one channel or a palette"),
+    "past": (Image.new("L", (40, 36), 3), "holds 3, expected class numbers below 3, or 255"),
+    "deep": (
+        Image.fromarray(np.full((36, 40), 256, np.uint16)),
+        "holds 256, expected class numbers below 3, or 255",
+    ),
+    "size": (Image.new("L", (36, 40)), "36 x 40 pixels, and its image has 40 x 36"),
+    "none": (None, "expected"),
+    "cut": (b"\x89PNG\r\n\x1a\n", "02."),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_mask_is_one_line_that_names_it(trained, folder, tmp_path, capsys, kind):
+    picture, said = WRONG[kind]
+    root = tmp_path / "data"
+    shutil.copytree(folder, root)
+    mask = root / "masks" / "test" / "02.png"
+    mask.unlink()
+    if isinstance(picture, bytes):
+        mask.write_bytes(picture)
+    elif picture is not None:
+        picture.save(tmp_path / "it.tiff") if kind == "floats" else picture.save(mask)
+        if kind == "floats":
+            mask.write_bytes((tmp_path / "it.tiff").read_bytes())
+    line = error_line(capsys, ["evaluate", str(trained[0]), "--data", str(root), "--quiet"])
+    assert "02.png" in line and said in line
