@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 
 import pae
 from pae import text
-from pae.prompts import DAPT, METHODS, UPT, CoOp, TextContext, UPTDeep, VPTDeep
+from pae.prompts import (
+    DAPT,
+    METHODS,
+    UPT,
+    ApproximatedPair,
+    CoOp,
+    TextContext,
+    UPTDeep,
+    VPTDeep,
+)
 from tests import clips
 from tests.errors import distance
 from tests.libraries import images
@@ -33,7 +42,7 @@ VALUES, GRADIENTS = 1e-9, 1e-7  # relative; the second also of the largest gradi
 # the image families that one tower of every library takes without labels or a class token
 PLAIN = ["vpt-deep", "vpt-shallow", "bpt", "vapt", "e2vpt", "apt", "lspt", "vfpt", "pro-vpt"]
 WORD = st.sampled_from(["red", "cat", "oak", "tree", "frog", "very", "x"])
-PAIRS = {"coop": CoOp, "dapt": DAPT, "upt": UPT, "upt-deep": UPTDeep}
+PAIRS = {"coop": CoOp, "dapt": DAPT, "upt": UPT, "upt-deep": UPTDeep, "apt-vl": ApproximatedPair}
 
 
 @dataclass
@@ -76,7 +85,10 @@ def cases(draw) -> Case:
         given = {"num_tokens": count, "image_tokens": draw(st.integers(0, 3))}
     else:
         given = {"num_tokens": max(1, count), "dropout": draw(st.sampled_from([0.0, 0.3]))}
-        given |= {"faithful": draw(st.booleans())} if kind == "upt" else {"hidden": 6}
+        more = {"upt": {"faithful": draw(st.booleans())}, "upt-deep": {"hidden": 6}}
+        rows = {"rank": 2, "num_rows": draw(st.integers(0, 2))}
+        more["apt-vl"] = {**rows, "context_tokens": draw(st.integers(0, 3))}
+        given |= more[kind]
     front = draw(words(0, 2)) if position == "end" else ""
     template = f"{front} {{}} {draw(words(0, 2))}".strip()
     return Case(
@@ -198,8 +210,8 @@ def late_end(monkeypatch):
     monkeypatch.setattr(
         pae.clip,
         "walk",
-        lambda plan, known, shared, own, at, memory: walk(
-            plan, known, shared, own, [(a - 1).clamp(min=0) for a in at], memory
+        lambda plan, known, shared, own, at, *more: walk(
+            plan, known, shared, own, [(a - 1).clamp(min=0) for a in at], *more
         ),
     )
 
