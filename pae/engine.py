@@ -16,6 +16,7 @@ The block itself is in `block`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from .block import (
     normalise,
     scaled,
 )
+from .packs import can_pack
 from .plan import BlockPlan, FrozenPlan
 from .prompts import PromptFamily
 from .prompts.contracts import check_rows
@@ -248,7 +250,8 @@ def unprompted(plan: FrozenPlan, x: Tensor) -> Iterator[Tensor]:
 
 
 def kept_by(plan: FrozenPlan, memory: str) -> tuple[FrozenPlan, str]:
-    """The plan that a memory mode reads, and the mode of its blocks.
+    """The plan that a memory mode reads, and the mode of its blocks; a warning where there is
+    nothing to pack.
 
     Raises:
         ValueError: an unknown one.
@@ -256,7 +259,16 @@ def kept_by(plan: FrozenPlan, memory: str) -> tuple[FrozenPlan, str]:
     check_memory(memory)
     if memory != "packed":
         return plan, memory
-    return plan if torch.compiler.is_compiling() else plan.packed(), "keep"
+    if torch.compiler.is_compiling():
+        return plan, "keep"
+    weight = plan.blocks[0].w_qkv
+    if not can_pack(weight):
+        warnings.warn(
+            "memory='packed' is 'keep' here: weights are packed for fp32 on a CPU by a PyTorch "
+            f"with MKL, and products are {weight.dtype} on {weight.device.type}",
+            stacklevel=2,
+        )
+    return plan.packed(), "keep"
 
 
 def check_memory(memory: str) -> None:

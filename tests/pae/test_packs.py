@@ -89,6 +89,17 @@ def test_what_is_not_packed(rows, dtype):
     assert packs.fits(torch.zeros(FEWEST_ROWS, 16), weight.float()) == HERE
 
 
+def test_nothing_to_pack_is_said(recwarn):
+    model = prompted("avg")  # in fp64
+    said = r"memory='packed' is 'keep' here: .* products are torch.float64 on cpu"
+    with pytest.warns(UserWarning, match=said):
+        pae.fast_forward(model, tiny.images(model.backbone), memory="packed")
+    if HERE:
+        model = prompted("avg", dtype=FP32)
+        pae.fast_forward(model, tiny.images(model.backbone), memory="packed")
+        assert not recwarn.list
+
+
 def test_trained_vectors_beside_packed_weights():
     torch.manual_seed(0)
     vit = tiny.backbone("avg").float()
