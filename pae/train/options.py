@@ -661,7 +661,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
 # of segmentation, per head, without prompts and with: docs/segmentation.md, "A drawn task"
 _PIXELS = {**_PROMPTS, "batch_size": 8, "lr": 3e-3}
 _SEGMENTATION: dict[tuple[str, bool], dict[str, Any]] = {
-    ("linear", False): _PIXELS,
+    ("linear", False): {**_PIXELS, "epochs": 20, "lr": 1.5e-2},
     ("linear", True): _PIXELS,
     ("pup", False): {**_PIXELS, "optimizer": "sgd", "lr": 0.05},
     ("pup", True): _PIXELS,
