@@ -543,6 +543,49 @@ def test_refused(options, message):
     refused(ValueError, message, partial(build, **options))
 
 
+ODD = ['"quoted"', "it's", "snow_leopard", "naïve café", "猫", "a {brace}", "U.S.", "<tag>"]
+
+
+def test_names_of_every_kind():
+    """By open_clip's own tokenizer, whole; what does not fit in 77 rows is refused."""
+    from open_clip import model
+    from open_clip.tokenizer import SimpleTokenizer
+
+    from tests.tiny import filled
+
+    words, shape = SimpleTokenizer(), {**clips.OPEN_TEXT, "context_length": 77, "vocab_size": 49408}
+    tower = filled(model.CLIP(16, clips.OPEN_VISION, shape)).double().eval()
+    made = pae.prompted_clip(tower, None, pae.prompts.TextContext(4), ODD)
+    assert_engines_agree(made.train(), images())
+    ids = words([f"{name}." for name in ODD])
+    assert torch.equal(made.text.tokens[:, 5:], ids[:, 1:73]) and made.classes == tuple(ODD)
+    message = "class_names[1], 'xxxx"
+    both = {"class_names": ["cat", "x" * 300], "text_prompts": pae.prompts.TextContext(4)}
+    refused(ValueError, message, partial(pae.prompted_clip, copy.deepcopy(tower), **both))
+
+
+@pytest.mark.parametrize("names", [["cat", "oak", "cat"], ["Cat", "oak", "cat"]])
+def test_two_classes_of_one_text(names):
+    class Lower(clips.Words):
+        def __call__(self, texts, context_length=clips.ROWS):
+            return super().__call__([text.lower() for text in texts], context_length)
+
+    message = rf"class_names\[0\], '{names[0]}', and class_names\[2\], 'cat', are one text"
+    with pytest.warns(UserWarning, match=message):
+        made = prompted(names=names, tokenizer=Lower())
+    logits = made(images())
+    assert torch.equal(logits[:, 0], logits[:, 2])
+
+
+def test_a_name_that_holds_an_end_token():
+    words = clips.Words()
+    ids = words(["cat.", "oak."])
+    ids[1, 1] = clips.END  # as the name's
+    message = "tokens[1] ends at row 1, expected a class name behind 1 rows, and an end token at"
+    text, end = clip("open_clip, text tower"), partial(pae.PromptedText, context=None, tokens=ids)
+    refused(ValueError, message, partial(end, text))
+
+
 def test_towers_that_are_not_read():
     message = "ViTModel has no text tower that can be read: expected CLIP, CustomTextCLIP or"
     from tests.libraries import model
