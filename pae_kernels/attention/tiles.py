@@ -96,11 +96,13 @@ def backward_whole(qkv: Tensor, rows: int) -> Tile | None:
     return WHOLE[large, next(size for size in (64, 128, 256) if rows <= size)]
 
 
-def with_places(tile: Tile) -> Tile:
+def with_places(tile: Tile, bias: bool, mask: bool) -> Tile:
     """A tile of the one-pass backward with a bias or a mask: of 256 rows, two tiles of it in flight
-    do not fit into the shared memory of sm_100.
+    do not fit into the shared memory of sm_100, and beside 64 keys both spill 190 bytes a thread.
     """
-    return replace(tile, stages=1) if tile.block_m > 128 else tile
+    if tile.block_m <= 128 or not (bias or mask):
+        return tile
+    return replace(tile, stages=1, block_n=32 if bias and mask else tile.block_n)
 
 
 def backward_split(qkv: Tensor, rows: int) -> Tile:

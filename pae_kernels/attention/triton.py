@@ -565,9 +565,9 @@ def _common(
     }
     bias_head = 0 if bias is None or len(bias) == 1 else n.tokens * n.tokens
     strides = (*strides, bias_head, 1 if mask is None else len(mask))
-    read = tuple(
-        qkv if t is None else t.contiguous() for t in (group, log_multiplicity, bias, mask)
-    )
+    # of fp64, which is rounded as it is read, a tile would not fit into shared memory
+    placed = (t if t is None or t.dtype != torch.float64 else t.float() for t in (bias, mask))
+    read = tuple(qkv if t is None else t.contiguous() for t in (group, log_multiplicity, *placed))
     return _Common(distance // size, strides, read, constants)
 
 
@@ -638,7 +638,7 @@ def backward(
 
     tile = tiles.backward_whole(qkv, n.rows)
     if tile is not None:
-        tile = tile if bias is None and mask is None else tiles.with_places(tile)
+        tile = tiles.with_places(tile, bias is not None, mask is not None)
         images = tiles.images_per_program(qkv, tile) if n.sets == 1 else 1
         count = programs(n.batch, images)
         d_kv = slots(count)
@@ -740,7 +740,8 @@ def variant_launches(architecture: int) -> list[Launch]:
         _launch("bwd grouped", bwd, rows, **many),
         _launch("bwd dq causal", dq, split, PLACED=4),
         _launch("bwd dkv causal", dkv, split, PLACED=4),
-        _launch("bwd with bias", bwd, tiles.with_places(rows), PLACED=1),
+        _launch("bwd with bias", bwd, tiles.with_places(rows, True, False), PLACED=1),
+        _launch("bwd with both", bwd, tiles.with_places(rows, True, True), PLACED=3),
         _launch("bwd dq with mask", dq, split, PLACED=3),
         _launch("bwd dkv with mask", dkv, split, PLACED=2),
         _launch("bwd per image", bwd, rows, "fp16", 48, **own),

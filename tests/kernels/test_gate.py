@@ -207,6 +207,35 @@ def test_the_worst_of_what_tests_launch_is_guarded():
     assert not list(gate.of_tests(worst, budgets, 80, "3.8"))  # a room that is not guarded there
 
 
+def test_the_command_guards_what_tests_launch(tmp_path, monkeypatch, capsys):
+    """Nothing is guarded before there are budgets; then what is worse, new or gone is an error."""
+    gelu = of_steps(90)[GELU]
+    norm = next(la for name, la in of_steps(90).items() if name.startswith("layer_norm_fwd"))
+    monkeypatch.setattr(gate, "FILE", tmp_path / "budgets.json")
+
+    def run(*options, found):
+        monkeypatch.setattr(launches, "of_tests", lambda architecture: dict.fromkeys(found, 1))
+        code = gate.main(["--tests", "--arch", "90", "--jobs", "1", *options])
+        return code, capsys.readouterr().out
+
+    name = "tests: activation_fwd bf16,u8"
+    assert f"without budgets on sm_90, by rules alone: {name}" in run(found=[gelu])[1]
+    assert run("--update", found=[gelu])[0] == 0 and [*gate.read()] == [name]
+    assert run(found=[gelu]) == (
+        0, f"Triton {triton.__version__}\nsm_90, pointwise: 1 launches\n"
+        "1 launches within their budgets\n",
+    )  # fmt: skip
+    code, said = run("--room", "pointwise", "koopman", found=[gelu, replace(gelu, aligned=())])
+    assert code == 1 and f"{name}, sm_90: narrow " in said
+    code, said = run(found=[norm])
+    assert code == 1 and f"{name}, sm_90 is no longer launched" in said
+    assert "has no budget" not in said  # a room without any is held to rules alone
+    assert run("--update", found=[norm])[0] == 0 and name not in gate.read()
+    with pytest.raises(SystemExit):
+        run("--update", "gelu", found=[gelu])
+    assert "name them by --room" in capsys.readouterr().err
+
+
 def test_a_stand_in_refuses_what_would_read_its_addresses():
     """A model is copied within its world; what copies that, or hands it to compiled code, ends."""
     with stand_in.gpu(90):

@@ -136,6 +136,17 @@ def test_attention_copies_its_next_keys_meanwhile(architecture):
             assert ahead_of_time.compile_launch(launch, architecture).asynchronous > 0
 
 
+def test_biases_and_masks_in_fp64_are_rounded_before_they_are_read():
+    """Two of them in flight, 320 KB, would fit no multiprocessor's shared memory."""
+    meta, bf16 = ahead_of_time.meta, torch.bfloat16
+    given = meta(bf16, 2, 197, 3, 4, 64), meta(bf16, 1, 50, 2, 4, 64), None, 0.1, False, None
+    placed = meta(torch.float64, 4, 197, 197), meta(torch.float64, 2, 197, 197)
+    fwd = lambda: triton_attention.forward(*given, *placed)
+    launch = ahead_of_time.recorded("", 90, fwd)
+    assert launch.types["bias"] == launch.types["mask"] == "*fp32"
+    assert tiles.with_places(tiles.WHOLE[True, 256], True, True).block_n == 32
+
+
 def test_programs_that_take_images_in_turn_fill_the_gpu_once():
     """128 images of 12 heads on 132 multiprocessors, which a program of 256 rows fills alone."""
     qkv = torch.empty(128, 197, 3, 12, 64, dtype=torch.bfloat16, device="meta")
