@@ -129,6 +129,12 @@ def _work(sweep: Sweep, records: Records, arguments: argparse.Namespace) -> int:
             say(progress.announcement(sweep.plan))
             for note in sweep.notes:
                 say(note)
+            if foreign := sum(key not in sweep.options for key in records):
+                what = progress.plural("record", foreign)
+                say(
+                    f"{records.folder}: {foreign} {what} of settings that {sweep.path.name} does "
+                    "not ask for: left alone, and in no table of it"
+                )
             say(f"{progress.progress(sweep.plan, records).line(jobs)}; {records.folder}")
         try:
             if arguments.ray is not None:

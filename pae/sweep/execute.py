@@ -120,7 +120,9 @@ def processes(sweep: Sweep, records: Records, jobs: int, command: Sequence[str],
                 if run is None and deaths[""] > jobs:
                     raise RuntimeError(f"the processes of --jobs end before they begin, by {how}")
                 if run is not None and deaths[run.key] > 1:
-                    work.failed(sweep, records, run, f"its process was ended by {how}, twice")
+                    memory = ": as a system does that runs out of memory" * (how == "SIGKILL")
+                    reason = f"its process was ended by {how}, twice{memory}"
+                    work.failed(sweep, records, run, reason)
                 elif run is not None:
                     say(f"{run}: its process was ended by {how}; it goes on in another one")
                 if watched.left():

@@ -28,7 +28,7 @@ class Progress(NamedTuple):
         Args:
             at_once: runs that go on side by side.
         """
-        parts = [f"{self.done}/{self.total} runs"]
+        parts = [f"{self.done}/{self.total} {plural('run', self.total)}"]
         if self.failed:
             parts.append(f"{len(self.failed)} did not finish")
         if self.seconds is not None and self.done < self.total:
@@ -104,21 +104,20 @@ def outcome(record: Record) -> str:
 def announcement(plan: Plan) -> str:
     """How many runs there are, before the first one."""
     grid, more = plan.count()
-    groups, seeds = len(plan.groups), len(plan.seeds)
-    cells = sum(len(group.cells) for group in plan.groups)
-    where = f"{groups} {_plural('pair', groups)} of task and method"
+    groups, cells = len(plan.groups), sum(len(group.cells) for group in plan.groups)
+    where = f"{groups} {plural('pair', groups)} of task and method"
+    seeds = f"{len(plan.seeds)} {plural('seed', len(plan.seeds))}"
     if not grid:
-        return (
-            f"{plan.name}: {more} runs: {cells} {_plural('cell', cells)} in {where}, "
-            f"{seeds} {_plural('seed', seeds)}"
-        )
+        where = f"{cells} {plural('cell', cells)} in {where}"
+        return f"{plan.name}: {more} {plural('run', more)}: {where}, {seeds}"
     text = f"{plan.name}: {grid + more} runs: {grid} of the grid ({cells} cells in {where})"
     if more:
-        text += f", then {more} of the chosen cells ({seeds} {_plural('seed', seeds)})"
+        text += f", then {more} of the chosen cells ({seeds})"
     return text
 
 
-def _plural(word: str, count: int) -> str:
+def plural(word: str, count: int) -> str:
+    """The word, with an s unless there is one of it."""
     return word if count == 1 else f"{word}s"
 
 

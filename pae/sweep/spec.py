@@ -19,6 +19,7 @@ import dataclasses
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,7 @@ class _Reader:
             for task in self.tasks(common)
             for method in methods
         ]
+        self.note_common(groups)
         self.check_used([common, self.final])
         asha = self.asha()
         plan = Plan(
@@ -286,7 +288,7 @@ class _Reader:
     def axes(self, where: str, grid: Values) -> Iterator[list[Values]]:
         for name, values in self.spread(grid):
             if not isinstance(values, list) or not values:
-                self.refuse(f"[{where}] {name} = {values!r}: expected a list of values")
+                self.refuse(f"[{where}] {name} = {values!r}: expected a list of one value or more")
             yield [self.one(where, name, value) for value in values]
 
     @staticmethod
@@ -427,7 +429,7 @@ class _Reader:
         return option not in _OF_STEPS or method != "linear"
 
     def is_used(self, option: str, options: Options) -> bool:
-        return self.applies(option, dataclasses.asdict(options))
+        return self.applies(option, vars(options))
 
     def settings(self, options: Options, values: Values, given: Given) -> Values:
         """What decides the numbers of a run, wherever it runs: its key is made of them.
@@ -441,7 +443,7 @@ class _Reader:
         )
         if options.amp == "fp16":  # of a GPU, which this machine need not have
             anywhere = dataclasses.replace(anywhere, amp="no")
-        resolved = dataclasses.asdict(anywhere.resolved(given))
+        resolved = vars(anywhere.resolved(given))
         known = declared(Options)
         settings = {n: v for n, v in resolved.items() if known[n].default != v}
         for name in (*record.CHANGEABLE, *record.CHOSEN):
@@ -450,6 +452,19 @@ class _Reader:
             if values.get(name) not in (None, "auto"):
                 settings[name] = values[name]
         return settings
+
+    def note_common(self, groups: list[Group]) -> None:
+        """What of two groups is one, which may be a folder that was given twice."""
+        owners: dict[str, Group] = {}
+        shared: Counter[tuple[str, str]] = Counter()
+        for group in groups:
+            for key in {key for cell in group.cells for key in (*cell.keys, *cell.finals)}:
+                owner = owners.setdefault(key, group)
+                if owner is not group:
+                    names = [f"{one.task}, {one.method}" for one in (owner, group)]
+                    shared[names[0], names[1]] += 1
+        for (one, other), count in shared.items():
+            self.notes[f"{other}: {count} of its runs are also those of {one}, and run once"] = None
 
     def check_used(self, layers: list[Layer]) -> None:
         """What is said of KLD or MPA was meant for somebody."""
@@ -479,7 +494,7 @@ def rehearse(sweep: Sweep, keys: set[str] | None = None) -> None:
     for key, options in sweep.options.items():
         if keys is not None and key not in keys:
             continue
-        same = dataclasses.asdict(options)
+        same = dict(vars(options))
         for name in ("seed", "lr", "weight_decay", "head_weight_decay", "epochs", "warmup_epochs"):
             same[name] = None
         mark = repr(same)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import shutil
@@ -36,6 +37,7 @@ from pae.train.scores import score_of
 
 OnEpoch = Callable[[dict[str, Any]], None]
 _TRACE = "error.txt"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def do(
@@ -60,6 +62,7 @@ def do(
     Raises:
         InUse: another process is at it.
         Interrupted, KeyboardInterrupt: a stop was asked for; what was done is kept.
+        OSError: the disk is full; what was done is kept, and the run has no record.
     """
     folder = _Folder(records.path(run.key), on_epoch)
     with folder.held():
@@ -72,6 +75,11 @@ def do(
             body = _train(sweep, records, run, folder, options, reporter, shared)
         except (loop.Interrupted, KeyboardInterrupt):
             raise
+        except OSError as error:
+            if error.errno in _FULL:  # so would be all runs after it
+                text = f"{error.strerror}; make room, and the same command goes on"
+                raise OSError(error.errno, text, error.filename) from error
+            body = _failure(folder, FAILED, error)
         except ArithmeticError as error:
             body = _failure(folder, DIVERGED, error)
         except Exception as error:

@@ -431,7 +431,8 @@ def read_table(
     for key, value in table.items():
         name = former_names.get(key, key)
         if name not in known:
-            raise ValueError(f"{path}: there is no option {key}{near(key, known)}")
+            hint = near(key, known) or "; pae train --help lists them"
+            raise ValueError(f"{path}: there is no option {key}{hint}")
         if name in values:
             raise ValueError(f"{path}: {name} is given twice, once by its former name")
         if isinstance(value, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -96,6 +97,16 @@ def test_what_a_method_has_no_use_for_is_left_out(spec):
     assert any("linear has no use for dropout" in note for note in swept.notes)
 
 
+def test_runs_of_two_tasks_that_are_one_are_told(spec, shades):
+    folder = f"data = {json.dumps(str(shades))}"
+    path = spec('seeds = 2\nmethods = ["vpt-deep"]', f"[tasks.a]\n{folder}\n[tasks.b]\n{folder}")
+    swept = read_spec(path)
+    assert swept.notes == (
+        "b, vpt-deep: 2 of its runs are also those of a, vpt-deep, and run once",
+    )
+    assert sum(swept.plan.count()) == 2
+
+
 def test_own_grids_and_arguments_of_families(spec):
     path = spec(
         "",
@@ -130,6 +141,9 @@ def test_own_grids_and_arguments_of_families(spec):
         ('methods = ["bpt"]', "seed = 1", ["[options] seed", "seeds"]),
         ('methods = ["bpt"]', "kld_dim = 8", ["[options]", "kld_dim", "kld = true"]),
         ('methods = ["bpt"]', "[grid]\nmpa_window = [8]", ["[grid]", "mpa_window", "mpa = true"]),
+        ('methods = ["bpt"]', "rate_of_learning = 1", ["rate_of_learning", "--help lists them"]),
+        ('methods = ["bpt"]', 'lr = "0.1"', ["[options]", 'lr = "0.1"', "a number"]),
+        ('methods = ["bpt"]', "[grid]\nlr = []", ["[grid] lr = []", "one value or more"]),
         ('methods = ["bpt"]', "[grid]\nlr = 0.1", ["[grid] lr = 0.1", "a list"]),
         ('methods = ["bpt"]', "[grid]\nlr = [0.1, -1]", ["[grid]", "lr = -1", "above 0"]),
         ('methods = ["bpt"]', '[grid]\ndataset = ["digits"]', ["[grid] dataset", "tasks"]),
@@ -314,6 +328,36 @@ def test_a_run_that_diverges_or_fails_stops_no_other(spec, sweep, tmp_path, monk
     assert status == 0 and "2 runs start again" in err and not trace.exists()
 
 
+def test_a_full_disk_stops_the_sweep_and_loses_nothing(spec, sweep, tmp_path, monkeypatch):
+    """Every run after it would fail by the same, so none is recorded as failed."""
+    path = spec('methods = ["vpt-deep"]', "[grid]\nlr = [0.003, 0.01]")
+    write, began = RunFolder.write_metrics, []
+
+    def full(folder, rows, result=None):
+        began.append(folder.path.name)
+        if len(rows) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder.path))
+        write(folder, rows, result)
+
+    monkeypatch.setattr(RunFolder, "write_metrics", full)
+    status, _, err = sweep(path)
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert status == 2 and "No space left on device" in line and "make room" in line
+    assert not Records(tmp_path / "out") and len(set(began)) == 1
+    monkeypatch.setattr(RunFolder, "write_metrics", write)
+    assert sweep(path)[0] == 0
+
+
+def test_records_of_another_spec_are_left_and_told(spec, sweep, tmp_path):
+    assert sweep(spec(below="[grid]\nlr = [0.003, 0.01]"))[0] == 0
+    before = dict(Records(tmp_path / "out"))
+    status, out, err = sweep(spec(below="[grid]\nlr = [0.003, 0.02]"))
+    assert status == 0 and "2 of 2 runs finished" in out
+    assert "1 record of settings that lrs.toml does not ask for: left alone" in err
+    after = Records(tmp_path / "out")
+    assert len(after) == 3 and all(key in after for key in before)
+
+
 def test_a_diverging_run_begins_again_and_others_go_on(spec, sweep, tmp_path):
     path = spec()
     assert sweep(path)[0] == 0
@@ -472,7 +516,9 @@ def test_a_run_that_kills_two_processes_has_failed(spec, tmp_path):
     )
     execute.processes(swept, records, 1, [sys.executable, "-c", dies], lines.append)
     assert records[run.key]["status"] == "failed"
-    assert records[run.key]["reason"] == "its process was ended by SIGKILL, twice"
+    assert records[run.key]["reason"] == (
+        "its process was ended by SIGKILL, twice: as a system does that runs out of memory"
+    )
     assert "goes on in another one" in lines[0] and "failed: its process" in lines[1]
 
 

@@ -446,7 +446,7 @@ def test_latex_and_csv(small, capsys):
     for suffix in ("tex", "csv", "md"):
         assert main(["table", str(small / "runs"), "--output", str(small / f"t.{suffix}")]) == 0
     latex = (small / "t.tex").read_text()
-    assert r"A \& B|c" in latex and r"\textbf{72.0} {\scriptsize$\pm$5.0}" in latex
+    assert r"A \& B\textbar{}c" in latex and r"\textbf{72.0} {\scriptsize$\pm$5.0}" in latex
     body = latex.split(r"\midrule")[1].split(r"\bottomrule")[0]
     columns = latex.split(r"\begin{tabular}{")[1].split("}")[0]
     assert {line.count(" & ") for line in body.strip().splitlines()} == {len(columns) - 1}
