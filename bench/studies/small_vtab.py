@@ -219,13 +219,13 @@ def figures(numbers: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
     return found
 
 
-def _panels(tasks: set[str], width: float, height: float, **more: Any) -> tuple[Figure, list]:
+def _panels(tasks: set[str], height: float, below: float = 0.0) -> tuple[Figure, list]:
     """A figure with a panel for each task, four in a row: (it, [(task, its axes)])."""
     order = [task.name for task in SMALL.tasks if task.name in tasks]
     across = min(4, len(order))
     down = -(-len(order) // across)
-    size = (width * across + 1.4, height * down)
-    figure, axes = drawn.figure(*size, down, across, sharey=True, squeeze=False, **more)
+    size = (1.9 * across + 1.4, height * down + below)
+    figure, axes = drawn.figure(*size, down, across, sharey=True, squeeze=False)
     places = list(axes.flat)
     for empty in places[len(order) :]:
         empty.set_visible(False)
@@ -242,7 +242,7 @@ def draw(records: list[dict[str, Any]]) -> Figure:
     """A panel for each task: every seed's test accuracy, a row for each method."""
     methods = _colours(record["method"] for record in records)
     tasks = {record["task"] for record in records}
-    figure, panels = _panels(tasks, 1.9, 0.26 * len(methods) + 0.9)
+    figure, panels = _panels(tasks, 0.26 * len(methods) + 0.9)
     for task, panel in panels:
         for row, (method, colour) in enumerate(methods.items()):
             values = [
@@ -264,7 +264,7 @@ def draw(records: list[dict[str, Any]]) -> Figure:
 def draw_rates(tuned: dict[str, dict[str, float | None]], chosen: dict[str, float]) -> Figure:
     """A panel for each task: validation accuracy over the rate, a line for each method."""
     methods = _colours(name.partition("/")[2] for name in tuned)
-    figure, panels = _panels({name.partition("/")[0] for name in tuned}, 1.9, 1.9)
+    figure, panels = _panels({name.partition("/")[0] for name in tuned}, 2.0, 0.5)
     for task, panel in panels:
         for method, colour in methods.items():
             name = f"{task}/{method}"
@@ -281,7 +281,8 @@ def draw_rates(tuned: dict[str, dict[str, float | None]], chosen: dict[str, floa
         panel.set_xlabel("learning rate")
     panels[0][1].set_ylabel("validation accuracy, %")
     handles, labels = panels[0][1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    columns = min(len(labels), max(3, 2 * len(panels)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
     return figure
 
 

@@ -40,7 +40,9 @@ def add(commands: Any) -> None:
         "--format", choices=FORMATS, help="default: by the suffix of --output, else markdown"
     )
     parser.add_argument("--output", metavar="FILE", help="where to write it; default: printed")
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="default: test")
+    parser.add_argument(
+        "--split", choices=("test", "val"), help="default: test; val where no run has test images"
+    )
     parser.add_argument("--baseline", metavar="ROW", help="compare every row with this one")
     parser.add_argument(
         "--published",
@@ -80,9 +82,15 @@ def run(arguments: argparse.Namespace) -> int:
             )
     for line in (*(f"not there yet: {text}" for text in found.missing), *found.failed):
         print(f"pae: {line}", file=sys.stderr)
+    split = arguments.split
+    if split is None:
+        tested = any(run.result.get("test_accuracy") is not None for run in found.runs)
+        split = "test" if tested else "val"
+        if not tested:
+            print("pae: no run has test images, so this is of validation images", file=sys.stderr)
     table = build(
         found.runs,
-        split=arguments.split,
+        split=split,
         baseline=arguments.baseline,
         protocol=arguments.protocol,
         failed=found.failed,

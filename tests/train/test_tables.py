@@ -273,7 +273,14 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         capsys, ["table", str(tmp_path / "s")]
     )
     save_run(tmp_path / "n", 0.5, result={"test_accuracy": None})
-    assert "--split val" in error_line(capsys, ["table", str(tmp_path / "n")])
+    asked = ["table", str(tmp_path / "n"), "--split", "test"]
+    assert "give --split val" in error_line(capsys, asked)
+    assert main(asked[:2]) == 0  # of a plain folder of images nothing is tested
+    said = capsys.readouterr()
+    assert "validation accuracy" in said.out and "49.0" in said.out
+    assert "no run has test images" in said.err
+    save_run(tmp_path / "tested", 0.5, method="linear")
+    assert "give --split val" in error_line(capsys, [*asked[:2], str(tmp_path / "tested")])
     assert table(tmp_path / "n", split="val").rows[0].cells["a"].mean == pytest.approx(49)
 
 
