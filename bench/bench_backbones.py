@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pae
+from pae.packs import can_pack
 
 from . import shown
 from .bench_step import REFERENCE, narrowed
@@ -107,9 +108,12 @@ def open_step(name: str, prompts: int, dtype: str, batch: int, device: torch.dev
 
 
 def prepare(
-    step: Step, trained: nn.Module, forward: Callable[[Tensor], Tensor] | None = None
+    step: Step,
+    trained: nn.Module,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    packed: bool = False,
 ) -> Runnable:
-    """`forward`: of the model `trained` in the fast engine, its own if None."""
+    """`forward`: of the model `trained` in the fast engine, its own if None; `packed`: it packs."""
     dtype = torch.bfloat16 if step.dtype == "bf16" else None
     folded = [] if forward is None else list(tensors_in(step.model.plan(dtype)))
     weights = [*trained.parameters(), *trained.buffers(), *step.model.parameters()]
@@ -120,6 +124,8 @@ def prepare(
         with SavedBytes([*weights, *folded, *constants, step.images]) as saved:
             results = work()
         peak = peak_bytes(work, step.images.device) + own_bytes(folded, weights)
+        if packed:
+            peak += sum(packs.nbytes for packs in step.model.plan(dtype).packs)
         return checked(results, step.expected, step.limits) | {
             "saved_mb_per_image": saved.activations / len(step.images) / 1e6,
             "peak_mb": peak / 1e6,
@@ -132,7 +138,7 @@ def prepare(
 def ours(memory: str) -> Provider:
     def start(step: Step) -> Runnable:
         forward = lambda x: pae.fast_forward(step.model, x, memory=memory)
-        return prepare(step, step.model, forward)
+        return prepare(step, step.model, forward, memory == "packed")
 
     return Provider(f"pae {memory}", start)
 
@@ -154,7 +160,7 @@ def group(
         providers=[
             *(Provider(n, lambda s, of=of: prepare(s, of(s))) for n, of in peers.items()),
             *([] if rotated else [Provider("textbook", lambda s: prepare(s, s.model))]),
-            *map(ours, ("keep", "recompute")),
+            *map(ours, ("keep", "recompute", *(["packed"] if on_mkl(dtype, settings) else []))),
         ],
         baselines=tuple(peers),
         rounds=20 if settings.on_gpu else 4,
@@ -162,6 +168,11 @@ def group(
         left_out=left_out,
         dtype=dtype,
     )
+
+
+def on_mkl(dtype: str, settings: Settings) -> bool:
+    """Whether `memory="packed"` is another mode than "keep" there."""
+    return dtype == "fp32" and can_pack(torch.empty(0, device=settings.device))
 
 
 def groups(settings: Settings) -> list[Group]:

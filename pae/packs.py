@@ -27,6 +27,11 @@ class Packs:
     def __len__(self) -> int:
         return len(self._held)
 
+    @property
+    def nbytes(self) -> int:
+        """What MKL asked for; it touches about half of that."""
+        return sum(4 * packed.numel() for _, packed in self._held.values())
+
     def fits(self, rows: Tensor, weight: Tensor) -> bool:
         """Whether `linear` takes them: fp32 on a CPU with MKL, and enough rows."""
         enough = rows.shape[:-1].numel() >= FEWEST_ROWS

@@ -66,6 +66,9 @@ def test_a_weight_is_packed_once_for_a_number_of_rows(monkeypatch):
         # no gradient of the images: one product less than four each way in three blocks
         assert calls == Counter(_mkl_linear=23, _mkl_reorder_linear_weight=packed)
     assert held(model) == [7, 8, 8]  # one of each
+    packs, block = model.plan().packs[1], model.plan().blocks[1]
+    weights = sum(block.product(name)[0].nbytes for name in ("qkv", "proj", "fc1", "fc2"))
+    assert packs.nbytes >= 2 * weights
 
 
 def test_packed_weights_are_those_of_the_backbone():
