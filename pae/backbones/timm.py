@@ -24,7 +24,6 @@ _NO_PLACE = {
     "unroll": "its blocks pool queries within squares of a grid (mask units)",
     "pixel_pos": "its blocks look at the pixels of each row's patch",
     "neck": "its blocks cut a grid of rows into windows, with biases for its places",
-    "transformers": "a convolution of the grid of rows stands between its stages",
 }
 
 
@@ -34,6 +33,11 @@ def _refusal(module: nn.Module, missing: str) -> str:
     for attribute, reason in _NO_PLACE.items():
         if hasattr(module, attribute):
             return f"{name} has no place for prompts: {reason}"
+    if hasattr(module, "transformers"):  # PiT
+        return (
+            f"{name} has no reader: its blocks could take prompts, but a convolution between its "
+            "stages changes grid and width of their rows"
+        )
     if any(part.endswith("logit_scale") for part, _ in module.named_parameters()):
         return f"{name} compares rows by their cosine, which no formula here has"
     return f"{name} has no attribute {missing!r}, which a plain timm ViT has"

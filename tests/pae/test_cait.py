@@ -55,6 +55,15 @@ def test_prompts_stand_before_the_patches(family):
     assert all(p.grad.norm() > 1e-3 for p in model.prompts.parameters())
 
 
+def test_rows_of_blocks_are_those_of_all_patches():
+    """There is no class row among them that would be cut off."""
+    model, x = made(VPTDeep(0)), images()
+    vit = cait()
+    expected = vit.blocks[0](vit.patch_embed(x) + vit.pos_embed)
+    (got,) = model.forward_features(x, [0])
+    assert got.shape == expected.shape and error(got, expected) < 1e-12
+
+
 def test_every_row_in_the_mean():
     model = made(pool="all", global_pool="avg")
     features = model.features(images())
@@ -84,7 +93,7 @@ NO_PLACE = {
     "hiera_tiny_224": "Hiera has no place for prompts: its blocks pool queries",
     "tnt_s_legacy_patch16_224": "TNT has no place for prompts: its blocks look at the pixels",
     "samvit_base_patch16": "VisionTransformerSAM has no place for prompts: its blocks cut",
-    "pit_ti_224": "PoolingVisionTransformer has no place for prompts: a convolution",
+    "pit_ti_224": "PoolingVisionTransformer has no reader: its blocks could take prompts, but",
     "swinv2_cr_tiny_224": "SwinTransformerV2Cr compares rows by their cosine",
     "swinv2_tiny_window8_256": "SwinTransformerV2 compares rows by their cosine",
 }
