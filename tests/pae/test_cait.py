@@ -64,6 +64,15 @@ def test_rows_of_blocks_are_those_of_all_patches():
     assert got.shape == expected.shape and error(got, expected) < 1e-12
 
 
+def test_patches_one_by_one_are_embedded_as_in_an_image():
+    view, x = made(VPTDeep(0)).view, images()
+    norm = view.module.patch_embed.norm
+    view.module.patch_embed.norm = torch.nn.Identity()
+    tokens = view.module.patch_embed(x)
+    view.module.patch_embed.norm = norm
+    assert error(view.embed_tokens(tokens, (16, 16)), view.embed(x)) < 1e-12
+
+
 def test_every_row_in_the_mean():
     model = made(pool="all", global_pool="avg")
     features = model.features(images())
