@@ -270,6 +270,9 @@ def test_predicted_and_measured_stand_side_by_side():
     run.machine.update({"copy GB/s": 3000.0, "bf16 product TFLOP/s": 798.0})
     line = next(line for line in predictions.beside(run).splitlines() if p.name in line)
     assert line.rstrip(" |").endswith("2.00x")
+    _, floor, predicted, measured, _ = [cell.strip() for cell in line.strip("| ").split("|")]
+    assert float(measured) == pytest.approx(2 * float(predicted), rel=0.02)
+    assert float(floor) < float(predicted)
 
 
 # ---- killed, and gone on with: steps of nothing
