@@ -300,6 +300,21 @@ def test_heads_as_released(golden, name, precision, engine):
         assert error(head.eval()(as_map(rows.detach(), (2, 2)), engine), eval_logits) < 1e-7
 
 
+def test_biases_of_convolutions_count_where_no_batch_norm_takes_them_out():
+    """In eval mode."""
+    torch.manual_seed(0)
+    head = pae.SETRPUP(12, 3, 8, 3, 2, bias=True).eval()
+    maps = torch.randn(2, 12, 4, 6)
+    without = head(maps)
+    with torch.no_grad():
+        for name, p in head.named_parameters():
+            if name.endswith("conv.bias"):
+                p.copy_(torch.linspace(-2, 2, len(p)))
+    expected, got = head(maps), head(maps, "fast")
+    assert error(got, expected) < 1e-5
+    assert error(expected, without) > 1e-2
+
+
 def test_the_last_enlargement_may_stand_on_either_side_of_the_classes():
     """As mmsegmentation has it: enlarged first, at four times the work of the 1 x 1 product."""
     head = pae.SETRPUP(6, 3, 4, 2).double()
