@@ -23,14 +23,13 @@
 //   3       d prompts, d lift, d K, d L, each in its own blocks
 //   4       only with LayerNorm: its backward, row by row, in place
 //
-// 28 + 3 launches in "code", 4 + 3 in "paper". What bounds them at R = 1, 11 blocks x 50 prompts,
-// D = 768, k = 256 is latency: 0.9 GFLOP forward and 1.5 backward would take 45 us at the H200's
-// 60 TFLOP/s, and 8 MB of traffic stay in L2. Estimate, not a measurement, for one captured graph:
-// launches of a dependent chain 1.2 us each, an active squaring (136 tiles of 16, 2 MFLOP halved by
-// symmetry) 3 us, a settled one 1.2 us, 12 of them active at spectra of training: 55 us; launches 1
-// to 3 5 + 3 + 3 us, 27 and 28 4 us each, backward 8 + 5 + 12 us: about 100 us together, 110 us if
-// all 23 squarings are active. At k = 1024 a squaring is 1.1 GFLOP on 136 tiles of 64, about 35 us
-// while active, so the spectral norm takes 0.45 ms of 0.6 ms.
+// 28 + 3 launches in "code", 4 + 3 in "paper". At R = 1, 11 blocks x 50 prompts, D = 768, k = 256
+// neither operations nor bytes bind them: 0.9 GFLOP forward and 1.5 backward would take 45 us at the
+// H200's 60 TFLOP/s, and 8 MB of traffic stay in L2. A chain of dependent launches binds, and in it
+// the instructions of the squarings (136 tiles of 16 each, halved by symmetry; at k = 1024 136 tiles
+// of 64, 1.1 GFLOP). bench/predictions.py counts those that nvcc made: 0.30 ms in one captured
+// graph, 1.4 ms at k = 1024, with 12 squarings active as at spectra of training; 1.5 and 1.4 times
+// what it says of the Triton version. It is not measured. Outside of graphs the host binds both.
 //
 // Not one kernel with a barrier across the grid: the losses run beside a network's forward, where
 // no block may count on the others being resident.

@@ -22,12 +22,13 @@
 // written, 0.8 MB of spectrum and 2.4 MB of weights read: a floor of 9 or 18 us at 4.3 TB/s. Strips
 // and taps, 8 MB (16 MB), are written and read once more, in L2; the last kernel fetches 98 + 196 KB
 // (twice that) in each of 672 blocks, 200 MB (400 MB) from L2. Work: 8.5 GFLOP of products, three
-// times that in TF32, and 0.7 GFLOP of turned sums. Estimates, not measurements: L2 at 5.5 TB/s 36 us
-// (73 us), tensor cores by mma.sync 18 us at 470 TFLOP/s (110 us at 235), shared memory 18 us (36 us),
-// sums 12 us; they overlap but for the strips, about 5 us. So 45 us and 120 us: 20 % and 15 % of the
-// floor. Not memory binds but the 16 sums of an entry: they fill the registers at 2048 entries, and
-// tiles that small fetch every operand often. Filter and convolution multiply 31 GFLOP and move the
-// images three times.
+// times that in TF32, and 0.7 GFLOP of turned sums. Bandwidth alone would allow 45 us in bf16 (L2 at
+// 5.5 TB/s 36 us, tensor cores by mma.sync 18 us, shared memory 18 us, which overlap; strips 5 us),
+// five times the floor: 16 sums of an entry fill the registers at 2048 entries, and tiles that small
+// fetch every operand often. By the instructions that nvcc made (bench/predictions.py) it is 0.18
+// ms, for issuing binds: of 1,841 in the loop over bins about 300 are products or turned sums, and
+// about 680 the addresses of copies. It is not measured. Filter and convolution multiply 31 GFLOP
+// and move the images three times.
 //
 // pool    one block of 8 warps: 64 tokens, each read once and kept in a warp's registers between its
 //         energy and its weighted sum; partial sums relative to the largest exponent seen, a power of
