@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ import triton
 from pae.checkpoint import write_atomically
 from pae_kernels import machine_code, native
 from tests.gate import ROOM, ROOM_ELSEWHERE
+from tests.processes import run
 
 FILE = Path(__file__).parent / "cuda_code.json"
 ACCEPT = "python -m tests.gate_cuda --update"
@@ -45,11 +45,9 @@ def of_library(library: Path, architecture: int) -> dict[str, Row]:
     found: dict[str, tuple[str, bytes]] = {}
     with tempfile.TemporaryDirectory() as folder:
         extract = [TOOL, "-xelf", f"sm_{architecture}", library.resolve()]
-        subprocess.run(extract, cwd=folder, capture_output=True, check=True)
+        run(extract, cwd=folder)
         for file in Path(folder).iterdir():
-            usage = subprocess.run(
-                [TOOL, "--dump-resource-usage", file], capture_output=True, text=True, check=True
-            ).stdout
+            usage = run([TOOL, "--dump-resource-usage", file]).stdout
             takes = dict(re.findall(r"Function (\w+):\s+(REG.*)", usage))
             for symbol, code in machine_code.kernels(file.read_bytes()).items():
                 found[name_of(symbol)] = takes[symbol], code

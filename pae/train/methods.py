@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -310,7 +310,37 @@ def build_prompts(
     called = partial(options.called, given or Given())
     family = pae.prompts.METHODS[options.method]
     known = _arguments(family)
-    own = {"num_tokens", "dropout", "num_classes"}  # options, and what the data say
+    own = arguments_of(options, family, called, ("num_tokens", "dropout", "num_classes"))
+    arguments: dict[str, Any] = {}
+    if "num_classes" in known:
+        arguments["num_classes"] = num_classes
+    if "num_proxies" in known:
+        arguments["num_proxies"] = options.num_tokens
+    arguments.update(own)
+    missing = [
+        name
+        for name, parameter in inspect.signature(family).parameters.items()
+        if parameter.default is parameter.empty and name not in arguments
+    ]
+    if missing:
+        raise ValueError(
+            f"{called('method')} needs {', '.join(missing)}: --method-args {missing[0]}=..."
+        )
+    return family(**arguments)
+
+
+def arguments_of(
+    options: Options, kind: type, called: Callable[[str], str], own: Sequence[str]
+) -> dict[str, Any]:
+    """Of a family or a pair: what `options` say of it, and its `method_args`.
+
+    Args:
+        called: an option's name in messages.
+        own: arguments that `method_args` may not have: options, and what the data say.
+    Raises:
+        ValueError: an argument that there is not, or of another type.
+    """
+    known = _arguments(kind)
     for name, value in options.method_args.items():
         if name in own:
             where = "the number of classes of the images" if name == "num_classes" else f"--{name}"
@@ -327,24 +357,10 @@ def build_prompts(
             )
     arguments: dict[str, Any] = {"num_tokens": options.num_tokens}
     if "dropout" in known:
-        arguments["dropout"] = options.dropout
+        arguments["dropout"] = options.dropout or 0.0
     elif options.dropout:
         raise ValueError(f"{called('dropout')}: {options.method} has no dropout")
-    if "num_classes" in known:
-        arguments["num_classes"] = num_classes
-    if "num_proxies" in known:
-        arguments["num_proxies"] = options.num_tokens
-    arguments.update(options.method_args)
-    missing = [
-        name
-        for name, parameter in inspect.signature(family).parameters.items()
-        if parameter.default is parameter.empty and name not in arguments
-    ]
-    if missing:
-        raise ValueError(
-            f"{called('method')} needs {', '.join(missing)}: --method-args {missing[0]}=..."
-        )
-    return family(**arguments)
+    return arguments | options.method_args
 
 
 def _arguments(family: type) -> dict[str, Any]:

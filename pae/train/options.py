@@ -257,7 +257,14 @@ class Options:
         unset="nothing",
     )
     num_tokens: int = _method(10, "prompts per block", low=0, high=100_000)
-    dropout: float = _method(0.0, "prompt dropout, one mask per batch", low=0, below=1, metavar="P")
+    dropout: float | None = _method(
+        None,
+        "prompt dropout, one mask per batch",
+        low=0,
+        below=1,
+        metavar="P",
+        unset="0; upt, upt-deep: 0.1",
+    )
     spt: str | None = _method(
         None, "start from tokens of training images", choices=choices.SPT_METHODS
     )
@@ -634,6 +641,7 @@ _COOP = {
     "warmup_epochs": 1.0,
     "warmup_lr": 1e-5,
 }
+_UPT = {**_COOP, "dropout": 0.1}
 _RECIPES: dict[str, dict[str, Any]] = {
     "linear": {
         "epochs": 50,
@@ -655,7 +663,8 @@ _RECIPES: dict[str, dict[str, Any]] = {
     # VPT's turn faster at the same rate
     "da-vpt": {**_PROMPTS, "lr": 5e-3},
     # taken over too: CoOp's and its followers', whose epochs grow with the shots
-    **dict.fromkeys(("coop", "dapt", "upt", "upt-deep"), _COOP),
+    **dict.fromkeys(("coop", "dapt"), _COOP),
+    **dict.fromkeys(("upt", "upt-deep"), _UPT),
     COMPARE: {**_PROMPTS, "epochs": 3},  # it is to end in minutes on a CPU
 }
 # of segmentation, per head, without prompts and with: docs/segmentation.md, "A drawn task"

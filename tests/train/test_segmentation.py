@@ -325,8 +325,8 @@ def test_what_segmentation_does_not_take(folder, capsys):
     assert "--augment timm is not for" in line(*deep, "--augment", "timm")
     assert "--out-blocks 1,9" in line(*deep, "--out-blocks", "1,9")
     assert "learn from the class of an image" in line("--method", "da-vpt")
-    plain = ["train", "--method", "vpt-deep", "--head", "linear"]
-    assert "--head linear needs --task segmentation" in error_line(capsys, plain)
+    plain = ["train", "--method", "vpt-deep", "--head", "pup"]
+    assert "--head pup needs --task segmentation" in error_line(capsys, plain)
     digits = ["train", *FLAGS, *deep, "--dataset", "digits"]
     assert "digits has a class per image" in error_line(capsys, digits)
 

@@ -84,7 +84,7 @@ RECIPE |= {"optimizer": "adamw", "warmup_epochs": 0.5}
 METHODS = {
     "coop": {},
     "dapt": {"method_args": {"image_tokens": 3}},
-    "upt": {},
+    "upt": {"lr": 1e-3, "epochs": 5},
     "upt-deep": {"method_args": {"hidden": 16}},
     "vpt-deep": {},
     "apt-vl": {},
@@ -349,7 +349,7 @@ def test_export(trained, tmp_path, capsys):
 
 PARTS = {
     "dapt": {"method_args": {"image_tokens": 2}},
-    "upt": {"dropout": 0.1},
+    "upt": {"dropout": 0.2},
     "apt-vl-both": {"method_args": {"context_tokens": 2}},
     "vpt-deep": {"train_backbone": "biases", "kld": True, "kld_dim": 8},
 }
@@ -380,7 +380,7 @@ def test_files_that_cannot_become_models(shades, tower, trained, tmp_path):
     made.save(path, task=pae.TaskInfo(classes=made.classes))
     refused(ValueError, "does not say how its backbone (CLIPModel.", lambda: pae.load(path))
     assert pae.load(path, tower).classes == made.classes
-    own = {"num_tokens": 2, "num_classes": 3}
+    own = {"num_classes": 3}
     kind = kind_of(settings(shades, **RECIPE, model=tower, method="coop", method_args=own))
     rows = kind.build(kind.read()).clip
     rows.save(path, task=pae.TaskInfo(rows.classes, backbone={"model": tower, "pretrained": False}))
@@ -407,8 +407,11 @@ REFUSED = [
     ({"pool": "all"}, "not with --task clip: the image tower has its own readout"),
     ({"template": "a photo"}, "expected one {} for the name of a class"),
     ({"class_names": "nowhere.txt"}, "no such file"),
-    ({"method_args": {"rank": 3}}, "coop has no rank; it has num_tokens, position, num_classes"),
+    ({"method_args": {"rank": 3}}, "coop has no rank; it has position, num_classes"),
     ({"dropout": 0.1}, "coop has no dropout"),
+    ({"method_args": {"num_tokens": 2}}, "num_tokens is --num-tokens"),
+    ({"method": "upt", "method_args": {"dropout": 0.2}}, "dropout is --dropout"),
+    ({"method": "upt", "method_args": {"faithful": 1}}, "expected true or false as faithful"),
     ({"base_to_new": True, "method_args": {"num_classes": 3}}, "new classes would have none"),
     ({"task": "classification"}, "it needs --task clip"),
     ({"task": "classification", "method": "vpt-deep", "base_to_new": True}, "needs --task clip"),
@@ -438,6 +441,20 @@ def test_a_recipe_of_its_own(shades, tower):
     for other in ({"warmup_epochs": 0.0}, {"scheduler": "none"}):
         assert options_module.Options(**own, **other).resolved().warmup_lr is None
     assert options_module.Options(**own, warmup_lr=1e-4).resolved().warmup_lr == 1e-4
+
+
+def test_dropout_is_published_or_given(shades, tower):
+    for method, given, expected in (
+        ("upt", {}, 0.1),
+        ("upt-deep", {}, 0.1),
+        ("upt", {"dropout": 0.0}, 0.0),
+        ("upt", {"dropout": 0.3}, 0.3),
+        ("vpt-deep", {}, 0.0),
+    ):
+        kind = kind_of(settings(shades, **{**RECIPE, "model": tower, "method": method, **given}))
+        clip = kind.build(kind.read()).clip
+        prompts = clip.vision.prompts if clip.pair is None else clip.pair
+        assert prompts.dropout == expected, (method, given)
 
 
 @pytest.mark.parametrize("name", ["coop", "dapt", "upt"])

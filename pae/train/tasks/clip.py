@@ -194,17 +194,7 @@ class Own(classification.Own):
         options = self.options
         kind = PAIRS[options.method]
         try:
-            arguments = {"num_tokens": options.num_tokens, **options.method_args}
-            known = methods._arguments(kind)
-            if "dropout" in known:
-                arguments["dropout"] = options.dropout
-            elif options.dropout:
-                raise ValueError(f"{called('dropout')}: {options.method} has no dropout")
-            if unknown := sorted(set(arguments) - set(known)):
-                raise ValueError(
-                    f"{called('method_args')}: {options.method} has no {unknown[0]}; it has "
-                    f"{', '.join(known)}"
-                )
+            arguments = methods.arguments_of(options, kind, called, ("num_tokens", "dropout"))
             return kind(**arguments)
         except TypeError as error:
             raise ValueError(f"{called('method_args')}: {error}") from error
