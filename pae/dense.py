@@ -19,7 +19,6 @@ from pae_kernels import maps as kernels
 
 from . import checkpoint
 from .backbones import BackboneView
-from .backbones.windows import Windows
 from .errors import CheckpointError
 from .kld import KLD
 from .model import PromptedViT, blocks_of
@@ -449,7 +448,7 @@ class PromptedSegmenter(nn.Module):
         found = []
         for block in blocks:
             geometry = geometries[block]
-            found.append(geometry.grid if isinstance(geometry, Windows) else grid)
+            found.append(getattr(geometry, "grid", grid))
         if not view.shape.widths and grid[0] * grid[1] != (
             have := view.num_rows(size) - view.num_prefix_tokens
         ):

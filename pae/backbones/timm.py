@@ -11,6 +11,7 @@ from .timm_bias import BiasView
 from .timm_cait import CaitView
 from .timm_eva import EvaView
 from .timm_naflex import NaFlexView
+from .timm_pit import PitView
 from .timm_swin import SwinView
 from .timm_vit import TimmView
 from .view import BackboneView, examined
@@ -33,11 +34,6 @@ def _refusal(module: nn.Module, missing: str) -> str:
     for attribute, reason in _NO_PLACE.items():
         if hasattr(module, attribute):
             return f"{name} has no place for prompts: {reason}"
-    if hasattr(module, "transformers"):  # PiT
-        return (
-            f"{name} has no reader: its blocks could take prompts, but a convolution between its "
-            "stages changes grid and width of their rows"
-        )
     if any(part.endswith("logit_scale") for part, _ in module.named_parameters()):
         return f"{name} compares rows by their cosine, which no formula here has"
     return f"{name} has no attribute {missing!r}, which a plain timm ViT has"
@@ -69,6 +65,8 @@ def read_backbone(module: nn.Module) -> BackboneView:
     """
     if _has_stages(module):
         return examined(SwinView(module))
+    if hasattr(module, "transformers") and hasattr(module, "head_dist"):
+        return examined(PitView(module))
     name = type(module).__name__
     vit: Any = module
     kind = _kind(module)

@@ -592,7 +592,7 @@ class BackboneView(BlocksView):
             self.prove_blocks()
         except UnsupportedBackbone as error:
             self.unproved = str(error)
-            _run_as_it_is(self)
+            run_as_it_is(self)
         finally:
             self._examining = False
 
@@ -895,7 +895,7 @@ def plainly(device: torch.device) -> Iterator[None]:
                 yield
 
 
-def _run_as_it_is(view: BackboneView) -> None:
+def run_as_it_is(view: BackboneView) -> None:
     """Raise unless stem, blocks and readout are the backbone, and prompts can stand in its blocks,
     which run every image of a batch by itself.
 
@@ -908,7 +908,7 @@ def _run_as_it_is(view: BackboneView) -> None:
             images = view.random_images(2, size)
             expected, x, own = view.own_output(images), view.embed(images), view.geometry(size)
             for i in range(len(view.blocks)):
-                at = view.num_prefix_tokens
+                x, at = view.enter(i, x, own), view.num_prefix_tokens
                 longer = torch.cat([x[:, :at], x[:, -prompts:], x[:, at:]], dim=1)
                 both, alone = (view.run_block(i, rows, own[i]) for rows in (longer, longer[:1]))
                 if both.shape != longer.shape:

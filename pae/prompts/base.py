@@ -390,7 +390,7 @@ def _bound_once(bind: Callable[[Any, BackboneShape], None]) -> Callable[..., Non
         if shape.widths and not takes_stages:
             raise ValueError(
                 f"prompts ({type(self).__name__}) are not defined on a backbone with stages of "
-                "several widths (Swin): use VPTDeep or VPTShallow"
+                "several widths (Swin, PiT): use VPTDeep or VPTShallow"
             )
         self._shape, self._binding = shape, True
         try:

@@ -102,7 +102,6 @@ NO_PLACE = {
     "hiera_tiny_224": "Hiera has no place for prompts: its blocks pool queries",
     "tnt_s_legacy_patch16_224": "TNT has no place for prompts: its blocks look at the pixels",
     "samvit_base_patch16": "VisionTransformerSAM has no place for prompts: its blocks cut",
-    "pit_ti_224": "PoolingVisionTransformer has no reader: its blocks could take prompts, but",
     "swinv2_cr_tiny_224": "SwinTransformerV2Cr compares rows by their cosine",
     "swinv2_tiny_window8_256": "SwinTransformerV2 compares rows by their cosine",
 }
