@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import pae
-from tests.libraries import SIZE, WIDE
+from tests.libraries import SIZE, WIDE, version_4
 from tests.tiny import filled
 
 ROWS, WORDS = 20, 60  # rows of a text; tokens of the vocabulary
@@ -89,8 +90,16 @@ MORE = {"open_clip, one block": _open_clip("CLIP", layers=1)}
 CAUSAL = [name for name in CLIPS if not name.endswith("SigLIP")]
 
 
+def runs(name: str, dtype: torch.dtype) -> bool:
+    """Whether the library's own model does."""
+    theirs = name.startswith("transformers") and name in CAUSAL
+    return not (theirs and dtype == torch.float64 and version_4())
+
+
 def clip(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """One of `CLIPS`, in eval mode; its scale is 3."""
+    if not runs(name, dtype):
+        pytest.skip("transformers 4 puts the least number of fp64 into a causal mask of fp32")
     made: Any = filled((CLIPS | MORE)[name]())
     with torch.no_grad():
         for part in made.modules():
