@@ -71,6 +71,23 @@ def test_what_it_does_not_know_is_refused_in_a_line(capsys):
         assert run.returncode == 1 and run.stderr == "PyTorch sees no GPU here\n"
 
 
+def test_a_call_that_names_no_stage_is_all_of_them(capsys):
+    assert gpu.main(["--list"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == [step.stage for step in gpu.steps()]
+
+
+def test_a_second_call_measures_the_ceilings_no_more(tmp_path, monkeypatch):
+    day = mock.Mock(lines=tmp_path / "day.jsonl", failed=0)
+    monkeypatch.setattr(gpu, "Day", lambda *_: day)
+    monkeypatch.setattr(gpu, "stem_here", lambda _: tmp_path / "day")
+    for measured in (False, True):
+        assert gpu.main(["a"]) == 0
+        (run,) = day.run.call_args.args
+        assert [step.name == "ceilings" for step in run][:2] == [not measured, False]
+        lines.append(day.lines, "ceilings", copy=1)
+
+
 # ---- lines
 
 
