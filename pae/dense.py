@@ -448,7 +448,7 @@ class PromptedSegmenter(nn.Module):
         found = []
         for block in blocks:
             geometry = geometries[block]
-            found.append(getattr(geometry, "grid", grid))
+            found.append(geometry.grid if any(geometry.grid) else grid)
         if not view.shape.widths and grid[0] * grid[1] != (
             have := view.num_rows(size) - view.num_prefix_tokens
         ):

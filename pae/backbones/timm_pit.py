@@ -8,7 +8,6 @@ linear layer as that row. The stages run as they are: no plan has such a convolu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,13 +18,6 @@ from ..prompts.base import BackboneShape
 from .view import BackboneView, BlockWeights, Geometry, run_as_it_is
 
 REASON = "a convolution between its stages, which no plan has, changes grid and width of its rows"
-
-
-@dataclass(frozen=True)
-class OnGrid(Geometry):
-    """Nothing beside the rows; grid: (rows, columns) of the image's."""
-
-    grid: tuple[int, int] = (0, 0)
 
 
 class PitView(BackboneView):
@@ -129,14 +121,13 @@ class PitView(BackboneView):
                 rows, columns = (
                     (n + 2 * pad - kernel) // step + 1 for n, kernel, step, pad in sides
                 )
-            found.append(OnGrid(grid=(rows, columns)))
+            found.append(Geometry(grid=(rows, columns)))
         return found
 
     def enter(self, index: int, x: Tensor, geometry: Sequence[Geometry]) -> Tensor:
         if index == 0 or index not in self._stages:
             return x
         before, stage = geometry[index - 1], self._stages[index]
-        assert isinstance(before, OnGrid)
         rows, columns = before.grid
         others, image = x.tensor_split([x.shape[1] - rows * columns], dim=1)
         image, others = stage.pool(image.mT.unflatten(2, before.grid), others)

@@ -303,12 +303,14 @@ class Geometry:
             or None. Prompts, which stand behind the first `at` rows, have none.
         at: rows of the prefix.
         causal: whether a row sees none behind it.
+        grid: (rows, columns) of the image's rows, where stages have grids of their own; else zeros.
     """
 
     rotation: Tensor | None = None
     bias: Tensor | None = None
     at: int = 0
     causal: bool = False
+    grid: tuple[int, int] = (0, 0)
 
     def mixed(self) -> Geometry:
         """With prompts that meet other images' windows, where there are windows."""

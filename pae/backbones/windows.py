@@ -30,7 +30,6 @@ class Windows(Geometry):
     """The windows of one block, in which `bias` (H, n, n) is that of a window's own n rows.
 
     Attributes:
-        grid: (rows, columns) of the image.
         window: (rows, columns) of a window, n in all. The grid is padded below and to the right
             where it is no multiple.
         shift: by how much the grid is rolled up and to the left before it is cut.
@@ -38,7 +37,6 @@ class Windows(Geometry):
         mixes: prompts meet the windows of other images, as `VPTShallow(faithful=True)` has it.
     """
 
-    grid: tuple[int, int] = (0, 0)
     window: tuple[int, int] = (0, 0)
     shift: tuple[int, int] = (0, 0)
     mask: Tensor | None = None

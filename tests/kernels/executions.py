@@ -250,3 +250,26 @@ def sanitized(*case: Any) -> Any:
 
 def _label(value: object) -> str:
     return getattr(value, "__name__", None) or str(value).removeprefix("torch.")
+
+
+def grads_of(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], d_out: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A value, and the gradient of every tensor for one of the value's."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    return out.detach(), torch.autograd.grad(out, leaves, d_out.to(out.dtype))
+
+
+def in_three_ways(
+    function: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    d_out: Tensor,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Value and every gradient: of a version, of plain PyTorch, and of that in fp64."""
+    wide = [t.double() for t in tensors]
+    found = [
+        grads_of(f, of, d_out) for f, of in ((function, tensors), (plain, tensors), (plain, wide))
+    ]
+    return zip(*((value, *grads) for value, grads in found), strict=True)

@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from pae_kernels import backends
 from pae_kernels.adaptive import prompt_bottleneck, reference, token_mix
 from tests.errors import error
-from tests.kernels.executions import BF16, FP16, FP32, FP64, KERNELS, each, sanitized
+from tests.kernels.executions import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    KERNELS,
+    each,
+    grads_of,
+    in_three_ways,
+    sanitized,
+)
 
 OP = "token_mix"  # and prompt_bottleneck, by the same versions
 OPS = torch.ops.pae
@@ -59,26 +69,18 @@ def finished(u, gain, shift, bias, down, up, activation, channel_mask=None, hidd
     return torch.stack(rows).view_as(u)
 
 
-def grads_of(function, tensors, d_out):
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    out = function(*leaves)
-    return out.detach(), torch.autograd.grad(out, leaves, d_out.to(out.dtype))
-
-
 # ---- token_mix
 
 
 def check(execution, function, plain, tensors, d_out):
     """Value and every gradient of a version, after comparing them with PyTorch and fp64."""
     *tensors, d_out = (t.to(execution.device) for t in (*tensors, d_out))
-    exact = grads_of(plain, [t.double() for t in tensors], d_out)
-    theirs = grads_of(plain, tensors, d_out)
-    got = grads_of(function, tensors, d_out)
-    triples = zip((got[0], *got[1]), (theirs[0], *theirs[1]), (exact[0], *exact[1]), strict=True)
-    for i, (a, b, c) in enumerate(triples):
+    found = list(in_three_ways(function, plain, tensors, d_out))
+    for i, (a, b, c) in enumerate(found):
         floor = execution.pick(gpu=2e-6, other=1e-6)
         execution.assert_as_exact(a, b, c, "gradient" if i else "value", floor)
-    return got
+    value, *grads = (version for version, _, _ in found)
+    return value, grads
 
 
 # batch, rows, width, prompts; tiled: part-full tiles in every direction, several of each

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.library import opcheck
 
 from pae_kernels import backends, cpu
 from pae_kernels.maps import cpu as version
 from pae_kernels.maps import enlarged_conv, has_kernel, pixel_loss, reference
-from tests.kernels.executions import BF16, FP32, FP64, each
+from tests.kernels.executions import BF16, FP32, FP64, each, grads_of, in_three_ways
 from tests.tiny import refused
 
 OP = "enlarged_conv"  # and pixel_loss, by the same versions
@@ -20,19 +21,9 @@ def randn(*size, dtype=FP64, seed=0):
     return torch.randn(*size, generator=generator, dtype=FP64).to(dtype)
 
 
-def grads_of(function, tensors, d_out):
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    out = function(*leaves)
-    return out.detach(), torch.autograd.grad(out, leaves, d_out.to(out.dtype))
-
-
 def check(execution, function, plain, tensors, d_out):
     """Value and every gradient of a version, beside plain PyTorch's and those in fp64."""
-    exact = grads_of(plain, [t.double() for t in tensors], d_out)
-    theirs = grads_of(plain, tensors, d_out)
-    got = grads_of(function, tensors, d_out)
-    triples = zip((got[0], *got[1]), (theirs[0], *theirs[1]), (exact[0], *exact[1]), strict=True)
-    for a, b, c in triples:
+    for a, b, c in in_three_ways(function, plain, tensors, d_out):
         execution.assert_as_exact(a, b, c)
 
 
@@ -194,12 +185,12 @@ def test_opcheck():
         t.requires_grad_() for t in (randn(2, 2, 3, 4, dtype=FP32), randn(3, 4, 3, 3, dtype=FP32))
     )
     masks = masks_of(2, 4, 5, classes=4)
-    torch.library.opcheck(OPS.enlarged_conv_fwd, (x, weight, 2))
-    torch.library.opcheck(OPS.pixel_loss_fwd, (x, masks, 255))
+    opcheck(OPS.enlarged_conv_fwd, (x, weight, 2))
+    opcheck(OPS.pixel_loss_fwd, (x, masks, 255))
     d_y, needs = randn(2, 4, 6, 3, dtype=FP32), (True, True)
-    torch.library.opcheck(OPS.enlarged_conv_bwd, (d_y, x.detach(), weight.detach(), 2, *needs))
+    opcheck(OPS.enlarged_conv_bwd, (d_y, x.detach(), weight.detach(), 2, *needs))
     loss, lse = OPS.pixel_loss_fwd(x.detach(), masks, 255)
-    torch.library.opcheck(OPS.pixel_loss_bwd, (torch.ones_like(loss), x.detach(), masks, lse, 255))
+    opcheck(OPS.pixel_loss_bwd, (torch.ones_like(loss), x.detach(), masks, lse, 255))
 
 
 def test_where_there_is_a_kernel(monkeypatch):

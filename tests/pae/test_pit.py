@@ -88,9 +88,10 @@ def test_rows_of_blocks_are_maps_of_their_stages():
     model = made(family=VPTDeep(2))
     rows = model.forward_features(images(), [0, 1, 2, 3])
     assert [tuple(r.shape[1:]) for r in rows] == [(h * w, d) for (h, w), d in zip(GRIDS, WIDTHS)]
-    head = pae.LinearHead(WIDTHS[2], 4).double()
-    segmenter = pae.PromptedSegmenter(made(family=VPTDeep(2)), head, (2,)).eval()
-    assert segmenter(images()).shape == (3, 4, 32, 24)
+    for block in (0, 2, 3):
+        head = pae.LinearHead(WIDTHS[block], 4).double()
+        segmenter = pae.PromptedSegmenter(made(family=VPTDeep(2)), head, (block,)).eval()
+        assert segmenter(images()).shape == (3, 4, 32, 24)
 
 
 def test_regulariser_and_file(tmp_path):
