@@ -43,7 +43,7 @@ from .block import (
 from .packs import can_pack
 from .plan import BlockPlan, FrozenPlan
 from .prompts import PromptFamily
-from .prompts.contracts import check_rows
+from .prompts.contracts import check_rows, check_sets
 from .sequence import (
     between_blocks,
     bypass_of,
@@ -289,6 +289,8 @@ def answers(
         i: int, rows: Tensor | None, group: Tensor | None, head_kv: Tensor | None
     ) -> BlockPrompts:
         group = None if rows is None else group
+        check_sets(family, i, rows, group, head_kv, len(x))
+        group = None if group is None else group.long()
         rows = rows[None] if rows is not None and rows.dim() == 2 else rows
         head_kv = head_kv[None] if head_kv is not None and head_kv.dim() == 4 else head_kv
         attention = family.reads_class_attention and i < count - 1

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pae_kernels.checks import describe
+
 if TYPE_CHECKING:
     from .base import PromptFamily
 
@@ -131,6 +133,38 @@ def check_rows(family: PromptFamily, index: int, rows: Tensor, group: Tensor | N
             f"{name} must give rows (G, P, D) where group_index picks one of G sets, got "
             f"{tuple(rows.shape)}"
         )
+
+
+def check_sets(
+    family: PromptFamily,
+    index: int,
+    rows: Tensor | None,
+    group: Tensor | None,
+    head_kv: Tensor | None,
+    batch: int,
+) -> None:
+    """Refuse sets of prompts that are not one for each image: a kernel finds an image's set by its
+    number, and reads whatever lies there.
+
+    Raises:
+        ValueError: rows (B', P, D) or keys and values (B', P, 2, H, d) of another number of images
+            than the batch's, or a group index that is not one integer for each image.
+    """
+    name = type(family).__name__
+    if group is not None and (
+        tuple(group.shape) != (batch,) or group.dtype not in (torch.int64, torch.int32)
+    ):
+        raise ValueError(
+            f"{name}.group_index must give int64 ({batch},), one per image, got {describe(group)}"
+        )
+    for question, given, shared in (("block_prompts", rows, 2), ("head_keys_values", head_kv, 4)):
+        if given is None or given.dim() == shared or (group is not None and given is rows):
+            continue
+        if len(given) not in (1, batch):
+            raise ValueError(
+                f"{name}.{question}({index}) gives {len(given)} sets {tuple(given.shape)} for "
+                f"{batch} images: give one for each, one for all, or a group_index"
+            )
 
 
 def _overrides(cls: type, base: type, name: str) -> bool:

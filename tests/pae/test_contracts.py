@@ -451,3 +451,57 @@ def test_a_family_that_was_refused_can_be_tried_again():
 
 def test_a_family_without_a_model_has_no_shape():
     refused(RuntimeError, "this VPTDeep belongs to no model yet", lambda: VPTDeep(3).shape)
+
+
+class OwnKeys(PromptFamily):
+    """Keys and values (sets, 3, 2, H, d) of every block, and no rows."""
+
+    def __init__(self, sets):
+        super().__init__()
+        self.sets = sets
+
+    def bind(self, shape):
+        size = shape.depth, self.sets, 3, 2, shape.num_heads, shape.head_width
+        self.kv = torch.nn.Parameter(torch.randn(size))
+
+    @property
+    def prompt_counts(self):
+        return [0] * len(self.kv)
+
+    def block_prompts(self, index, x):
+        return None
+
+    def head_keys_values(self, index, x):
+        return self.kv[index]
+
+
+@pytest.mark.parametrize("feature", ["plain", "avg"])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: OwnKeys(2), "OwnKeys.head_keys_values(0) gives 2 sets (2, 3, 2, 4, 8) for"),
+        (lambda: tiny.Given([3] * 3, sets=2), "Given.block_prompts(0) gives 2 sets (2, 3, 32) for"),
+        (
+            lambda: tiny.Given([3] * 3, sets=2, group=[0, 1]),
+            "Given.group_index must give int64 (5,), one per image, got (2,) int64",
+        ),
+        (
+            lambda: tiny.Given([3] * 3, sets=2, group=[True, False, True, True, False]),
+            "Given.group_index must give int64 (5,), one per image, got (5,) bool",
+        ),
+    ],
+)
+def test_sets_that_are_not_one_for_each_image(make, message, feature):
+    """A kernel would read behind the last one."""
+    model = prompted(feature, make(), torch.float32)
+    x = tiny.images(model.backbone, 5)
+    refused(ValueError, message, lambda: model(x, engine="fast"))
+    with pytest.raises((RuntimeError, IndexError)):
+        model(x)
+
+
+@pytest.mark.parametrize("group", [[0, 0, 0], [1, 0, 2]])
+def test_a_group_index_of_32_bits(group):
+    model = prompted("avg", tiny.Given([3] * 3, sets=3, group=group))
+    model.prompts.group = model.prompts.group.int()
+    assert_engines_agree(model, tiny.images(model.backbone))
