@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -226,7 +227,7 @@ def save(
         **identity(model.backbone, trained),
         "image_size": _image_size(model.backbone),
         "num_classes": model.num_classes,
-        "prompts": {"name": type(model.prompts).__name__, "config": model.prompts.config()},
+        "prompts": describe_part(model.prompts),
         "kld": None if model.kld is None else model.kld.config(),
         "pool": model.pool,
         "task": None if task is None else task.record(),
@@ -355,8 +356,67 @@ def load(model: Trained, path: str | Path, other_size: bool = False) -> None:
             f"checkpoint {path} was trained with pool={found.pool!r}, and the model has "
             f"{model.pool!r}: set model.pool, or build the model with from_file"
         )
+    check_part(found.path, "prompts", found.prompts, model.prompts)
     fill(model, found.path, found.state)
     model.task = found.task
+
+
+def describe_part(part: nn.Module | None) -> dict[str, Any] | None:
+    """What a part of a model is, for a reader of its file."""
+    if part is None:
+        return None
+    config: Any = getattr(part, "config", None)
+    return {"name": type(part).__name__, "config": config() if callable(config) else None}
+
+
+def check_part(
+    path: Path, role: str, found: Mapping[str, Any] | None, part: nn.Module | None
+) -> None:
+    """Raise CheckpointError unless `part` is what the file says of its own: tensors of the same
+    names and shapes mean something else in another family, or under another argument.
+
+    Of its arguments those count that say what is computed of the tensors, and not those that act
+    in training alone (`training_arguments`). What a file does not say is the default.
+    """
+    own = describe_part(part)
+    if own is None or found is None or found["name"] != own["name"]:
+        same = own is found is None
+        said = {} if same else {role: (_name(found), _name(own))}
+    else:
+        known = inspect.signature(type(part)).parameters
+        defaults = {n: p.default for n, p in known.items() if p.default is not p.empty}
+        theirs, mine = (
+            {**defaults, **(found["config"] or {})},
+            {**defaults, **(own["config"] or {})},
+        )
+        skip = getattr(type(part), "training_arguments", ())
+        pairs = {n: (theirs.get(n), mine.get(n)) for n in {**theirs, **mine} if n not in skip}
+        said = {
+            f"{own['name']}'s {n}": (repr(a), repr(b))
+            for n, (a, b) in pairs.items()
+            if not _alike(a, b)
+        }
+    for what, (theirs_is, mine_is) in said.items():
+        raise CheckpointError(
+            f"checkpoint {path} was trained with {what} {theirs_is}, and this model has {mine_is}: "
+            "build it with the same"
+        )
+
+
+def _name(part: Mapping[str, Any] | None) -> str:
+    return "None" if part is None else part["name"]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two arguments are one: tuples are lists in a file, and one number of all blocks may
+    be written for each of them.
+    """
+    a, b = (list(v) if isinstance(v, tuple) else v for v in (a, b))
+    if isinstance(a, list) and type(b) is int:
+        a, b = b, a
+    if type(a) is int and isinstance(b, list):
+        return len(b) > 0 and all(each == a for each in b)
+    return type(a) is type(b) and a == b
 
 
 def _heads(dense: dict[str, Any] | None) -> str:

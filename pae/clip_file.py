@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backbones.trained import names
-from .checkpoint import fill, finite, identity, versions
+from .checkpoint import check_part, describe_part, fill, finite, identity, versions
 from .errors import CheckpointError, one_line
 from .files import from_json, to_json
 from .task import TaskInfo
@@ -30,14 +30,6 @@ def _towers(model: PromptedCLIP) -> dict[str, dict[str, str]]:
     }
 
 
-def _made(part: nn.Module | None) -> dict[str, Any] | None:
-    """What a part is, for a reader of the file."""
-    if part is None:
-        return None
-    config: Any = getattr(part, "config", None)
-    return {"name": type(part).__name__, "config": config() if callable(config) else None}
-
-
 def save(
     model: PromptedCLIP, path: str | Path, extra: Mapping[str, str] | None, task: TaskInfo | None
 ) -> None:
@@ -54,10 +46,10 @@ def save(
         "classes": None if model.class_names is None else list(model.class_names),
         "num_classes": model.num_classes,
         "template": model.template,
-        "prompts": _made(vision.prompts),
-        "context": _made(model.text.context),
-        "pair": _made(model.pair),
-        "kld": _made(vision.kld),
+        "prompts": describe_part(vision.prompts),
+        "context": describe_part(model.text.context),
+        "pair": describe_part(model.pair),
+        "kld": describe_part(vision.kld),
         "pool": vision.pool,
         "train_backbone": list(vision.trained_backbone),
         "task": None if task is None else task.record(),
@@ -120,6 +112,18 @@ def _check(model: PromptedCLIP, path: Path, said: Mapping[str, Any], other_class
                 f"checkpoint {path} was trained with {name} {said[name]!r}, and the model has "
                 f"{own_value!r}"
             )
+    for role, part in (
+        ("prompts", model.vision.prompts),
+        ("context", model.text.context),
+        ("pair", model.pair),
+    ):
+        check_part(path, role, said[role], part)
+    template = said.get("template")
+    if None not in (template, model.template) and template != model.template:
+        raise CheckpointError(
+            f"checkpoint {path} was trained with texts {template!r}, and the model has "
+            f"{model.template!r}: give prompted_clip the same template"
+        )
     names = None if said["classes"] is None else tuple(said["classes"])
     if not other_classes and (names, said["num_classes"]) != (model.class_names, model.num_classes):
         raise CheckpointError(

@@ -177,6 +177,7 @@ class ApproximatedContext(TextContext):
     """
 
     approximation: Approximation
+    training_arguments = ("dropout",)
 
     def __init__(
         self,
@@ -221,6 +222,8 @@ class ApproximatedPair(Pair):
 
     Source: Wu et al. 2023.
     """
+
+    training_arguments = ("dropout",)
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ class APT(PromptFamily):
     keys: nn.Parameter
     values: nn.Parameter
     scales: nn.Parameter
+    training_arguments = ("dropout",)
 
     def __init__(
         self, num_tokens: int, start: int = 0, end: int | None = None, dropout: float = 0.0

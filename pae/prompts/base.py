@@ -108,6 +108,8 @@ class PromptFamily(nn.Module):
             inherited: each class says it of itself.
         mixes_windows: on windows (Swin), exchange those of a batch as the released code does: see
             `VPTShallow`.
+        training_arguments: arguments of the constructor that act in training alone: a file is
+            loaded into a family with others (`PromptedViT.load`).
 
     Raises:
         TypeError: when a class is made whose parts contradict each other, or in which something
@@ -127,6 +129,7 @@ class PromptFamily(nn.Module):
     moves_prompts: bool = False
     takes_stages: bool = False
     mixes_windows: bool = False
+    training_arguments: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()

@@ -39,6 +39,7 @@ class _BPT(PromptFamily):
     basis: nn.Parameter | None
     frozen_basis: Tensor | None
     whitened: Tensor
+    training_arguments = ("trained_bases", "train_basis")  # which tensors there are says the rest
 
     def __init__(self, num_tokens: int, rank: int) -> None:
         super().__init__()

@@ -92,6 +92,11 @@ class DAVPT(VPTDeep):
     class_map: Tensor
     centroids: Tensor
     prompt_norm: nn.LayerNorm | None
+    training_arguments = (
+        *(*VPTDeep.training_arguments, "patch_weight", "class_weight", "kappa", "alpha", "delta"),
+        *("init_divisor", "class_feature", "remap_from", "seed"),
+        "spare_proxies",  # of which the number of prompts says the rest
+    )
 
     def __init__(
         self,

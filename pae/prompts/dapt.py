@@ -47,6 +47,7 @@ class DAPT(Pair):
     """
 
     prototypes: Tensor | None
+    training_arguments = ("image_weight", "text_weight")
 
     def __init__(
         self,

@@ -66,6 +66,7 @@ class E2VPT(_VPT):
     keys_values: nn.Parameter | None
     token_mask: Tensor
     piece_mask: Tensor
+    training_arguments = (*_VPT.training_arguments, "kv_dropout")
 
     def __init__(
         self,

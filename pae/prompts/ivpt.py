@@ -71,6 +71,7 @@ class IVPT(_VPT):
     mix: nn.Parameter
     mix_bias: nn.Parameter
     added: nn.Parameter
+    training_arguments = (*_VPT.training_arguments, "mix_start")
 
     def __init__(
         self,

@@ -122,6 +122,10 @@ class ProVPT(VPTDeep):
     """
 
     moves_prompts = True
+    training_arguments = (
+        *VPTDeep.training_arguments,
+        *("sweep", "score", "faithful", "seed"),
+    )
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class Context(nn.Module):
 
     num_tokens: int
     position: str = "end"
+    training_arguments: tuple[str, ...] = ()  # as those of a `PromptFamily`
 
     def bind(self, width: int, depth: int) -> None:
         """Allocate the parameters for a tower of width D and so many blocks. `PromptedText` calls
@@ -104,6 +105,7 @@ class Pair(nn.Module):
 
     image: PromptFamily
     text: Context | None
+    training_arguments: tuple[str, ...] = ()  # as those of a `PromptFamily`
 
     def __init__(self, image: PromptFamily, text: Context | None) -> None:
         super().__init__()

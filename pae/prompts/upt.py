@@ -154,6 +154,7 @@ class _UPT(Pair):
     """What both variants share: who is bound when."""
 
     width: int = 0
+    training_arguments = ("dropout",)
 
     def __init__(self, num_tokens: int, dropout: float, image: _Made) -> None:
         super().__init__(image, None)

@@ -78,6 +78,7 @@ class VAPT(_VPT):
     """
 
     depends_on_input = True
+    training_arguments = (*_VPT.training_arguments, "channel_dropout", "hidden_dropout")
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Checkpoints: what they hold, that they come back, and that damaged ones are told apart."""
 
+import copy
 import errno
 import json
 import os
@@ -21,8 +22,8 @@ from torch import nn
 
 import pae
 from pae import checkpoint, tensorfile
-from pae.prompts import VPTDeep, VPTShallow
-from tests import processes
+from pae.prompts import DAVPT, VAPT, VFPTDeep, VPTDeep, VPTShallow
+from tests import processes, tiny
 from tests.conftest import GOLDEN
 from tests.tiny import backbone, counted, counted_backbone, error, images
 
@@ -206,8 +207,14 @@ def test_wrong_backbone(tmp_path):
 
 
 MISFITS = {
-    "prompt count": (lambda: model_of(VPTDeep(4)), r"prompts\.tokens is \(3, 3, 32\) in the file"),
-    "family": (lambda: model_of(VPTShallow(3), kld=False), r"kld\.K is \(2, 8, 8\).*None in the"),
+    "prompt count": (
+        lambda: model_of(VPTDeep(4)),
+        "was trained with VPTDeep's num_tokens 3, and this model has 4: build it with the same",
+    ),
+    "family": (
+        lambda: model_of(VPTShallow(3), kld=False),
+        "was trained with prompts VPTDeep, and this model has VPTShallow: build it with the same",
+    ),
     "classes": (lambda: model_of(num_classes=8), r"head\.bias is \(7,\) in the file, \(8,\) in"),
     "no kld": (
         lambda: model_of(kld=False),
@@ -224,6 +231,74 @@ def test_parts_that_do_not_fit(case, tmp_path):
     before = {k: v.clone() for k, v in other.trained_state().items()}
     refused(message, lambda: other.load(tmp_path / "a"))
     assert all(torch.equal(v, before[k]) for k, v in other.trained_state().items())
+
+
+# tensors of the same names and shapes that mean something else
+MEANINGS = {
+    "family": (VPTDeep(4), VFPTDeep(4), "prompts VPTDeep, and this model has VFPTDeep"),
+    "activation": (VAPT(4), VAPT(4, activation="gelu"), "VAPT's activation 'relu', and this model"),
+    "transform": (VFPTDeep(4), VFPTDeep(4, dimension="hidden"), "VFPTDeep's dimension 'all', and"),
+    "blocks": (
+        pae.prompts.APT(4, start=0, end=1),
+        pae.prompts.APT(4, start=1, end=2),
+        "APT's start 0, and this model has 1",
+    ),
+    "counts": (
+        VPTDeep([2, 1, 3]),
+        VPTDeep([1, 2, 3]),
+        r"num_tokens \[2, 1, 3\], and this model has",
+    ),
+    "norm": (DAVPT(4, 4, 7), DAVPT(4, 4, 7, norm="l2"), "DAVPT's norm 'none', and this model has"),
+}
+
+
+@pytest.mark.parametrize("case", MEANINGS)
+def test_parts_that_fit_and_mean_something_else(case, tmp_path):
+    of_file, of_model, message = (copy.deepcopy(part) for part in MEANINGS[case])
+    model_of(of_file, kld=False).save(tmp_path / "a")
+    other = model_of(of_model, kld=False, seed=2)
+    before = {k: v.clone() for k, v in other.trained_state().items()}
+    refused(message, lambda: other.load(tmp_path / "a"))
+    assert all(torch.equal(v, before[k]) for k, v in other.trained_state().items())
+
+
+# another value of every argument that acts in training alone, and what goes with it
+TRAINING = {
+    **dict.fromkeys(("dropout", "kv_dropout", "channel_dropout", "hidden_dropout"), 0.3),
+    **dict.fromkeys(("patch_weight", "class_weight", "kappa", "alpha", "delta"), 0.3),
+    **{"dropout_scope": "sample", "init_divisor": 2.0, "class_feature": "row", "remap_from": 3},
+    **{
+        "seed": 5,
+        "spare_proxies": True,
+        "sweep": "reuse",
+        "score": "norm",
+        "faithful": True,
+        "mix_start": "independent",
+    },
+}
+SAYS_THE_REST = ("trained_bases", "train_basis")  # of these the names of the tensors
+
+
+@pytest.mark.parametrize("method", pae.prompts.METHODS)
+def test_arguments_that_act_in_training_alone(method, tmp_path):
+    """They may differ between file and model, and change nothing of what was trained."""
+    kind = pae.prompts.METHODS[method]
+    small = partial(tiny.small, kind, num_classes=7)
+    saved = model_of(small(), kld=False).eval()
+    saved.save(tmp_path / "a")
+    x = tiny.images(saved.backbone)
+    for name in set(kind.training_arguments) - {*SAYS_THE_REST}:
+        other = model_of(small(**{name: TRAINING[name]}), kld=False, seed=2).eval()
+        other.load(tmp_path / "a")
+        assert torch.equal(other(x), saved(x)), name
+
+
+def test_a_count_for_all_blocks_is_one_for_each(tmp_path):
+    model_of(VPTDeep(3), kld=False).save(tmp_path / "a")
+    other = model_of(VPTDeep([3, 3, 3]), kld=False, seed=2)
+    other.load(tmp_path / "a")
+    other.save(tmp_path / "b")
+    model_of(VPTDeep(3), kld=False).load(tmp_path / "b")
 
 
 # ---- damaged files

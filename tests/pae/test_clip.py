@@ -477,6 +477,23 @@ def test_files_of_pairs(tmp_path):
     assert torch.equal(prompted(pair=Pair()).eval().load(path)(x), made(x))
 
 
+def test_parts_of_files_that_mean_something_else(tmp_path):
+    """Their tensors fit."""
+    context = pae.prompts.TextContext
+    prompted(text=context(4)).save(tmp_path / "a")
+    other = prompted(text=context(4, "middle"))
+    message = "TextContext's position 'end', and this model has 'middle'"
+    refused(pae.CheckpointError, message, partial(other.load, tmp_path / "a"))
+    made = prompted(pair=pae.prompts.UPT(4))
+    made.save(tmp_path / "b")
+    other = prompted(pair=pae.prompts.UPT(4, faithful=True))
+    message = "UPT's faithful False, and this model has True"
+    refused(pae.CheckpointError, message, partial(other.load, tmp_path / "b"))
+    other = prompted(text=context(4), template="a {} indeed.")
+    message = "was trained with texts '{}.', and the model has 'a {} indeed.'"
+    refused(pae.CheckpointError, message, partial(other.load, tmp_path / "a"))
+
+
 def test_files_that_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     made = prompted()
