@@ -254,7 +254,13 @@ struct Added {
         v.store(places + j, v.load(places + j) + v.load(more + j));
       });
     }
-    for (int64_t j = keys; j < padded; ++j) row[j] = -INFINITY;
+    const F never = splat(-INFINITY);
+    int64_t j = keys / W * W;
+    if (j < keys) {
+      store(row + j, Part{static_cast<int>(keys - j)}.or_else(load(row + j), never));
+      j += W;
+    }
+    for (; j < padded; j += W) store(row + j, never);
   }
 };
 

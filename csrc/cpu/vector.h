@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -118,6 +118,34 @@ PAE_INLINE void store_part(T* p, F x, int n) {
   store(part, x);
   std::memcpy(p, part, n * sizeof(T));
 }
+
+// The same by masks, where there are some: a copy through memory waits for its own stores. A
+// sanitizer sees copies alone.
+#if defined(__SANITIZE_ADDRESS__)
+#elif defined(__AVX512F__)
+PAE_INLINE uint16_t first(int n) { return static_cast<uint16_t>((1u << n) - 1); }
+PAE_INLINE F load_part(const float* p, int n) {
+  return bits<F>(_mm512_maskz_loadu_ps(first(n), p));
+}
+PAE_INLINE F load_part(const Half* p, int n) {
+  return widen(bits<H>(_mm256_maskz_loadu_epi16(first(n), p)));
+}
+PAE_INLINE void store_part(float* p, F x, int n) {
+  _mm512_mask_storeu_ps(p, first(n), bits<__m512>(x));
+}
+PAE_INLINE void store_part(Half* p, F x, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), bits<__m256i>(narrow(x)));
+}
+#elif defined(__AVX__)
+PAE_INLINE __m256i first(int n) {
+  const I lane{0, 1, 2, 3, 4, 5, 6, 7};
+  return bits<__m256i>(lane < n);
+}
+PAE_INLINE F load_part(const float* p, int n) { return bits<F>(_mm256_maskload_ps(p, first(n))); }
+PAE_INLINE void store_part(float* p, F x, int n) {
+  _mm256_maskstore_ps(p, first(n), bits<__m256>(x));
+}
+#endif
 
 // `body(i, load, store)` for every vector of `n` elements. The two functions given to it read and
 // write at an array's start plus i, and know whether the vector is a whole one.
