@@ -6,7 +6,6 @@ An fp32 residual stream, and products in bf16, as autocast has them, or in fp32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,16 +15,15 @@ from torch import Tensor
 from pae_kernels import pointwise
 from pae_kernels.pointwise import reference
 
+from .ops import COMPILED, EAGER, Inputs, Op, Piece, open_inputs, start, start_compiled
 from .roofline import DTYPES
-from .rows import compiled, ours_in_versions, row
-from .runner import Group, Provider, Runnable, Settings
+from .rows import ours_in_versions
+from .runner import Group, Provider, Settings
 
-EAGER, COMPILED = "eager", "compiled"
+OURS = "pae"
 EPS = 1e-6
 # norm-relative to fp64: one rounding; the derivative in 8 bits is off by at most 1/400
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.uint8: 5e-3}
-
-Piece = Callable[..., "tuple[Tensor, ...]"]
 
 
 def norm_forward(x: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
@@ -40,88 +38,51 @@ def norm_backward(d: Tensor, xhat: Tensor, rstd: Tensor, dy: Tensor) -> tuple[Te
     return dx, dx.to(d.dtype)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One pass: as a user would write it, and by pae; whether rows have the MLP's width rather than
-    the stream's; and what it takes, drawn by `draw(dtype)` or, a column of statistics,
-    `draw(dtype, 1)`. The products' dtype is `NARROW` here, and fp32 in groups of that.
-    """
-
-    written_out: Piece
-    ours: Piece
-    wide: bool
-    arguments: Callable[[Callable[..., Tensor]], tuple[Tensor, ...]]
+def norm_backward_ours(d: Tensor, xhat: Tensor, rstd: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    given = d, xhat, rstd, dy
+    return pointwise.layer_norm_backward(*given, dtype=dy.dtype, narrow=d.dtype)
 
 
-NARROW, WIDE = torch.bfloat16, torch.float32
+def op(written_out: Piece, ours: Piece, *arguments: Callable[..., Tensor]) -> Op:
+    """One pass by a user and by pae; each argument of `draw`, rows and width."""
+    drawn = lambda draw, rows, width: tuple(each(draw, rows, width) for each in arguments)
+    return Op({EAGER: written_out, OURS: ours}, drawn)
+
+
+# in the dtype of the products; in that of the stream; a statistic of each row; a derivative's code
+NARROW = lambda draw, rows, width: draw(rows, width)
+WIDE = lambda draw, rows, width: draw(rows, width, dtype=torch.float32)
+STATISTIC = lambda draw, rows, width: 1 + draw(rows, 1, dtype=torch.float32).abs()
+CODE = lambda draw, *size: reference.activation_coded(draw(*size), "gelu")[1]
 KINDS = {
-    "norm/forward": Kind(
-        norm_forward, lambda x, delta: pointwise.add_layer_norm(x, delta, EPS, delta.dtype)[:2],
-        False, lambda draw: (draw(WIDE), draw(NARROW)),
+    "norm/forward": op(
+        norm_forward,
+        lambda x, delta: pointwise.add_layer_norm(x, delta, EPS, delta.dtype)[:2],
+        WIDE,
+        NARROW,
     ),
-    "norm/backward": Kind(
-        norm_backward,
-        lambda d, xhat, rstd, dy: pointwise.layer_norm_backward(
-            d, xhat, rstd, dy, dtype=dy.dtype, narrow=d.dtype
-        ),
-        False, lambda draw: (draw(NARROW), draw(NARROW), 1 + draw(WIDE, 1).abs(), draw(WIDE)),
+    "norm/backward": op(norm_backward, norm_backward_ours, NARROW, NARROW, STATISTIC, WIDE),
+    "gelu/forward": op(
+        lambda u: (F.gelu(u),), lambda u: pointwise.activation(u, "gelu")[:1], NARROW
     ),
-    "gelu/forward": Kind(
-        lambda u: (F.gelu(u),), lambda u: pointwise.activation(u, "gelu")[:1],
-        True, lambda draw: (draw(NARROW),),
-    ),
-    "gelu/backward": Kind(
+    "gelu/backward": op(
         lambda d, u: (torch.ops.aten.gelu_backward(d, u),),
         lambda d, u: (pointwise.activation_backward(d, u, "gelu"),),
-        True, lambda draw: (draw(NARROW), draw(NARROW)),
+        NARROW,
+        NARROW,
     ),
-    "coded gelu/forward": Kind(
+    "coded gelu/forward": op(
         lambda u: reference.activation_coded(u, "gelu"),
         lambda u: pointwise.activation(u, "gelu", code=True),
-        True, lambda draw: (draw(NARROW),),
+        NARROW,
     ),
-    "coded gelu/backward": Kind(
+    "coded gelu/backward": op(
         lambda d, code: (reference.activation_backward(d, code, "gelu"),),
         lambda d, code: (pointwise.activation_backward(d, code, "gelu"),),
-        True, lambda draw: (draw(NARROW), reference.activation_coded(draw(NARROW), "gelu")[1]),
+        NARROW,
+        CODE,
     ),
-}  # fmt: skip
-
-
-@dataclass
-class Inputs:
-    """What all providers share, and in fp64 what they should find."""
-
-    kind: Kind
-    arguments: tuple[Tensor, ...]
-    floor_mb: float
-    expected: dict[str, Tensor]
-
-
-def open_inputs(name: str, rows: int, width: int, of: str, device: torch.device) -> Inputs:
-    kind, generator = KINDS[name], torch.Generator(device).manual_seed(0)
-    width = 4 * width if kind.wide else width
-
-    def draw(dtype: torch.dtype, columns: int = width) -> Tensor:
-        drawn = torch.randn(rows, columns, generator=generator, device=device)
-        return drawn.to(DTYPES[of] if dtype == NARROW else dtype)
-
-    arguments = kind.arguments(draw)
-    exact = kind.written_out(*(t if t.dtype == torch.uint8 else t.double() for t in arguments))
-    expected = {f"result {i}": t for i, t in enumerate(exact)}
-    moved = (t for t in (*arguments, *kind.written_out(*arguments)) if t.shape[-1] > 1)
-    return Inputs(kind, arguments, sum(t.nbytes for t in moved) / 1e6, expected)
-
-
-def prepare(shared: Inputs, piece: Piece) -> Runnable:
-    columns = {"floor_mb": shared.floor_mb}
-    work = partial(piece, *shared.arguments)
-    return row(work, shared.expected, LIMITS, columns, capture=True)
-
-
-def start_compiled(shared: Inputs) -> Runnable:
-    trial = lambda piece: piece(*shared.arguments)
-    return prepare(shared, compiled(shared.kind.written_out, trial, dynamic=False))
+}
 
 
 def groups(settings: Settings) -> list[Group]:
@@ -143,14 +104,14 @@ def group(
     name: str, rows: int, width: int, of: str, settings: Settings, left_out: str = ""
 ) -> Group:
     slow = settings.why_not_compile(settings.on_gpu)
-    mine = lambda shared: prepare(shared, shared.kind.ours)
+    width = width if name.startswith("norm") else 4 * width  # of the MLP
     return Group(
-        name=f"{name}/{rows}x{4 * width if KINDS[name].wide else width}/{of}",
-        open=lambda: open_inputs(name, rows, width, of, settings.device),
+        name=f"{name}/{rows}x{width}/{of}",
+        open=lambda: open_inputs(KINDS[name], rows, width, of, LIMITS, settings.device),
         providers=[
-            Provider(EAGER, lambda shared: prepare(shared, shared.kind.written_out)),
+            Provider(EAGER, partial(start, EAGER)),
             Provider(COMPILED, start_compiled, left_out=slow),
-            *ours_in_versions("pointwise", settings, lambda shared: shared.arguments[0], mine),
+            *ours_in_versions("pointwise", settings, Inputs.first, partial(start, OURS)),
         ],
         baselines=(EAGER, COMPILED),
         rounds=40 if settings.on_gpu else 9,

@@ -7,8 +7,7 @@ product is PyTorch's and the pass behind it ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,15 +17,14 @@ from torch import Tensor
 from pae_kernels import pointwise, product
 from pae_kernels.pointwise import reference
 
-from .rows import compiled, in_version, row
-from .runner import Group, Provider, Runnable, Settings
+from .ops import COMPILED, EAGER, Inputs, Op, open_inputs, start, start_compiled
+from .rows import start_in
+from .runner import Group, Provider, Settings
 
-EAGER, TWO, ONE, COMPILED = "eager", "pae, two kernels", "pae, one kernel", "compiled"
+TWO, ONE = "pae, two kernels", "pae, one kernel"
 # norm-relative to fp64: u and its activation, or product and result, are rounded to bf16; the byte
 # of a derivative differs by one where the entry behind it does
 LIMITS = {torch.bfloat16: 5e-3, torch.uint8: 8e-3}
-
-Piece = Callable[..., "tuple[Tensor, ...]"]
 
 
 def _kept(u: Tensor, y: Tensor, code: Tensor | None, keep: str) -> tuple[Tensor, ...]:
@@ -67,118 +65,63 @@ def backward_one(d: Tensor, weight: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
     return (product.product_activation_backward(d, weight, kept, "gelu"),)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One product: as a user would write it, in our two kernels, in one; what is kept between the
-    forward and the backward.
-    """
-
-    pieces: dict[str, Piece]
-    keep: str
-    forward: bool
-
-
-def _forward(keep: str) -> Kind:
+def op(keep: str, back: bool = False) -> Op:
+    """By a user, in our two kernels, in one; `keep` is what is there between the directions."""
     pieces = {EAGER: forward, TWO: forward_two, ONE: forward_one}
-    return Kind({name: partial(piece, keep=keep) for name, piece in pieces.items()}, keep, True)
+    pieces = {name: partial(piece, keep=keep) for name, piece in pieces.items()}
+    if back:
+        pieces = {EAGER: backward, TWO: backward_two, ONE: backward_one}
 
+    def arguments(draw: Callable[..., Tensor], rows: int, width: int) -> tuple[Tensor, ...]:
+        sides = (width, 4 * width) if back else (4 * width, width)
+        x, weight = draw(rows, width), (draw(*sides).float() / width**0.5).bfloat16()
+        if not back:
+            return x, weight, draw(4 * width)
+        kept = draw(rows, 4 * width)
+        return x, weight, reference.activation_coded(kept, "gelu")[1] if keep == "code" else kept
 
-def _backward(keep: str) -> Kind:
-    return Kind({EAGER: backward, TWO: backward_two, ONE: backward_one}, keep, False)
+    return Op(pieces, arguments, lambda rows, width: 2.0 * rows * width * 4 * width)
 
 
 KINDS = {
-    "forward": _forward("hidden"),
-    "coded forward": _forward("code"),
-    "lean forward": _forward("nothing"),
-    "backward": _backward("hidden"),
-    "coded backward": _backward("code"),
+    "forward": op("hidden"),
+    "coded forward": op("code"),
+    "lean forward": op("nothing"),
+    "backward": op("hidden", back=True),
+    "coded backward": op("code", back=True),
 }
 SIZES = {"ViT-B": (128, 768), "ViT-B, B = 64": (64, 768), "ViT-S": (128, 384)}  # images, width
-
-
-@dataclass
-class Inputs:
-    """What all providers share, what the work takes at least, and in fp64 what they should find."""
-
-    kind: Kind
-    arguments: tuple[Tensor, ...]
-    columns: dict[str, float]
-    expected: dict[str, Tensor]
-
-
-def open_inputs(name: str, rows: int, width: int, device: torch.device) -> Inputs:
-    kind, generator = KINDS[name], torch.Generator(device).manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).bfloat16()
-
-    hidden = 4 * width
-    if kind.forward:
-        weight = (draw(hidden, width).float() / width**0.5).bfloat16()
-        arguments: tuple[Tensor, ...] = draw(rows, width), weight, draw(hidden)
-    else:
-        kept = draw(rows, hidden)
-        kept = reference.activation_coded(kept, "gelu")[1] if kind.keep == "code" else kept
-        arguments = draw(rows, width), (draw(width, hidden).float() / width**0.5).bfloat16(), kept
-    written_out = kind.pieces[EAGER]
-    exact = written_out(*(t if t.dtype == torch.uint8 else t.double() for t in arguments))
-    moved = (*arguments, *written_out(*arguments))
-    columns = {
-        "live_gflop": 2 * rows * width * hidden / 1e9,
-        "floor_mb": sum(t.nbytes for t in moved) / 1e6,
-    }
-    return Inputs(kind, arguments, columns, {f"result {i}": t for i, t in enumerate(exact)})
-
-
-def prepare(shared: Inputs, work: Callable[[], tuple[Tensor, ...]]) -> Runnable:
-    return row(work, shared.expected, LIMITS, shared.columns, capture=True, dtype="bf16")
-
-
-def start(name: str, shared: Inputs) -> Runnable:
-    work = partial(shared.kind.pieces[name], *shared.arguments)
-    if name == ONE:  # nowhere else is it what runs by itself
-        work = in_version("triton", "product", shared.arguments[0], work)
-    return prepare(shared, work)
-
-
-def start_compiled(shared: Inputs) -> Runnable:
-    """Inductor tries templates of products with their epilogues, too. Every row is timed as a
-    graph, so it need not make one of its own.
-    """
-    trial = lambda piece: piece(*shared.arguments)
-    options = {"dynamic": False, "mode": "max-autotune-no-cudagraphs"}
-    made = compiled(shared.kind.pieces[EAGER], trial, **options)
-    return prepare(shared, partial(made, *shared.arguments))
 
 
 def groups(settings: Settings) -> list[Group]:
     """ViT-B and ViT-S in a step's sizes on a GPU; of 4 images elsewhere."""
     if settings.size == "smoke":
         return [group(name, 5, 32, settings) for name in KINDS]
-    return list(_groups(settings))
-
-
-def _groups(settings: Settings) -> Iterator[Group]:
+    found = []
     for size, (batch, width) in SIZES.items():
         rows = 197 * (settings.batch or (batch if settings.on_gpu else 4))
         for name in KINDS:
             quick = size == "ViT-B" and name in ("forward", "backward")
             left_out = settings.why_not_size(quick and settings.on_gpu, quick or settings.on_gpu)
             if settings.on_gpu or not size.endswith("64"):
-                yield group(name, rows, width, settings, left_out)
+                found.append(group(name, rows, width, settings, left_out))
+    return found
 
 
 def group(name: str, rows: int, width: int, settings: Settings, left_out: str = "") -> Group:
     slow = settings.why_not_compile(settings.on_gpu)
+    # Inductor tries templates of products with their epilogues, too
+    tuned = partial(start_compiled, mode="max-autotune-no-cudagraphs")
+    # nowhere is it what runs by itself
+    fused = partial(start_in, "triton", "product", Inputs.first, partial(start, ONE))
     return Group(
         name=f"product/{name}/{rows}x{width}x{4 * width}/bf16",
-        open=lambda: open_inputs(name, rows, width, settings.device),
+        open=lambda: open_inputs(KINDS[name], rows, width, "bf16", LIMITS, settings.device),
         providers=[
             Provider(EAGER, partial(start, EAGER)),
             Provider(TWO, partial(start, TWO)),
-            Provider(COMPILED, start_compiled, left_out=slow),
-            Provider(ONE, partial(start, ONE), left_out=settings.why_not_cuda()),
+            Provider(COMPILED, tuned, left_out=slow),
+            Provider(ONE, fused, left_out=settings.why_not_cuda()),
         ],
         baselines=(TWO, EAGER, COMPILED),
         rounds=40 if settings.on_gpu else 5,

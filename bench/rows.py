@@ -105,21 +105,29 @@ def in_version(version: str, op: str, like: Tensor, work: Callable[[], T]) -> Ca
     return forced
 
 
+def start_in(
+    version: str,
+    op: str,
+    like: Callable[[Any], Tensor],
+    start: Callable[[Any], Runnable],
+    shared: Any,
+) -> Runnable:
+    """What `start` makes ready, in this version of an op. `like(shared)`: a tensor of the device
+    and dtype it runs in.
+    """
+    ready, given = start(shared), like(shared)
+    work, check = (in_version(version, op, given, each) for each in (ready.work, ready.check))
+    return replace(ready, work=work, check=check)
+
+
 def ours_in_versions(
     op: str, settings: Settings, like: Callable[[Any], Tensor], start: Callable[[Any], Runnable]
 ) -> list[Provider]:
     """Our rows of one op: on a GPU what runs there by itself, on a CPU every version, the one that
-    runs by itself first. `like(shared)`: a tensor of the device and dtype it runs in.
+    runs by itself first; `like` and `start` as `start_in` takes them.
     """
-
-    def start_in(version: str, shared: Any) -> Runnable:
-        ready = start(shared)
-        work, check = (
-            in_version(version, op, like(shared), each) for each in (ready.work, ready.check)
-        )
-        return replace(ready, work=work, check=check)
-
     if settings.on_gpu:
         return [Provider("pae", start)]
     versions = {"pae, CPU": "cpu", "pae, reference": "reference"}
-    return [Provider(name, partial(start_in, version)) for name, version in versions.items()]
+    made = {name: partial(start_in, version, op, like, start) for name, version in versions.items()}
+    return [Provider(*each) for each in made.items()]

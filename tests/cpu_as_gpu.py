@@ -612,8 +612,8 @@ def small_benchmarks() -> None:
     shapes.random_backbone = small
     attended = {"heads": 2, "head_width": 16, "tokens": 9, "prompts": 3, "batch": 2}
     smaller(bench_attention, "open_inputs", lambda s, *rest: (s._replace(**attended), *rest))
-    smaller(bench_pointwise, "open_inputs", lambda name, rows, width, *rest: (name, 8, 32, *rest))
-    smaller(bench_product, "open_inputs", lambda name, rows, width, *rest: (name, 8, 32, *rest))
+    for of_ops in (bench_pointwise, bench_product):
+        smaller(of_ops, "open_inputs", lambda op, rows, width, *rest: (op, 8, 32, *rest))
     smaller(bench_step, "open_step", lambda case, *rest: (case._replace(batch=2), *rest))
     smaller(bench_kld, "open_regulariser", lambda dim, *rest: (8, *rest))
     smaller(bench_spectrum, "open_batch", lambda c, *rest: (replace(c, batch=2, dim=32), *rest))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +30,7 @@ from bench import (  # noqa: E402
     cost,
     memory,
     merge,
+    ops,
     results,
     roofline,
     rows,
@@ -243,30 +243,31 @@ def test_attention_bytes_are_those_of_inputs_and_outputs():
 def test_bytes_of_a_pass_are_those_of_its_arguments_and_results(name):
     """But for one statistic per row."""
     for of in roofline.DTYPES:
-        shared = bench_pointwise.open_inputs(name, rows=3, width=64, of=of, device=CPU)
-        results = shared.kind.ours(*shared.arguments)
+        given = bench_pointwise.KINDS[name], 3, 64, of, bench_pointwise.LIMITS, CPU
+        shared = ops.open_inputs(*given)
+        results = shared.op.pieces[bench_pointwise.OURS](*shared.arguments)
         moved = [t for t in (*shared.arguments, *results) if t.shape[-1] > 1]
-        assert shared.floor_mb * 1e6 == sum(t.nbytes for t in moved)
+        assert shared.columns == {"floor_mb": sum(t.nbytes for t in moved) / 1e6}
 
 
 @pytest.mark.parametrize("name", sorted(bench_product.KINDS))
 def test_a_product_and_what_is_behind_it_by_everybody(name, monkeypatch):
     """The same values; products and bytes as they are counted; on a CPU one kernel has a reason."""
-    shared = bench_product.open_inputs(name, rows=70, width=64, device=CPU)
+    given = bench_product.KINDS[name], 70, 64, "bf16", bench_product.LIMITS, CPU
+    shared = ops.open_inputs(*given)
     with FlopCounterMode(display=False) as counted:
-        results = bench_product.start(bench_product.TWO, shared).work()
+        results = ops.start(bench_product.TWO, shared).work()
     assert counted.get_total_flops() == shared.columns["live_gflop"] * 1e9
     moved = (*shared.arguments, *results)
     assert sum(t.nbytes for t in moved) == shared.columns["floor_mb"] * 1e6
-    for piece in (bench_product.EAGER, bench_product.TWO, bench_product.ONE):
+    for piece in (ops.EAGER, bench_product.TWO, bench_product.ONE):
         if piece == bench_product.ONE:
             monkeypatch.setenv("PAE_BACKEND", "reference")
-        work = partial(shared.kind.pieces[piece], *shared.arguments)
-        ready = bench_product.prepare(shared, work)
+        ready = ops.start(piece, shared)
         assert 0 < ready.check()["value_error"] < 4e-3
-        wrong = bench_product.prepare(shared, lambda w=work: tuple(t.roll(1, 0) for t in w()))
+        rolled = lambda *given, w=ready.work: tuple(t.roll(1, 0) for t in w())
         with pytest.raises(AssertionError, match="result 0 is off by"):
-            wrong.check()
+            ops.start(rolled, shared).check()
     group = bench_product.group(name, 5, 32, SETTINGS)
     assert [p.left_out for p in group.providers if p.name == bench_product.ONE] == ["needs a GPU"]
 
