@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pae
 
-from . import cost, shapes, shown
-from .memory import SavedBytes, own_bytes, peak_bytes, tensors_in
+from . import cost, shapes, steps
+from .memory import own_bytes, peak_bytes
 from .peers.vpt import OfficialStyleVPT
-from .rows import attempt, checked, compiled, errors
+from .rows import attempt, compiled
 from .runner import Group, Provider, Runnable, Settings
+from .steps import DTYPES, OFFICIAL, REFERENCE, Step, gradient, ours, prepare
 
-OFFICIAL, REFERENCE = "official-style", "timm + SDPA"
-COMPILED_REFERENCE = "timm + SDPA, compiled"
-DTYPES = ("fp32", "bf16")
-
-# Norm-relative errors against the official-style fp32 step that a row may show: in fp32 the promise
-# of `fast_forward` ("recompute8" keeps the activation's derivative in 8 bits), in bf16 so often
-# what the official-style step loses under autocast (rounding alone scatters that by a third).
-FP32_LIMITS = {"logits": 1e-5, "d_prompts": 1e-4}
-RECOMPUTE8_LIMITS = {"logits": 1e-5, "d_prompts": 5e-3}
+COMPILED_REFERENCE = f"{REFERENCE}, compiled"
+# in bf16 so often what the official-style step loses under autocast: rounding alone scatters that
+# by a third
 BF16_FACTOR = 1.5
 SLICE = 16  # images of the reference that are computed at one time
 
@@ -46,71 +38,19 @@ class Case(NamedTuple):
     depth: int | None = None
 
 
-@dataclass
-class Step:
-    """What all providers of one group share: one frozen backbone, one set of prompts, one batch.
-
-    expected holds "logits" and the prompts' gradient of the official-style fp32 step; limits the
-    errors allowed, empty meaning those of fp32.
+def reference(step: Step) -> list[Tensor]:
+    """Logits and gradients of the official-style step, slice by slice: in fp32 a whole batch of a
+    large model may not fit.
     """
-
-    model: pae.PromptedViT
-    official: OfficialStyleVPT
-    images: Tensor
-    labels: Tensor
-    dtype: str
-    shape: cost.Shape
-    expected: dict[str, Tensor] = field(default_factory=dict)
-    limits: dict[str, float] = field(default_factory=dict)
-
-    def run(self, forward: Callable[[Tensor], Tensor], trained: nn.Module) -> Tensor:
-        """One step; returns the logits, leaves the gradients in `trained`."""
-        for p in trained.parameters():
-            p.grad = None
-        with self.autocast():
-            logits = forward(self.images)
-        F.cross_entropy(logits.float(), self.labels).backward()
-        return logits
-
-    def reference(self) -> list[Tensor]:
-        """Logits and gradients of the official-style step, slice by slice: in fp32 a whole batch
-        of a large model may not fit.
-        """
-        official, logits = self.official, []
-        official.prompts.grad = official.head.weight.grad = official.head.bias.grad = None
-        for images, labels in zip(self.images.split(SLICE), self.labels.split(SLICE)):
-            with self.autocast():
-                logits.append(official(images))
-            loss = F.cross_entropy(logits[-1].float(), labels, reduction="sum")
-            (loss / len(self.images)).backward()
-            logits[-1] = logits[-1].detach()
-        return [torch.cat(logits), official.prompts.grad.clone()]
-
-    @property
-    def itemsize(self) -> int:
-        return 2 if self.dtype == "bf16" else 4
-
-    def sizes(self) -> tuple[cost.Shape, int, int]:
-        """What the cost model asks for first."""
-        return self.shape, self.model.prompts.num_tokens, len(self.images)
-
-    def checked(self, logits: Tensor, gradients: Tensor, memory: str) -> dict[str, float]:
-        """Columns of a row whose values are right; an AssertionError otherwise."""
-        limits = RECOMPUTE8_LIMITS if memory == "recompute8" else FP32_LIMITS
-        return checked([logits, gradients], self.expected, self.limits or limits) | {
-            "live_gflop": cost.live_step_flops(*self.sizes()) / 1e9,
-            "floor_mb": cost.live_step_bytes(*self.sizes(), self.itemsize) / 1e6,
-            "images": float(len(self.images)),
-        }
-
-    def folded(self) -> list[Tensor]:
-        """The frozen weights as the engine multiplies with them: copies, where they are folded."""
-        return list(tensors_in(self.model.plan(torch.bfloat16 if self.dtype == "bf16" else None)))
-
-    def autocast(self) -> AbstractContextManager:
-        if self.dtype == "fp32":
-            return nullcontext()
-        return torch.autocast(self.images.device.type, torch.bfloat16)
+    official, logits = step.official, []
+    official.prompts.grad = official.head.weight.grad = official.head.bias.grad = None
+    for images, labels in zip(step.images.split(SLICE), step.labels.split(SLICE)):
+        with step.autocast():
+            logits.append(official(images))
+        loss = F.cross_entropy(logits[-1].float(), labels, reduction="sum")
+        (loss / len(step.images)).backward()
+        logits[-1] = logits[-1].detach()
+    return [torch.cat(logits), official.prompts.grad.clone()]
 
 
 def open_step(case: Case, device: torch.device) -> Step:
@@ -119,64 +59,11 @@ def open_step(case: Case, device: torch.device) -> Step:
     given = {name: size for name, size in changes.items() if size is not None}
     vit = shapes.random_backbone(case.backbone, device, **given)
     model = pae.PromptedViT(vit, pae.prompts.VPTDeep(case.prompts)).train()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        model.prompts.tokens.copy_(torch.randn(model.prompts.tokens.shape, generator=generator))
+    generator = steps.random_prompts(model)
     batch = shapes.random_batch(vit, model.num_classes, case.batch, device, generator)
     official = OfficialStyleVPT(vit, model.prompts.tokens, model.head)
-    step = Step(model, official, *batch, "fp32", cost.Shape.of(vit, model.num_classes))
-    step.expected = dict(zip(FP32_LIMITS, step.reference()))
-    if case.dtype == "bf16":
-        step.dtype = case.dtype
-        own = errors(step.reference(), step.expected)
-        step.limits = {name: BF16_FACTOR * error for name, error in own.items()}
-    return step
-
-
-def prepare(
-    step: Step,
-    trained: OfficialStyleVPT | pae.PromptedViT,
-    forward: Callable[[Tensor], Tensor] | None = None,
-    memory: str | None = None,
-    compiler: bool = False,
-) -> Runnable:
-    """`forward`: of the model `trained`, its own if None. `memory`: the mode of a row that runs on
-    the folded plan, None for the others. `compiler`: it chooses what is kept, so no model of that
-    is shown.
-    """
-    official = isinstance(trained, OfficialStyleVPT)
-    method = "official" if official else "pae" if memory else "sdpa"
-    prompts = trained.prompts if official else trained.prompts.tokens
-    folded, memory = step.folded() if memory else [], memory or "keep"
-    weights = [*trained.parameters(), *trained.buffers()]
-    # a compiled module is asked for its length where it stands for a truth value
-    work = partial(step.run, trained if forward is None else forward, trained)
-    device, mb_per_image = step.images.device, len(step.images) * 1e6
-
-    def check() -> dict[str, float]:
-        with SavedBytes([*weights, *folded, step.images]) as saved:
-            logits = work()
-        columns = step.checked(logits, prompts.grad, memory) | {
-            "saved_mb_per_image": saved.activations / mb_per_image,
-            "weight_copies_mb": saved.weight_copies / 1e6,
-            "model_gflop": cost.flops(*step.sizes(), method, memory).step / 1e9,
-        }
-        if not compiler:
-            kept = cost.saved_bytes(*step.sizes(), method, memory, step.itemsize, device.type)
-            columns["model_saved_mb_per_image"] = kept / mb_per_image
-        columns["peak_mb"] = (peak_bytes(work, device) + own_bytes(folded, weights)) / 1e6
-        return columns
-
-    return Runnable(work, check, dtype=step.dtype)
-
-
-def narrowed(model: nn.Module) -> nn.Module:
-    """A copy whose frozen linears are stored in bf16, so that autocast casts no weight."""
-    model = copy.deepcopy(model)
-    for layer in model.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not layer.weight.requires_grad:
-            layer.bfloat16()
-    return model
+    step = Step(model, *batch, official, cost.Shape.of(vit, model.num_classes))
+    return step.judge_by(partial(reference, step), case.dtype, BF16_FACTOR)
 
 
 def start_cudnn(step: Step) -> Runnable:
@@ -197,31 +84,21 @@ def start_compiled(step: Step, mode: str | None = None) -> Runnable:
 
 def start_graphed(step: Step) -> Runnable:
     """The step as one CUDA graph: a batch is copied in, and one launch runs it."""
-    steps: list[Callable] = []
+    captured: list[Callable] = []
 
     def capture() -> None:
         with step.autocast():
-            steps.append(pae.graphed_step(step.model, step.images, step.labels))
+            captured.append(pae.graphed_step(step.model, step.images, step.labels))
 
     peak = peak_bytes(capture, step.images.device)
     peak += own_bytes(step.folded(), [*step.model.parameters(), *step.model.buffers()])
 
     def check() -> dict[str, float]:
-        _, logits = steps[0](step.images, step.labels)
-        return step.checked(logits, step.model.prompts.tokens.grad, "keep") | {
-            "peak_mb": peak / 1e6,
-            "model_gflop": cost.flops(*step.sizes()).step / 1e9,
-        }
+        _, logits = captured[0](step.images, step.labels)
+        columns = step.checked(logits, gradient(step.model), "keep")
+        return columns | {"peak_mb": peak / 1e6} | step.modelled(kept=False)
 
-    return Runnable(lambda: steps[0](step.images, step.labels), check, dtype=step.dtype)
-
-
-def ours(memory: str) -> Provider:
-    def start(step: Step) -> Runnable:
-        forward = lambda x: pae.fast_forward(step.model, x, memory=memory)
-        return prepare(step, step.model, forward, memory=memory)
-
-    return Provider(f"pae {memory}", start)
+    return Runnable(lambda: captured[0](step.images, step.labels), check, dtype=step.dtype)
 
 
 def providers(compile_too: bool, settings: Settings, dtype: str) -> list[Provider]:
@@ -229,15 +106,11 @@ def providers(compile_too: bool, settings: Settings, dtype: str) -> list[Provide
     no_gpu, autotuned = settings.why_not_cuda(), partial(start_compiled, mode="max-autotune")
     more = [ours("recompute")] if settings.size in ("full", "smoke") else []
     peers = {OFFICIAL: lambda step: step.official, REFERENCE: lambda step: step.model}
-    if dtype == "bf16":
-        peers |= {
-            n + shown.NARROW: lambda step, of=of: narrowed(of(step)) for n, of in peers.items()
-        }
     return [
-        *(Provider(n, lambda step, of=of: prepare(step, of(step))) for n, of in peers.items()),
-        Provider("timm + SDPA cuDNN", start_cudnn, left_out=no_gpu),
+        *steps.peers(peers, dtype),
+        Provider(f"{REFERENCE} cuDNN", start_cudnn, left_out=no_gpu),
         Provider(COMPILED_REFERENCE, start_compiled, left_out=slow),
-        Provider("timm + SDPA, compiled max-autotune", autotuned, left_out=no_gpu or slowest),
+        Provider(f"{COMPILED_REFERENCE} max-autotune", autotuned, left_out=no_gpu or slowest),
         ours("keep"),
         ours("recompute8"),
         *more,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -13,32 +15,41 @@ NARROW, LARGE = "vit_tiny_patch16_224", "vit_large_patch16_224"
 DEMO = "vit_small_patch14_dinov2"  # what `pae train` runs without weights of the user's own
 
 
-@torch.no_grad()
-def random_backbone(name: str, device: torch.device, seed: int = 0, **changes) -> VisionTransformer:
-    """A timm model whose attention is far from uniform, unlike one that is freshly initialised.
-
-    With PyTorch's usual tiny weights all scores are near 0, and wrong attention would hardly show.
-    `changes`: options of the model that differ from its name's, e.g. img_size, depth.
+def random_backbone(name: str, device: torch.device, seed: int = 0, **changes: Any) -> Any:
+    """A timm model, `randomised`. `changes`: options that differ from its name's, e.g. img_size,
+    depth.
     """
     if name == TINY:
         sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}
-        vit = VisionTransformer(**{**sizes, "num_classes": 10, **changes})
+        vit: nn.Module = VisionTransformer(**{**sizes, "num_classes": 10, **changes})
     else:
         vit = timm.create_model(name, **{"num_classes": CLASSES, **changes})
+    return randomised(vit, seed).to(device)
+
+
+@torch.no_grad()
+def randomised(backbone: nn.Module, seed: int = 0) -> nn.Module:
+    """With weights whose attention is far from uniform, unlike that of a model that is freshly
+    initialised.
+
+    With PyTorch's usual tiny weights all scores are near 0, and wrong attention would hardly show.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for module in vit.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            fan_in = module.weight[0].numel()
-            module.weight.normal_(0, fan_in**-0.5, generator=generator)
-            module.bias.normal_(0, 0.02, generator=generator)
-        elif isinstance(module, nn.LayerNorm):
-            module.weight.normal_(1, 0.1, generator=generator)
-            module.bias.normal_(0, 0.02, generator=generator)
-        elif hasattr(module, "gamma"):  # LayerScale, which begins near 0
-            module.gamma.normal_(1, 0.1, generator=generator)
-    vit.pos_embed.normal_(0, 0.2, generator=generator)
-    vit.cls_token.normal_(0, 0.2, generator=generator)
-    return vit.to(device)
+    for module in backbone.modules():
+        norm = isinstance(module, nn.LayerNorm)
+        for name, p in module.named_parameters(recurse=False):
+            if name.startswith("gamma") or (
+                norm and name == "weight"
+            ):  # a LayerScale begins near 0
+                p.normal_(1, 0.1, generator=generator)
+            elif name == "weight":
+                p.normal_(0, p[0].numel() ** -0.5, generator=generator)
+            elif name.endswith("bias"):
+                p.normal_(0, 0.02, generator=generator)
+            else:  # of positions
+                spread = 1.0 if name.endswith("table") else 0.2
+                p.normal_(0, spread, generator=generator)
+    return backbone
 
 
 def random_batch(

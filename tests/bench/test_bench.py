@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 from bench import (  # noqa: E402
     bench_attention,
+    bench_backbones,
     bench_mpa,
     bench_pointwise,
     bench_product,
@@ -36,6 +37,7 @@ from bench import (  # noqa: E402
     rows,
     runner,
     shapes,
+    steps,
     table,
     timing,
 )
@@ -349,18 +351,26 @@ def test_a_cpu_lists_what_only_a_gpu_can_run():
 def test_bf16_weights_change_no_value_and_are_cast_no_more():
     step = bench_step.open_step(bench_step.Case(shapes.TINY, 5, "bf16", 3), CPU)
     for model in (step.official, step.model):
-        narrow = bench_step.narrowed(model)
+        narrow = steps.narrowed(model)
         norms = [m.weight.dtype for m in narrow.modules() if isinstance(m, nn.LayerNorm)]
         assert set(norms) == {torch.float32}
         assert all(p.dtype == torch.float32 for p in narrow.parameters() if p.requires_grad)
         found = []
         for each in (model, narrow):
-            ready = bench_step.prepare(step, each)
+            ready = steps.prepare(step, each)
             copies = ready.check()["weight_copies_mb"]
             found.append((copies, step.run(each, each)))
         (cast, logits), (none, same) = found
         head = 2 * model.head.weight.numel() / 1e6  # is trained, and stays in fp32
         assert cast > 2 * head and none == head and torch.equal(same, logits)
+
+
+def test_masks_that_a_peer_makes_once_are_nothing_that_a_step_keeps():
+    """In the first step that is looked at, too."""
+    step = bench_backbones.open_step(bench_backbones.TINY, 5, "fp32", 2, CPU)
+    ready = steps.prepare(step, bench_backbones.swin(step, fused=True))
+    first, second = (ready.check()["saved_mb_per_image"] for _ in range(2))
+    assert first == second
 
 
 def test_a_bf16_group_without_instructions_says_so_and_opens_nothing(monkeypatch):
@@ -415,7 +425,7 @@ def test_bytes_of_a_step_are_those_of_its_passes():
 def test_slices_of_the_reference_are_the_whole_step(monkeypatch):
     step = bench_step.open_step(bench_step.Case(shapes.TINY, 5, "fp32", 5), CPU)
     monkeypatch.setattr(bench_step, "SLICE", 2)
-    assert max(rows.errors(step.reference(), step.expected).values()) < 1e-5
+    assert max(rows.errors(bench_step.reference(step), step.expected).values()) < 1e-5
 
 
 # ---- tuning
