@@ -110,15 +110,16 @@ def interleave(
     works: Mapping[str, Callable[[], object]],
     rounds: int,
     device: torch.device,
-    after: Callable[[dict[str, Sample]], None] = lambda samples: None,
+    after: Callable[[dict[str, Sample]], object] = lambda samples: None,
 ) -> dict[str, list[Sample]]:
     """Time every work once per round; round r starts with work number r, so all see every place.
 
     Args:
-        after: is called with the samples of a round when it is whole.
+        after: is called with the samples of a round when it is whole; true ends it there.
 
     Returns:
-        per name `rounds` samples; entry r of all names belongs to the same stretch of time.
+        per name `rounds` samples, or fewer; entry r of all names belongs to the same stretch of
+        time.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in works}
     names = list(works)
@@ -127,5 +128,6 @@ def interleave(
         shift = r % len(names) if names else 0
         for name in names[shift:] + names[:shift]:
             samples[name].append(measure(works[name], device))
-        after({name: samples[name][-1] for name in names})
+        if after({name: samples[name][-1] for name in names}):
+            break
     return samples

@@ -19,12 +19,10 @@ The weights are random, the backbone is shared by all arms. Groups:
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +33,6 @@ import pae
 from bench import shapes
 from bench.studies import runs
 from bench.table import table_of
-from bench.timing import CLOCKS, interleave
 from pae.choices import POOLS
 from pae.train import methods
 from pae.train.options import Options
@@ -134,18 +131,11 @@ def measure(group: str, names: list[str] | None, arguments: argparse.Namespace) 
         steps[name]()  # folds, and warms up
         if not own:
             plans = model._plans
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names, ends = list(steps), time.monotonic() + arguments.seconds
-    for r in range(arguments.rounds):
-        if r >= LEAST and time.monotonic() > ends:
-            break
-        first = r % len(names)  # all see every place
-        turn = {name: steps[name] for name in names[first:] + names[:first]}
-        for name, (sample,) in interleave(turn, 1, device).items():
-            seconds[name].append(sample.seconds(arguments.clock))
+    limits = arguments.seconds, LEAST
+    seconds = runs.in_turns(steps, arguments.rounds, arguments.clock, device, *limits)
     return {
         name: {
-            "ratios": [runs.short(a / b) for a, b in zip(mine, seconds[base])],
+            "ratios": runs.quotients(mine, seconds[base]),
             "base_seconds": runs.short(statistics.median(seconds[base])),
         }
         for name, mine in seconds.items()
@@ -160,12 +150,11 @@ def run(arguments: argparse.Namespace) -> None:
     setting |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     for group in arguments.groups or GROUPS:
         found = measure(group, arguments.arms, arguments)
-        numbers = json.loads(path.read_text()) if path.is_file() else {}  # others may have written
+        numbers = runs.read_json(path)  # others may have written
         for name, record in found.items():
             record["setting"] = setting
             numbers.setdefault(group, {})[name] = record
-            low, high = min(record["ratios"]), max(record["ratios"])
-            print(f"{group} {name}: {ratio(record):.3f} ({low:.3f} to {high:.3f})", flush=True)
+            print(f"{group} {name}: {runs.spread(record['ratios'])}", flush=True)
         runs.write_json(path, numbers)
 
 
@@ -181,15 +170,7 @@ def table(numbers: dict[str, Any]) -> str:
         base = next(iter(arms))
         for name in arms:
             if record := numbers.get(group, {}).get(name):
-                low, high = min(record["ratios"]), max(record["ratios"])
-                lines.append(
-                    {
-                        "step of": name,
-                        "over": base,
-                        "ratio": f"{ratio(record):.2f}x",
-                        "rounds": f"{low:.2f} to {high:.2f}",
-                    }
-                )
+                lines.append({"step of": name, "over": base, **runs.spread(record["ratios"])})
     return table_of(lines)
 
 
@@ -206,25 +187,19 @@ def blocks(numbers: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.studies.family_steps")
-    add = parser.add_argument
-    add("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
-    add("--arms", nargs="+", help="of these groups; the base always runs")
-    add("--model", default=shapes.BASE)
-    add("--num-tokens", type=int, default=50)
-    add("--batch", type=int, default=2)
-    add("--rounds", type=int, default=7)
-    add("--seconds", type=float, default=1e9, help="no round begins later, after the third")
-    add("--clock", default="process", choices=CLOCKS)
-    add("--to", type=Path, default=runs.RESULTS, help="folder of the numbers")
-    add("--table", action="store_true", help="print what was measured, and measure nothing")
-    arguments = parser.parse_args()
-    unknown = set(arguments.groups) - set(GROUPS)
-    unknown |= set(arguments.arms or ()) - {name for arms in GROUPS.values() for name in arms}
-    if unknown:
-        parser.error(f"no such group or arm: {', '.join(sorted(unknown))}")
+    own = {
+        "--model": {"default": shapes.BASE},
+        "--num-tokens": {"type": int, "default": 50},
+        "--batch": {"type": int, "default": 2},
+        "--rounds": {"type": int, "default": 7},
+        "--seconds": {
+            **{"type": float, "default": math.inf},
+            "help": "no round begins later, after the third",
+        },
+    }
+    arguments = runs.steps_command("family_steps", GROUPS, own)
     if arguments.table:
-        print(table(json.loads((arguments.to / JSON).read_text())))
+        print(table(runs.read_json(arguments.to / JSON)))
     else:
         run(arguments)
 

@@ -1,16 +1,23 @@
-"""What the studies share: command lines, means and intervals over seeds, and how they are shown."""
+"""What the studies share: command lines, arms in turns, means and intervals over seeds, and how
+they are shown.
+"""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import statistics
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.timing import CLOCKS, interleave
 from pae.files import write_atomically
 
 RESULTS = Path("bench/results/science")
@@ -38,6 +45,55 @@ def main(
         options(name, command)
     arguments = parser.parse_args()
     arguments.work(arguments)
+
+
+def steps_command(
+    study: str, groups: Mapping[str, Iterable[str]], own: Mapping[str, dict[str, Any]]
+) -> argparse.Namespace:
+    """`python -m bench.studies.STUDY [GROUP ...] [--arms ARM ...]` of a study that times arms of
+    groups in turns; `own`: its further options.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m bench.studies.{study}")
+    add = parser.add_argument
+    add("groups", nargs="*", metavar="GROUP", help=", ".join(groups))
+    add("--arms", nargs="+", help="of these groups; the base always runs")
+    add("--clock", default="process", choices=CLOCKS)
+    add("--to", type=Path, default=RESULTS, help="folder of the numbers")
+    add("--table", action="store_true", help="print what was measured, and measure nothing")
+    for name, how in own.items():
+        add(name, **how)
+    arguments = parser.parse_args()
+    unknown = {*arguments.groups} - {*groups}
+    unknown |= {*(arguments.arms or ())} - {name for arms in groups.values() for name in arms}
+    if unknown:
+        parser.error(f"no such group or arm: {', '.join(sorted(unknown))}")
+    return arguments
+
+
+def in_turns(
+    works: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: str,
+    device: torch.device,
+    seconds: float = math.inf,
+    least: int = 1,
+) -> dict[str, list[float]]:
+    """By arm its seconds, round by round; none begins behind `seconds` but the `least` rounds."""
+    ends, done = time.monotonic() + seconds, itertools.count(1)
+    late = lambda _: next(done) >= least and time.monotonic() > ends
+    found = interleave(works, rounds, device, late)
+    return {name: [sample.seconds(clock) for sample in samples] for name, samples in found.items()}
+
+
+def quotients(mine: Iterable[float], base: Iterable[float]) -> list[float]:
+    """Round by round, to four digits."""
+    return [short(a / b) for a, b in zip(mine, base)]
+
+
+def spread(ratios: Sequence[float]) -> dict[str, str]:
+    """Cells of a table: the median over rounds, and from where to where they go."""
+    middle, (low, high) = statistics.median(ratios), (min(ratios), max(ratios))
+    return {"ratio": f"{middle:.2f}x", "rounds": f"{low:.2f} to {high:.2f}"}
 
 
 # ---- from runs to numbers
@@ -83,6 +139,11 @@ def paired(records: list[dict], baseline: list[dict], key: str = "test") -> dict
 
 
 # ---- from numbers to files and text
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What an earlier call has written; {} of nothing."""
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def write_json(path: Path, value: object) -> None:

@@ -15,9 +15,7 @@ file has of it.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
 from pathlib import Path
 
 import timm
@@ -25,9 +23,13 @@ import torch
 from torch import Tensor
 
 import pae
-from pae.files import write_atomically
+from bench.roofline import device_name
+from bench.rows import checked
+from bench.studies import runs
+from bench.table import table_of
 
 TASKS, CLASSES = 8, 100
+MOST = 10000  # rounds
 
 
 def models(name: str, prompts: int) -> list[pae.PromptedViT]:
@@ -66,30 +68,21 @@ def tasks_of(batch: int, drawn: bool) -> Tensor:
 @torch.no_grad()
 def measured(name: str, prompts: int, batch: int, drawn: bool, bf16: bool, seconds: float) -> dict:
     """Seconds of both in as many rounds as fit, at least one. What both form once is formed on the
-    first images, before the clock; the logits of the first round are compared.
+    first images, before the clock, and logits are compared.
     """
     made = models(name, prompts)
     served = pae.serve_many(made)
     images, tasks = torch.randn(batch, 3, 224, 224), tasks_of(batch, drawn)
     calls = {
-        "switching": lambda *given: switching(made, *given),
-        "served": served,
+        "switching": lambda: switching(made, images, tasks),
+        "served": lambda: served(images, tasks),
     }
-    spent: dict[str, list[float]] = {kind: [] for kind in calls}
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        for call in calls.values():
-            call(images[:TASKS], torch.arange(TASKS))
-        end, off = time.perf_counter() + seconds, None
-        while off is None or time.perf_counter() < end:
-            found = []
-            for kind, call in calls.items():
-                began = time.process_time()
-                found.append(call(images, tasks))
-                spent[kind].append(time.process_time() - began)
-            if off is None:
-                one, many = (logits.float() for logits in found)
-                off = float((many - one).norm() / one.norm())
-                assert off < (2e-2 if bf16 else 2e-6), off
+        switching(made, images[:TASKS], torch.arange(TASKS))
+        served(images[:TASKS], torch.arange(TASKS))
+        limit = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+        off = checked([calls["served"]()], {"logits": calls["switching"]()}, limit)["value_error"]
+        spent = runs.in_turns(calls, MOST, "process", torch.device("cpu"), seconds)
     cell = {"model": name, "precision": "bf16" if bf16 else "fp32", "batch": batch}
     cell |= {"tasks": "drawn" if drawn else "even", "prompts": prompts}
     return {**cell, "off": off, **{f"{k}_s": [round(s, 4) for s in t] for k, t in spent.items()}}
@@ -110,19 +103,22 @@ _NAMES = {"vit_small_patch16_224": "ViT-S", "vit_base_patch16_224": "ViT-B"}
 
 def table(record: dict) -> str:
     """The rows of a file as Markdown, in the order of the file."""
-    names = "model", "images", "tasks", "switching, s", "served, s", "ratio", "range", "rounds"
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines = []
     for row in record["rows"]:
         found = summary(row)
-        cells = [f"{_NAMES[row['model']]}, {row['precision']}", str(row["batch"]), row["tasks"]]
-        cells += [
-            f"{found['switching_s']:.2f}",
-            f"{found['served_s']:.2f}",
-            f"{found['ratio']:.2f}x",
-        ]
-        cells += [f"{found['least']:.2f} to {found['most']:.2f}", str(found["rounds"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(
+            {
+                "model": f"{_NAMES[row['model']]}, {row['precision']}",
+                "images": str(row["batch"]),
+                "tasks": row["tasks"],
+                "switching, s": f"{found['switching_s']:.2f}",
+                "served, s": f"{found['served_s']:.2f}",
+                "ratio": f"{found['ratio']:.2f}x",
+                "range": f"{found['least']:.2f} to {found['most']:.2f}",
+                "rounds": str(found["rounds"]),
+            }
+        )
+    return table_of(lines) + "\n"
 
 
 def _place(row: dict) -> list:
@@ -145,9 +141,7 @@ def main() -> None:
     print(summary(row), flush=True)
     if given.output is None:
         return
-    from cpuinfo import get_cpu_info  # comes with pytest-benchmark
-
-    rows = json.loads(given.output.read_text())["rows"] if given.output.is_file() else []
+    rows = runs.read_json(given.output).get("rows", [])
     cell = ("model", "precision", "batch", "tasks", "prompts")
     for old in [old for old in rows if all(old[key] == row[key] for key in cell)]:
         row |= {key: old[key] + row[key] for key in ("switching_s", "served_s")}
@@ -155,12 +149,11 @@ def main() -> None:
     rows.append(row)
     record = {
         "what": f"{TASKS} tasks, 224 pixels, {CLASSES} classes each, one thread",
-        "machine": get_cpu_info()["brand_raw"],
+        "machine": device_name(torch.device("cpu")),
         "versions": {"torch": str(torch.__version__), "pae": pae.__version__},
         "rows": sorted(rows, key=_place),
     }
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(given.output, lambda file: file.write_text(text))
+    runs.write_json(given.output, record)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,8 @@ causal) on all 77 rows; "cut" the same on the rows up to the last end token, whi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,9 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pae
+from bench.rows import checked
 from bench.studies import runs
 from bench.table import table_of
-from bench.timing import CLOCKS, interleave
 
 JSON = "two_towers.json"
 GROUPS = ("text", "step", "coop", "upt", "apt-vl")
@@ -112,33 +110,18 @@ def works(model: pae.PromptedCLIP, group: str, batch: int) -> dict[str, Callable
 
 
 def measure(model: pae.PromptedCLIP, group: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Quotients of every round and seconds of ours, by arm."""
+    """Quotients of every round and seconds of ours, by arm; gradients are compared before."""
     arms = works(model, group, arguments.batch)
     arms = {arm: arms[arm] for arm in (*(arguments.arms or ARMS), OURS)}
-    model.features(torch.randn(1, 3, *model.vision.view.default_size), engine="fast")
-    model.text_features("fast")  # both towers are folded
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    gradients: dict[str, list[Tensor]] = {}
-
-    def kept(arm: str) -> Callable[[], None]:
-        def work() -> None:
-            gradients[arm] = arms[arm]()
-
-        return work
-
-    for r in range(arguments.rounds):
-        names = list(arms)[r % len(arms) :] + list(arms)[: r % len(arms)]
-        turns = {name: kept(name) for name in names}
-        for arm, (sample,) in interleave(turns, 1, torch.device("cpu")).items():
-            seconds[arm].append(sample.seconds(arguments.clock))
-        for arm, found in gradients.items():
-            for a, b in zip(gradients[OURS], found):
-                if not (a - b).norm() <= 1e-3 * b.norm():
-                    raise RuntimeError(f"{group}: our gradients are not those of {arm}")
+    peer, *others = arms.values()
+    expected = {f"d_{i}": gradient for i, gradient in enumerate(peer())}
+    for other in others:
+        checked(other(), expected, {torch.float32: 1e-3})
+    seconds = runs.in_turns(arms, arguments.rounds, arguments.clock, torch.device("cpu"))
     ours = seconds.pop(OURS)
     return {
         arm: {
-            "ratios": [runs.short(a / b) for a, b in zip(mine, ours)],
+            "ratios": runs.quotients(mine, ours),
             "our_seconds": runs.short(statistics.median(ours)),
             "batch": arguments.batch,
         }
@@ -174,14 +157,14 @@ def table(numbers: dict[str, Any]) -> str:
     for group in GROUPS:
         for arm in ARMS:
             if record := numbers.get(group, {}).get(arm):
-                found = record["ratios"]
+                over, rounds = runs.spread(record["ratios"]).values()
                 lines.append(
                     {
                         "work": group,
                         "images": "-" if group == "text" else str(record["batch"]),
                         "by": arm,
-                        "over ours": f"{statistics.median(found):.2f}x",
-                        "rounds": f"{min(found):.2f} to {max(found):.2f}",
+                        "over ours": over,
+                        "rounds": rounds,
                         "ours, s": f"{record['our_seconds']:.2f}",
                     }
                 )
@@ -189,21 +172,14 @@ def table(numbers: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.studies.two_towers")
-    add = parser.add_argument
-    add("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
-    add("--size", default="ViT-B/16", choices=SIZES)
-    add("--batch", type=int, default=8, help="images of a step")
-    add("--rounds", type=int, default=3)
-    add("--arms", nargs="+", choices=ARMS, help="ours always runs")
-    add("--clock", default="process", choices=CLOCKS)
-    add("--to", type=Path, default=runs.RESULTS, help="folder of the numbers")
-    add("--table", action="store_true", help="print what was measured, and measure nothing")
-    arguments = parser.parse_args()
-    if unknown := set(arguments.groups) - set(GROUPS):
-        parser.error(f"no such group: {', '.join(sorted(unknown))}")
+    own = {
+        "--size": {"default": "ViT-B/16", "choices": SIZES},
+        "--batch": {"type": int, "default": 8, "help": "images of a step"},
+        "--rounds": {"type": int, "default": 3},
+    }
+    arguments = runs.steps_command("two_towers", dict.fromkeys(GROUPS, ARMS), own)
     path = arguments.to / JSON
-    numbers = json.loads(path.read_text()) if path.is_file() else {}
+    numbers = runs.read_json(path)
     if not arguments.table:
         keep = ("size", "clock")
         numbers["setting"] = {name: getattr(arguments, name) for name in keep}
