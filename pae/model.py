@@ -4,7 +4,9 @@ definition.
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -40,6 +42,10 @@ uncompiled = partial(
     reason="pae folds the frozen backbone outside of graphs: leave out fullgraph=True, or use "
     'engine="reference"',
 )
+# the models of a backbone that live
+_models: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[PromptedViT]]
+_models = weakref.WeakKeyDictionary()
+
 _uncompiled_run = uncompiled(fast.run)
 _uncompiled_windows = uncompiled(windows.run)
 _uncompiled_run_to = uncompiled(fast.run_to)
@@ -87,6 +93,7 @@ class PromptedViT(nn.Module):
     Raises:
         UnsupportedBackbone: naming the attribute that pae cannot express.
         TypeError, ValueError: on parts of a wrong type or counts that do not fit the backbone; on
+            a backbone of another model that lives, where one of both trains a part of it; on
             a `pool` other than "image" where the readout pools no rows (a class token's), or the
             last block has no prompts for "prompts".
     """
@@ -122,6 +129,7 @@ class PromptedViT(nn.Module):
             )
         self.view = read_backbone(backbone)
         self.trained_backbone = trained.named(self.view, train_backbone)
+        _check_alone(backbone, self.trained_backbone)
         own_head = self.view.head
         if num_classes is None and self.view.other_head is not None:
             raise ValueError(
@@ -175,6 +183,7 @@ class PromptedViT(nn.Module):
         trained.hold(backbone, self.trained_backbone)
         self._pool = pool
         self._plans: Plans | None = None
+        _models.setdefault(backbone, weakref.WeakSet()).add(self)
 
     @property
     def pool(self) -> str:
@@ -507,6 +516,7 @@ class PromptedViT(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         trained.hold(self.backbone, self.trained_backbone)
+        _models.setdefault(self.backbone, weakref.WeakSet()).add(self)
 
 
 def fast_forward(model: nn.Module, images: Tensor, memory: str = "keep") -> Tensor:
@@ -592,6 +602,29 @@ def check_pool(pool: str, view: BackboneView, prompts: PromptFamily) -> None:
         raise ValueError(
             "pool must be 'image' or 'all' unless there are prompts in the last block: prompts "
             f"({type(prompts).__name__}) {why}, got 'prompts'"
+        )
+
+
+def _check_alone(backbone: nn.Module, trained_here: Sequence[str]) -> None:
+    """Raise where two models that live would share what one of them trains: either would change
+    under the other, and this one's constructor freezes it.
+    """
+
+    def found() -> str | None:
+        others = list(_models.get(backbone, ()))
+        elsewhere = [name for other in others for name in other.trained_backbone]
+        if elsewhere:
+            return f"another PromptedViT trains {elsewhere[0]} of it"
+        here = f"this one is to train {trained_here[0]} of it" if trained_here else None
+        return here if others else None
+
+    if found() is None:
+        return
+    gc.collect()  # of models that nobody has any more
+    if why := found():
+        raise ValueError(
+            f"backbone belongs to another PromptedViT, and {why}: give this model a copy "
+            "(copy.deepcopy(backbone)), or delete the other first"
         )
 
 

@@ -54,9 +54,9 @@ def condense(
         score: one of the above.
 
     Returns:
-        A new `PromptedViT` on the same frozen backbone, with a copy of the head, `VPTDeep` prompts
-        whose number differs between blocks (0 is possible), the same dropout, and no KLD, which
-        needs equal numbers.
+        A new `PromptedViT` on the same frozen backbone (a copy where a part of it is trained), with
+        a copy of the head, `VPTDeep` prompts whose number differs between blocks (0 is possible),
+        the same dropout, and no KLD, which needs equal numbers.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what was expected.
@@ -84,8 +84,9 @@ def condense(
         kept = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True).split(counts)
         rows = [p.detach()[k] for p, k in zip(family.raw_prompts(), kept) if p is not None]
         fewer = VPTDeep([len(r) for r in rows], family.dropout, family.dropout_scope)
+        shared = model.backbone  # but for what is trained of it, which is each model's own
         condensed = PromptedViT(
-            model.backbone,
+            copy.deepcopy(shared) if model.trained_backbone else shared,
             fewer,
             num_classes=model.num_classes or 1,
             pool=model.pool,

@@ -30,7 +30,7 @@ class _VPT(PromptFamily):
     """What deep and shallow share: learned `tokens`, and dropout with an explicit scope."""
 
     tokens: nn.Parameter
-    training_arguments = ("dropout", "dropout_scope")
+    training_arguments: tuple[str, ...] = ("dropout", "dropout_scope")
 
     def __init__(self, dropout: float, dropout_scope: str) -> None:
         super().__init__()

@@ -129,6 +129,20 @@ def test_checkpoint_of_a_condensed_model(tmp_path):
     assert torch.equal(again(x), small(x))
 
 
+def test_what_is_trained_of_the_backbone_is_each_models_own():
+    vit = tiny.backbone()
+    model = pae.PromptedViT(vit, VPTDeep(4), train_backbone="biases")
+    x, y = tiny.images(vit), torch.tensor([0, 1, 2])
+    small = pae.condense(model, x, y, 0.5)
+    before = model(x)
+    assert small.trained_backbone == model.trained_backbone
+    with torch.no_grad():
+        for name in small.trained_backbone:
+            small.backbone.get_parameter(name).add_(1)
+    assert torch.equal(model(x), before)
+    assert all(vit.get_parameter(name).requires_grad for name in model.trained_backbone)
+
+
 def refused(kind, message, call):
     with pytest.raises(kind, match=message) as caught:
         call()

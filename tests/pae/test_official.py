@@ -1,6 +1,7 @@
 """load_official: state dicts as the published code writes them, checked by its own numbers."""
 
 import argparse
+import copy
 import re
 from functools import partial
 
@@ -415,7 +416,7 @@ def test_biases_trained_beside_prompts(vpt, golden, names):
     if names == "timm":
         state = in_timm_names(golden, state)
     family = VPTDeep(5)
-    vit = plain.backbone
+    vit = copy.deepcopy(plain.backbone)
     before = {k: v.clone() for k, v in vit.state_dict().items()}
     vit.head = nn.Linear(64, 10, dtype=torch.float64)
     model = pae.PromptedViT(vit, family, train_backbone="biases").eval()
@@ -443,7 +444,7 @@ def test_a_part_of_a_bias(vpt, golden, names):
     plain, state = vpt
     if names == "timm":
         state = in_timm_names(golden, state)
-    vit = plain.backbone
+    vit = copy.deepcopy(plain.backbone)
     vit.head = nn.Linear(64, 10, dtype=torch.float64)
     model = pae.PromptedViT(vit, VPTDeep(5), train_backbone="blocks.*.attn.qkv.bias:kv").eval()
     query = [vit.blocks[i].attn.qkv.bias.chunk(3)[0].clone() for i in range(4)]

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from fnmatch import fnmatchcase
+from functools import partial
 
 import pytest
 import torch
@@ -316,6 +317,34 @@ def test_what_was_not_named_is_not_left_out_in_silence(tmp_path):
         model.parameter_groups(0.1, 0.0)
     with pytest.raises(ValueError, match=line):
         model.save(tmp_path / "model.safetensors")
+
+
+def test_two_models_do_not_share_what_one_trains():
+    """The constructor freezes the backbone, and one's training would change the other."""
+    first, frozen = made(), tiny.prompted()
+
+    def second(model, which):
+        prompts = pae.prompts.VPTDeep(2)
+        return pae.PromptedViT(model.backbone, prompts, num_classes=3, train_backbone=which)
+
+    for model, which, trains in (
+        (first, (), "another PromptedViT trains"),
+        (first, "biases", "another PromptedViT trains"),
+        (copy.deepcopy(first), (), "another PromptedViT trains"),
+        (frozen, "biases", "this one is to train"),
+    ):
+        message = f"backbone belongs to another PromptedViT, and {trains} patch_embed.proj.bias of"
+        tiny.refused(ValueError, message, partial(second, model, which))
+    assert len(own(first)) == len(first.trained_backbone)
+    assert second(frozen, ()).backbone is frozen.backbone  # what is frozen for both
+
+
+def test_a_model_that_is_gone_shares_nothing():
+    vit = tiny.backbone()
+    for _ in range(2):
+        model = pae.PromptedViT(vit, pae.prompts.VPTDeep(2), num_classes=3, train_backbone="biases")
+        model.itself = [model]  # only the garbage collector lets it go
+        del model
 
 
 def test_parameter_groups():
