@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from . import prompts
-from .backbones import head_name
+from .backbones import BackboneView, head_name
+from .backbones.facts import are_facts, difference, facts_of
 from .backbones.trained import names, release
 from .choices import POOLS
 from .errors import CheckpointError, UnsupportedBackbone, one_line
@@ -47,6 +48,8 @@ class Checkpoint:
             `positions` without what is trained of it.
         positions: fingerprint of the position embedding; None: not known.
         image_size: (height, width) that the backbone was built for; None: not known.
+        facts: what it computes that no weight says, see `pae.backbones.facts`; empty where the file
+            is older than that.
         num_classes: number of logits; 0 when the head is no linear layer.
         prompts: {"name": class of the family, "config": its arguments}.
         kld: the arguments of `pae.KLD`, or None when there is none.
@@ -66,6 +69,7 @@ class Checkpoint:
     fingerprint: str
     positions: str | None
     image_size: tuple[int, int] | None
+    facts: dict[str, Any]
     num_classes: int
     prompts: dict[str, Any]
     kld: dict[str, Any] | None
@@ -90,6 +94,7 @@ class Trained(Fillable, Protocol):
     """What a checkpoint reads and writes of a `PromptedViT`."""
 
     backbone: nn.Module
+    view: BackboneView
     prompts: prompts.PromptFamily
     kld: KLD | None
     pool: str
@@ -226,6 +231,7 @@ def save(
         "format": FORMAT,
         **identity(model.backbone, trained),
         "image_size": _image_size(model.backbone),
+        "facts": facts_of(model.view, trained),
         "num_classes": model.num_classes,
         "prompts": describe_part(model.prompts),
         "kld": None if model.kld is None else model.kld.config(),
@@ -274,6 +280,7 @@ def read(path: str | Path) -> Checkpoint:
     meta.setdefault("pool", "image")
     expected = {**_DESCRIPTION, **(_ADDED if kind == FORMAT else {})}
     meta.setdefault("train_backbone", [])  # said where there is anything
+    meta.setdefault("facts", {})
     if missing := [part for part in expected if part not in meta]:
         raise CheckpointError(f"checkpoint {path} does not say its {', '.join(missing)}")
     for part, fits in expected.items():
@@ -291,6 +298,7 @@ def read(path: str | Path) -> Checkpoint:
         fingerprint=meta["fingerprint"],
         positions=meta.get("positions"),
         image_size=None if size is None else (size[0], size[1]),
+        facts=meta.get("facts", {}),
         num_classes=meta["num_classes"],
         prompts=meta["prompts"],
         kld=meta["kld"],
@@ -326,6 +334,7 @@ _DESCRIPTION: dict[str, Callable[[Any], bool]] = {
     ),
     "kld": lambda v: v is None or isinstance(v, dict),
     "pool": lambda v: v in POOLS,
+    "facts": are_facts,
     "train_backbone": lambda v: isinstance(v, list) and all(map(_is_text, v)),
 }
 _ADDED: dict[str, Callable[[Any], bool]] = {
@@ -346,6 +355,7 @@ def load(model: Trained, path: str | Path, other_size: bool = False) -> None:
             "train_backbone, or use PromptedViT.from_file"
         )
     _check_backbone(found, model.backbone, other_size)
+    _check_facts(found, model)
     if found.dense != (own := _dense(model)):
         raise CheckpointError(
             f"checkpoint {path} holds {_heads(found.dense)}, and this model has {_heads(own)}: "
@@ -463,6 +473,7 @@ def build(
             raise CheckpointError(
                 f"checkpoint {path} does not fit this backbone: {one_line(error)}"
             ) from error
+        _check_facts(found, model)
         fill(model, found.path, found.state)
         model.task = found.task
     return model
@@ -520,6 +531,14 @@ def _check_backbone(found: Checkpoint, backbone: nn.Module, other_size: bool) ->
         f"and this one is built for {built}; build it with img_size={_argument(found.image_size)}, "
         "or give other_size=True to use the trained parts at this size"
     )
+
+
+def _check_facts(found: Checkpoint, model: Trained) -> None:
+    if other := difference(found.facts, facts_of(model.view, names(model.trained_backbone))):
+        raise CheckpointError(
+            f"checkpoint {found.path} was trained on a backbone of these weights with {other}: "
+            "build it as it was"
+        )
 
 
 def _argument(size: tuple[int, int]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .backbones.facts import are_facts, difference, facts_of
 from .backbones.trained import names
 from .checkpoint import check_part, describe_part, fill, finite, identity, versions
 from .errors import CheckpointError, one_line
@@ -30,6 +31,11 @@ def _towers(model: PromptedCLIP) -> dict[str, dict[str, str]]:
     }
 
 
+def _facts(model: PromptedCLIP) -> dict[str, dict[str, Any]]:
+    trained = names(model.vision.trained_backbone)
+    return {"image": facts_of(model.vision.view, trained), "text": facts_of(model.text.view)}
+
+
 def save(
     model: PromptedCLIP, path: str | Path, extra: Mapping[str, str] | None, task: TaskInfo | None
 ) -> None:
@@ -43,6 +49,7 @@ def save(
     description: dict[str, Any] = {
         "format": FORMAT,
         "towers": _towers(model),
+        "facts": _facts(model),
         "classes": None if model.class_names is None else list(model.class_names),
         "num_classes": model.num_classes,
         "template": model.template,
@@ -102,6 +109,15 @@ def _check(model: PromptedCLIP, path: Path, said: Mapping[str, Any], other_class
             raise CheckpointError(
                 f"checkpoint {path} was trained on the {side} tower {found['backbone']} with "
                 f"{what} {found[what]}, got {own['backbone']} with {own[what]}"
+            )
+    for side, facts in _facts(model).items():
+        theirs = said.get("facts", {}).get(side, {})
+        if not are_facts(theirs):
+            raise ValueError(f"its facts of the {side} tower are {theirs!r}")
+        if other := difference(theirs, facts):
+            raise CheckpointError(
+                f"checkpoint {path} was trained on the {side} tower of these weights with {other}: "
+                "build it as it was"
             )
     for name, own_value in (
         ("pool", model.vision.pool),

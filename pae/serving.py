@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backbones.facts import difference, facts_of
 from .block import Keys, Stream, forward, keys_values, normalise
 from .checkpoint import fingerprint, position_fingerprint
 from .engine import BlockPrompts, walk
@@ -227,6 +228,8 @@ def _check(number: int, model: PromptedViT, first: PromptedViT) -> None:
     same = fingerprint(own) == fingerprint(other)
     if not same or position_fingerprint(own) != position_fingerprint(other):
         raise ValueError(f"{who} has another backbone than task 0")
+    if what := difference(facts_of(model.view), facts_of(first.view)):
+        raise ValueError(f"{who} has the weights of task 0's backbone with {what}")
 
 
 def _weight(head: nn.Module) -> Tensor:

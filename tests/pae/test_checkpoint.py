@@ -22,6 +22,7 @@ from torch import nn
 
 import pae
 from pae import checkpoint, tensorfile
+from pae.backbones.facts import difference, facts_of
 from pae.prompts import DAVPT, VAPT, VFPTDeep, VPTDeep, VPTShallow
 from tests import processes, tiny
 from tests.conftest import GOLDEN
@@ -203,6 +204,56 @@ def test_wrong_backbone(tmp_path):
     refused("trained on backbone", lambda: pae.PromptedViT.from_file(tmp_path / "a", vit))
 
 
+# of the backbone below, whose weights have the same names and shapes in all of them
+OTHER_FACTS = {
+    "token": ({"global_pool": "token"}, "another readout of the last block's rows"),
+    "max": ({"global_pool": "max"}, "another readout of the last block's rows"),
+    "avgmax": ({"global_pool": "avgmax"}, "another readout of the last block's rows"),
+    "prefix": ({"pool_include_prefix": True}, "another readout of the last block's rows"),
+    "activation": ({"act_layer": "quick_gelu"}, "activation gelu, and here it is quick_gelu"),
+    "heads": ({"num_heads": 2}, "num_heads 4, and here it is 2"),
+    "eps": (
+        {"norm_layer": partial(nn.LayerNorm, eps=1e-3)},
+        r"norm1 \(layer\) 1e-06, and here it is",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_FACTS)
+def test_a_backbone_of_the_same_weights_that_computes_something_else(case, tmp_path):
+    changes, message = OTHER_FACTS[case]
+    saved = model_of(feature="avg_final_norm", kld=False)
+    saved.save(tmp_path / "a")
+    vit = backbone("avg_final_norm", torch.float32, **changes)
+    assert checkpoint.fingerprint(vit) == checkpoint.fingerprint(saved.backbone)
+    message = f"was trained on a backbone of these weights with {message}"
+    refused(message, lambda: pae.PromptedViT.from_file(tmp_path / "a", vit))
+    assert isinstance(vit.head, nn.Linear) and vit.training
+    other = pae.PromptedViT(vit, VPTDeep(3), num_classes=7)
+    refused(message, lambda: other.load(tmp_path / "a"))
+    rewritten(tmp_path / "a", tmp_path / "old", drop=["facts"])
+    other.load(tmp_path / "old")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("feature", ["plain", "avg", "map", "max", "avg_with_prefix", "qk_norm"])
+def test_facts_are_the_same_in_every_dtype(feature, dtype):
+    one, other = (pae.PromptedViT(backbone(feature, d), VPTDeep(1)) for d in (dtype, torch.float32))
+    facts = [facts_of(model.view) for model in (one, other)]
+    assert all(set(each) == {"blocks", "readout"} for each in facts)
+    assert difference(*facts) is None and json.loads(json.dumps(facts[0])) == facts[0]
+
+
+def test_a_readout_that_is_trained_or_watched_says_nothing(tmp_path):
+    model = pae.PromptedViT(backbone(dtype=torch.float32), VPTDeep(1), train_backbone="norm.*")
+    assert set(facts_of(model.view, model.trained_backbone)) == {"blocks"}
+    seen = []
+    model.backbone.norm.register_forward_hook(lambda *_: seen.append(1))
+    model.save(tmp_path / "a")
+    model.load(tmp_path / "a")
+    assert not seen and set(facts_of(model.view)) == {"blocks"}
+
+
 # ---- parts that do not fit
 
 
@@ -376,6 +427,10 @@ DESCRIPTIONS = [  # (what is another, what the message says)
     ({"task": "birds"}, "task must be a table"),
     ({"task": {"classes": [1, 2]}}, "task.classes must be names or None"),
     ({"versions": {"pae": 1}}, "is damaged: its versions"),
+    ({"facts": [1]}, "is damaged: its facts"),
+    ({"facts": {"blocks": [7]}}, "is damaged: its facts"),
+    ({"facts": {"readout": [[1.0], [2.0, 3.0]]}}, "is damaged: its facts"),
+    ({"facts": {"blocks": [{"num_heads": 3}]}}, "num_heads 3, and here it is 4"),
     ({"format": "pae-9"}, "has format 'pae-9', expected 'pae-2'"),
     ({"format": ["pae-2"]}, r"has format \['pae-2'\]"),
 ]
@@ -391,7 +446,8 @@ def test_another_description(change, message, tmp_path):
 def test_a_part_of_the_description_is_missing(tmp_path):
     model_of().save(tmp_path / "a")
     parts = json.loads(tensorfile.read_tensors(tmp_path / "a")[1]["pae"])
-    for part in parts.keys() - {"format", "pool"}:  # without a pool it is "image"
+    said_where_known = {"pool", "facts"}  # without a pool it is "image"
+    for part in parts.keys() - {"format", *said_where_known}:
         with_backbone(rewritten(tmp_path / "a", tmp_path / "b", drop=[part]), f"not say its {part}")
     with_backbone(rewritten(tmp_path / "a", tmp_path / "b", drop=["format"]), "not written by pae")
 

@@ -489,6 +489,11 @@ def test_parts_of_files_that_mean_something_else(tmp_path):
     other = prompted(pair=pae.prompts.UPT(4, faithful=True))
     message = "UPT's faithful False, and this model has True"
     refused(pae.CheckpointError, message, partial(other.load, tmp_path / "b"))
+    other = prompted(text=context(4))
+    for block in other.vision.backbone.transformer.resblocks:
+        block.mlp.gelu = torch.nn.GELU()
+    message = "on the image tower of these weights with activation quick_gelu, and here it is gelu"
+    refused(pae.CheckpointError, message, partial(other.load, tmp_path / "a"))
     other = prompted(text=context(4), template="a {} indeed.")
     message = "was trained with texts '{}.', and the model has 'a {} indeed.'"
     refused(pae.CheckpointError, message, partial(other.load, tmp_path / "a"))

@@ -98,6 +98,16 @@ def test_copies_of_one_backbone_count_as_one_and_others_do_not():
         made[1].backbone.blocks[1].mlp.fc1.weight[0, 0] += 1
     with pytest.raises(ValueError, match="task 1 has another backbone than task 0"):
         pae.serve_many(made)
+    vit = tiny.backbone(dtype=torch.float32, act_layer="quick_gelu")
+    vit.load_state_dict(
+        made[0].backbone.state_dict() | {"head.weight": vit.head.weight, "head.bias": vit.head.bias}
+    )
+    made[1] = pae.PromptedViT(vit, pae.prompts.VPTDeep(2))
+    message = (
+        "task 1 has the weights of task 0's backbone with activation quick_gelu, and here it is"
+    )
+    with pytest.raises(ValueError, match=message):
+        pae.serve_many(made)
 
 
 def test_what_was_learned_is_copied_and_the_backbone_is_watched():
