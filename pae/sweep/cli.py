@@ -66,12 +66,16 @@ def run(arguments: argparse.Namespace) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("pae sweep starts its own processes: leave accelerate launch out")
     from pae.sweep import progress
-    from pae.sweep.records import Records
+    from pae.sweep.records import BULKY, Records
     from pae.sweep.spec import read_spec, rehearse
 
-    sweep = read_spec(arguments.spec)
+    def tell(count: int) -> None:
+        if not arguments.quiet:
+            print(f"{arguments.spec}: {count} runs so far", file=sys.stderr, flush=True)
+
+    sweep = read_spec(arguments.spec, tell)
     folder = Path(arguments.output or Path("sweeps") / sweep.plan.name).expanduser()
-    records = Records(folder)
+    records = Records(folder, BULKY)
     if arguments.status:
         print("\n".join(progress.report(sweep.plan, records)))
         return 0

@@ -50,11 +50,11 @@ def serial(
     chosen = None if only is None else list(only)
     while True:
         records.refresh()
-        wanted = sweep.plan.runs(records) if chosen is None else chosen
-        left = [run for run in wanted if not run.is_done(records)]
-        if not left:
-            return
-        for run in left:
+        left = False
+        for run in sweep.plan.runs(records) if chosen is None else chosen:
+            if run.is_done(records):
+                continue
+            left = True
             try:
                 record = work.do(sweep, records, run, reporter, shared)
             except lock.InUse:
@@ -64,6 +64,8 @@ def serial(
                 say(f"{run}: {progress.outcome(record)}; {now.line()}")
             break  # a choice may be known by now
         else:
+            if not left:
+                return
             time.sleep(_PAUSE)  # others are at all of them; then there may be more
 
 

@@ -61,6 +61,7 @@ class _Paces:
 
     def __init__(self, plan: Plan, records: Records) -> None:
         self.seen: dict[tuple[str | None, str | None], list[float]] = {}
+        self.paces: dict[tuple[str, str], float | None] = {}
         keys = {
             key: (group.task, group.method)
             for group in plan.groups
@@ -68,16 +69,18 @@ class _Paces:
             for key in (*cell.keys, *cell.finals)
         }
         for key, (task, method) in keys.items():
-            seconds = records[key].get("seconds") if key in records else None
+            seconds = records.get(key, {}).get("seconds")
             if seconds is not None:
                 for mark in ((task, method), (None, method), (None, None)):
                     self.seen.setdefault(mark, []).append(seconds)
 
     def of(self, run: Run) -> float | None:
-        for mark in ((run.task, run.method), (None, run.method), (None, None)):
-            if mark in self.seen:
-                return statistics.median(self.seen[mark])
-        return None
+        place = run.task, run.method
+        if place not in self.paces:  # once, not for every run
+            marks = (place, (None, run.method), (None, None))
+            seen = next((self.seen[mark] for mark in marks if mark in self.seen), None)
+            self.paces[place] = None if seen is None else statistics.median(seen)
+        return self.paces[place]
 
     def mean(self) -> float | None:
         seen = self.seen.get((None, None))

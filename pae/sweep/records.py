@@ -8,6 +8,7 @@ docs/sweeps.md.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ FINISHED, DIVERGED, FAILED, STOPPED = "finished", "diverged", "failed", "stopped
 STATUS = (FINISHED, DIVERGED, FAILED, STOPPED)
 FILE = "record.json"
 RUNS = "runs"
+BULKY = ("settings", "versions", "backbone")  # what takes most of a record's memory
 _NEEDED = ("key", "status", "reason", "settings", "images", "val", "test")
 
 
@@ -40,13 +42,18 @@ class Records(Mapping[str, Record]):
     """The records of the sweep in `folder`, by key. A file that was read is not read again before
     `refresh`, which looks for new ones.
 
+    Args:
+        folder: of the sweep.
+        without: fields that nobody will ask for, so that many records take little memory.
     Raises:
         CheckpointError: a record is damaged, when it is asked for.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, without: tuple[str, ...] = ()) -> None:
         self.folder = folder
+        self.without = without
         self._seen: dict[str, tuple[Any, Record]] = {}
+        self._fresh: set[str] = set()  # seen, and looked at since `refresh`
         self._keys: set[str] = set()
         self.refresh()
 
@@ -56,19 +63,33 @@ class Records(Mapping[str, Record]):
 
     def refresh(self) -> None:
         """Looks which runs have a record by now."""
-        self._keys = {path.parent.name for path in (self.folder / RUNS).glob(f"*/{FILE}")}
+        # by names: a path for each takes longer than the look at it
+        runs = os.path.join(self.folder, RUNS)
+        try:
+            keys = os.listdir(runs)
+        except (FileNotFoundError, NotADirectoryError):
+            keys = []
+        self._keys = {key for key in keys if os.path.lexists(os.path.join(runs, key, FILE))}
+        self._fresh.clear()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
 
     def __getitem__(self, key: str) -> Record:
         if key not in self._keys:
             raise KeyError(key)
-        path = self.path(key) / FILE
+        if key in self._fresh:
+            return self._seen[key][1]
         try:
-            stat = path.stat()
+            stat = os.stat(os.path.join(self.folder, RUNS, key, FILE))
         except FileNotFoundError:
+            self._keys.discard(key)  # taken away since
             raise KeyError(key) from None
         mark = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
         if key not in self._seen or self._seen[key][0] != mark:
-            self._seen[key] = (mark, _read(path))
+            record = _read(self.path(key) / FILE)
+            self._seen[key] = mark, {n: v for n, v in record.items() if n not in self.without}
+        self._fresh.add(key)
         return self._seen[key][1]
 
     def __iter__(self) -> Iterator[str]:
@@ -83,6 +104,7 @@ class Records(Mapping[str, Record]):
         path = self.path(record["key"]) / FILE
         write_atomically(path, lambda file: file.write_text(text, "utf-8"))
         self._keys.add(record["key"])
+        self._fresh.discard(record["key"])
 
     def remove(self, key: str) -> None:
         """Takes a record away, so that its run is wanted again."""

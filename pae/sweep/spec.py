@@ -19,6 +19,7 @@ import dataclasses
 import itertools
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +31,16 @@ from pae.sweep.records import key_of
 from pae.train import hf_data, record
 from pae.train.declared import Given, declared, near, parsed
 from pae.train.embedded import DATASETS
-from pae.train.options import COMPARE, PROMPTLESS, Options, find_config, read_config
+from pae.train.options import (
+    COMPARE,
+    OF_PROMPTS,
+    OF_STEPS,
+    SWITCHES,
+    Options,
+    find_config,
+    read_config,
+    uses,
+)
 from pae.train.options import read_options as checked
 
 ASHA = {"grace": 30, "reduction": 3}  # epochs before the first stop; the share that goes on
@@ -38,14 +48,10 @@ _TOP = (
     *("seeds", "tasks", "methods", "select", "epoch", "equal"),
     *("options", "grid", "random", "final", "asha"),
 )
+_TELL = 3.0  # seconds between two words about a long file
 _VARY = ("grid", "random")  # of a method's own table, in place of the common ones
-# of prompts: where a file speaks for methods with and without, the latter have no use for them
-_OF_PROMPTS = (
-    *("num_tokens", "dropout", "spt", "method_args", "train_backbone"),
-    "head_weight_decay",
-)
-_OF_STEPS = ("rand_augment", "drop_path", "backbone_dropout")  # not of a linear probe
-_SWITCHES = ("kld", "mpa")
+# what a method may have no use for, where a file speaks for others too: left out there, not refused
+_OF_METHODS = (*OF_PROMPTS, *OF_STEPS, *SWITCHES)
 
 Values = dict[str, Any]
 Layer = tuple[str, Values]  # where it stands in the file, and its checked options
@@ -72,20 +78,24 @@ class Sweep:
     asha: Mapping[str, int] | None = None
 
 
-def read_spec(path: str | Path) -> Sweep:
+def read_spec(path: str | Path, tell: Callable[[int], None] = lambda count: None) -> Sweep:
     """The sweep that a file describes.
 
+    Args:
+        path: of the file.
+        tell: called every few seconds with the number of runs that have been read.
     Raises:
         OSError: the file cannot be read.
         ValueError: naming the file and what in it is unknown, of another type, out of bounds, or
             contradicts something else.
     """
-    return _Reader(Path(path).expanduser()).sweep()
+    return _Reader(Path(path).expanduser(), tell).sweep()
 
 
 class _Reader:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tell: Callable[[int], None]) -> None:
         self.path = path
+        self.tell, self.told = tell, time.monotonic()
         self.spec = parsed(path)
         for name in self.spec:
             if name not in _TOP:
@@ -402,7 +412,7 @@ class _Reader:
         for option in list(values):
             if option not in of_method and not self.applies(option, values):
                 del values[option]
-                if option in _OF_PROMPTS + _OF_STEPS:
+                if option in OF_PROMPTS + OF_STEPS:
                     self.notes[
                         f"{values['method']} has no use for {option}, so runs without it"
                     ] = None
@@ -415,18 +425,16 @@ class _Reader:
         key = key_of(settings)
         self.options.setdefault(key, options)
         self.given.setdefault(key, given)
+        if time.monotonic() > self.told + _TELL:
+            self.tell(len(self.options))
+            self.told = time.monotonic()
         return key
 
     @staticmethod
     def applies(option: str, values: Values) -> bool:
         """Whether a run has a use for an option that was given for several methods."""
-        switch, _, rest = option.partition("_")
-        if switch in _SWITCHES and rest:
-            return bool(values.get(switch))
-        method = values.get("method")
-        if option in (*_OF_PROMPTS, *_SWITCHES):
-            return method not in PROMPTLESS
-        return option not in _OF_STEPS or method != "linear"
+        of_methods = option in _OF_METHODS or option.partition("_")[0] in SWITCHES
+        return not of_methods or uses(option, values)
 
     def is_used(self, option: str, options: Options) -> bool:
         return self.applies(option, vars(options))
@@ -472,7 +480,7 @@ class _Reader:
         for place, values in layers:
             for option in values:
                 switch, _, rest = option.partition("_")
-                if switch in _SWITCHES and rest and option not in self.used:
+                if switch in SWITCHES and rest and option not in self.used:
                     raise ValueError(f"{place}: {option}: no method has {switch} = true")
 
 

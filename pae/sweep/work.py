@@ -166,6 +166,11 @@ def _train(
 class _Folder(RunFolder):
     """A run folder that tells when an epoch has ended."""
 
+    anew = (
+        "pae sweep SPEC --retry begins it anew",
+        "put it back and give --retry, or give another --output",
+    )
+
     def __init__(self, path: Path, on_epoch: OnEpoch | None) -> None:
         super().__init__(path)
         self.on_epoch = on_epoch

@@ -127,6 +127,8 @@ class Declared:
             Refused: another type, another word, a number that is not finite or out of bounds, an
                 empty text.
         """
+        if value is self.default:
+            return value
         if value is None and self.optional:
             return None
         if not fits(value, self.kind):
@@ -188,13 +190,6 @@ def fits(value: Any, hint: Any) -> bool:
     An integer is a number too; true and false are no integers, 8.0 is none, and nan and infinity
     are no numbers.
     """
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, part) for part in parts)
-    if hint is Any:
-        return True
-    if hint in (None, types.NoneType):
-        return value is None
     if hint is int:
         return type(value) is int
     if hint is float:
@@ -202,6 +197,15 @@ def fits(value: Any, hint: Any) -> bool:
             return type(value) in (int, float) and math.isfinite(value)
         except OverflowError:
             return False
+    if hint in (str, bool):  # before the questions to typing, which take longest
+        return isinstance(value, hint)
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if hint is Any:
+        return True
+    if hint in (None, types.NoneType):
+        return value is None
     if hint is dict or origin is dict:
         return isinstance(value, dict) and all(isinstance(name, str) for name in value)
     if isinstance(origin, type) and issubclass(origin, Iterable):  # Sequence[int], list[str], ...

@@ -355,8 +355,8 @@ class _Run:
         path = self.folder.path
         if sibling is not None and (found := record.differences(sibling, self.record, False)):
             raise ValueError(
-                f"{path} cannot be compared with the runs beside it: {'; '.join(found)}; put it "
-                "back, or start a new comparison"
+                f"{path} cannot be compared with the runs beside it: {'; '.join(found)}; "
+                f"{self.folder.anew[1]}"
             )
         if saved is None and self.resume is not None:
             self.reporter.warn(f"{path} holds no state yet: the run begins from its first step")
@@ -370,8 +370,8 @@ class _Run:
             return
         if found := record.differences(was, self.record):
             raise pae.CheckpointError(
-                f"{path} cannot go on, for it was another run: {'; '.join(found)}; put it back, or "
-                "start a new run"
+                f"{path} cannot go on, for it was another run: {'; '.join(found)}; "
+                f"{self.folder.anew[0]}"
             )
         if found := record.drift(was, self.record):
             self.reporter.warn(

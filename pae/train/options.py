@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pae import choices
-from pae.files import check_signature
+from pae.files import DIGEST, check_signature
 from pae.protocols.tasks import NAMES as PROTOCOLS
 from pae.train import hf_data
 from pae.train.declared import Given, check, declared, near, option, parsed, read_table
@@ -42,6 +42,14 @@ FIRST = "digits"  # what `pae train` shows when nobody says what to train on
 _FIRST = DATASETS[FIRST]
 COMPARE = "compare"  # three methods side by side
 PROMPTLESS = ("linear", "full")
+# what only some runs have a use for; see `uses`
+OF_PROMPTS = (
+    *("num_tokens", "dropout", "spt", "method_args", "train_backbone"),
+    "head_weight_decay",
+)
+OF_STEPS = ("rand_augment", "drop_path", "backbone_dropout")  # not of a linear probe
+SWITCHES = ("kld", "mpa")  # and what begins with their names
+_OF_PAIRS = ("class_names", "template", "base_to_new")
 
 _MAX = 10**9  # of counts that nothing else bounds
 # the groups of the help
@@ -683,6 +691,58 @@ RECIPE = (
 )
 
 
+def uses(option: str, values: Mapping[str, Any]) -> bool:
+    """Whether a run with these options has a use for one of them; what is missing among them is at
+    its default.
+    """
+    known = declared(Options)
+
+    def get(name: str) -> Any:
+        return values.get(name, known[name].default)
+
+    method, task = get("method"), get("task")
+    switch, _, rest = option.partition("_")
+    if switch in SWITCHES and rest:
+        return method == COMPARE or bool(get(switch))
+    if option in (*OF_PROMPTS, *SWITCHES):
+        return method not in PROMPTLESS
+    if option in OF_STEPS:
+        return method != "linear"
+    if known[option].group == "segmentation":
+        return task == "segmentation"
+    if option in _OF_PAIRS:
+        return task == "clip"
+    if option == "protocol_task":
+        return get("protocol") is not None
+    if option in ("shots", "draw"):
+        return get("protocol") == "few-shot"
+    return option != "poly_power" or get("scheduler") == "poly"
+
+
+def _stops(option: str, values: Mapping[str, Any]) -> bool:
+    """Whether these options are refused because of one that the run has no use for."""
+    free = option == "num_tokens" or option.partition("_")[0] in SWITCHES
+    is_set = bool(values[option]) or declared(Options)[option].group == "segmentation"
+    return is_set and not free and not uses(option, values)
+
+
+def in_use(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of resolved options those that the run has a use for, each None as what it stands for: two
+    runs are one if these agree.
+    """
+    stands_for = {
+        "dropout": 0.0,
+        "head_weight_decay": values.get("weight_decay"),
+        "split_seed": values.get("seed"),
+    }
+    known = declared(Options)
+    return {
+        name: stands_for.get(name) if value is None else value
+        for name, value in values.items()
+        if name in known and uses(name, values)
+    }
+
+
 # ---- files
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -721,17 +781,20 @@ def read_config(path: Path) -> dict[str, Any]:
         ValueError: an unknown name, a value that an option does not take, or the config.json of a
             run that is not what was written.
     """
-    record = parsed(path)
+    record, known = parsed(path), declared(Options)
     if "settings" in record:  # the config.json of a run: the rest of it are facts, e.g. versions
         try:
             facts = check_signature(record)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        record = record["settings"]
+        as_written, record = DIGEST in record, record["settings"]
         if not isinstance(record, dict):
             raise ValueError(f"{path}: settings: expected a table of options")
         if facts.get("comparison") is True:  # formerly beside the settings
             record = {**record, "method": COMPARE}
+        if as_written:  # what the run has no use for may have had another default then
+            table = renamed(record)
+            record = {n: v for n, v in table.items() if n not in known or not _stops(n, table)}
     return read_options(path, record)
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from pae.checkpoint import backbone_name, fingerprint
 from pae.train.data import Images, Task
-from pae.train.options import Options, renamed
+from pae.train.options import Options, in_use, renamed
 from pae.train.stored import Stored
 from pae.version import __version__
 
@@ -104,12 +104,16 @@ def drift(was: Record, now: Record) -> list[str]:
 
 
 def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """In words, what differs between two tables of options; where one has no such option, it is of
-    another version, and nothing is said.
+    """In words, what differs between two tables of resolved options, of those that both runs have a
+    use for; where one has no such option, it is of another version, and nothing is said.
     """
     was = dict(renamed(was))
-    for name in now:
-        if name in was and name not in CHANGEABLE and was[name] != now[name]:
+    before, after = in_use(was), in_use(now)
+    for name in after:
+        if name not in before or name in CHANGEABLE:
+            continue
+        # a None that stands for another option's value is said of that one
+        if before[name] != after[name] and was[name] != now[name]:
             yield f"{name} {_shown(was[name])}, now {_shown(now[name])}"
 
 

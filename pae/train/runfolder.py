@@ -49,7 +49,13 @@ class RunFolder:
 
     Args:
         path: the folder; made by `acquire`.
+
+    Attributes:
+        anew: what may be done where another run lies here, and where the runs beside it are on
+            other images.
     """
+
+    anew = "put it back, or start a new run", "put it back, or start a new comparison"
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
 import signal
+import statistics
 import sys
 import time
 
@@ -13,7 +15,8 @@ import pytest
 
 from pae.errors import CheckpointError
 from pae.sweep import execute, plan, progress, work
-from pae.sweep.records import FINISHED, Records, key_of
+from pae.sweep import spec as spec_of_sweeps
+from pae.sweep.records import BULKY, FINISHED, Records, key_of
 from pae.sweep.spec import read_spec
 from pae.train import lock, loop
 from pae.train.cli import main
@@ -199,6 +202,47 @@ def test_the_best_validation_wins_then_the_loss_then_the_first():
     assert made.count() == (4, 1)
 
 
+def test_many_runs_take_little_time_and_memory(tmp_path, monkeypatch):
+    """What is asked after every run of so many must not grow with their square."""
+    keys = [f"{number:02d}" for number in range(40)]
+    cells = tuple(plan.Cell({"lr": key}, (key,), ("x",)) for key in keys)
+    made = dataclasses.replace(plan_of("a", (0,)), groups=(plan.Group("t", "m", cells),))
+    for key in keys[:30]:
+        Records(tmp_path).write(record(0.5, key=key, reason=None, seconds=1.0, settings={"lr": 1}))
+    records, looks, medians = Records(tmp_path, BULKY), [], []
+    with monkeypatch.context() as patch:
+        stat, median = os.stat, statistics.median
+        patch.setattr(os, "stat", lambda p, **more: looks.append(str(p)) or stat(p, **more))
+        patch.setattr(statistics, "median", lambda v: medians.append(v) or median(v))
+        for _ in range(3):
+            now = progress.progress(made, records)
+    assert (now.done, now.total, len(now.left), now.seconds) == (30, 41, 10, 11.0)
+    assert len([p for p in looks if p.endswith("record.json")]) == 30 and len(medians) == 3
+    assert "settings" not in records["00"] and Records(tmp_path)["00"]["settings"] == {"lr": 1}
+
+
+def test_records_are_looked_at_anew_after_refresh(tmp_path):
+    mine, others = Records(tmp_path), Records(tmp_path)
+    lean = {"key": "a", "reason": None, "settings": {}}
+    others.write(record(0.5, **lean))
+    assert "a" not in mine
+    mine.refresh()
+    assert mine["a"]["val"] == 0.5
+    others.write(record(0.6, **lean))
+    mine.refresh()
+    assert mine["a"]["val"] == 0.6
+    others.remove("a")
+    mine.refresh()
+    assert "a" not in mine and mine.get("a") is None and len(mine) == 0
+
+
+def test_a_long_file_says_how_far_it_is_read(spec, monkeypatch):
+    path, told = spec(below="[grid]\nlr = [0.1, 0.2, 0.3]"), []
+    assert read_spec(path, told.append) and not told
+    monkeypatch.setattr(spec_of_sweeps, "_TELL", -1.0)
+    assert read_spec(path, told.append) and told == [1, 2, 3]
+
+
 @pytest.mark.parametrize("status", ["diverged", "failed", "stopped"])
 def test_what_did_not_finish_is_never_chosen(status):
     made = plan_of("ab")
@@ -372,6 +416,28 @@ def test_a_diverging_run_begins_again_and_others_go_on(spec, sweep, tmp_path):
         records.refresh()
 
 
+def test_another_run_in_the_place_of_one_says_what_begins_it_anew(
+    spec, sweep, tmp_path, monkeypatch
+):
+    path = spec()
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "_tidy", lambda *_: None)  # so that the state stays
+        assert sweep(path)[0] == 0
+    records = Records(tmp_path / "out")
+    (key,) = records
+    run = RunFolder(records.path(key))
+    state, val = run.read_state(), records[key]["val"]
+    state["record"]["settings"]["lr"] = 5.0
+    run.write_state(state)
+    run.metrics_json.unlink()
+    records.remove(key)
+    status, _, err = sweep(path)
+    assert status == 1 and "lr 5.0, now 0.01; pae sweep SPEC --retry begins it anew" in err
+    assert sweep(path, "--retry")[0] == 0
+    records.refresh()
+    assert records[key]["val"] == val
+
+
 def test_runs_that_are_no_longer_on_the_same_images_fail(spec, sweep, tmp_path):
     folder = save_shades(tmp_path / "data", train=4, test=1)
     top = f'methods = ["linear"]\ntasks = [{json.dumps(str(folder))}]'
@@ -379,6 +445,7 @@ def test_runs_that_are_no_longer_on_the_same_images_fail(spec, sweep, tmp_path):
     (folder / "train" / "dark" / "00.png").unlink()
     status, _, err = sweep(spec(top, "[grid]\nlr = [0.003, 0.01]"))
     assert status == 1 and "cannot be compared with the runs beside it" in err
+    assert "; put it back and give --retry, or give another --output" in err
 
 
 def test_a_run_in_use_is_left_to_whoever_has_it(spec, tmp_path):

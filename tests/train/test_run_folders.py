@@ -18,7 +18,8 @@ from PIL import Image
 
 from pae.checkpoint import TEMPORARY
 from pae.errors import CheckpointError
-from pae.train import cli, compare, lock, loop, report, runfolder
+from pae.files import signed
+from pae.train import cli, compare, lock, loop, record, report, runfolder
 from pae.train.cli import main
 from pae.train.options import Options
 from pae.train.runfolder import RunFolder
@@ -379,6 +380,59 @@ def test_what_may_change_while_a_run_is_stopped(stopped, images, flags, tmp_path
     assert not capsys.readouterr().err
     assert main([*flags[:2], str(moved), *flags[3:], *DEEP, "--output", str(tmp_path / "w")]) == 0
     assert_same_run(stopped, tmp_path / "w")
+
+
+def written_by_an_older_version(folder, **settings):
+    """Makes a stopped run one whose version had other defaults."""
+    run = RunFolder(folder)
+    state = run.read_state()
+    state["record"]["settings"].update(settings)
+    run.write_state(state)
+    config = json.loads(run.config.read_text())
+    config["settings"].update(settings)
+    config.pop("digest")
+    run.config.write_text(json.dumps(signed(config)))
+
+
+# of what the run has no use for, or that means what it means today
+FORMER = {
+    **{"head": "pup", "head_channels": 7, "poly_power": 0.9, "kld_dim": 8, "draw": 3},
+    **{"dropout": 0.0, "head_weight_decay": 1e-4, "split_seed": 0},
+}
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_former_defaults_of_what_a_run_does_not_use_do_not_stop_it(
+    stopped, flags, tmp_path, capsys, auto
+):
+    written_by_an_older_version(stopped, **FORMER)
+    on = [*flags, *DEEP, "--output", str(stopped), "--resume", "auto"]
+    assert main(on if auto else ["train", "--resume", str(stopped), "--quiet"]) == 0
+    assert not [x for x in capsys.readouterr().err.splitlines() if "warning" in x]
+    assert main([*flags, *DEEP, "--output", str(tmp_path / "whole")]) == 0
+    assert_same_run(stopped, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "now, was, said",
+    [
+        ({}, {"dropout": 0.1}, ["dropout 0.1, now unset"]),
+        ({"dropout": 0.2}, {"dropout": None}, ["dropout unset, now 0.2"]),
+        ({}, {"split_seed": 1}, ["split_seed 1, now unset"]),
+        ({"seed": 1}, {"seed": 0}, ["seed 0, now 1"]),
+        ({"scheduler": "poly"}, {"poly_power": 0.9}, ["poly_power 0.9, now 0.1"]),
+        ({"kld": True}, {"kld_dim": 8}, ["kld_dim 8, now 256"]),
+        ({"task": "segmentation"}, {"head": "pup"}, ['head "pup", now "linear"']),
+        ({"task": "clip"}, {"template": "{}."}, ['template "{}.", now unset']),
+        ({"protocol": "few-shot", "shots": 4}, {"draw": 2}, ["draw 2, now 0"]),
+        ({"method": "full"}, {"drop_path": 0.1}, ["drop_path 0.1, now 0.0"]),
+        ({"method": "linear"}, {"drop_path": 0.1, "num_tokens": 3, "template": "{}."}, []),
+        ({"method": "compare"}, {"mpa_window": 8}, ["mpa_window 8, now 16"]),
+    ],
+)
+def test_settings_differ_in_what_a_run_uses(now, was, said):
+    now = {**vars(Options()), "method": "vpt-deep", "weight_decay": 0.1, **now}
+    assert list(record.changed_settings({**now, **was}, now)) == said
 
 
 def test_older_states_and_other_libraries_cost_a_warning(stopped, capsys):
