@@ -338,11 +338,17 @@ class PromptedViT(nn.Module):
         KLD depends on parameters alone, so it is the same on every rank and for every batch, unless
         the family makes its prompts from images (VAPT: the mean over the last forward's batch); a
         family's own penalty may read the last forward's rows (DA-VPT).
+
+        Raises:
+            RuntimeError: it reads the last forward, and that had no graph where gradients are
+                enabled now.
         """
         total = torch.zeros((), device=self.device)
         if not self.training:
             return total
         if self.kld is not None:
+            if self.prompts.depends_on_input:
+                self.prompts.require_graph()
             consistency, lyapunov = self.kld.terms(self.prompts.raw_prompts())
             total = consistency + lyapunov
         own = self.prompts.penalty()

@@ -307,6 +307,27 @@ class PromptFamily(nn.Module):
             self._remembers = True
         return self._threads_values()
 
+    def note_graph(self) -> None:
+        """Keep in `this_forward` whether the forward in progress has a graph, for
+        `require_graph`.
+        """
+        self.this_forward["has a graph"] = torch.is_grad_enabled()
+
+    def require_graph(self) -> None:
+        """Raise where a gradient is wanted of what the last forward left and it has none: the
+        penalty would be a constant, or lack a part of its gradient.
+
+        Raises:
+            RuntimeError: the last forward ran without gradients, and they are enabled now.
+        """
+        if torch.is_grad_enabled() and not self.this_forward.get("has a graph", True):
+            raise RuntimeError(
+                f"the penalty on {type(self).__name__} reads the last forward, which ran without a "
+                "graph (under torch.no_grad, or in activation checkpointing with "
+                "use_reentrant=True): run it with gradients (use_reentrant=False), or ask for the "
+                "penalty under torch.no_grad"
+            )
+
     @torch.compiler.disable  # which thread runs is no part of a graph
     def _threads_values(self) -> dict[Any, Any]:
         return self._threads.values

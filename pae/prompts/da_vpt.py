@@ -231,6 +231,7 @@ class DAVPT(VPTDeep):
             patches = x[:, self.shape.num_prefix_tokens :]
             of_class = class_query if self.class_feature == "query" else x[:, 0]
             self.this_forward["seen", index] = patches.mean(dim=1), of_class
+            self.note_graph()
 
     def observe_features(self, features: Tensor) -> None:
         if self.training:
@@ -242,8 +243,14 @@ class DAVPT(VPTDeep):
         seen = {i: self.this_forward.pop((k, i)) for k, i in keys if (k, i) in self.this_forward}
         features = self.this_forward.pop("features", None)
         labels = self._next.values.pop("labels", None)
-        if not seen:
+        if not seen and labels is None:
             return None
+        if not seen:
+            raise ValueError(
+                "labels were given to see_labels, and what they belong to is gone: the last "
+                "forward was none in training mode; ask for the penalty right behind that"
+            )
+        self.require_graph()
         images = len(next(iter(seen.values()))[0])
         if labels is None or len(labels) != images:
             got = "none" if labels is None else len(labels)

@@ -116,7 +116,12 @@ class DAPT(Pair):
         self._seen.values["penalty"] = self.image_weight * image + self.text_weight * text
 
     def penalty(self) -> Tensor | None:
-        return self._seen.values.pop("penalty", None)
+        if "penalty" not in self._seen.values:
+            raise RuntimeError(
+                "DAPT's losses read both towers' features and the labels: use "
+                "model.loss(images, labels), or call pair.see_features ahead of each penalty()"
+            )
+        return self._seen.values.pop("penalty")
 
 
 @torch.no_grad()

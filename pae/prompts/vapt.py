@@ -164,6 +164,7 @@ class VAPT(_VPT):
         if u.requires_grad:
             self.this_forward["mixed", number] = u, shift
         else:
+            self.note_graph()
             dropped = channels is not None or units is not None
             whole = self._finish(number, u, shift) if dropped else prompts
             self.this_forward["mixed", number] = whole.mean(0)

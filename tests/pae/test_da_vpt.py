@@ -431,3 +431,21 @@ def test_a_captured_step_gathers_what_it_is_given():
     made.prompts._sums.zero_()
     trained(made, images, labels.flip(0))
     assert error(gathered, made.prompts._sums) < 1e-5
+
+
+def test_a_penalty_of_another_forward_is_refused():
+    model = prompted()
+    x, labels = tiny.images(model.backbone), torch.tensor([0, 1, 2])
+    model.prompts.see_labels(labels)
+    model(x)
+    model.eval()(x)  # in between
+    tiny.refused(ValueError, "what they belong to is gone", model.train().penalty)
+    model.prompts.see_labels(labels)
+    with torch.no_grad():
+        model(x)
+    tiny.refused(RuntimeError, "which ran without a graph", model.penalty)
+    model.prompts.see_labels(labels)
+    with torch.no_grad():
+        model(x)
+        assert model.penalty() > 0
+    assert model.penalty() == 0  # it is used up

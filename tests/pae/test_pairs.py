@@ -436,6 +436,15 @@ def test_a_bypass_of_another_shape_and_a_hook():
         refused(ValueError, message, lambda e=engine: made(images(), engine=e))
 
 
+def test_dapt_without_its_losses_is_refused():
+    """In a loop of one's own they would be left out."""
+    made, x = build("dapt").train(), images(2)
+    F.cross_entropy(made(x), torch.tensor([0, 1]))
+    message = "DAPT's losses read both towers' features and the labels: use model.loss(images"
+    refused(RuntimeError, message, made.penalty)
+    assert made.eval().penalty() == 0
+
+
 def test_dapt_terms_by_hand():
     pair = DAPT(2, 2, 0.5, 0.25)
     pair.prototypes = torch.randn(3, 5, dtype=torch.float64)
@@ -446,7 +455,7 @@ def test_dapt_terms_by_hand():
     text = sum(torch.exp(-2 * ((g[i] - g[j]) ** 2).sum()) for i, j in pairs) / 3
     pair.see_features(f, g, y)
     assert error(pair.penalty(), 0.5 * image + 0.25 * text) < 1e-12
-    assert pair.penalty() is None  # of one forward
+    refused(RuntimeError, "ahead of each penalty()", pair.penalty)  # it was of one forward
     alone = pair.losses(f, g[:1], torch.zeros_like(y))[1]
     assert alone == 0
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import pae
 from pae.prompts import VAPT, VPTDeep
@@ -514,3 +515,31 @@ def test_bad_options(options, kind, message):
 def test_options_that_do_not_fit_the_backbone(options, message):
     with pytest.raises(ValueError, match=message):
         pae.PromptedViT(tiny.backbone(), VAPT(**options))
+
+
+def test_a_regulariser_without_the_graph_of_its_batch_is_refused():
+    """Its part of the gradient would be missing: reentrant checkpointing runs without a graph."""
+    model = prompted(kld=pae.KLD(dim=6), **WITHOUT_DROPOUT)
+    x = tiny.images(model.backbone).requires_grad_()
+
+    def grads(reentrant):
+        logits = checkpoint(partial(model, engine="fast"), x, use_reentrant=reentrant)
+        return torch.autograd.grad(logits.sum() + model.penalty(), list(model.prompts.parameters()))
+
+    message = "the penalty on VAPT reads the last forward, which ran without a graph"
+    tiny.refused(RuntimeError, message, partial(grads, True))
+    for got, wanted in zip(grads(False), gradients_of(model, x)):
+        assert error(got, wanted) < 1e-9
+    with torch.no_grad():
+        model(x)
+        model.penalty()  # a number to look at
+    tiny.refused(RuntimeError, message, model.penalty)
+    plain = prompted()  # without a regulariser nothing reads it
+    with torch.no_grad():
+        plain(x)
+    assert plain.penalty() == 0
+
+
+def gradients_of(model, x):
+    value = model(x).sum() + model.penalty()
+    return torch.autograd.grad(value, list(model.prompts.parameters()))
