@@ -226,8 +226,8 @@ class PromptedText(nn.Module):
         """The classes in groups that run together, and how many rows each group has; where each
         class is among those of all groups, None where they are in order.
         """
-        device = self.tokens.device
-        if self._grouped is None or self._grouped[0] != device:
+        device, grouped = self.tokens.device, self._grouped
+        if grouped is None or grouped[0] != device:
             lengths = self._layout.lengths
             groups = groups_of(lengths, device.type)
             if len(groups) == 1:
@@ -236,8 +236,8 @@ class PromptedText(nn.Module):
                 indices = [torch.tensor(group, device=device) for group in groups]
                 longest = [max(lengths[i] for i in group) for group in groups]
                 made = list(zip(indices, longest)), torch.cat(indices).argsort()
-            self._grouped = device, made
-        return self._grouped[1]
+            grouped = self._grouped = device, made
+        return grouped[1]
 
     @uncompiled
     def plan(self, dtype: torch.dtype | None = None) -> FrozenPlan:
@@ -245,20 +245,23 @@ class PromptedText(nn.Module):
         kept and refused as `PromptedViT.plan`.
         """
         dtype = wanted_dtype(self.view.like) if dtype is None else dtype
-        if self._plans is None or not self._plans.current():
-            self._plans, self._first = Plans(self.view), None
+        plans = self._plans  # another thread may put its own there at any time
+        if plans is None or not plans.current():
+            plans = self._plans = Plans(self.view)
+            self._first = None
         lengths = (max(self._layout.lengths),) * self.view.shape.depth
-        return self._plans.plan(dtype, lengths, (0, 0))
+        return plans.plan(dtype, lengths, (0, 0))
 
     @uncompiled
     def _constants(self, plan: FrozenPlan, count: int) -> Constants:
         """Of the first `count` rows."""
         tables = self.view.table.weight, self.view.positions
         state = [plan, count, *map(_version, tables)]
-        if self._first is None or not _unchanged(self._first[0], state):
+        first = self._first
+        if first is None or not _unchanged(first[0], state):
             x = self._embed(None, slice(0, 1), slice(0, count), slice(0, 0))
-            self._first = state, constants(plan, x)
-        return self._first[1]
+            first = self._first = state, constants(plan, x)
+        return first[1]
 
     def drop_plans(self) -> None:
         """Forget the folded tower and the features that were kept."""

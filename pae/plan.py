@@ -657,9 +657,10 @@ class Plans:
         plan, geometry = self._of_weights(dtype, settled), self._view.geometry(size)
         if all(g is NO_GEOMETRY for g in geometry):
             return plan
-        if self._placed is None or self._placed[0] is not plan or self._placed[1] is not geometry:
-            self._placed = plan, geometry, plan.placed(geometry)
-        return self._placed[2]
+        placed = self._placed  # another thread may put its own there at any time
+        if placed is None or placed[0] is not plan or placed[1] is not geometry:
+            placed = self._placed = plan, geometry, plan.placed(geometry)
+        return placed[2]
 
     def _of_weights(self, dtype: torch.dtype, settled: bool) -> FrozenPlan:
         trained = self._seen.trained

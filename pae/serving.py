@@ -107,15 +107,16 @@ class Served(nn.Module):
         """Per block the sets of all tasks, with the keys and values that `plan` gives them, and how
         it is run.
         """
-        if self._known is None or self._known[0] is not plan:
+        known = self._known  # another thread may put its own there at any time
+        if known is None or known[0] is not plan:
             found = []
             for i, block in enumerate(plan.now().blocks):
                 rows, kv = getattr(self, f"rows_{i}"), None
                 if rows is not None:
                     kv = keys_values(block, normalise(rows, block.norm1, plan.dtype))
                 found.append(BlockPrompts(rows, None, getattr(self, f"absent_{i}"), kv=kv))
-            self._known = plan, found, [InPlace() for _ in found]
-        return self._known[1:]
+            known = self._known = plan, found, [InPlace() for _ in found]
+        return known[1:]
 
     def __getstate__(self) -> dict:
         # as of a PromptedViT: copies form their own

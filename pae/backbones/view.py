@@ -510,7 +510,7 @@ class BackboneView(BlocksView):
     shape: BackboneShape
     num_prefix_tokens: int
     other_head: str | None = None
-    _known: tuple[Any, list[Geometry]] | None = None
+    _known: tuple[Any, list[Geometry], list[Tensor]] | None = None
     _examining = False
     unproved: str | None = None
     head_name: str | None = "head"
@@ -633,6 +633,7 @@ class BackboneView(BlocksView):
             UnsupportedBackbone: one of them requires a gradient, which would not reach it.
         """
         seen: tuple[Any, ...] = size, self.like.device, self.like.dtype
+        held = []  # they keep the storage: no later tensor can lie at the same address
         for name, t in tensors:
             if t.requires_grad and not self._examining:
                 raise UnsupportedBackbone(
@@ -640,9 +641,11 @@ class BackboneView(BlocksView):
                     "constant here: call requires_grad_(False)"
                 )
             seen += (t.data_ptr(), t._version)
-        if self._known is None or self._known[0] != seen:
-            self._known = seen, make(size)
-        return self._known[1]
+            held.append(t.detach())
+        known = self._known  # another thread may put its own there at any time
+        if known is None or known[0] != seen:
+            known = self._known = seen, make(size), held
+        return known[1]
 
     def enter(self, index: int, x: Tensor, geometry: Sequence[Geometry]) -> Tensor:
         """Rows (B, P + N, D) that leave block `index` - 1, as they enter block `index`: merged

@@ -92,7 +92,7 @@ class E2VPT(_VPT):
         self.pieces = check_count("pieces", pieces)
         self.register_parameter("keys_values", None)
         self._start_masks: tuple[Tensor, Tensor] | None = None
-        self._known_kept: tuple[tuple[int, int], Tensor] | None = None
+        self._known_kept: tuple[tuple[int, int], Tensor, Tensor] | None = None
 
     def bind(self, shape: BackboneShape) -> None:
         if self.masks != "none" and (self.pieces == 0 or shape.width % self.pieces):
@@ -193,11 +193,13 @@ class E2VPT(_VPT):
         if mask.is_inference():  # nobody records its changes, so nothing is known of it
             return mask.nonzero()[:, 0]
         key = mask.data_ptr(), mask._version
-        if self._known_kept is None or self._known_kept[0] != key:
-            # evaluation may be the first to ask, and training follows
+        known = self._known_kept  # another thread may put its own there at any time
+        if known is None or known[0] != key:
+            # evaluation may be the first to ask, and training follows; the mask is held, so that
+            # no later one lies at its address
             with torch.inference_mode(False):
-                self._known_kept = key, mask.nonzero()[:, 0]
-        return self._known_kept[1]
+                known = self._known_kept = key, mask.nonzero()[:, 0], mask.detach()
+        return known[1]
 
     def _mask(self) -> Tensor | None:
         """(T, D): token mask times tiled piece mask, or None."""

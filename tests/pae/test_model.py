@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.beit import Beit
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
@@ -336,6 +337,21 @@ def test_a_new_weight_at_an_old_address_is_noticed():
         norm.bias = None  # free the old one first
         norm.bias = nn.Parameter(torch.full((32,), float(i)), requires_grad=False)
         assert fresh(model, x), i
+
+
+def test_a_new_table_of_positions_at_an_old_address_is_noticed():
+    """By the reference too, which makes a bias of it for the rows of image and prompts."""
+    vit = tiny.filled(Beit(**{**tiny.SIZES, "depth": 1}, use_rel_pos_bias=True)).eval()
+    model = tiny.over(vit).eval()
+    x, attn = images(backbone("plain", torch.float32)), vit.blocks[0].attn
+    size = attn.relative_position_bias_table.shape
+    with torch.no_grad():
+        for i in range(60):
+            attn.relative_position_bias_table = None  # free the old one first
+            table = torch.full(size, 0.0).index_fill_(0, torch.tensor(i % size[0]), 5.0)
+            attn.relative_position_bias_table = nn.Parameter(table, requires_grad=False)
+            del table
+            assert torch.equal(model(x), copy.deepcopy(model)(x)), i
 
 
 def test_changed_stem_norm_and_head_need_no_plan():

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from timm.models.eva import Eva
 
 import pae
 from pae.prompts import METHODS
@@ -13,6 +14,10 @@ from tests import tiny
 from tests.tiny import prompted
 
 THREADS, ROUNDS = 4, 5
+ROTATING = {
+    **{**tiny.SIZES, "depth": 1},
+    **{"use_rot_pos_emb": True, "use_abs_pos_emb": False, "dynamic_img_size": True},
+}
 
 
 def in_threads(work):
@@ -150,3 +155,32 @@ def test_a_thread_of_its_own_runs_a_compiled_model(method):
     thread.join()
     for value, wanted in zip(got, expected, strict=True):
         assert (value - wanted).abs().max() <= 1e-9
+
+
+def raced(owner, name, others):
+    """`owner` whose attribute is what another thread put there, right behind every write."""
+    other = property(lambda self: others, lambda self, value: None)
+    vars(owner).pop(name, None)
+    owner.__class__ = type(type(owner).__name__, (type(owner),), {name: other})
+
+
+def test_what_is_remembered_may_be_overwritten_at_any_time():
+    """Between a thread's writing and its reading stands another's."""
+    model = tiny.over(tiny.filled(Eva(**ROTATING)).eval())
+    sizes = (8, 16), (16, 8)
+    own, other = ([g.rotation for g in model.view.geometry(size)] for size in sizes)
+    assert not torch.equal(own[0], other[0])
+    plans = [model.plan(size=size) for size in sizes]
+    raced(model.view, "_known", (None, model.view.geometry(sizes[1]), []))
+    assert torch.equal(model.view.geometry(sizes[0])[0].rotation, own[0])
+    raced(model._plans, "_placed", (None, None, plans[1]))
+    assert torch.equal(model.plan(size=sizes[0]).blocks[0].rotation, plans[0].blocks[0].rotation)
+
+    masked = pae.prompts.E2VPT(4, masks="fixed", pruned="remove", pieces=4)
+    prompted("plain", masked)
+    raced(masked, "_known_kept", (None, torch.tensor([7]), masked.token_mask))
+    assert masked._kept().tolist() == [0, 1, 2, 3]
+
+    served = pae.serve_many([prompted("plain", 2)])
+    raced(served, "_known", (None, "another thread's"))
+    assert served._of(served.first.plan())[0] != "another thread's"
