@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,9 @@ def write_atomically(
         OSError: naming `path`.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a device, say: it would be replaced
+        kind = errno.EISDIR if path.is_dir() else errno.EINVAL
+        raise OSError(kind, "no regular file; give another name", str(path))
     # only a part of a long name: what is added must not make it longer than a folder takes
     temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:12]}.pae-tmp")
     try:
@@ -60,6 +64,29 @@ def write_atomically(
         if error.errno is None:
             raise OSError(f"{path} cannot be written: {one_line(error)}") from error
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_writable(path: str | Path, given: str | None) -> None:
+    """Whether a file or folder can be made at `path`, before the work whose result it takes;
+    nothing is made yet.
+
+    Args:
+        path: of what will be made.
+        given: what --output said, if anything.
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        path = Path(path).absolute()
+        if path.exists() and not (path.is_dir() or path.is_file()):
+            raise OSError(errno.EINVAL, "no regular file")
+        above = path if path.is_dir() else next(p for p in path.parents if p.exists())
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        what = f"--output {given}" if given is not None else str(path)
+        advice = "give another one" if given is not None else "give --output"
+        raise ValueError(f"{what} cannot be written ({error.strerror}); {advice}") from error
 
 
 def _sync_folder(folder: Path) -> None:

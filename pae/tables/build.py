@@ -69,10 +69,13 @@ class Table:
     titles: dict[str, str]
 
 
+RANDOM = "random (pretrained off), others for every seed"
+
 # (what it is called, how to ask a run): equal in all rows of a comparison that means something
 _EQUAL: tuple[tuple[str, Callable[[Run], Any]], ...] = (
     ("backbone", lambda run: (run.facts.get("backbone") or {}).get("name")
      or run.settings.get("model")),
+    ("weights", lambda run: RANDOM if run.settings.get("pretrained") is False else None),
     ("image size", lambda run: run.facts.get("image_size") or run.settings.get("img_size")),
     ("training images", lambda run: (run.facts.get("task") or {}).get("train")),
     ("validation images", lambda run: (run.facts.get("task") or {}).get("val")),
@@ -126,6 +129,8 @@ def build(
     rows = [_row(name, tasks, cells, split) for name in order]
     for task in tasks:
         _embolden(rows, task)
+    if beside is not None and split != "test":
+        raise ValueError("--published: numbers are known of test images, and this is of validation")
     foreign = [] if beside is None else _published(runs, chosen, tasks, beside)
     rows += [row for row, _ in foreign]
     columns, titles = list(tasks), dict[str, str]()
@@ -225,6 +230,9 @@ def _check_column(task: str, runs: list[Run]) -> None:
                 raise ValueError(
                     f"{first.path} and {run.path}: other {what} of {task}; make a table of each"
                 )
+        drawn = [r.settings.get("pretrained") is False for r in (first, run)]
+        if all(drawn) and first.settings.get("seed") != run.settings.get("seed"):
+            continue  # by the seed: the caption says so
         was, now = (r.facts.get("backbone") or {} for r in (first, run))
         if was.get("name") == now.get("name") and was.get("fingerprint") != now.get("fingerprint"):
             raise ValueError(
@@ -262,6 +270,8 @@ def _published(
     models = {(run.settings.get("model"), run.facts.get("image_size")) for run in runs}
     found = {published.setting(str(model), size) for model, size in models}
     where = found.pop() if len(found) == 1 else None
+    if any(run.settings.get("pretrained") is False for run in runs):
+        raise ValueError("--published: numbers are known of pretrained weights, not of random ones")
     if where is None:
         raise ValueError(
             "--published: numbers are known for vit_base_patch16_224.orig_in21k at 224 pixels, not "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run, debug=False)
     parser.add_argument(
         "runs",
-        nargs="+",
+        nargs="*",
         metavar="RUNS",
         help="run folders, folders with such below them, folders of a sweep, or its records",
     )
@@ -72,7 +73,13 @@ def run(arguments: argparse.Namespace) -> int:
             f"--output {arguments.output}: expected a name that ends in {', '.join(_SUFFIXES)}, or "
             "--format"
         )
-    found = collect(arguments.runs)
+    runs, beside = arguments.runs, arguments.published
+    if not runs and beside:  # --published RUNS: what lies there is no method
+        runs = [name for name in beside if os.path.lexists(os.path.expanduser(name))]
+        beside = [name for name in beside if name not in runs]
+    if not runs:
+        raise ValueError("pae table needs RUNS, the folders of finished runs")
+    found = collect(runs)
     if found.unfinished:
         first = found.unfinished[0]
         with contextlib.suppress(OSError):
@@ -95,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         protocol=arguments.protocol,
         failed=found.failed,
         missing=found.missing,
-        beside=arguments.published,
+        beside=beside,
     )
     text = write.FORMATS[kind](table)
     if output is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import statistics
 from collections.abc import Callable
 
@@ -55,12 +56,13 @@ def markdown(table: Table) -> str:
         text = f"{cell.mean:.1f}{width}{_few(table, cell)}"
         return f"**{text}**" if cell.bold else text
 
-    header = ["method", *_titles(table), *(title for title, _ in _costs(table))]
+    titles = [_plain_markdown(title) for title in _titles(table)]
+    header = ["method", *titles, *(title for title, _ in _costs(table))]
     lines = [_line(header), _line(["---", *["---:"] * (len(header) - 1)])]
     for row, texts in zip(table.rows, _grid(table, show), strict=True):
         lines.append(_line([_marked(row.label, row.marks), *texts]))
-    notes = "\n".join(f"- {note}" for note in table.notes)
-    return f"**{_plain(table.title)}**\n\n" + "\n".join(lines) + f"\n\n{notes}\n"
+    notes = "\n".join(f"- {_plain_markdown(note)}" for note in table.notes)
+    return f"**{_plain_markdown(table.title)}**\n\n" + "\n".join(lines) + f"\n\n{notes}\n"
 
 
 def _few(table: Table, cell: Cell) -> str:
@@ -70,11 +72,16 @@ def _few(table: Table, cell: Cell) -> str:
 
 
 def _marked(label: str, marks: list[str]) -> str:
-    return _plain(label) + "".join(f"<sup>{mark}</sup>" for mark in marks)
+    return _plain_markdown(label) + "".join(f"<sup>{mark}</sup>" for mark in marks)
 
 
 def _line(texts: list[str]) -> str:
-    return f"| {' | '.join(text.replace('|', '/') for text in texts)} |"
+    return f"| {' | '.join(texts)} |"
+
+
+def _plain_markdown(text: str) -> str:
+    """A name as it is, in which nothing is emphasis, HTML or the end of a cell."""
+    return re.sub(r"([\\*`<|])", r"\\\1", _plain(text))
 
 
 def _plain(text: str) -> str:
@@ -93,8 +100,16 @@ _SPECIAL = {
 }
 
 
+_PDFLATEX = 0x180  # from here on, most characters need another LaTeX than that
+
+
 def _tex(text: str) -> str:
     return "".join(_SPECIAL.get(character, character) for character in _plain(text))
+
+
+def _guarded(text: str) -> str:
+    r"""For the start of a row: \\ before it would take [ and * as its own."""
+    return f"{{}}{text}" if text.startswith(("[", "*")) else text
 
 
 def latex(table: Table) -> str:
@@ -120,16 +135,19 @@ def latex(table: Table) -> str:
         f"{' & '.join(slanted)} \\\\",
         r"\midrule",
     ]
-    grid, foreign = _grid(table, show), False
+    grid, began = _grid(table, show), False
     for row, texts in zip(table.rows, grid, strict=True):
-        if row.published and not foreign:
-            foreign = True
+        if row.published and not began:
+            began = True
             lines.append(r"\midrule")
-        label = _tex(row.label) + "".join(rf"$^{{{_tex(mark)}}}$" for mark in row.marks)
+        label = _guarded(_tex(row.label)) + "".join(rf"$^{{{_tex(mark)}}}$" for mark in row.marks)
         lines.append(f"{' & '.join([label, *texts[: len(texts) - len(costs)]])}"
                      + "".join(f" & {_tex(t)}" for t in texts[len(texts) - len(costs):])
                      + r" \\")  # fmt: skip
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+    text = "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+    if foreign := sorted({c for c in text if ord(c) >= _PDFLATEX}):
+        text = f"% lualatex or xelatex, with a font that has {' '.join(foreign)}\n{text}"
+    return text
 
 
 _CSV = (

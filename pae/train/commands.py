@@ -11,9 +11,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pae import choices
+from pae.files import check_writable
 from pae.train.declared import add_arguments, from_arguments, option
 from pae.train.options import DEVICES
 
@@ -208,6 +210,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         return _segment(arguments.images, own, use, model, reporter)
     if own.output not in (None, "-") and os.path.isdir(str(own.output)):
         raise ValueError(f"--output {own.output}: a folder; give a file")
+    if own.output not in (None, "-"):
+        check_writable(os.path.expanduser(str(own.output)), own.output)
     of_clips = using.frames_of(model) is not None
     files, others = using.expand(arguments.images, of_clips)
     if others:
@@ -253,8 +257,6 @@ def _segment(
     names: list[str], own: Predict, use: Use, model: pae.PromptedSegmenter, reporter: Reporter
 ) -> int:
     """``pae predict`` of a model of pixels: masks and pictures of them in a folder."""
-    from pathlib import Path
-
     from pae.train import segmenting, using
 
     files, others = using.expand(names, False)
@@ -288,8 +290,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     own = Evaluate(**from_arguments(Evaluate, arguments))
     if own.data is None:
         raise ValueError("pae evaluate needs --data FOLDER, the labelled images")
-    from pathlib import Path
-
     import pae
     from pae.train import hf_data
     from pae.train.evaluation import evaluate, read_labelled
@@ -306,14 +306,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         known, of_clips = model.classes or (), frames_of(model) is not None
         naming = _naming(use, place) if isinstance(model, pae.PromptedCLIP) else None
         images, split = read_labelled(own.data, known, own.split, of_clips, columns, naming)
+        hf = hf_data.is_hf(own.data)
+        data = hf_data.absolute(own.data) if hf else os.path.abspath(os.path.expanduser(own.data))
+        called = hf_data.title(own.data) if hf else Path(data).name
+        folder = _folder_of(own, place, called, split)
         with reporter.progress(f"evaluating on {split}", len(images)) as advance:
             how = {"batch_size": use.batch_size, "workers": use.workers, "on_image": advance}
             found = evaluate(model, images, **how)  # type: ignore[arg-type]
-    hf = hf_data.is_hf(own.data)
-    data = hf_data.absolute(own.data) if hf else os.path.abspath(os.path.expanduser(own.data))
-    called = hf_data.title(own.data) if hf else Path(data).name
-    default = place.file.parent / f"evaluation-{called}-{split}"
-    folder = default if own.output is None else Path(os.path.expanduser(own.output))
     facts = {"checkpoint": str(place.file), "data": data, "split": split}
     found.write(folder, **facts)
     for item, error in found.unread:
@@ -336,6 +335,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return UNREAD if found.unread else 0
 
 
+def _folder_of(own: Evaluate, place: Place, called: str, split: str) -> Path:
+    """Where an evaluation is written."""
+    default = place.file.parent / f"evaluation-{called}-{split}"
+    folder = default if own.output is None else Path(os.path.expanduser(own.output))
+    check_writable(folder, own.output)
+    return folder
+
+
 def _naming(use: Use, place: Place) -> Any:
     """How the classes of a folder are found among the names of a model of two towers."""
     from pae.train import towers
@@ -349,12 +356,12 @@ def _evaluate_masks(
     own: Evaluate, use: Use, place: Place, model: pae.PromptedSegmenter, reporter: Reporter
 ) -> int:
     """``pae evaluate`` of a model of pixels."""
-    from pathlib import Path
-
     from pae.train import segmenting
 
     assert own.data is not None
     images, split = segmenting.read_labelled(own.data, model.classes or (), own.split, use.workers)
+    data = os.path.abspath(os.path.expanduser(own.data))
+    folder = _folder_of(own, place, Path(data).name, split)
     reduce_zero = own.reduce_zero_label
     if not reduce_zero and place.run is not None:
         reduce_zero = place.run.read_config().reduce_zero_label
@@ -364,9 +371,6 @@ def _evaluate_masks(
     ):
         how: Any = {"batch_size": use.batch_size, "workers": use.workers, "on_image": advance}
         found = segmenting.evaluate(model, images, reduce_zero=reduce_zero, **how)
-    data = os.path.abspath(os.path.expanduser(own.data))
-    default = place.file.parent / f"evaluation-{Path(data).name}-{split}"
-    folder = default if own.output is None else Path(os.path.expanduser(own.output))
     folder.mkdir(parents=True, exist_ok=True)
     found.write(folder, checkpoint=str(place.file), data=data, split=split)
     for item, error in found.unread:
@@ -394,6 +398,9 @@ def _export(arguments: argparse.Namespace) -> int:
     from pae.train.export import export
 
     _, place, model, _ = _opened(arguments, "transform")
+    default = place.file.with_suffix(suffixes[own.format])
+    path = default if own.output is None else Path(os.path.expanduser(own.output))
+    check_writable(path, own.output)
     if arguments.images:
         items: list[Any] = list(
             using.expand(arguments.images, using.frames_of(model) is not None)[0]
@@ -403,8 +410,6 @@ def _export(arguments: argparse.Namespace) -> int:
     if len(items) == 1:
         items = items * 2
     images = torch.stack([model.transform(item) for item in items[:_CHECKED]])  # type: ignore[misc]
-    default = place.file.with_suffix(suffixes[own.format])
-    path = default if own.output is None else own.output
     worst = export(model, images, path, own.format)
     print(f"{path}: logits of {len(images)} images differ by at most {worst:.1e} of the largest")
     return 0

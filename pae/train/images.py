@@ -291,7 +291,12 @@ def _deep_values(image: Image.Image) -> tuple[np.ndarray, int | None]:
 
 def _scaled(values: np.ndarray, white: float | None, inverted: bool) -> np.ndarray:
     """0..white to 0..255, rounded."""
-    if white is None or values.min() < 0 or values.max() > white:
+    if white is None:
+        raise ValueError(
+            f"its values are {values.min()} to {values.max()}, more than 8 bits, and those of the "
+            "training images were not, so that nothing says which is white; save it as 8 bits"
+        )
+    if values.min() < 0 or values.max() > white:
         raise ValueError(
             f"its values are {values.min()} to {values.max()}, and those of the dataset were 0 to "
             f"{white}; was it changed meanwhile?"

@@ -56,8 +56,8 @@ class Place:
 
 
 def find(run: str | Path, which: str = "best") -> Place:
-    """The checkpoint that `run` names: a file, the folder of a run, or that of a comparison, of
-    which the run with the best validation accuracy is taken.
+    """The checkpoint that `run` names: a file, the folder of a run, or that of a comparison or of a
+    sweep of one task, of which the run with the best validation accuracy is taken.
 
     Raises:
         ValueError: there is none.
@@ -74,11 +74,15 @@ def find(run: str | Path, which: str = "best") -> Place:
     file = getattr(folder, which)
     if file.is_file():
         return Place(file, folder if folder.config.is_file() else None)
+    if (path / "sweep.json").is_file():
+        return _of_sweep(path, which)
     runs = [RunFolder(inner) for inner in sorted(path.iterdir()) if inner.is_dir()]
     done = [(r, result) for r in runs if getattr(r, which).is_file() and (result := r.result())]
     if not done:
-        begun = " yet" if folder.config.is_file() else ""
-        raise ValueError(f"{shown(run)}: holds no {which}.safetensors{begun}; give a run's folder")
+        advice = "give a run's folder"
+        if folder.config.is_file():
+            advice = "the run has not come to it, or it was moved; give the file itself"
+        raise ValueError(f"{shown(run)}: holds no {which}.safetensors; {advice}")
     if len(done) > 1 and any(score_of(result) is None for _, result in done):
         raise ValueError(
             f"{shown(run)}: holds {len(done)} runs, not all with validation; give one: "
@@ -92,6 +96,30 @@ def find(run: str | Path, which: str = "best") -> Place:
             f"images ({score_of(result):.3f})"
         )
     return Place(getattr(best, which), best, note)
+
+
+def _of_sweep(path: Path, which: str) -> Place:
+    """The run of a sweep with the best validation accuracy, if the sweep is of one task."""
+    from pae.sweep.records import FINISHED, Records
+
+    records, best = Records(path), dict[str, Any]()
+    for record in records.values():
+        task, score = record["task"], record["val"]
+        there = getattr(RunFolder(records.path(record["key"])), which).is_file()
+        if record["status"] == FINISHED and there and score is not None:
+            best[task] = max(best.get(task, record), record, key=lambda r: r["val"])
+    places = {task: records.path(record["key"]) for task, record in best.items()}
+    if len(best) != 1:
+        what = f"a sweep of {len(best)} tasks" if best else "a sweep without a validated run"
+        each = "".join(f"; the best of {task} is {place}" for task, place in places.items())
+        raise ValueError(f"{shown(path)}: {what}; give one of its runs, SWEEP/runs/KEY{each}")
+    (place,), (record,) = places.values(), best.values()
+    note = (
+        f"{path} is a sweep: taking {place.name} ({record['method']}), the best on validation "
+        f"images ({record['val']:.3f})"
+    )
+    run = RunFolder(place)
+    return Place(getattr(run, which), run, note)
 
 
 # ---- from the file to a model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from PIL import Image
 
 import pae
 from pae.backbones import named
+from pae.files import write_atomically
+from pae.sweep.records import Records
 from pae.train import evaluation, hub, methods, pixels, using
 from pae.train.cli import main
 from pae.train.data import Images, read_folder
@@ -306,6 +309,58 @@ def test_files_folders_and_patterns(shades, tmp_path, monkeypatch):
     for name in ("gone.png", "gone/*.png"):
         with pytest.raises(ValueError, match=r"gone.*: no such file, folder or pattern"):
             using.expand([name])
+
+
+def test_what_cannot_be_written_is_said_before_the_work(
+    runs, shades, tmp_path, capsys, monkeypatch
+):
+    run, images, file = str(runs / "vpt-deep"), str(shades / "test"), tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(using.Transform, "pixels", None)  # nothing is worked on
+    for output in (file / "x", "/dev/null", tmp_path / ("x" * 300)):
+        for command in (["predict", run, images], ["evaluate", run, "--data", images]):
+            line = error_line(capsys, [*command, "--output", str(output)])
+            assert f"--output {output} cannot be written (" in line
+            assert line.endswith("); give another one")
+        line = error_line(capsys, ["export", run, "--output", str(output)])
+        assert f"--output {output} cannot be written (" in line
+    with pytest.raises(OSError, match="no regular file; give another name"):
+        write_atomically("/dev/null", lambda file: file.touch())
+    assert not os.listdir(tmp_path)[1:]
+
+
+def test_deep_images_where_training_had_none(runs, tmp_path, capsys):
+    Image.fromarray(np.full((9, 9), 999, np.uint16)).save(tmp_path / "deep.png")
+    assert main(["predict", str(runs / "linear"), str(tmp_path)]) == 1
+    assert "999, more than 8 bits, and those of the training images were not" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_a_run_whose_checkpoint_was_moved(runs, tmp_path):
+    shutil.copytree(runs / "linear", tmp_path / "run")
+    (tmp_path / "run" / "best.safetensors").rename(tmp_path / "mine.safetensors")
+    assert using.find(tmp_path / "mine.safetensors").run is None
+    with pytest.raises(ValueError, match="or it was moved; give the file itself"):
+        using.find(tmp_path / "run")
+
+
+def test_of_a_sweep_the_best_on_validation_is_taken(tmp_path):
+    records = Records(tmp_path)
+    (tmp_path / "sweep.json").touch()
+    with pytest.raises(ValueError, match="a sweep without a validated run; give one of its runs"):
+        using.find(tmp_path)
+    for key, task, val in [("k", "a", 0.5), ("l", "a", 0.7), ("m", "a", 0.9), ("n", "a", None)]:
+        more = {"settings": {}, "images": {}, "test": None, "reason": None, "method": "bpt"}
+        records.write({"key": key, "status": "finished", "task": task, "val": val, **more})
+        if key != "m":
+            (records.path(key) / "best.safetensors").touch()
+    place = using.find(tmp_path)
+    assert place.file == records.path("l") / "best.safetensors"
+    assert "taking l (bpt), the best on validation images (0.700)" in place.note
+    records.write({**records["k"], "task": "b"})
+    with pytest.raises(ValueError, match=f"of 2 tasks; .*the best of b is {records.path('k')}"):
+        using.find(tmp_path)
 
 
 def test_bad_commands_cost_one_line(runs, shades, tmp_path, capsys):

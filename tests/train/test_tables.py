@@ -15,7 +15,7 @@ from scipy import stats
 from pae.protocols.tasks import FGVC, PROTOCOLS, SMALL, VTAB
 from pae.sweep.plan import Cell, Group, Plan
 from pae.sweep.records import Records
-from pae.tables import command, intervals, published
+from pae.tables import command, intervals, published, write
 from pae.tables.build import build
 from pae.tables.collect import collect
 from pae.train.cli import main
@@ -284,6 +284,27 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     assert table(tmp_path / "n", split="val").rows[0].cells["a"].mean == pytest.approx(49)
 
 
+def test_random_weights_are_drawn_by_the_seed_and_told(tmp_path, capsys):
+    for seed in (0, 1):
+        weights = {"backbone": {"name": "vit", "fingerprint": f"of seed {seed}"}}
+        for method in ("linear", "vpt-deep"):
+            more = {"seed": seed, "method": method, "pretrained": False, "facts": weights}
+            save_run(tmp_path / f"{method}{seed}", 0.5, **more)
+    (note,) = [note for note in table(tmp_path).notes if note.startswith("The same for all")]
+    assert "weights random (pretrained off), others for every seed" in note
+    other = {"backbone": {"name": "vit", "fingerprint": "another"}}
+    save_run(tmp_path / "bpt0", 0.5, method="bpt", pretrained=False, facts=other)
+    assert "other weights" in error_line(capsys, ["table", str(tmp_path)])
+
+
+def test_a_table_needs_runs_wherever_they_stand(tmp_path, capsys):
+    assert "needs RUNS, the folders" in error_line(capsys, ["table"])
+    assert "needs RUNS, the folders" in error_line(capsys, ["table", "--published", "bpt"])
+    save_run(tmp_path / "r", 0.5)
+    line = error_line(capsys, ["table", "--published", str(tmp_path)])
+    assert "numbers are known for the tasks of vtab1k" in line
+
+
 # ---- means over tasks
 
 
@@ -340,6 +361,11 @@ def test_published_numbers_stand_below(tmp_path, capsys):
     assert any("github.com/synbol" in note for note in made.notes)
     assert main(["table", str(tmp_path / "r"), "--published", "--format", "latex"]) == 0
     assert capsys.readouterr().out.count("midrule") == 2
+    line = error_line(capsys, ["table", str(tmp_path / "r"), "--published", "--split", "val"])
+    assert "--published: numbers are known of test images" in line
+    save_vtab(tmp_path / "x", [90.0] * 19, facts={"image_size": 224}, pretrained=False, **settings)
+    line = error_line(capsys, ["table", str(tmp_path / "x"), "--published"])
+    assert "--published: numbers are known of pretrained weights, not of random ones" in line
     for more, words in (
         ({"facts": {"image_size": 112}, **settings}, "orig_in21k at 112"),
         ({"facts": {"image_size": 224}, "model": "vit_base_patch16_224"}, "not for vit_base"),
@@ -444,8 +470,9 @@ def test_markdown(small, capsys):
     assert main(["table", str(small / "runs")]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split(" | ") for line in lines if line.startswith("| ")]
+    assert lines[0].startswith("**a, b: ")
     assert len({len(row) for row in rows}) == 1 and rows[0][0] == "| method"
-    assert rows[3][:3] == ["| A & B/c", "**72.0 ± 5.0**", "50.0 (n=1)"]
+    assert rows[3][:3] == [r"| A & B\|c", "**72.0 ± 5.0**", "50.0 (n=1)"]
     assert rows[2][1:3] == ["52.0 ± 5.0", "-"]
 
 
@@ -457,6 +484,7 @@ def test_latex_and_csv(small, capsys):
     body = latex.split(r"\midrule")[1].split(r"\bottomrule")[0]
     columns = latex.split(r"\begin{tabular}{")[1].split("}")[0]
     assert {line.count(" & ") for line in body.strip().splitlines()} == {len(columns) - 1}
+    assert "lualatex" not in latex
     rows = list(csv.DictReader(io.StringIO((small / "t.csv").read_text())))
     (found,) = [row for row in rows if row["method"] == "A & B|c" and row["column"] == "a"]
     assert (found["mean"], found["n"], found["seeds"], found["bold"]) == (
@@ -469,3 +497,16 @@ def test_latex_and_csv(small, capsys):
     capsys.readouterr()
     line = error_line(capsys, ["table", str(small / "runs"), "--output", str(small / "t.doc")])
     assert "expected a name that ends in .md, .csv, .tex" in line
+
+
+def test_names_that_a_format_would_take_for_its_own(tmp_path):
+    names = ("[x] <b>_a_*`", "*star", "\u03b2 50% #1 {x} ~^\\ $m$")
+    for name in names:
+        save_run(tmp_path / name[-3:], 0.5, name=name, method="linear")
+    made = table(tmp_path)
+    text = write.latex(made)
+    # behind the end of a row [ and * would be read as belonging to it
+    assert "\n{}[x] " in text and "\n{}*star & " in text
+    assert text.startswith("% lualatex or xelatex, with a font that has \u03b2\n% needs")
+    assert r"50\% \#1 \{x\} \textasciitilde{}\textasciicircum{}\textbackslash{} \$m\$" in text
+    assert "| [x] \\<b>_a_\\*\\` | " in write.markdown(made)
