@@ -152,6 +152,8 @@ class ProVPT(VPTDeep):
         self.register_buffer("table", None)
         self.idleness: Tensor | None = None
         self.last_move: Move | None = None
+        # the table that `_counts` belong to, its version and its entries
+        self._known_table: tuple[Tensor, int, list[int]] | None = None
         self._gates: Tensor | None = None  # ones; their gradient is the score
         self._epoch = 0  # epochs begun
         self._steps = 0  # of this epoch
@@ -165,9 +167,38 @@ class ProVPT(VPTDeep):
         self._allocate(shape, sum(counts))
         self._counts = counts
         self.table = torch.arange(sum(counts))
+        self._know_table()
         self.policy = POLICIES[self.allocation](shape.depth, self.seed)
 
     # ---- prompts
+
+    @property
+    def prompt_counts(self) -> list[int]:
+        """As of every family.
+
+        Raises:
+            RuntimeError: the table is another than `_counts` belong to: averages of models
+                (`AveragedModel`, timm's `ModelEma`) copy the one and not the other.
+        """
+        known, table = self._known_table, self.table
+        if known is None or torch.compiler.is_compiling() or _has_no_trace(table):
+            return list(self._counts)
+        if known[0] is not table or known[1] != table._version:
+            if table.tolist() != known[2]:
+                raise RuntimeError(
+                    "ProVPT.table was written by something else than a move or a whole state "
+                    "(averages of models copy it without the counts of the blocks): average no "
+                    "model whose prompts move, or load a state_dict with load_state_dict"
+                )
+            self._known_table = table, table._version, known[2]
+        return list(self._counts)
+
+    def _know_table(self) -> None:
+        """The table is the one of the counts."""
+        table = self.table
+        self._known_table = None
+        if not _has_no_trace(table):
+            self._known_table = table, table._version, table.tolist()
 
     def raw_prompts(self) -> list[Tensor | None]:
         return list(self.tokens.index_select(0, self.table).split(self._counts))
@@ -242,6 +273,7 @@ class ProVPT(VPTDeep):
         with torch.no_grad():
             self.table.copy_(torch.tensor(order))
             self.tokens[row].mul_(SHRINK)
+        self._know_table()
 
     def _block_of_place(self, place: int) -> int:
         for block, count in enumerate(self._counts):
@@ -418,6 +450,7 @@ class ProVPT(VPTDeep):
                 )
                 return
         self._counts = found["counts"].tolist()
+        self._know_table()
         self._epoch, self._steps = int(found["epoch"]), int(found["steps"])
         self._previous_loss = float(found["previous_loss"])
         self._awaits_reward = bool(found["awaits_reward"])
@@ -427,3 +460,8 @@ class ProVPT(VPTDeep):
             self._gates.grad = found["score_sum"].to(self._gates)
         policy = {n: t for n, t in found.items() if n.startswith("policy.")}
         self.policy.load_state({n.removeprefix("policy."): t for n, t in policy.items()})
+
+
+def _has_no_trace(table: Tensor) -> bool:
+    """Whether nobody can say if it was written."""
+    return table.is_inference() or table.device.type == "meta"

@@ -2,11 +2,14 @@
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import pae
 from pae.prompts import ProVPT, VPTDeep, pro_vpt
@@ -693,3 +696,22 @@ def test_a_captured_step_reads_the_table_and_refuses_other_counts():
     step(x, y)
     expected = (model.prompts.tokens.grad * model.prompts.tokens).sum(1)
     assert tiny.error(model.prompts._gates.grad - before, expected) < 1e-3
+
+
+@pytest.mark.parametrize("average", [AveragedModel, partial(ModelEmaV3, decay=0.5)])
+def test_an_average_of_models_whose_prompts_have_moved_is_refused(average):
+    """It has the table of now and the counts of when it was made."""
+    model = tiny.prompted("plain", ProVPT(4))
+    x, mean = tiny.images(model.backbone), average(model)
+    update = mean.update if isinstance(mean, ModelEmaV3) else mean.update_parameters
+    update(model)
+    assert mean.module(x).shape == model(x).shape  # nothing has moved
+    model.prompts.move(0, 2)
+    assert model(x, engine="fast").isfinite().all()
+    update(model)
+    for engine in ("reference", "fast"):
+        call = partial(mean.module, x, engine=engine)
+        tiny.refused(RuntimeError, "ProVPT.table was written by something else than a move", call)
+    mean.module.load_state_dict(model.state_dict())
+    assert torch.equal(mean.module.eval()(x), model.eval()(x))
+    assert copy.deepcopy(model).prompts.prompt_counts == [3, 4, 5]
