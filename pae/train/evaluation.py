@@ -264,8 +264,9 @@ def plot_confusion(path: Path, classes: Sequence[str], confusion: Tensor, title:
     figure.colorbar(image, ax=axes, label="share of the images of the class", shrink=0.8)
     if count <= 60:
         size = 9 if count <= 20 else 6
-        axes.set_xticks(range(count), classes, rotation=90, fontsize=size)
-        axes.set_yticks(range(count), classes, fontsize=size)
+        names: dict[str, Any] = {"labels": classes, "fontsize": size, "parse_math": False}
+        axes.set_xticks(range(count), rotation=90, **names)
+        axes.set_yticks(range(count), **names)
     if count <= 20:
         for i in range(count):
             for j in range(count):

@@ -209,11 +209,11 @@ def draw_curves(
     counted = all("images" in row for rows in runs.values() for row in rows)
     seen, axis = ("images", "training images seen") if counted else ("epoch", "epoch")
     metric = next((metric_of(row) for rows in runs.values() for row in rows), "accuracy")
-    score, title = f"val_{metric}", NAMES.get(metric, metric)
+    score, measure = f"val_{metric}", NAMES.get(metric, metric)
     panels = (
         (seen, "train_loss", axis, "training loss"),
-        (seen, score, axis, f"validation {title}"),
-        ("seconds", score, "seconds, validation included", f"validation {title}"),
+        (seen, score, axis, f"validation {measure}"),
+        ("seconds", score, "seconds, validation included", f"validation {measure}"),
     )
     for axes, (x, y, below, title) in zip(figure.subplots(1, 3), panels):
         for number, (name, rows) in enumerate(runs.items()):
@@ -242,9 +242,9 @@ def draw_curves(
         first.legend(frameon=False)
     if results:
         grey: dict[str, Any] = {"color": "grey", "markeredgecolor": "black", "linestyle": "none"}
-        marks = [
-            Line2D([], [], marker="o", markersize=9, fillstyle="none", label="kept epoch", **grey),
-            Line2D([], [], marker="*", markersize=11, label=f"its test {title}", **grey),
-        ]
+        ring = {"marker": "o", "markersize": 9, "fillstyle": "none", "label": "kept epoch"}
+        star = {"marker": "*", "markersize": 11, "label": f"its test {measure}"}
+        tested = any(result.get(f"test_{metric}") is not None for result in results.values())
+        marks = [Line2D([], [], **mark, **grey) for mark in (ring, star)[: 1 + tested]]
         second.legend(handles=marks, frameon=False, loc="lower right")
     return figure

@@ -92,6 +92,31 @@ def test_a_key_is_of_the_settings_alone(spec, shades):
     assert key_of({"a": 1, "b": {"c": 2, "d": 3}}) == key_of({"b": {"d": 3, "c": 2}, "a": 1})
 
 
+def test_keys_are_those_of_earlier_versions(spec):
+    """A sweep that somebody began goes on: nothing that changes in pae may change these."""
+    lines = """
+[methods.linear]
+[methods.vpt-deep]
+lr = 0.02
+[methods.pae]
+method = "vpt-deep"
+kld = true
+mpa = true
+mpa_images = 16
+[methods.vapt]
+config = "vapt"
+weight_decay = 0.001
+"""
+    keys = keys_of(spec('tasks = ["digits"]', lines))
+    assert keys == ["cf95ddaa0a1a", "d2b23aebb716", "9036441a363c", "53954cd0f856"]
+    more = lines.replace("lr = 0.02", "lr = 0.02\nsave_every_steps = 5")
+    assert keys_of(spec('tasks = ["digits"]', more)) == keys
+    other = keys_of(spec('tasks = ["digits"]', lines.replace("lr = 0.02", "dropout = 0.0")))
+    assert [a == b for a, b in zip(other, keys)] == [True, False, True, True]
+    folders = '[tasks.a]\ndata = "x"\n[tasks.b]\ndata = "y"\n[methods.linear]'
+    assert len(set(keys_of(spec("", folders)))) == 2
+
+
 def test_what_a_method_has_no_use_for_is_left_out(spec):
     path = spec('methods = ["linear", "vpt-deep"]', "dropout = 0.1\n[grid]\nnum_tokens = [2, 4]\n")
     swept = read_spec(path)

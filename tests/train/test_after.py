@@ -439,6 +439,12 @@ def test_evaluation_of_a_folder(runs, shades, tmp_path, capsys):
     assert table(tmp_path / "ev" / "per_class.csv")[0]["accuracy"] == ""  # of no dark image
 
 
+def test_names_of_classes_are_no_formulas(tmp_path):
+    names = ["a$b_{$", "$5"]
+    evaluation.plot_confusion(tmp_path / "c.png", names, torch.eye(2, dtype=torch.long), "t")
+    assert (tmp_path / "c.png").is_file()
+
+
 def test_labels_are_matched_by_name(runs, shades, tmp_path, capsys):
     other = shutil.copytree(shades / "test", tmp_path / "other")
     (other / "dark").rename(other / "drak")

@@ -663,6 +663,10 @@ def test_curves_share_their_axes_and_mark_what_was_kept():
     }
     assert found == {"o": (80, 0.9), "*": (80, 0.8)}
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["a probe", "VPT"]
+    marks = [text.get_text() for text in images.get_legend().get_texts()]
+    assert marks == ["kept epoch", "its test accuracy"]
+    untested = report.draw_curves(runs, {"VPT": {"best_epoch": 2, "test_accuracy": None}}).axes[1]
+    assert [text.get_text() for text in untested.get_legend().get_texts()] == ["kept epoch"]
     for row in runs["VPT"]:
         del row["images"]  # an older pae
         row["val_accuracy"] = None  # all images were trained on
