@@ -223,8 +223,6 @@ def save(
         raise ValueError(
             f"task.classes names {len(named)} classes, and the model has {model.num_classes}"
         )
-    if _TEXT in (extra or {}):
-        raise ValueError(f"extra: the name {_TEXT!r} is taken by the description of the checkpoint")
     state = finite(path, model.trained_state())
     trained = names(model.trained_backbone)
     description: dict[str, Any] = {
@@ -245,6 +243,22 @@ def save(
         description["source"] = source
     if (dense := _dense(model)) is not None:
         description["dense"] = dense
+    write_described(path, state, extra, description)
+
+
+def write_described(
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    extra: Mapping[str, str] | None,
+    description: Mapping[str, Any],
+) -> None:
+    """Tensors, further texts and what they are, with a "format", to one file, atomically.
+
+    Raises:
+        ValueError: a name among `extra` that is taken; OSError: it cannot be written.
+    """
+    if _TEXT in (extra or {}):
+        raise ValueError(f"extra: the name {_TEXT!r} is taken by the description of the checkpoint")
     write_tensors(path, state, {**(extra or {}), _TEXT: to_json(description)})
 
 
@@ -257,6 +271,33 @@ def _dense(model: Trained) -> dict[str, Any] | None:
 # ---- reading
 
 
+def read_described(
+    path: Path, formats: tuple[str, ...], hints: Mapping[str, str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+    """Tensors, description and further texts of a file of `write_described`.
+
+    Args:
+        formats: those that are read, the present one first. hints: of others, what they are.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, half-written, damaged, or of none of them.
+    """
+    state, texts, vouched = read_tensors(path)
+    try:
+        meta = from_json(texts.pop(_TEXT))
+        kind = meta["format"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} was not written by pae") from error
+    if kind not in formats:
+        known = (hints or {}).get(f"{kind}", "")
+        raise CheckpointError(
+            f"checkpoint {path} has format {kind!r}, expected {formats[0]!r}{known}"
+        )
+    require_digest(path, vouched, former=kind == _FORMER)
+    texts.pop(DIGEST, None)
+    return state, meta, texts
+
+
 def read(path: str | Path) -> Checkpoint:
     """What a file holds that `PromptedViT.save` wrote. No backbone is needed.
 
@@ -267,16 +308,8 @@ def read(path: str | Path) -> Checkpoint:
         CheckpointError: the file is missing, unreadable, half-written, damaged, or not one of ours.
     """
     path = Path(path)
-    state, texts, vouched = read_tensors(path)
-    try:
-        meta = from_json(texts.pop(_TEXT))
-        kind = meta["format"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} was not written by pae") from error
-    if kind not in (FORMAT, _FORMER):
-        raise CheckpointError(f"checkpoint {path} has format {kind!r}, expected {FORMAT!r}")
-    require_digest(path, vouched, former=kind == _FORMER)
-    texts.pop(DIGEST, None)
+    state, meta, texts = read_described(path, (FORMAT, _FORMER))
+    kind = meta["format"]
     meta.setdefault("pool", "image")
     expected = {**_DESCRIPTION, **(_ADDED if kind == FORMAT else {})}
     meta.setdefault("train_backbone", [])  # said where there is anything

@@ -10,17 +10,23 @@ from torch import Tensor
 
 from .backbones.facts import are_facts, difference, facts_of
 from .backbones.trained import names
-from .checkpoint import check_part, describe_part, fill, finite, identity, versions
+from .checkpoint import (
+    check_part,
+    describe_part,
+    fill,
+    finite,
+    identity,
+    read_described,
+    versions,
+    write_described,
+)
 from .errors import CheckpointError, one_line
-from .files import from_json, to_json
 from .task import TaskInfo
-from .tensorfile import read_tensors, require_digest, write_tensors
 
 if TYPE_CHECKING:
     from .clip import PromptedCLIP
 
 FORMAT = "pae-clip-1"
-_TEXT = "pae"  # the name of the description among the texts of the file
 
 
 def _towers(model: PromptedCLIP) -> dict[str, dict[str, str]]:
@@ -43,8 +49,6 @@ def save(
     task = model.task if task is None else task
     if task is not None and not isinstance(task, TaskInfo):
         raise ValueError(f"task must be a pae.TaskInfo or None, got {type(task).__name__}")
-    if _TEXT in (extra or {}):
-        raise ValueError(f"extra: the name {_TEXT!r} is taken by the description of the checkpoint")
     vision = model.vision
     description: dict[str, Any] = {
         "format": FORMAT,
@@ -63,7 +67,7 @@ def save(
         "versions": versions(),
     }
     state = finite(path, model.trained_state())
-    write_tensors(path, state, {**(extra or {}), _TEXT: to_json(description)})
+    write_described(path, state, extra, description)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], TaskInfo | None]:
@@ -72,16 +76,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], TaskInfo | None
     Raises:
         CheckpointError: no file of this format, or a damaged one.
     """
-    state, texts, vouched = read_tensors(path)
-    try:
-        said = from_json(texts.pop(_TEXT))
-        kind = said["format"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} was not written by pae") from error
-    if kind != FORMAT:
-        hint = ": it is of one tower, which PromptedViT.load reads" if kind == "pae-2" else ""
-        raise CheckpointError(f"checkpoint {path} has format {kind!r}, expected {FORMAT!r}{hint}")
-    require_digest(path, vouched, former=False)
+    hints = {"pae-2": ": it is of one tower, which PromptedViT.load reads"}
+    state, said, _ = read_described(path, (FORMAT,), hints)
     try:
         return state, said, TaskInfo.read(said["task"])
     except (KeyError, ValueError) as error:
