@@ -21,9 +21,10 @@ from .memory import SavedBytes
 from .peers import kld as peers
 from .rows import checked, compiled, in_version
 from .runner import Group, Provider, Runnable, Settings
+from .shown import OFFICIAL
 
 DEPTH, WIDTH, PROMPTS = 12, 768, 50
-OFFICIAL, BATCHED = "official-style", "batched, eigh"
+BATCHED = "batched, eigh"
 RESULTS = ("consistency", "lyapunov", "d_prompts", "d_lift", "d_K", "d_L")
 # of every fp32 row, norm-relative to fp64
 LIMITS = {name: 1e-5 if name.startswith("d_") else 1e-6 for name in RESULTS}
@@ -124,7 +125,7 @@ def group(dim: int, mode: str, settings: Settings, left_out: str = "") -> Group:
         open=lambda: open_regulariser(dim, mode, settings.device),
         providers=[
             Provider(OFFICIAL, partial(prepare, peers.official_style_terms, "", False)),
-            Provider("official-style, compiled", start_compiled, left_out=slow),
+            Provider(f"{OFFICIAL}, compiled", start_compiled, left_out=slow),
             Provider(BATCHED, partial(prepare, peers.batched_eigh_terms, "", False)),
             *(Provider(name, partial(prepare, None, *how)) for name, how in ours.items()),
         ],

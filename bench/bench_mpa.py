@@ -26,8 +26,9 @@ from .peers import mpa as peers
 from .peers.vpt import OfficialStyleVPT
 from .rows import checked, row
 from .runner import Group, Provider, Runnable, Settings
+from .shown import OFFICIAL
 
-OFFICIAL, TIMM = "official-style", "timm blocks"
+TIMM = "timm blocks"
 # norm-relative to the official-style values; a loss is some units
 LIMITS = {"losses": 1e-5, "bf16 losses": 2e-2, "prompts": 1e-4}
 RANKED = {"cuda": 16, "cpu": 8}

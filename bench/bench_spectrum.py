@@ -23,8 +23,9 @@ from .peers import mpa as peers
 from .roofline import DTYPES
 from .rows import in_version, row
 from .runner import Group, Provider, Runnable, Settings
+from .shown import OFFICIAL
 
-OFFICIAL, HOISTED = "official-style", "one FFT, full inverse"
+HOISTED = "one FFT, full inverse"
 PICTURES, EAGER = "pae images, convolution", "eager"
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # norm-relative to fp64
 VERSIONS = {"reference": "reference", "Triton": "triton", "CUDA": "cuda"}

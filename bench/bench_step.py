@@ -13,14 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pae
 
-from . import cost, shapes, steps
+from . import cost, shapes, shown, steps
 from .memory import own_bytes, peak_bytes
 from .peers.vpt import OfficialStyleVPT
 from .rows import attempt, compiled
 from .runner import Group, Provider, Runnable, Settings
 from .steps import DTYPES, OFFICIAL, REFERENCE, Step, gradient, ours, prepare
 
-COMPILED_REFERENCE = f"{REFERENCE}, compiled"
+COMPILED_REFERENCE = shown.COMPILED
 # in bf16 so often what the official-style step loses under autocast: rounding alone scatters that
 # by a third
 BF16_FACTOR = 1.5
