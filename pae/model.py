@@ -281,9 +281,20 @@ class PromptedViT(nn.Module):
                 "a PromptedViT cannot run as a replica of torch.nn.DataParallel, whose copies have "
                 "no backbone of their own: use DistributedDataParallel"
             )
+        self._check_read()
         self.view.check_images(images)
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
+
+    def _check_read(self) -> None:
+        """Raise where another module stands in the place of the backbone that is read."""
+        own = self.backbone
+        if self.view.module is not own and getattr(own, "_orig_mod", own) is not self.view.module:
+            raise RuntimeError(
+                f"model.backbone was replaced by another {type(own).__name__}, and the model reads "
+                "the one that it was built on: build a new PromptedViT on it, or load its weights "
+                "into the old one"
+            )
 
     def _given(self, images: Tensor) -> tuple[FrozenPlan, BackboneView, PromptFamily, Tensor]:
         """What the fast engine walks."""
@@ -437,6 +448,7 @@ class PromptedViT(nn.Module):
                 dropout in training mode, or a formula that cannot be folded; or that the call is
                 inside a torch.func transform, forward-mode differentiation, tracing or export.
         """
+        self._check_read()
         dtype = wanted_dtype(self.view.like) if dtype is None else dtype
         plans = self._plans
         if plans is None or not plans.current():

@@ -354,6 +354,19 @@ def test_a_new_table_of_positions_at_an_old_address_is_noticed():
             assert torch.equal(model(x), copy.deepcopy(model)(x)), i
 
 
+def test_another_backbone_in_its_place_is_refused():
+    """It would be saved, and never run."""
+    model = prompted("plain")
+    x, own = images(model.backbone), model.backbone
+    expected = model(x)
+    model.backbone = copy.deepcopy(own)
+    message = "model.backbone was replaced by another VisionTransformer, and the model reads the"
+    for call in (lambda: model(x), lambda: model(x, engine="fast"), model.plan):
+        refused(RuntimeError, message, call)
+    model.backbone = torch.compile(own)  # the same one
+    assert torch.equal(model(x), expected)
+
+
 def test_changed_stem_norm_and_head_need_no_plan():
     model = prompted("plain")
     x = images(model.backbone)
