@@ -76,7 +76,8 @@ class Served(nn.Module):
         for number, count in enumerate(counts):
             columns[number, :count] = torch.arange(count) + sum(counts[:number])
         self.register_buffer("columns", columns.to(self.first.device))
-        self._known: tuple[FrozenPlan, list[BlockPrompts], list[InPlace]] | None = None
+        # and the version of each set
+        self._known: tuple[FrozenPlan, list[BlockPrompts], list[InPlace], list[int]] | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -108,15 +109,22 @@ class Served(nn.Module):
         it is run.
         """
         known = self._known  # another thread may put its own there at any time
-        if known is None or known[0] is not plan:
+        sets = [getattr(self, f"rows_{i}") for i in range(len(plan.blocks))]
+        versions = [0 if r is None or r.is_inference() else r._version for r in sets]
+        if (
+            known is None
+            or known[0] is not plan
+            or known[3] != versions
+            or any(prompts.rows is not rows for prompts, rows in zip(known[1], sets))
+        ):
             found = []
-            for i, block in enumerate(plan.now().blocks):
-                rows, kv = getattr(self, f"rows_{i}"), None
+            for i, (block, rows) in enumerate(zip(plan.now().blocks, sets)):
+                kv = None
                 if rows is not None:
                     kv = keys_values(block, normalise(rows, block.norm1, plan.dtype))
                 found.append(BlockPrompts(rows, None, getattr(self, f"absent_{i}"), kv=kv))
-            known = self._known = plan, found, [InPlace() for _ in found]
-        return known[1:]
+            known = self._known = plan, found, [InPlace() for _ in found], versions
+        return known[1:3]
 
     def __getstate__(self) -> dict:
         # as of a PromptedViT: copies form their own

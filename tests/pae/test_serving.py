@@ -85,7 +85,6 @@ def test_rows_that_fill_up_a_set_are_never_read():
     got = served(images, tasks)
     torch.testing.assert_close(got, expected(tasks, images, made), rtol=1e-12, atol=1e-12)
     served.rows_2[2].add_(100.0)  # of a task without prompts
-    served._known = None
     assert torch.equal(served(images, tasks), got)
 
 
@@ -108,6 +107,19 @@ def test_copies_of_one_backbone_count_as_one_and_others_do_not():
     )
     with pytest.raises(ValueError, match=message):
         pae.serve_many(made)
+
+
+def test_sets_that_are_loaded_are_read():
+    served, others = (pae.serve_many(models(["vpt", "vpt"])) for _ in range(2))
+    images, tasks = tiny.images(served.first.backbone, 3), [0, 1, 0]
+    before = served(images, tasks)
+    for i in range(3):
+        getattr(others, f"rows_{i}").add_(torch.randn_like(getattr(others, f"rows_{i}")))
+    served.load_state_dict(others.state_dict())
+    got = served(images, tasks)
+    assert torch.equal(got, others(images, tasks)) and not torch.equal(got, before)
+    served.rows_0 = before.new_zeros(served.rows_0.shape)
+    assert not torch.equal(served(images, tasks), got)
 
 
 def test_what_was_learned_is_copied_and_the_backbone_is_watched():
