@@ -36,11 +36,9 @@ def randomised(backbone: nn.Module, seed: int = 0) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
     for module in backbone.modules():
-        norm = isinstance(module, nn.LayerNorm)
         for name, p in module.named_parameters(recurse=False):
-            if name.startswith("gamma") or (
-                norm and name == "weight"
-            ):  # a LayerScale begins near 0
+            norm = p.dim() == 1 and name == "weight"
+            if norm or name.startswith("gamma"):  # of a LayerScale, which begins near 0
                 p.normal_(1, 0.1, generator=generator)
             elif name == "weight":
                 p.normal_(0, p[0].numel() ** -0.5, generator=generator)

@@ -80,7 +80,7 @@ def measured(name: str, prompts: int, batch: int, drawn: bool, bf16: bool, secon
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         switching(made, images[:TASKS], torch.arange(TASKS))
         served(images[:TASKS], torch.arange(TASKS))
-        limit = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+        limit = {"logits": 2e-2 if bf16 else 2e-6}
         off = checked([calls["served"]()], {"logits": calls["switching"]()}, limit)["value_error"]
         spent = runs.in_turns(calls, MOST, "process", torch.device("cpu"), seconds)
     cell = {"model": name, "precision": "bf16" if bf16 else "fp32", "batch": batch}

@@ -44,6 +44,7 @@ from bench import (  # noqa: E402
 from bench.peers import attention as peers_attention  # noqa: E402
 from bench.peers import kld as peers_kld  # noqa: E402
 from bench.peers import vpt as peers  # noqa: E402
+from bench.studies import runs  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -96,6 +97,28 @@ def test_interleaving_gives_everybody_every_place():
     samples = timing.interleave(works, 4, CPU)
     assert "".join(order) == "abcbcacababc"
     assert {name: len(s) for name, s in samples.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_interleaving_ends_behind_a_whole_round():
+    rounds = []
+    works = dict.fromkeys("ab", lambda: None)
+    samples = timing.interleave(
+        works, 9, CPU, lambda found: rounds.append(found) or len(rounds) > 1
+    )
+    assert [len(of) for of in samples.values()] == [2, 2]
+
+
+def test_no_round_begins_late_but_the_least(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+
+    def work():
+        now[0] += 1.0
+
+    def count(seconds, least):
+        return len(runs.in_turns({"a": work}, 9, "process", CPU, seconds, least)["a"])
+
+    assert (count(3.5, 1), count(0.5, 1), count(0.5, 3), count(99.0, 3)) == (4, 1, 3, 9)
 
 
 def test_interleaving_cancels_a_machine_that_slows_down(monkeypatch):
@@ -363,6 +386,22 @@ def test_bf16_weights_change_no_value_and_are_cast_no_more():
         (cast, logits), (none, same) = found
         head = 2 * model.head.weight.numel() / 1e6  # is trained, and stays in fp32
         assert cast > 2 * head and none == head and torch.equal(same, logits)
+
+
+def test_random_weights_of_every_kind():
+    swin = bench_backbones.backbone(bench_backbones.TINY, CPU)
+    rotated = shapes.randomised(shapes.timm.create_model("test_vit4"))
+    for module in (swin, rotated):
+        for name, p in module.named_parameters():
+            last = name.rpartition(".")[2]
+            if last.startswith("gamma") or (p.dim() == 1 and last == "weight"):
+                assert 0.9 < p.mean() < 1.1 and p.std() > 0.03, name
+            elif last.endswith("table"):
+                assert 0.7 < p.std() < 1.3, name
+            elif last == "weight":
+                assert 0.6 < p.std() * p[0].numel() ** 0.5 < 1.6, name
+            else:
+                assert 0.005 < p.std() < 0.4, name
 
 
 def test_masks_that_a_peer_makes_once_are_nothing_that_a_step_keeps():

@@ -40,6 +40,14 @@ def test_no_prompts_have_no_gradient_to_be_wrong():
     assert rows.errors([torch.zeros(0)], {"d_prompts": torch.zeros(0)}) == {"d_prompts": 0.0}
 
 
+def test_nothing_is_as_wrong_as_nothing():
+    """The gradient of what the loss does not reach is zero; any other is refused."""
+    zero = {"d_x": torch.zeros(2)}
+    assert rows.errors([torch.zeros(2)], zero) == {"d_x": 0.0}
+    with pytest.raises(AssertionError, match="d_x is off by inf"):
+        rows.checked([torch.ones(2)], zero, {"d_x": 1.0})
+
+
 def test_a_version_is_forced_around_the_work_alone(monkeypatch):
     monkeypatch.setenv("PAE_BACKEND", "auto")
     work = rows.in_version(
