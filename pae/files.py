@@ -66,20 +66,21 @@ def write_atomically(
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def check_writable(path: str | Path, given: str | None) -> None:
+def check_writable(path: str | Path, given: str | None, folder: bool = False) -> None:
     """Whether a file or folder can be made at `path`, before the work whose result it takes;
     nothing is made yet.
 
     Args:
         path: of what will be made.
         given: what --output said, if anything.
+        folder: whether it is a folder.
     Raises:
         ValueError: it cannot.
     """
     try:
         path = Path(path).absolute()
-        if path.exists() and not (path.is_dir() or path.is_file()):
-            raise OSError(errno.EINVAL, "no regular file")
+        if path.exists() and not (path.is_dir() if folder else path.is_file()):
+            raise OSError(errno.EINVAL, "no folder" if folder else "no regular file")
         above = path if path.is_dir() else next(p for p in path.parents if p.exists())
         with tempfile.TemporaryFile(dir=above):
             pass

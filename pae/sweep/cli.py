@@ -88,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _work(sweep: Sweep, records: Records, arguments: argparse.Namespace) -> int:
+    from pae.files import check_writable
     from pae.sweep import execute, progress, spec, work
     from pae.sweep.records import FINISHED
     from pae.train import loop
@@ -124,6 +125,7 @@ def _work(sweep: Sweep, records: Records, arguments: argparse.Namespace) -> int:
             if numbered is None:
                 return TOO_EARLY
         if not worker:
+            check_writable(records.folder, arguments.output, folder=True)
             spec.rehearse(sweep, None if numbered is None else {run.key for run in numbered})
             sweep.plan.write(records.folder)
             wanted = list(sweep.plan.runs(records)) if numbered is None else numbered

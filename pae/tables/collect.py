@@ -96,7 +96,8 @@ def collect(paths: Sequence[str | Path]) -> Collected:
     seen: set[str] = set()
     for given in paths:
         root = Path(os.path.expanduser(given))
-        places = list(_places(root))
+        no_record = root.is_file() and root.suffix != ".json"
+        places = [] if no_record else list(_places(root))
         if not places:
             raise ValueError(
                 f"{given}: no run here; expected a folder with config.json and metrics.json, one "

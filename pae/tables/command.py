@@ -61,7 +61,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints or writes the table; what was left out is said on stderr."""
-    from pae.files import write_atomically
+    from pae.files import check_writable, write_atomically
     from pae.tables import write
     from pae.tables.build import build
     from pae.tables.collect import collect
@@ -79,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         beside = [name for name in beside if name not in runs]
     if not runs:
         raise ValueError("pae table needs RUNS, the folders of finished runs")
+    if output is not None:
+        check_writable(output, arguments.output)
     found = collect(runs)
     if found.unfinished:
         first = found.unfinished[0]

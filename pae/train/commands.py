@@ -208,8 +208,6 @@ def _predict(arguments: argparse.Namespace) -> int:
     use, _, model, reporter = _opened(arguments, "transform", "classes")
     if isinstance(model, pae.PromptedSegmenter):
         return _segment(arguments.images, own, use, model, reporter)
-    if own.output not in (None, "-") and os.path.isdir(str(own.output)):
-        raise ValueError(f"--output {own.output}: a folder; give a file")
     if own.output not in (None, "-"):
         check_writable(os.path.expanduser(str(own.output)), own.output)
     of_clips = using.frames_of(model) is not None
@@ -339,7 +337,7 @@ def _folder_of(own: Evaluate, place: Place, called: str, split: str) -> Path:
     """Where an evaluation is written."""
     default = place.file.parent / f"evaluation-{called}-{split}"
     folder = default if own.output is None else Path(os.path.expanduser(own.output))
-    check_writable(folder, own.output)
+    check_writable(folder, own.output, folder=True)
     return folder
 
 

@@ -259,15 +259,15 @@ def read_classes(folder: Path, classes: Sequence[str], *, every: bool = True) ->
     """
     folders: dict[str, str] = {}
     for name in _class_folders(folder)[0]:
-        if _same(name) in folders:
+        if same(name) in folders:
             raise ValueError(f"{shown(folder)}: two folders of one name in Unicode, {name!a}")
-        folders[_same(name)] = name
+        folders[same(name)] = name
     _check_known(folder, folders, classes)
     all_of = Listed([], [], [])
     others: Counter[str] = Counter()
     repeats = 0
     for number, name in enumerate(classes):
-        own = folders.get(_same(name))
+        own = folders.get(same(name))
         found = walk(folder / own) if own is not None else None
         if every and not (found and found.paths):
             hint = _but(found.others) if found else ""
@@ -369,7 +369,7 @@ def _folders_of_a_data_set(folder: Path, classes: list[str]) -> list[str]:
 
 
 def _check_known(folder: Path, folders: dict[str, str], classes: Sequence[str]) -> None:
-    known = {_same(name) for name in classes}
+    known = {same(name) for name in classes}
     unknown = [name for same, name in folders.items() if same not in known]
     if not unknown:
         return
@@ -379,7 +379,7 @@ def _check_known(folder: Path, folders: dict[str, str], classes: Sequence[str]) 
     raise ValueError(f"{shown(folder)}: class {name!r} is not among the training classes{hint}")
 
 
-def _same(name: str) -> str:
+def same(name: str) -> str:
     """macOS decomposes accents in the names of files; the class is the same one."""
     return unicodedata.normalize("NFC", name)
 

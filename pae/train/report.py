@@ -242,8 +242,13 @@ def draw_curves(
         first.legend(frameon=False)
     if results:
         grey: dict[str, Any] = {"color": "grey", "markeredgecolor": "black", "linestyle": "none"}
-        ring = {"marker": "o", "markersize": 9, "fillstyle": "none", "label": "kept epoch"}
-        star = {"marker": "*", "markersize": 11, "label": f"its test {measure}"}
+        ring: dict[str, Any] = {
+            "marker": "o",
+            "markersize": 9,
+            "fillstyle": "none",
+            "label": "kept epoch",
+        }
+        star: dict[str, Any] = {"marker": "*", "markersize": 11, "label": f"its test {measure}"}
         tested = any(result.get(f"test_{metric}") is not None for result in results.values())
         marks = [Line2D([], [], **mark, **grey) for mark in (ring, star)[: 1 + tested]]
         second.legend(handles=marks, frameon=False, loc="lower right")

@@ -5,6 +5,8 @@ decoded, as files are, and told apart by a name.
 from __future__ import annotations
 
 import io
+import os
+import stat
 from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
@@ -42,5 +44,12 @@ Item = Path | Stored  # an image of a split, as files have it
 
 
 def open_item(item: Any) -> IO[bytes]:
-    """The image as a file: a `Stored`, or a path."""
+    """The image as a file: a `Stored`, or a path.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is no regular file: of a pipe, whoever reads it would wait.
+    """
+    if not isinstance(item, Stored) and not stat.S_ISREG(os.stat(item).st_mode):
+        raise ValueError("no regular file")
     return io.BytesIO(item.read()) if isinstance(item, Stored) else open(item, "rb")

@@ -714,19 +714,23 @@ def read_classes(given: str) -> list[str]:
 
 
 def match(classes: Sequence[str], names: Sequence[str], where: str) -> list[int]:
-    """For every name of a folder's classes, its number among the model's.
+    """For every name of a folder's classes its number among the model's; Unicode may write them in
+    two ways.
 
     Raises:
         ValueError: one is not among them.
     """
+    from pae.train.layouts import same
+
     number = {name: i for i, name in enumerate(classes)}
+    composed = {same(name): i for name, i in number.items()}
     for name in names:
-        if name not in number:
+        if name not in number and same(name) not in composed:
             raise ValueError(
                 f"{where}: class {name!r} is none of the model's {len(classes)}"
                 f"{near(name, number) or f' ({some(list(classes))})'}"
             )
-    return [number[name] for name in names]
+    return [number[name] if name in number else composed[same(name)] for name in names]
 
 
 # ---- many tasks

@@ -75,6 +75,14 @@ def test_more_draws_and_other_options_leave_the_first_draws(spec):
     assert lrs(spec(below=text.format(2, "seed = 1"))) != before
 
 
+def test_options_are_drawn_apart(spec):
+    how = "{uniform = [0.1, 0.9]}"
+    path = spec("", f"[methods.linear]\n[random]\ndraws = 4\nlr = {how}\nweight_decay = {how}")
+    (group,) = read_spec(path).plan.groups
+    drawn = [tuple(cell.values.values()) for cell in group.cells]
+    assert len(drawn) == 4 and all(rate != decay for rate, decay in drawn)
+
+
 def test_draws_of_integers(spec):
     path = spec(below="[random]\ndraws = 20\nnum_tokens = {log-uniform = [1, 4]}")
     assert {o.num_tokens for o in read_spec(path).options.values()} == {1, 2, 3, 4}
@@ -486,12 +494,19 @@ def test_index_is_one_run_and_says_when_it_is_too_early(spec, sweep, tmp_path):
     path = spec('seeds = 2\nmethods = ["linear"]', "[grid]\nlr = [0.003, 0.01]")
     lines = [line for line in sweep(path, "--list")[1].splitlines() if line[0] != "#"]
     assert [line.split("\t")[2] for line in lines] == ["missing"] * 2 + ["open"] * 2
+    assert [line.split("\t")[0] for line in lines] == list("0123")
     assert sweep(path, "--index", "0")[0] == 0 and len(Records(tmp_path / "out")) == 1
     status, _, err = sweep(path, "--index", "3")
     assert status == 3 and "1 runs of its grid have no record yet" in err
     assert sweep(path, "--index", "1-3")[0] == 3
-    assert sweep(path, "--index", "1")[0] == sweep(path, "--index", "2-3")[0] == 0
-    assert len(Records(tmp_path / "out")) == 3
+    assert sweep(path, "--index", "1")[0] == sweep(path, "--index", "3")[0] == 0
+    found = Records(tmp_path / "out")
+    # the second seed, and the first of the chosen cell not tested yet
+    assert sorted((r["seed"], r["test"] is not None) for r in found.values()) == [
+        *[(0, False), (0, False)],
+        (1, True),
+    ]
+    assert sweep(path, "--index", "2-3")[0] == 0 and len(Records(tmp_path / "out")) == 3
     lines = [line for line in sweep(path, "--list")[1].splitlines() if line[0] != "#"]
     assert [line.split("\t")[2] for line in lines] == ["finished"] * 4
 

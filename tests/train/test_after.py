@@ -366,7 +366,9 @@ def test_of_a_sweep_the_best_on_validation_is_taken(tmp_path):
 def test_bad_commands_cost_one_line(runs, shades, tmp_path, capsys):
     run, images = str(runs / "vpt-deep"), str(shades / "test")
     for command, words in (
-        (["predict", run, images, "--output", str(tmp_path)], "a folder; give a file"),
+        (["predict", run, images, "--output", str(tmp_path)], "written (no regular file); give"),
+        (["export", run, "--output", str(tmp_path)], "written (no regular file); give"),
+        (["evaluate", run, "--data", images, "--output", f"{run}/config.json"], "(no folder);"),
         (["predict", run, images, "--top", "0"], "--top 0: expected an integer from 1"),
         (["predict", str(tmp_path / "gone"), images], "gone: no such file or folder"),
         (["predict", run, images, "--classes", "a,,b"], "expected a file, or names, each once"),
@@ -437,6 +439,25 @@ def test_evaluation_of_a_folder(runs, shades, tmp_path, capsys):
     assert again["split"] == "all" and again["images"] == 10
     assert again["correct"] == sum(r["label"] == r["predicted"] for r in kept)
     assert table(tmp_path / "ev" / "per_class.csv")[0]["accuracy"] == ""  # of no dark image
+
+
+def test_names_are_one_however_unicode_writes_them():
+    composed, apart = ["\u00e9t\u00e9", "x"], ["x", "e\u0301te\u0301"]
+    assert using.match(composed, apart, "d") == using.match(apart, composed, "d") == [1, 0]
+    both = ["e\u0301", "\u00e9"]  # a model may have been trained on both
+    assert using.match(both, both[::-1], "d") == [1, 0]
+    with pytest.raises(ValueError, match="d: class 'y' is none of the model's 2"):
+        using.match(both, ["y"], "d")
+
+
+def test_a_pipe_among_images_is_not_waited_for(runs, shades, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "broken.png").symlink_to("nowhere")
+    shutil.copy(shades / "test" / "dark" / "00.png", tmp_path)
+    assert main(["predict", str(runs / "linear"), str(tmp_path)]) == 1
+    err = " ".join(capsys.readouterr().err.split())
+    assert "pipe.jpg could not be read: no regular file" in err
+    assert "broken.png could not be read: No such file" in err and "2 of 3 images" in err
 
 
 def test_names_of_classes_are_no_formulas(tmp_path):

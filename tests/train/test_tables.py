@@ -300,6 +300,9 @@ def test_random_weights_are_drawn_by_the_seed_and_told(tmp_path, capsys):
 def test_a_table_needs_runs_wherever_they_stand(tmp_path, capsys):
     assert "needs RUNS, the folders" in error_line(capsys, ["table"])
     assert "needs RUNS, the folders" in error_line(capsys, ["table", "--published", "bpt"])
+    (tmp_path / "x.safetensors").write_bytes(b"\xd0\x01")
+    line = error_line(capsys, ["table", str(tmp_path / "x.safetensors")])
+    assert "x.safetensors: no run here; expected a folder" in line
     save_run(tmp_path / "r", 0.5)
     line = error_line(capsys, ["table", "--published", str(tmp_path)])
     assert "numbers are known for the tasks of vtab1k" in line
