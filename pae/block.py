@@ -462,6 +462,10 @@ def _query_product(block: BlockPlan, x: Tensor) -> Tensor:
 # ---- with a backward
 
 
+# whether a gradient stands for several: `torch.autograd.grad(is_grads_batched=True)`
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
 def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse `create_graph=True` where it is asked for.
 
@@ -476,6 +480,12 @@ def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "fast_forward has no second derivatives (create_graph=True): use "
                 'engine="reference", under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), as '
                 "PyTorch's fused attention has none either"
+            )
+        compiling = torch.compiler.is_compiling()
+        if not compiling and any(_is_batched(d) for d in d_outputs if d is not None):
+            raise RuntimeError(
+                "fast_forward has no backward of several gradients at once (is_grads_batched=True, "
+                'vectorize=True): use engine="reference", or ask for one after the other'
             )
         return backward(ctx, *d_outputs)
 

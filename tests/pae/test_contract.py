@@ -259,6 +259,17 @@ for _name, _transform in TRANSFORMS.items():
     ROWS[f"`torch.func.{_name}`"] = with_transform(_transform)
 
 
+def several_at_once(engine):
+    function, tokens, _ = of_tokens(engine)
+    value, both = function(tokens.requires_grad_()), torch.stack([ONE, 2 * ONE])
+    return torch.autograd.grad(value, tokens, both, is_grads_batched=True)
+
+
+ROWS["`torch.autograd.grad(is_grads_batched=True)`, `jacobian(vectorize=True)`"] = refused(
+    "fast_forward has no backward of several gradients at once", several_at_once
+)
+
+
 def test_transforms_of_the_reference_are_right():
     """Per-sample gradients and Hessians against plain autograd."""
     function, tokens, x = of_tokens("reference")
