@@ -235,6 +235,15 @@ def test_the_best_validation_wins_then_the_loss_then_the_first():
     assert made.count() == (4, 1)
 
 
+def test_the_grids_of_a_task_come_before_its_chosen_cells():
+    made = plan_of("ab", seeds=(0,))
+    (group,) = made.groups
+    more = dataclasses.replace(group, method="n", cells=plan_of("cd", seeds=(0,)).groups[0].cells)
+    made = dataclasses.replace(made, groups=(group, more))
+    found = {"a/0": record(0.5), "b/0": record(0.7)}
+    assert [run.key for run in made.runs(found)] == ["a/0", "b/0", "c/0", "d/0", "b/0"]
+
+
 def test_many_runs_take_little_time_and_memory(tmp_path, monkeypatch):
     """What is asked after every run of so many must not grow with their square."""
     keys = [f"{number:02d}" for number in range(40)]
