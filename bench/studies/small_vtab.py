@@ -202,10 +202,11 @@ def _setting(records: list[dict[str, Any]], facts: dict[str, Any]) -> str:
 def _figure_line(numbers: dict[str, Any]) -> str:
     if not numbers["runs"]:
         return UNMEASURED
+    rest = "; where a task has fewer methods, the rest is to come" if numbers["missing"] else ""
     return (
         "![Test accuracy by task and method, a point for each seed](figures/small_vtab.svg)\n\n"
-        "Points are seeds, bars their means, dotted lines what naming the commonest class reaches; "
-        "where a task has fewer methods, the rest is to come."
+        "Points are seeds, bars their means, dotted lines what naming the commonest class reaches"
+        f"{rest}."
     )
 
 
