@@ -101,6 +101,7 @@ _SPECIAL = {
 
 
 _PDFLATEX = 0x180  # from here on, most characters need another LaTeX than that
+_WIDE = 8  # columns that a text of one column has room for
 
 
 def _tex(text: str) -> str:
@@ -113,7 +114,9 @@ def _guarded(text: str) -> str:
 
 
 def latex(table: Table) -> str:
-    r"""A floating table for LaTeX with package booktabs, its notes in the caption."""
+    r"""A floating table for LaTeX with package booktabs, its notes in the caption. A wide one is
+    over both columns of a page, if it has two, and set as small as their width asks.
+    """
 
     def show(cell: Cell | None) -> str:
         if cell is None:
@@ -125,11 +128,14 @@ def latex(table: Table) -> str:
     costs = _costs(table)
     titles = ["method", *_titles(table), *(title for title, _ in costs)]
     slanted = [_tex(titles[0]), *(rf"\rotatebox{{90}}{{{_tex(title)}}}" for title in titles[1:])]
+    wide = len(titles) > _WIDE
+    float_ = "table*" if wide else "table"
     lines = [
         r"% needs \usepackage{booktabs,graphicx}",
-        r"\begin{table}",
+        rf"\begin{{{float_}}}",
         r"\centering",
         rf"\caption{{{_tex(table.title)}. {_tex(' '.join(table.notes))}}}",
+        *([r"\resizebox{\textwidth}{!}{%"] if wide else []),
         rf"\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
         r"\toprule",
         f"{' & '.join(slanted)} \\\\",
@@ -144,7 +150,8 @@ def latex(table: Table) -> str:
         lines.append(f"{' & '.join([label, *texts[: len(texts) - len(costs)]])}"
                      + "".join(f" & {_tex(t)}" for t in texts[len(texts) - len(costs):])
                      + r" \\")  # fmt: skip
-    text = "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+    end = r"\end{tabular}}" if wide else r"\end{tabular}"
+    text = "\n".join([*lines, r"\bottomrule", end, rf"\end{{{float_}}}"]) + "\n"
     if foreign := sorted({c for c in text if ord(c) >= _PDFLATEX}):
         text = f"% lualatex or xelatex, with a font that has {' '.join(foreign)}\n{text}"
     return text

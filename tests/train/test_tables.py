@@ -502,6 +502,15 @@ def test_latex_and_csv(small, capsys):
     assert "expected a name that ends in .md, .csv, .tex" in line
 
 
+def test_a_wide_table_fits_a_page_in_latex(tmp_path):
+    for task in "abcdefgh":
+        save_run(tmp_path / task, 0.5, name="linear", method="linear", task=task)
+    text = write.latex(table(tmp_path))
+    assert r"\begin{table*}" in text and r"\end{table*}" in text
+    assert "\\resizebox{\\textwidth}{!}{%\n\\begin{tabular}{l" in text
+    assert text.count("{") == text.count("}") and r"\end{tabular}}" in text
+
+
 def test_names_that_a_format_would_take_for_its_own(tmp_path):
     names = ("[x] <b>_a_*`", "*star", "\u03b2 50% #1 {x} ~^\\ $m$")
     for name in names:
