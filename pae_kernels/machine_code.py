@@ -36,6 +36,7 @@ MULTIPROCESSORS = {
     90: Multiprocessor(228 * 1024, 227 * 1024),
     100: Multiprocessor(228 * 1024, 227 * 1024),
 }
+LEAST_SHARED = 99 * 1024  # what a program may ask for on sm_86, 89 and 120, by the tiles of sm_80
 
 
 @dataclass(frozen=True)

@@ -260,6 +260,8 @@ def faults(name: str, now: Figures, architecture: int) -> Iterator[str]:
     at = f"{name}, sm_{architecture}"
     if not now.programs:
         yield f"{at}: {now.registers} registers, {now.shared} bytes shared: no program fits"
+    if architecture == 80 and now.shared > machine_code.LEAST_SHARED:
+        yield f"{at}: {now.shared} bytes shared, which sm_86, 89 and 120 do not have"
     if now.tf32 and "PRECISION=tf32x3" not in name:
         yield f"{at}: {now.tf32} products round fp32 to TF32"
     if now.spilled > SPILLED_ELSEWHERE and "16" in name.split()[1]:

@@ -62,6 +62,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import gpus
 from ..ahead_of_time import Launch
 from ..launching import Launcher, power_of_2, programs
 from . import tiles
@@ -590,6 +591,8 @@ def forward(
     if out.numel() == 0:
         return out, lse
     tile = tiles.forward(qkv, n.rows)
+    if bias is not None or mask is not None:
+        tile = tiles.forward_with_places(tile, gpus.of(qkv.device).large)
     common = _common(n, qkv, kv_prompt, group, log_multiplicity, bias, mask, causal)
     added = log_multiplicity, bias, mask
     folded = {"FOLDED": all(t is None for t in added) and scale > 0}
@@ -730,12 +733,14 @@ def variant_launches(architecture: int) -> list[Launch]:
     large = architecture >= 90
     rows = tiles.WHOLE[large, 256 if large else 128]
     split, wide = (tiles.SPLIT[large, True, width] for width in (64, 128))
+    placed = tiles.forward_with_places(tiles.FORWARD[True, 64], large)
     qkv = torch.empty(1, 197, 3, 12, 64, dtype=torch.bfloat16, device="meta")
     return [
         _launch("fwd grouped", fwd, tiles.FORWARD[True, 64], **many),
         _launch("fwd per image", fwd, tiles.FORWARD[True, 128], "fp16", 80, **own),
         _launch("fwd class row", fwd, tiles.forward(qkv, 1), WEIGHTED=True),
-        _launch("fwd with bias", fwd, tiles.FORWARD[True, 64], PLACED=1),
+        _launch("fwd with bias", fwd, placed, PLACED=1),
+        _launch("fwd with both", fwd, placed, PLACED=3, GROUPING=PER_IMAGE),
         _launch("fwd with mask", fwd, tiles.FORWARD[False, 64], "fp32", PLACED=3, **many),
         _launch("bwd grouped", bwd, rows, **many),
         _launch("bwd dq causal", dq, split, PLACED=4),

@@ -331,7 +331,7 @@ def shortcut_pool_sum_kernel(
 _SHIFTS = ("none", "of channels", "of tokens")
 _STRIPS = {"BLOCK_H": 64, "BLOCK_V": 16, "num_warps": 4}
 _TAPS = {"BLOCK_V": 16, "BLOCK_Q": 16, "BLOCK_D": 128, "num_warps": 4}
-_TOKENS = {"BLOCK_J": 8, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2}
+_TOKENS = {"BLOCK_J": 8, "BLOCK_D": 64, "num_warps": 8}
 _strips = Launcher(shortcut_strips_kernel)
 _taps = Launcher(shortcut_taps_kernel)
 _tokens = Launcher(shortcut_tokens_kernel)
@@ -424,8 +424,14 @@ def shortcut_pool(tokens: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def _tokens_launch(narrow: bool, inner: int) -> dict:
-    """Tile of the last kernel: split factors need twice the registers."""
-    return _TOKENS | {"BLOCK_M": 32 if narrow else 16, "BLOCK_K": 16 if inner <= 64 else 32}
+    """Tile of the last kernel: split factors need twice the registers. The factors of two bins,
+    whole, are what is copied ahead, where the smallest shared memory (99 KB) has room for them.
+    """
+    rows, size = (32, 2) if narrow else (16, 4)
+    block_k = 16 if inner <= 64 else 32
+    ahead = 4 * (rows + _TOKENS["BLOCK_D"]) * programs(inner, block_k) * block_k * size
+    stages = 2 if ahead <= 80 * 1024 else 1
+    return _TOKENS | {"BLOCK_M": rows, "BLOCK_K": block_k, "num_stages": stages}
 
 
 def _pool_launch(dim: int) -> dict:
