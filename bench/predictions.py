@@ -24,8 +24,8 @@ without a graph lasts at least as long as its host needs (`host.py`).
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -729,8 +729,12 @@ def beside(run: Run) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        print(beside(Run.of(json.loads(Path(sys.argv[1]).read_text()))))
+    about = str(__doc__).partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m bench.predictions", description=about)
+    parser.add_argument("run", nargs="?", type=Path, help="a measured run's JSON: shown beside")
+    run = parser.parse_args().run
+    if run is not None:
+        print(beside(Run.of(json.loads(run.read_text()))))
         return
     write_atomically(FILE, lambda path: path.write_text(text()))
     print(FILE)
