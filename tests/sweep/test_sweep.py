@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -497,6 +498,45 @@ def test_a_run_in_use_is_left_to_whoever_has_it(spec, tmp_path):
     with RunFolder(records.path(run.key)).held(), pytest.raises(lock.InUse):
         work.do(swept, records, run, work.Quiet())
     assert not records.path(run.key).exists()
+
+
+def test_a_process_leaves_what_others_are_at_and_does_nothing_twice(spec, tmp_path, monkeypatch):
+    """Two runs, of which another process has the first until this one waits for it."""
+    swept, out = (
+        read_spec(spec('methods = ["linear"]', "[grid]\nlr = [0.003, 0.01]")),
+        tmp_path / "out",
+    )
+    records, before, other = Records(out), Records(out), Records(out)
+    first, second = swept.plan.grid(swept.plan.groups[0])
+    held, lines, waited = RunFolder(records.path(first.key)).held(), [], []
+
+    def ends(seconds):
+        waited.append([*Records(out)])
+        held.__exit__(None, None, None)
+        assert work.do(swept, other, first, work.Quiet())["status"] == FINISHED
+
+    monkeypatch.setattr(execute.time, "sleep", ends)
+    with contextlib.ExitStack() as stack:
+        stack.callback(held.__exit__, None, None, None)
+        held.__enter__()
+        execute.serial(swept, records, work.Quiet(), lines.append, only=[first, second])
+        stack.pop_all()
+    assert waited == [[second.key]] and len(lines) == 1
+    assert not before  # of the time when there was no record
+    assert work.do(swept, before, first, work.Quiet()) is None
+
+
+def test_what_another_machine_chose_when_a_run_began_stays(spec, tmp_path):
+    options = next(iter(read_spec(spec()).options.values()))
+    chosen = dataclasses.replace(options, amp="bf16", mpa_images=7, mpa_precision="bf16")
+    here = dataclasses.replace(options, amp="no", mpa_images=9, mpa_precision="fp32")
+    folder = RunFolder(tmp_path)
+    with folder.held():
+        assert work._adopted(folder, here, options) == here  # a run that has not begun
+        folder.write_config(chosen)
+    asked = dataclasses.replace(options, amp="auto", mpa_images=None, mpa_precision="fp32")
+    adopted = work._adopted(folder, here, asked)
+    assert (adopted.amp, adopted.mpa_images, adopted.mpa_precision) == ("bf16", 7, "fp32")
 
 
 def test_index_is_one_run_and_says_when_it_is_too_early(spec, sweep, tmp_path):
