@@ -21,9 +21,6 @@ from .runner import Group, Provider, Runnable, Settings
 from .steps import DTYPES, OFFICIAL, REFERENCE, Step, gradient, ours, prepare
 
 COMPILED_REFERENCE = shown.COMPILED
-# in bf16 so often what the official-style step loses under autocast: rounding alone scatters that
-# by a third
-BF16_FACTOR = 1.5
 SLICE = 16  # images of the reference that are computed at one time
 
 
@@ -63,7 +60,7 @@ def open_step(case: Case, device: torch.device) -> Step:
     batch = shapes.random_batch(vit, model.num_classes, case.batch, device, generator)
     official = OfficialStyleVPT(vit, model.prompts.tokens, model.head)
     step = Step(model, *batch, official, cost.Shape.of(vit, model.num_classes))
-    return step.judge_by(partial(reference, step), case.dtype, BF16_FACTOR)
+    return step.judge_by(partial(reference, step), case.dtype)
 
 
 def start_cudnn(step: Step) -> Runnable:
