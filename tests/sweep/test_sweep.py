@@ -147,7 +147,7 @@ def test_runs_of_two_tasks_that_are_one_are_told(spec, shades):
 def test_own_grids_and_arguments_of_families(spec):
     path = spec(
         "",
-        '[methods.bpt]\ngrid = { method_args.rank = [4, 8], lr = [0.1] }\n[methods."a b"]\n'
+        '[methods.bpt]\nlr = 0.7\ngrid = { method_args.rank = [4, 8], lr = [0.1] }\n[methods."a b"]\n'
         'method = "vpt-deep"\nlr = 0.5\n[grid]\nlr = [0.2, 0.3]\n',
     )
     swept = read_spec(path)
@@ -157,6 +157,7 @@ def test_own_grids_and_arguments_of_families(spec):
         {"method_args.rank": 8, "lr": 0.1},
     ]
     assert [swept.options[c.keys[0]].method_args for c in own.cells] == [{"rank": 4}, {"rank": 8}]
+    assert {swept.options[c.keys[0]].lr for c in own.cells} == {0.1}  # over the method's option
     # the method's own option wins over the common grid, whose cells are then one
     assert [swept.options[cell.keys[0]].lr for cell in common.cells] == [0.5]
 
