@@ -294,6 +294,30 @@ def test_predicted_and_measured_stand_side_by_side():
 
 # ---- killed, and gone on with: steps of nothing
 
+SPAN = """
+import json, sys, time
+
+begun = time.time()
+time.sleep(0.4)
+with open(sys.argv[1], "a") as file:
+    file.write(json.dumps([sys.argv[2], begun, time.time()]) + chr(10))
+"""
+
+
+def test_what_is_timed_runs_alone(tmp_path):
+    given = {"tests a": True, "tests b": True, "one (a)": False, "two (a)": False, "tests c": True}
+    path = tmp_path / "spans"
+    command = lambda name: (sys.executable, "-S", "-c", SPAN, str(path), name)
+    day = gpu.Day(tmp_path / "day", 90)
+    day.run([gpu.Step("a", name, 60, command(name), beside) for name, beside in given.items()])
+    spans = {name: span for name, *span in map(json.loads, path.read_text().splitlines())}
+    assert spans.keys() == given.keys() and not day.failed
+    for name in ("one (a)", "two (a)"):
+        begun, ended = spans[name]
+        others = [span for other, span in spans.items() if other != name]
+        assert all(end <= begun or start >= ended for start, end in others), name
+
+
 TESTS = """
 import os, time
 import pytest

@@ -147,8 +147,8 @@ def test_runs_of_two_tasks_that_are_one_are_told(spec, shades):
 def test_own_grids_and_arguments_of_families(spec):
     path = spec(
         "",
-        '[methods.bpt]\nlr = 0.7\ngrid = { method_args.rank = [4, 8], lr = [0.1] }\n[methods."a b"]\n'
-        'method = "vpt-deep"\nlr = 0.5\n[grid]\nlr = [0.2, 0.3]\n',
+        "[methods.bpt]\nlr = 0.7\ngrid = { method_args.rank = [4, 8], lr = [0.1] }\n"
+        '[methods."a b"]\nmethod = "vpt-deep"\nlr = 0.5\n[grid]\nlr = [0.2, 0.3]\n',
     )
     swept = read_spec(path)
     own, common = swept.plan.groups
