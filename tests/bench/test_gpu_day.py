@@ -88,6 +88,51 @@ def test_a_second_call_measures_the_ceilings_no_more(tmp_path, monkeypatch):
         lines.append(day.lines, "ceilings", copy=1)
 
 
+def test_stage_b_alone_compiles_what_it_tests(tmp_path, monkeypatch):
+    day = mock.Mock(lines=tmp_path / "day.jsonl", failed=0)
+    monkeypatch.setattr(gpu, "Day", lambda *_: day)
+    monkeypatch.setattr(gpu, "stem_here", lambda _: tmp_path / "day")
+    for stages, first in (["b"], gpu.LIBRARY), (["a", "b"], "ceilings"):
+        gpu.main(stages)
+        (run,) = day.run.call_args.args
+        names = [step.name for step in run]
+        assert names[0] == first and names.count(gpu.LIBRARY) == 1
+
+
+def test_a_step_ends_with_the_lease(tmp_path, monkeypatch, capsys):
+    """However much longer it might take; what the search for tiles said is shown."""
+    day = gpu.Day(tmp_path / "day", gpu.SLACK + 20, slow=9)
+    monkeypatch.setattr(gpu.subprocess, "Popen", mock.Mock())
+    day._start(gpu.Step("c", "tune", 600, (sys.executable,)))
+    ((*_, began, until),) = day.running
+    assert 10 < until - began <= 20
+    day._ended(gpu.Step("c", "tune", 600, ()), "passed", 1, "FORWARD: 3 tiles")
+    assert "FORWARD: 3 tiles" in capsys.readouterr().out
+
+
+def test_tests_that_were_all_skipped_have_failed(tmp_path):
+    day, step = gpu.Day(tmp_path / "day", 60), gpu.Step("a", "tests", 9, (), tests=True)
+    said = {(0, "3 skipped in 1s"): "failed", (0, "1 passed, 3 skipped in 1s"): "passed"}
+    said |= {(1, "1 failed, 3 passed in 1s"): "failed", (5, "4 deselected in 1s"): "passed"}
+    assert {given: day._outcome(step, *given) for given in said} == said
+
+
+def test_lines_of_an_earlier_call_are_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setenv("PAE_COMMIT", "abc")
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    have = tmp_path / "nvidia-h100-80gb-hbm3-abc.jsonl"
+    lines.append(have, "ceilings", copy=1)
+    stem = gpu.stem_here(have)
+    assert lines.read(stem.with_suffix(".jsonl")) == lines.read(have) and stem.parent.name == "out"
+    lines.append(stem.with_suffix(".jsonl"), "ceilings", copy=2)
+    gpu.stem_here(have)  # what the folder has is newer
+    assert len(lines.read(stem.with_suffix(".jsonl"))) == 2
+    with pytest.raises(SystemExit, match="another day's"):
+        gpu.stem_here(have.rename(tmp_path / "other.jsonl"))
+
+
 # ---- lines
 
 
