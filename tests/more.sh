@@ -41,7 +41,7 @@ say env PAE_TEST_THREADS=2 OMP_NUM_THREADS=2 pytest -n0 "${here[@]}" tests/pae/t
   tests/pae/test_families.py tests/pae/test_kld.py tests/pae/test_vapt.py "${numbers[@]:1:3}" "$@"
 [ -n "${PAE_LONG:-}" ] || exit 0
 say python -m tests.gate
-say python -m tests.gate --tests --arch 90
+say python -m tests.gate --tests
 say python -m tests.gate_cuda
 say pytest -q tests/kernels/test_triton_compile.py tests/kernels/test_gate.py -k "product or found or ((variants or budget) and attention)" "$@"
 say pytest -q tests/kernels/test_triton_interpreter.py -k attention "$@"  # on both backwards

@@ -310,20 +310,22 @@ def _default(tmp_path, monkeypatch, library):
 
 
 def test_the_pool_is_that_of_pytorch(library):
-    """Its OpenMP runtime is found where it lies; nothing else in the process makes threads."""
+    """Its OpenMP runtime is found where it lies; nothing else in the process makes threads, though
+    those of earlier tests may end.
+    """
     if "OpenMP" not in torch.__config__.parallel_info().partition("backend:")[2]:
         pytest.skip("PyTorch runs its threads otherwise")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         torch.randn(1 << 20).sum()  # its threads start now
-        tasks = lambda: len(os.listdir("/proc/self/task"))
+        tasks = lambda: {*os.listdir("/proc/self/task")}
         started = tasks()
         with cpu.using(library):
             x = rows(4000, 768)
             for _ in range(20):
                 pointwise.layer_norm(x, 1e-6, FP32)
-        assert tasks() == started
+        assert tasks() <= started
     finally:
         torch.set_num_threads(before)
 
