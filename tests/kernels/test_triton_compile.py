@@ -96,6 +96,14 @@ def test_shipped_tiles(module, architecture):
         assert_good(launch, architecture, few)
 
 
+def test_attention_with_biases_fits_little_shared_memory():
+    launches = triton_attention.variant_launches(80)
+    placed = [launch for launch in launches if launch.label.startswith("attention fwd with ")]
+    assert {launch.constants["PLACED"] for launch in placed} == {1, 3}
+    for launch in placed:
+        assert_good(launch, 80)
+
+
 @pytest.mark.parametrize(("name", "architecture"), VARIANTS)
 def test_variants(name, architecture):
     """Rarer switches may spill a few registers."""
