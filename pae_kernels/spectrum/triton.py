@@ -508,6 +508,7 @@ def variant_launches(architecture: int) -> list[Launch]:
     """Other patches and widths, an odd number of patches a row, other shifts, fp16 results."""
     return [
         *_launches((shortcut_tokens_kernel,), "bf16", patch=14, dim=384, shift="none"),
+        *_launches((shortcut_tokens_kernel,), "fp32", patch=32),
         *_launches(
             (shortcut_tokens_kernel,), "fp16", size=120, patch=8, dim=384, shift="of channels"
         ),
